@@ -1,0 +1,218 @@
+"""Artifacts: written beside and renamed, described by a manifest, resumed from a work folder.
+
+An artifact is one file or one folder. Nothing of it is visible under its name before it is whole. What a long
+job needs to go on after an interruption lives in an undeclared work folder, because Snakemake deletes the
+declared outputs of a failed job.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel
+
+from salmon.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate"),
+    *("datasets", "polars", "snakemake", "py3langid", "numpy"),
+)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that becomes `path` when the block ends without an error.
+
+    Works for a file and for a folder; an older artifact is replaced only by a whole new one. A failure leaves
+    neither the temporary nor a partial artifact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            remove(path)
+        else:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically, for people and programs to read."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_table(table: pl.LazyFrame | pl.DataFrame, path: Path) -> None:
+    """Write a Parquet file (zstd), atomically. A lazy frame is streamed."""
+    with atomic(path) as temporary:
+        if isinstance(table, pl.LazyFrame):
+            table.sink_parquet(temporary, compression="zstd", maintain_order=True)
+        else:
+            table.write_parquet(temporary, compression="zstd")
+
+
+def read_table(path: Path, columns: Mapping[str, Any]) -> pl.LazyFrame:
+    """Open a Parquet file of ours, checking that it is whole and has the columns, of the types, it must have.
+
+    Args:
+        columns: name -> polars type; others may be there too.
+
+    Raises:
+        UserError: naming the file and what is missing or of another type.
+    """
+    try:
+        table = pl.scan_parquet(path)
+        schema = table.collect_schema()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as Parquet ({reason}); delete it and run again") from None
+    wrong = [f"{name} ({kind}, found {schema.get(name)})" for name, kind in columns.items() if schema.get(name) != kind]
+    if wrong:
+        raise UserError(f"{path} lacks columns: {', '.join(wrong)}; it was written by another version or tool")
+    return table
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder.
+
+    Manifests and metrics are left out: they record when and how fast, which does not change what follows.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if path.is_dir():
+            if file.name in ("manifest.json", "metrics.jsonl") or "tensorboard" in file.parts:
+                continue
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
+    return hashlib.sha256(json.dumps([_plain(settings), dict(inputs)], sort_keys=True).encode()).hexdigest()
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Where the manifest of an artifact is: inside a folder, beside a file."""
+    return artifact / "manifest.json" if artifact.suffix == "" else artifact.with_suffix(".manifest.json")
+
+
+def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
+    """What an artifact was made of and with.
+
+    Args:
+        settings: resolved settings; sections may be pydantic models. Seeds are among them.
+        inputs: path -> SHA-256 or revision.
+        counts: rows in, rows out and rows left out by reason.
+    """
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "settings": _plain(settings),
+        "inputs": dict(inputs),
+        "counts": dict(counts),
+        "packages": versions,
+        "git_commit": _git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON types."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _git_commit() -> str | None:
+    """Commit of the workflow, with `-dirty` where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
+
+
+class WorkFolder:
+    """The undeclared folder in which a long job keeps what it needs to go on after an interruption.
+
+    It stands beside the artifact, in `.work/`, and belongs to one fingerprint of settings and inputs: opened
+    with another one, it is emptied, so that a changed configuration never continues a stale run.
+    """
+
+    def __init__(self, artifact: Path) -> None:
+        self.path = artifact.parent / ".work" / artifact.name
+
+    def open(self, mark: str) -> None:
+        """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this."""
+        marker = self.path / "fingerprint"
+        if marker.is_file() and marker.read_text() == mark:
+            log.info("continuing from %s", self.path)
+            return
+        if self.path.exists():
+            log.info("%s belongs to other settings or inputs: starting anew", self.path)
+            remove(self.path)
+        self.path.mkdir(parents=True)
+        with atomic(marker) as temporary:
+            temporary.write_text(mark)
+
+    def write_part(self, table: pl.DataFrame) -> None:
+        """Keep a finished batch of rows; parts are whole or absent, and any rank may write them."""
+        first_row = hashlib.sha256(table.row(0).__repr__().encode()).hexdigest()[:16]
+        write_table(table, self.path / f"part-{first_row}.parquet")
+
+    def read_parts(self, schema: Mapping[str, Any]) -> pl.DataFrame:
+        """All rows kept so far, in no particular order."""
+        parts = sorted(self.path.glob("part-*.parquet"))
+        empty = pl.DataFrame(schema=dict(schema))
+        return pl.concat([empty, *(pl.read_parquet(part) for part in parts)])
+
+    def delete(self) -> None:
+        """Delete the folder, once the artifact is whole."""
+        started = time.monotonic()
+        remove(self.path)
+        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+        log.debug("deleted %s in %.1f s", self.path, time.monotonic() - started)

@@ -1,0 +1,98 @@
+"""Ranks: one process a GPU (or a few on the CPU), started by `launch.sh` through torchrun."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def init() -> torch.device:
+    """Join the process group that torchrun's variables describe, if any.
+
+    Returns:
+        The device of this rank: its own GPU, or the CPU where there is none.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def finish() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes artifacts."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks (a new tensor; no gradient)."""
+    total = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its sum over ranks, in one message.
+
+    The losses are divided by totals over all ranks, so that the sum is the gradient of the joined batch. A
+    parameter without a gradient on this rank counts as zero, so that all ranks send the same bytes.
+    """
+    if not dist.is_initialized():
+        return
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in wanted:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.float().reshape(-1) for parameter in wanted if parameter.grad is not None])
+    dist.all_reduce(flat)
+    offset = 0
+    for parameter in wanted:
+        size = parameter.numel()
+        if parameter.grad is not None:
+            parameter.grad.copy_(flat[offset : offset + size].view_as(parameter))
+        offset += size

@@ -1,0 +1,210 @@
+"""The mathematics of the RL stage: pure functions on tensors (paper section 3.4; Schulman et al. 2017).
+
+Which position means what, for a query of 4 tokens and a response of 4 (`E` is its EOS) in a batch whose longest
+query has 5 tokens and whose longest response has 6:
+
+    tokens       .  q  q  q  q  r0 r1 r2 E  .  .      queries padded on the left, responses on the right
+    position     0  1  2  3  4  5  6  7  8  9  10
+    logits at                4  5  6  7               predict r0 r1 r2 E
+    response t               0  1  2  3  4  5         the second axis of every [B, R] tensor below
+    mask                     1  1  1  1  0  0         response tokens, EOS included
+    logprobs                 x  x  x  x  .  .         log pi(r_t | tokens before it)
+    values                   x  x  x  x  .  .         V(tokens before r_t), read at the same positions as the logits
+    rewards                  k  k  k  k+S             k: -coefficient * KL_t, S: reward of the whole response, at its end
+
+Every mean is taken with the mask; what stands at masked positions never matters (it may be anything finite).
+Losses are sums divided by a total that the caller gives, the number of tokens of the whole minibatch over all
+micro-batches and ranks: summing their gradients gives the gradient of the joined batch.
+"""
+
+import torch
+
+from salmon import distributed
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of tokens under the distribution they were sampled from, and its entropy.
+
+    Args:
+        logits: [B, R, V], any float dtype; row t predicts token t.
+        tokens: [B, R] int64.
+        temperature: of the sampling; the policy that PPO improves is the tempered one.
+
+    Returns:
+        Two float32 tensors [B, R], in nats; the entropy carries no gradient.
+    """
+    scaled = logits.float() / temperature
+    log_total = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_total
+    with torch.no_grad():
+        entropy = log_total - (torch.softmax(scaled, -1) * scaled).sum(-1)
+    return logprobs, entropy
+
+
+def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled (Schulman 2020).
+
+    Args:
+        logprobs: [B, R] of the policy, in nats.
+        reference: [B, R] of the reference policy.
+        estimator: k1 = log ratio, unbiased and of either sign; k3 = ratio - 1 - log ratio, never negative.
+
+    Returns:
+        [B, R], in nats.
+    """
+    log_ratio = logprobs - reference
+    if estimator == "k1":
+        return log_ratio
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def sequence_rewards(
+    scores: torch.Tensor,
+    finished: torch.Tensor,
+    lengths: torch.Tensor,
+    length_bonus: torch.Tensor,
+    *,
+    max_length: int,
+    stop_penalty: float,
+    length_reward: float,
+    length_reward_cap: float,
+) -> torch.Tensor:
+    """Reward of whole responses before the KL penalty (reference step 3, "reward shaping").
+
+    Args:
+        scores: [B] of the reward model.
+        finished: [B] bool, whether the response ended by itself.
+        lengths: [B] response tokens.
+        length_bonus: [B] factor of each prompt.
+        max_length: tokens that count as length 1.
+        stop_penalty: added where a response did not end by itself.
+        length_reward: factor of the length share.
+        length_reward_cap: largest share (times bonus) that is rewarded.
+
+    Returns:
+        float32 [B].
+    """
+    share = (lengths.float() / max_length * length_bonus.float()).clamp(max=length_reward_cap)
+    return scores.float() + stop_penalty * (~finished).float() + length_reward * share
+
+
+def token_rewards(
+    sequence_reward: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coefficient: float
+) -> torch.Tensor:
+    """Per-token rewards: the KL penalty everywhere, the sequence's reward at its last token.
+
+    Args:
+        sequence_reward: [B].
+        kl: [B, R].
+        mask: [B, R], 1 at response tokens, which are contiguous from 0; a row has at least one.
+        kl_coefficient: of the penalty, fixed.
+
+    Returns:
+        float32 [B, R], 0 at masked positions.
+    """
+    rewards = torch.where(mask.bool(), -kl_coefficient * kl.float(), 0.0)
+    last = mask.sum(-1).long() - 1
+    rewards[torch.arange(len(last), device=last.device), last] += sequence_reward.float()
+    return rewards
+
+
+def advantages_and_returns(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), the state after the last token worth 0.
+
+    Args:
+        rewards: [B, R].
+        values: [B, R], of the policy that sampled.
+        mask: [B, R].
+        gamma: discount of a token.
+        lam: discount of the temporal-difference errors.
+
+    Returns:
+        Advantages and returns (advantage + value), float32 [B, R], 0 at masked positions.
+    """
+    keep = mask.float()
+    values = torch.where(mask.bool(), values.float(), 0.0)
+    rewards = torch.where(mask.bool(), rewards.float(), 0.0)
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    after = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        error = rewards[:, t] + gamma * after - values[:, t]
+        running = (error + gamma * lam * running) * keep[:, t]
+        advantages[:, t] = running
+        after = values[:, t]
+    return advantages, (advantages + values) * keep
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Shift and scale to mean 0 and variance 1 over all real tokens of all ranks.
+
+    Args:
+        values: [B, R]; a rank may hold no row.
+        mask: [B, R].
+
+    Returns:
+        float32 [B, R], 0 at masked positions. Equal values become 0.
+    """
+    keep = mask.bool()
+    real = values[keep].double()
+    sums = torch.stack([torch.tensor(float(real.numel()), device=values.device).double(), real.sum()])
+    count, total = distributed.sum_over_ranks(sums)
+    mean = total / count
+    variance = distributed.sum_over_ranks(((real - mean) ** 2).sum()) / count
+    return torch.where(keep, ((values.double() - mean) * torch.rsqrt(variance + 1e-8)).float(), 0.0)
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float,
+    total: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate loss (Schulman et al. 2017, eq. 7).
+
+    Args:
+        logprobs: [B, R], with gradient.
+        old_logprobs: [B, R] of the policy that sampled.
+        advantages: [B, R].
+        mask: [B, R].
+        clip: half width of the interval around ratio 1.
+        total: real tokens in the whole minibatch.
+
+    Returns:
+        The loss (scalar), and the number of tokens at which the clipped term was the larger loss.
+    """
+    ratio = torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, 0.0))
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    keep = mask.float()
+    return (torch.maximum(plain, clipped) * keep).sum() / total, ((clipped > plain) * keep).sum().detach()
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float,
+    total: torch.Tensor | float,
+) -> torch.Tensor:
+    """Half the squared error to the returns, the new values clipped to the old ones' neighbourhood.
+
+    Args:
+        values: [B, R], with gradient.
+        old_values: [B, R] of the value model at sampling time.
+        returns: [B, R].
+        mask: [B, R].
+        clip: half width of the interval around the old value.
+        total: real tokens in the whole minibatch.
+
+    Returns:
+        The loss (scalar).
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (torch.where(mask.bool(), worse, 0.0)).sum() / total

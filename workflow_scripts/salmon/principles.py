@@ -1,0 +1,115 @@
+"""Principles: the sentences that judge and reward model follow, and the draw of them at RL time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from salmon.errors import UserError
+
+if TYPE_CHECKING:
+    from salmon.config import Config, Ppo
+
+
+class _Principle(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    dimension: str = Field(min_length=1)
+    definition: str = Field(min_length=1)
+
+
+class JudgedPrinciple(_Principle):
+    """A principle for judging and reward-model data, and the same one turned round."""
+
+    negative_definition: str = Field(min_length=1)
+
+
+class WeightedPrinciple(_Principle):
+    """A principle for RL, drawn in proportion to its weight."""
+
+    weight: float = Field(ge=0)
+
+
+def _read(path: str | Path, kind: Any) -> Any:
+    """Read a JSON list of principles in the authors' format, refusing duplicates."""
+    from salmon.config import describe_errors
+
+    try:
+        found = TypeAdapter(list[kind]).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"principles {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"principles {path} are not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"principles {path} are not JSON: {error.msg} in line {error.lineno}") from None
+    except ValidationError as error:
+        raise UserError(describe_errors(error, f"principles {path}")) from None
+    names = [principle.dimension for principle in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"principles {path} define {', '.join(twice)} twice")
+    if not names:
+        raise UserError(f"principles {path} are an empty list")
+    return found
+
+
+def read_judged(path: str | Path) -> list[JudgedPrinciple]:
+    """Principles `{dimension, definition, negative_definition}`, in the order of the file."""
+    principles: list[JudgedPrinciple] = _read(path, JudgedPrinciple)
+    return principles
+
+
+def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
+    """Principles `{dimension, definition, weight}`, in the order of the file."""
+    principles: list[WeightedPrinciple] = _read(path, WeightedPrinciple)
+    return principles
+
+
+def draw(
+    principles: Sequence[WeightedPrinciple], question_type: str, settings: "Ppo", rng: np.random.Generator
+) -> list[WeightedPrinciple]:
+    """Draw the principles of one rollout, without replacement, in proportion to their weights.
+
+    A principle whose name holds one of the words boosted for the question type weighs `settings.boost` more
+    (paper section 3.4; reference step 3).
+
+    Args:
+        rng: generator of the rollout, so that the draw depends on no rank and no order.
+    """
+    words = settings.boosted_words.get(question_type, [])  # type: ignore[call-overload]
+    weights = np.array(
+        [
+            principle.weight + settings.boost * any(word in principle.dimension.lower() for word in words)
+            for principle in principles
+        ]
+    )
+    chosen = rng.choice(len(principles), size=settings.principles_per_rollout, replace=False, p=weights / weights.sum())
+    return [principles[index] for index in chosen]
+
+
+def check_principles(config: "Config", root: Path) -> list[str]:
+    """Findings about the principles a configuration names: missing files, unknown names, too few to draw."""
+    findings = []
+    try:
+        known = [principle.dimension for principle in read_judged(root / config.judge.principles)]
+        unknown = [name for name in config.aggregation.dimensions if name not in known]
+        if unknown:
+            findings.append(
+                f"aggregation.dimensions: {', '.join(unknown)} not in {config.judge.principles}, which defines "
+                + ", ".join(known)
+            )
+    except UserError as error:
+        findings.append(f"judge.principles: {error}")
+    try:
+        drawable = sum(principle.weight > 0 for principle in read_weighted(root / config.ppo.principles))
+        if drawable < config.ppo.principles_per_rollout:
+            findings.append(
+                f"ppo.principles_per_rollout: {config.ppo.principles_per_rollout}, but {config.ppo.principles} has "
+                f"{drawable} principles with a weight above 0"
+            )
+    except UserError as error:
+        findings.append(f"ppo.principles: {error}")
+    return findings

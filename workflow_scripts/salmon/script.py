@@ -1,0 +1,111 @@
+"""What every script shares: its command line, its log and its exit status.
+
+A script is a class of arguments and a `main`: the fields are the options of the command line, whole sections
+of the configuration among them (`--model '{"base": …}'` or `--model.base …`).
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from tqdm import tqdm
+
+from salmon.config import describe_errors
+from salmon.errors import UserError
+
+log = logging.getLogger("salmon")
+
+T = TypeVar("T")
+
+
+class Arguments(BaseSettings):
+    """Base of a script's arguments; they come from the command line only, never from the environment."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        nested_model_default_partial_update=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leave out the environment, where a variable named like an option could stand."""
+        return (init_settings,)
+
+
+A = TypeVar("A", bound=Arguments)
+
+
+def run(main: Callable[[A], None], arguments: type[A]) -> None:
+    """Parse the command line, run `main`, and end with a status that says whether the artifact is whole.
+
+    Exit status: 0 the artifact is whole; 1 an error, whose last lines say what to do or hold the traceback;
+    2 the arguments are wrong.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    who = f" [rank {rank}]" if world != "1" else ""
+    logging.basicConfig(
+        level=logging.INFO if rank == "0" else logging.WARNING,
+        format=f"%(asctime)s{who} %(levelname)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.captureWarnings(True)
+    for chatty in ("httpx", "filelock", "fsspec", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        parsed = CliApp.run(arguments)
+    except ValidationError as error:
+        log.error(describe_errors(error, "the command line"))
+        sys.exit(2)
+    except SettingsError as error:
+        log.error("the command line is not valid: %s", error)
+        sys.exit(2)
+    started = time.monotonic()
+    try:
+        main(parsed)
+    except UserError as error:
+        log.error("%s", error)
+        sys.exit(1)
+    except OSError as error:
+        log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error, exc_info=True)
+        sys.exit(1)
+    except Exception:
+        log.exception("unexpected error; please report it with the lines above and below")
+        sys.exit(1)
+    log.info("done in %.0f s", time.monotonic() - started)
+
+
+def progress(items: Iterable[T], *, total: int, what: str, done: int = 0, every: float = 15.0) -> Iterator[T]:
+    """Pass items on, and log one line an interval: how many of how many, rate, time left.
+
+    Args:
+        items: passed on one by one.
+        total: number of items in all, those done before included.
+        what: names the items, as in `pairs`.
+        done: items an earlier run finished.
+        every: seconds between two lines.
+    """
+    started = last = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every or done + number == total:
+            line = tqdm.format_meter(done + number, total, now - started, unit=f" {what}", initial=done, ncols=90)
+            log.info("%s", line)
+            last = now

@@ -1,0 +1,152 @@
+"""Policy, reference, value and reward model as four LoRA adapters on one (quantised) base model.
+
+Only one adapter is active at a time, inside `use`. Switching between a forward pass and its backward pass would
+give zero gradients without an error, so each loss is backpropagated within its own `use` block.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from salmon import ppo_math
+from salmon.config import Lora, Model
+from salmon.models import load_base, lora_config, prepare, read_head
+
+Role = Literal["policy", "reference", "value", "reward"]
+# The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
+_ADAPTER = {"policy": "default", "reference": "reference", "value": "value", "reward": "reward"}
+
+
+class SharedBase(nn.Module):
+    """Four models in the memory of one.
+
+    The policy starts from the initial policy's adapter, or as a fresh LoRA where that has none (then the reference
+    is the bare base model). The value model starts from the reward model, adapter and head.
+    """
+
+    def __init__(self, model: Model, lora: Lora, reward_model: Path, device: torch.device, *, seed: int) -> None:
+        super().__init__()
+        base = prepare(load_base(model, device), model)
+        torch.manual_seed(seed)
+        if model.adapter:
+            options = {} if model.adapter_revision is None else {"revision": model.adapter_revision}
+            self.lm = PeftModel.from_pretrained(base, model.adapter, is_trainable=True, **options)
+            self.lm.load_adapter(model.adapter, "reference", is_trainable=False, **options)
+        else:
+            self.lm = get_peft_model(base, lora_config(lora, TaskType.CAUSAL_LM))
+        self.has_reference_adapter = model.adapter is not None
+        self.lm.load_adapter(str(reward_model), "reward", is_trainable=False)
+        self.lm.load_adapter(str(reward_model), "value", is_trainable=True)
+        head = read_head(reward_model).to(device)
+        self.reward_head = nn.Parameter(head.clone(), requires_grad=False)
+        self.value_head = nn.Parameter(head.clone())
+        self.device = device
+        self._trained = [
+            parameter
+            for name, parameter in self.lm.named_parameters()
+            if any(f".{_ADAPTER[role]}." in name for role in ("policy", "value")) and "lora_" in name
+        ]
+        self._trained.append(self.value_head)
+        self._mark_trained()
+        self.eval()
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser changes: the adapters of policy and value model, and the value head."""
+        return self._trained
+
+    def train(self, mode: bool = True) -> "SharedBase":
+        """As in torch, but without dropout: a ratio of 1 must be 1 where nothing has changed."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    @contextmanager
+    def use(self, role: Role) -> Iterator[nn.Module]:
+        """Make one of the four models active; yields the causal language model."""
+        if role == "reference" and not self.has_reference_adapter:
+            with self.lm.disable_adapter():
+                yield self.lm
+        else:
+            self.lm.set_adapter(_ADAPTER[role])
+            self._mark_trained()
+            yield self.lm
+        self._mark_trained()
+
+    def logprobs(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log probabilities of responses, and entropies; call within `use("policy")` or `use("reference")`.
+
+        Returns:
+            Two float32 tensors [B, R], R the longest response; see `ppo_math` for the positions.
+        """
+        tokens, mask, position = self._batch(queries, responses)
+        width = max(len(response) for response in responses)
+        logits = self.lm(
+            input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=width + 1
+        ).logits[:, :-1]
+        return ppo_math.token_logprobs(logits, tokens[:, -width:], temperature)
+
+    def values(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Values before each response token; call within `use("value")`. float32 [B, R]."""
+        tokens, mask, position = self._batch(queries, responses)
+        width = max(len(response) for response in responses)
+        hidden = self._hidden(tokens, mask, position)[:, -width - 1 : -1]
+        return (hidden.float() @ self.value_head.T).squeeze(-1)
+
+    def rewards(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Reward of tokenised reward-model texts, read at the last token; call within `use("reward")`. float32 [B]."""
+        tokens, mask, position = self._batch(texts, [[]] * len(texts))
+        return (self._hidden(tokens, mask, position)[:, -1].float() @ self.reward_head.T).squeeze(-1)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy as a PEFT folder (safetensors) that loads on the same base model."""
+        self.lm.save_pretrained(str(folder), selected_adapters=[_ADAPTER["policy"]])
+
+    def save_trained(self, file: Path) -> None:
+        """Write all trained parameters, exactly, for going on later."""
+        save_file({str(index): parameter.detach().contiguous() for index, parameter in enumerate(self._trained)}, file)
+
+    def load_trained(self, file: Path) -> None:
+        """Read what `save_trained` wrote."""
+        saved = load_file(file, device=str(self.device))
+        with torch.no_grad():
+            for index, parameter in enumerate(self._trained):
+                parameter.copy_(saved[str(index)])
+
+    def _hidden(self, tokens: torch.Tensor, mask: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, H] without computing any logits."""
+        backbone = self.lm.get_base_model().base_model
+        hidden: torch.Tensor = backbone(
+            input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def _mark_trained(self) -> None:
+        """Switching adapters changes which parameters want gradients; only ours do, always."""
+        self.lm.requires_grad_(False)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def _batch(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, mask and positions [B, Q + R]: queries padded on the left, responses on the right."""
+        left = max(len(query) for query in queries)
+        right = max(len(response) for response in responses)
+        tokens = torch.zeros(len(queries), left + right, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
+            start, end = left - len(query), left + len(response)
+            tokens[row, start:end] = torch.tensor([*query, *response])
+            mask[row, start:end] = 1
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        return tokens.to(self.device), mask.to(self.device), position.to(self.device)
