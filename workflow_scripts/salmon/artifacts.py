@@ -123,8 +123,8 @@ def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Where the manifest of an artifact is: inside a folder, beside a file."""
-    return artifact / "manifest.json" if artifact.suffix == "" else artifact.with_suffix(".manifest.json")
+    """Where the manifest of an artifact is: beside a table, inside a model folder."""
+    return artifact.with_suffix(".manifest.json") if artifact.suffix == ".parquet" else artifact / "manifest.json"
 
 
 def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from salmon.errors import UserError
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Marker = Annotated[str, Field(min_length=1)]
 QuestionType = Literal["general", "reasoning", "red_teaming"]
 SourceFormat = Literal["oasst1", "shp", "hh_rlhf", "openorca", "sharegpt", "dolly", "math", "prompts"]
 
@@ -62,7 +63,7 @@ class PolicyPrompt(Section):
         description="preamble file that ends with the user's turn marker, or `chat` for the tokenizer's"
     )
     assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
-    stop: list[str] = Field(["\n### User\n"], description="an answer ends before the first of these, or at EOS")
+    stop: list[Marker] = Field(["\n### User\n"], description="an answer ends before the first of these, or at EOS")
 
 
 class Prompts(Section):
@@ -107,7 +108,7 @@ class Judge(Section):
     principles: str = Field(description="JSON list of dimension, definition, negative_definition")
     max_length: Count = Field(1536, description="tokens; longer prompts are shortened in the responses")
     min_characters: int = Field(16, ge=0, description="pairs with a shorter response are dropped")
-    turn_markers: list[str] = Field(["\n### User\n"], description="responses are cut at the first of these")
+    turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
     shards: Count = Field(8, description="jobs the judging is scattered over")
 
 
@@ -126,6 +127,13 @@ class Aggregation(Section):
     label_noise: Probability = Field(0.1, description="probability that a label is flipped")
     rule_label_noise: Probability = Field(0.25, description="the same, where a rule decided")
     seed: int = 42
+
+    @field_validator("dimensions")
+    @classmethod
+    def _once(cls, dimensions: list[str]) -> list[str]:
+        if twice := sorted({name for name in dimensions if dimensions.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} named twice")
+        return dimensions
 
 
 class PmpData(Section):
@@ -195,6 +203,7 @@ class Ppo(Section):
     response_length: Count = Field(1024, description="tokens sampled at most")
     reward_query_length: Count = Field(128, description="tokens of the instruction the reward model reads")
     reward_response_length: Count = Field(768, description="tokens of the response the reward model reads")
+    reward_max_length: Count = Field(1280, description="tokens of the whole text the reward model reads")
     kl_coefficient: float = Field(0.01, ge=0, description="fixed")
     kl_estimator: Literal["k1", "k3"] = Field("k1", description="per-token KL estimate in the reward")
     gamma: Probability = 1.0

@@ -1,0 +1,46 @@
+# `make demo` and `make test` create the environment if it is missing. Needs Python 3.11+, g++, make, git.
+PYTHON ?= python3
+VENV ?= .venv
+# More options for pip, such as the index of PyTorch's CPU wheels on a machine without a GPU.
+PIP_ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test lint unit workflow envs graph clean
+
+demo: $(INSTALLED)
+	snakemake --profile profiles/demo
+	python demo/summary.py results/demo
+
+test: lint unit
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy workflow_scripts demo benchmarks
+	snakefmt --check Snakefile rules
+	snakemake --lint
+
+unit: $(INSTALLED)
+	python -m pytest
+
+# The picture of the rules in the README, and the conda environments: written from their sources.
+graph: $(INSTALLED)
+	python docs/draw_rules.py docs/rules.svg
+
+envs: $(INSTALLED)
+	python envs/write_conda.py
+
+$(INSTALLED): $(wildcard envs/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
+	@echo "creating $(VENV): a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel numpy
+	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/workflow.txt -r envs/dev.txt
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r envs/deepspeed.txt
+	touch $@
+
+clean:
+	rm -rf results .snakemake

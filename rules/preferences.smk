@@ -1,0 +1,108 @@
+"""Synthetic preferences: two responses a prompt, the initial policy's judgements, reward-model data."""
+
+
+rule sample_responses:
+    input:
+        prompts=rules.clean_prompts.output.table,
+        model=initial_policy(),
+        template=policy_template(),
+    output:
+        table="<results>/responses/response{index}.shards/{shard}.parquet",
+        manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
+    params:
+        model=settings.model.model_dump_json(),
+        sampling=settings.sampling.model_dump_json(),
+        policy_prompt=settings.policy_prompt.model_dump_json(),
+    wildcard_constraints:
+        index="[01]",
+        shard=r"\d+",
+    threads: 8
+    resources:
+        ranks=1,
+        batch_size=32,
+    log:
+        "<logs>/sample_responses/response{index}.{shard}.log",
+    benchmark:
+        "<benchmarks>/sample_responses/response{index}.{shard}.tsv"
+    conda:
+        "../envs/model.yaml"
+    shell:
+        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/sample_responses.py"
+        " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
+        " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
+        " --batch-size {resources.batch_size} > {log:q} 2>&1"
+
+
+rule judge_preferences:
+    input:
+        response0="<results>/responses/response0.parquet",
+        response1="<results>/responses/response1.parquet",
+        principles=settings.judge.principles,
+        template=settings.judge.template,
+        model=initial_policy(),
+    output:
+        table="<results>/preferences/preferences.shards/{shard}.parquet",
+        manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",
+    params:
+        model=settings.model.model_dump_json(),
+        judge=settings.judge.model_dump_json(),
+    wildcard_constraints:
+        shard=r"\d+",
+    threads: 8
+    resources:
+        ranks=1,
+        batch_size=4,
+    log:
+        "<logs>/judge_preferences/{shard}.log",
+    benchmark:
+        "<benchmarks>/judge_preferences/{shard}.tsv"
+    conda:
+        "../envs/model.yaml"
+    shell:
+        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
+        " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
+        " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
+        " --batch-size {resources.batch_size} > {log:q} 2>&1"
+
+
+rule gather_shards:
+    input:
+        shards_of,
+    output:
+        table="<results>/{table}.parquet",
+        manifest="<results>/{table}.manifest.json",
+    wildcard_constraints:
+        table="responses/response[01]|preferences/preferences",
+    log:
+        "<logs>/gather_shards/{table}.log",
+    benchmark:
+        "<benchmarks>/gather_shards/{table}.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python workflow_scripts/gather_shards.py --shards {input:q} --output {output.table:q} > {log:q} 2>&1"
+
+
+rule aggregate_preferences:
+    input:
+        preferences="<results>/preferences/preferences.parquet",
+        response0="<results>/responses/response0.parquet",
+        response1="<results>/responses/response1.parquet",
+        principles=settings.judge.principles,
+    output:
+        table="<results>/reward_data/principle_preferences.parquet",
+        manifest="<results>/reward_data/principle_preferences.manifest.json",
+    params:
+        aggregation=settings.aggregation.model_dump_json(),
+        turn_markers=json.dumps(settings.judge.turn_markers),
+    log:
+        "<logs>/aggregate_preferences.log",
+    benchmark:
+        "<benchmarks>/aggregate_preferences.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python workflow_scripts/aggregate_preferences.py"
+        " --preferences {input.preferences:q} --response0 {input.response0:q} --response1 {input.response1:q}"
+        " --principles {input.principles:q} --output {output.table:q} --aggregation {params.aggregation:q}"
+        " --turn-markers {params.turn_markers:q} > {log:q} 2>&1"

@@ -1,0 +1,41 @@
+"""Prompts: those of the synthetic preferences, and those of RL."""
+
+
+rule clean_prompts:
+    input:
+        source_files(settings.prompts.sources),
+    output:
+        table="<results>/prompts/oasst1.parquet",
+        manifest="<results>/prompts/oasst1.manifest.json",
+    params:
+        prompts=settings.prompts.model_dump_json(),
+    log:
+        "<logs>/clean_prompts.log",
+    benchmark:
+        "<benchmarks>/clean_prompts.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python workflow_scripts/clean_prompts.py"
+        " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
+
+
+rule clean_rl_prompts:
+    input:
+        sources=source_files(settings.rl_prompts.sources),
+        tokenizer=local_files([settings.model.base]),
+    output:
+        table="<results>/prompts/rl.parquet",
+        manifest="<results>/prompts/rl.manifest.json",
+    params:
+        rl_prompts=settings.rl_prompts.model_dump_json(),
+        model=TOKENIZER,
+    log:
+        "<logs>/clean_rl_prompts.log",
+    benchmark:
+        "<benchmarks>/clean_rl_prompts.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python workflow_scripts/clean_rl_prompts.py"
+        " --output {output.table:q} --rl-prompts {params.rl_prompts:q} --model {params.model:q} > {log:q} 2>&1"

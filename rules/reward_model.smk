@@ -1,0 +1,72 @@
+"""The reward model: pre-trained on public preferences (PMP), then trained to follow principles."""
+
+
+rule clean_pmp_data:
+    input:
+        source_files(settings.pmp_data.sources),
+    output:
+        table="<results>/reward_data/pmp.parquet",
+        manifest="<results>/reward_data/pmp.manifest.json",
+    params:
+        pmp_data=settings.pmp_data.model_dump_json(),
+    log:
+        "<logs>/clean_pmp_data.log",
+    benchmark:
+        "<benchmarks>/clean_pmp_data.tsv"
+    conda:
+        "../envs/data.yaml"
+    shell:
+        "python workflow_scripts/clean_pmp_data.py"
+        " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
+
+
+rule train_reward_model:
+    input:
+        records=rules.aggregate_preferences.output.table,
+        init="<results>/models/pmp" if settings.reward_model.init == "pmp" else [],
+        template=settings.reward_model.template,
+        model=local_files([settings.model.base]),
+    output:
+        directory("<results>/models/reward_model"),
+    params:
+        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
+        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
+        lora=settings.lora.model_dump_json(),
+        training=settings.reward_model.model_dump_json(exclude={"init"}),
+    threads: 8
+    resources:
+        ranks=1,
+        micro_batch_size=4,
+        gradient_checkpointing="true",
+        deepspeed="",
+    log:
+        "<logs>/train_reward_model.log",
+    benchmark:
+        "<benchmarks>/train_reward_model.tsv"
+    conda:
+        "../envs/model.yaml"
+    shell:
+        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
+        " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
+        " --lora {params.lora:q} --training {params.training:q} --micro-batch-size {resources.micro_batch_size}"
+        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
+
+
+# The same training with other data, starting from the base model.
+use rule train_reward_model as train_pmp with:
+    input:
+        records=rules.clean_pmp_data.output.table,
+        init=[],
+        template=settings.pmp.template,
+        model=local_files([settings.model.base]),
+    output:
+        directory("<results>/models/pmp"),
+    params:
+        init="",
+        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
+        lora=settings.lora.model_dump_json(),
+        training=settings.pmp.model_dump_json(),
+    log:
+        "<logs>/train_pmp.log",
+    benchmark:
+        "<benchmarks>/train_pmp.tsv"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Start a script on one process a GPU: launch.sh RANKS THREADS SCRIPT [ARGUMENT ...]
+#   RANKS    processes on this machine: 1, or the number of GPUs (on a CPU: any, over gloo)
+#   THREADS  CPU threads of all of them together
+# The failure of any rank ends all of them, with a status other than 0.
+set -euo pipefail
+
+ranks=$1 threads=$2
+shift 2
+export OMP_NUM_THREADS=$((threads > ranks ? threads / ranks : 1))
+export TOKENIZERS_PARALLELISM=false
+
+if ((ranks == 1)); then
+    exec python "$@"
+fi
+exec torchrun --standalone --nproc-per-node "$ranks" "$@"

@@ -1,0 +1,453 @@
+"""RL against the principle-following reward model (paper section 3.4): rollouts, rewards, updates, checkpoints.
+
+`train` is the loop and reads from top to bottom; the functions above it are its parts in the order of their use.
+Rollout `i` of a step belongs to rank `i % world`. Draws are keyed by (seed, step, place in the step), minibatches
+are drawn over all ranks and losses divided by totals over all ranks, so that the number of ranks changes nothing
+but the rounding.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase
+
+from salmon import distributed, ppo_math, templates
+from salmon.artifacts import WorkFolder, atomic, remove
+from salmon.config import PolicyPrompt, Ppo
+from salmon.errors import UserError
+from salmon.generation import batches, encode_prompt, generate, read_preamble
+from salmon.principles import WeightedPrinciple, draw
+from salmon.randomness import rng, seed_of
+from salmon.reward_model import reward_text_tokens
+from salmon.shared_base import Role, SharedBase
+
+log = logging.getLogger(__name__)
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One prompt, the response that the policy sampled, and what was measured on it.
+
+    Tensors are float32 [R] on the CPU, R the tokens of the response.
+    """
+
+    place: int
+    query: list[int]
+    instruction: str
+    question_type: str
+    length_bonus: float
+    response: list[int]
+    text: str
+    finished: bool
+    score: float = 0.0
+    reward: float = 0.0
+    logprobs: torch.Tensor = torch.empty(0)
+    reference: torch.Tensor = torch.empty(0)
+    values: torch.Tensor = torch.empty(0)
+    entropy: torch.Tensor = torch.empty(0)
+    advantages: torch.Tensor = torch.empty(0)
+    returns: torch.Tensor = torch.empty(0)
+
+
+def total_steps(prompts: int, settings: Ppo) -> int:
+    """PPO steps of the whole run.
+
+    Raises:
+        UserError: where the prompts do not fill a single step.
+    """
+    steps = settings.epochs * prompts // settings.rollout_batch_size
+    if steps == 0:
+        raise UserError(
+            f"{prompts} prompts in {settings.epochs} epochs do not fill one step of {settings.rollout_batch_size} "
+            "rollouts: lower ppo.rollout_batch_size or add prompts"
+        )
+    return min(steps, settings.max_steps or steps)
+
+
+def rows_of_step(step: int, prompts: int, settings: Ppo) -> list[int]:
+    """Rows of the prompt table that step `step` (from 0) uses: every epoch in an order of its own."""
+    first = step * settings.rollout_batch_size
+    places = range(first, first + settings.rollout_batch_size)
+    orders = {
+        epoch: rng("ppo-order", settings.seed, epoch).permutation(prompts)
+        for epoch in {place // prompts for place in places}
+    }
+    return [int(orders[place // prompts][place % prompts]) for place in places]
+
+
+def sample(
+    models: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: pl.DataFrame,
+    step: int,
+    settings: Ppo,
+    policy_prompt: PolicyPrompt,
+    batch_size: int,
+) -> list[Rollout]:
+    """This rank's rollouts of a step, sampled from the policy as it is now."""
+    preamble = read_preamble(policy_prompt)
+    rows = rows_of_step(step, len(prompts), settings)
+    mine = list(range(distributed.rank(), len(rows), distributed.world()))
+    records = prompts[[rows[place] for place in mine]].to_dicts()
+    instructions = [templates.join_instruction(record["instruction"], record["input"]) for record in records]
+    queries = [encode_prompt(tokenizer, instruction, policy_prompt, preamble) for instruction in instructions]
+    found: list[Rollout | None] = [None] * len(mine)
+    models.eval()
+    with models.use("policy") as policy:
+        for batch in batches([len(query) for query in queries], batch_size):
+            generations = generate(
+                policy,
+                tokenizer,
+                [queries[index] for index in batch],
+                [seed_of("ppo-sample", settings.seed, step, mine[index]) for index in batch],
+                max_new_tokens=settings.response_length,
+                temperature=settings.temperature,
+                stop=policy_prompt.stop,
+                device=models.device,
+            )
+            for index, generation in zip(batch, generations, strict=True):
+                found[index] = Rollout(
+                    place=mine[index],
+                    query=queries[index],
+                    instruction=instructions[index],
+                    question_type=records[index]["question_type"],
+                    length_bonus=records[index]["length_bonus"],
+                    response=generation.tokens,
+                    text=generation.text,
+                    finished=generation.finish_reason != "length",
+                )
+    return [rollout for rollout in found if rollout is not None]
+
+
+@torch.no_grad()
+def measure(models: SharedBase, rollouts: Sequence[Rollout], temperature: float, batch_size: int) -> None:
+    """Log probabilities under policy and reference, and values: one forward pass a model and rollout."""
+    models.eval()
+    sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
+    role: Role
+    for role in ("policy", "reference", "value"):
+        with models.use(role):
+            for batch in batches(sizes, batch_size):
+                chosen = [rollouts[index] for index in batch]
+                queries, responses = [r.query for r in chosen], [r.response for r in chosen]
+                if role == "value":
+                    values = models.values(queries, responses).cpu()
+                    for rollout, value in zip(chosen, values, strict=True):
+                        rollout.values = value[: len(rollout.response)]
+                    continue
+                logprobs, entropies = (tensor.cpu() for tensor in models.logprobs(queries, responses, temperature))
+                for rollout, logprob, entropy in zip(chosen, logprobs, entropies, strict=True):
+                    length = len(rollout.response)
+                    if role == "policy":
+                        rollout.logprobs, rollout.entropy = logprob[:length], entropy[:length]
+                    else:
+                        rollout.reference = logprob[:length]
+
+
+@torch.no_grad()
+def score(
+    models: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    rollouts: Sequence[Rollout],
+    principles: Sequence[WeightedPrinciple],
+    step: int,
+    settings: Ppo,
+    batch_size: int,
+) -> None:
+    """The reward model's scores under principles drawn for each rollout, and the shaped rewards of the responses."""
+    if not rollouts:
+        return
+    template = templates.read(settings.template)
+    drawn = [
+        draw(principles, rollout.question_type, settings, rng("ppo-principles", settings.seed, step, rollout.place))
+        for rollout in rollouts
+    ]
+    texts = reward_text_tokens(
+        tokenizer,
+        template,
+        [rollout.instruction for rollout in rollouts],
+        [rollout.text for rollout in rollouts],
+        [[principle.definition for principle in chosen] for chosen in drawn],
+        query_length=settings.reward_query_length,
+        response_length=settings.reward_response_length,
+        max_length=settings.reward_max_length,
+    )
+    models.eval()
+    with models.use("reward"):
+        for batch in batches([len(text) for text in texts], batch_size):
+            for index, value in zip(batch, models.rewards([texts[index] for index in batch]).tolist(), strict=True):
+                rollouts[index].score = value
+    rewards = ppo_math.sequence_rewards(
+        torch.tensor([rollout.score for rollout in rollouts]),
+        torch.tensor([rollout.finished for rollout in rollouts]),
+        torch.tensor([len(rollout.response) for rollout in rollouts]),
+        torch.tensor([rollout.length_bonus for rollout in rollouts]),
+        max_length=settings.response_length,
+        stop_penalty=settings.stop_penalty,
+        length_reward=settings.length_reward,
+        length_reward_cap=settings.length_reward_cap,
+    )
+    for rollout, reward in zip(rollouts, rewards.tolist(), strict=True):
+        rollout.reward = reward
+
+
+def estimate_advantages(rollouts: Sequence[Rollout], settings: Ppo) -> None:
+    """Advantages, whitened over all rollouts of all ranks, and returns."""
+    mask = _pad([torch.ones(len(rollout.response)) for rollout in rollouts])
+    values = _pad([rollout.values for rollout in rollouts])
+    kl = ppo_math.kl_estimate(
+        _pad([rollout.logprobs for rollout in rollouts]),
+        _pad([rollout.reference for rollout in rollouts]),
+        settings.kl_estimator,
+    )
+    rewards = ppo_math.token_rewards(
+        torch.tensor([rollout.reward for rollout in rollouts]), kl, mask, settings.kl_coefficient
+    )
+    advantages, returns = ppo_math.advantages_and_returns(rewards, values, mask, settings.gamma, settings.lam)
+    if settings.whiten_advantages:
+        advantages = ppo_math.whiten(advantages, mask)
+    for rollout, advantage, value in zip(rollouts, advantages, returns, strict=True):
+        rollout.advantages = advantage[: len(rollout.response)]
+        rollout.returns = value[: len(rollout.response)]
+
+
+def accumulate_gradients(
+    models: SharedBase, rollouts: Sequence[Rollout], total: float, settings: Ppo, micro_batch_size: int
+) -> dict[str, float]:
+    """Add the gradients of one minibatch's policy and value losses; this rank's share of it.
+
+    Args:
+        rollouts: those of the minibatch that this rank holds; may be none.
+        total: response tokens of the minibatch over all ranks.
+
+    Returns:
+        Sums over this rank's tokens, divided by `total`.
+    """
+    sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl"), 0.0)
+    for batch in batches([len(r.query) + len(r.response) for r in rollouts], micro_batch_size):
+        chosen = [rollouts[index] for index in batch]
+        queries, responses = [r.query for r in chosen], [r.response for r in chosen]
+        mask = _pad([torch.ones(len(response)) for response in responses]).to(models.device)
+        old, advantages, old_values, returns = (
+            _pad([getattr(r, name) for r in chosen]).to(models.device)
+            for name in ("logprobs", "advantages", "values", "returns")
+        )
+        with models.use("policy"):
+            logprobs, _ = models.logprobs(queries, responses, settings.temperature)
+            policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total)
+            policy_loss.backward()
+        with models.use("value"):
+            values = models.values(queries, responses)
+            value_loss = ppo_math.value_loss(values, old_values, returns, mask, settings.value_clip, total)
+            (settings.value_coefficient * value_loss).backward()
+        sums["policy_loss"] += policy_loss.item()
+        sums["value_loss"] += value_loss.item()
+        sums["clip_fraction"] += clipped.item() / total
+        moved = ppo_math.kl_estimate(old, logprobs.detach(), "k1")
+        sums["approximate_kl"] += (moved * mask).sum().item() / total
+    return sums
+
+
+def update(
+    models: SharedBase,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Sequence[Rollout],
+    step: int,
+    settings: Ppo,
+    micro_batch_size: int,
+) -> dict[str, float]:
+    """All inner epochs over the rollouts of a step; returns means over its optimiser steps."""
+    lengths = {place: length for found in distributed.gather([(r.place, len(r.response)) for r in rollouts])
+               for place, length in found}  # fmt: skip
+    mine = {rollout.place: rollout for rollout in rollouts}
+    history: list[dict[str, float]] = []
+    models.train()
+    for epoch in range(settings.inner_epochs):
+        order = rng("ppo-minibatches", settings.seed, step, epoch).permutation(len(lengths))
+        for start in range(0, len(order), settings.minibatch_size):
+            places = [int(place) for place in order[start : start + settings.minibatch_size]]
+            total = float(sum(lengths[place] for place in places))
+            sums = accumulate_gradients(
+                models, [mine[place] for place in places if place in mine], total, settings, micro_batch_size
+            )
+            distributed.sum_gradients(models.trained())
+            norm = torch.nn.utils.clip_grad_norm_(models.trained(), settings.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise UserError(f"step {step + 1}: the gradient is not finite; lower ppo.learning_rate or use bfloat16")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            joined = distributed.sum_over_ranks(torch.tensor(list(sums.values()), device=models.device).double())
+            history.append({**dict(zip(sums, joined.tolist(), strict=True)), "gradient_norm": norm.item()})
+    models.eval()
+    return {name: float(np.mean([entry[name] for entry in history])) for name in history[0]}
+
+
+def describe(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, float]:
+    """Means over the rollouts of all ranks; those per token are weighted by tokens."""
+    per_rollout = {
+        "score": [r.score for r in rollouts],
+        "reward": [r.reward for r in rollouts],
+        "response_tokens": [float(len(r.response)) for r in rollouts],
+        "finished": [float(r.finished) for r in rollouts],
+        "kl_sequence": [float((r.logprobs - r.reference).sum()) for r in rollouts],
+    }
+    per_token = {
+        "kl_token": [float((r.logprobs - r.reference).sum()) for r in rollouts],
+        "entropy": [float(r.entropy.sum()) for r in rollouts],
+        "returns": [float(r.returns.sum()) for r in rollouts],
+        "value_error": [float(((r.values - r.returns) ** 2).sum()) for r in rollouts],
+    }
+    sums = [sum(values) for values in (*per_rollout.values(), *per_token.values())]
+    counts = [float(len(rollouts)), float(sum(len(r.response) for r in rollouts))]
+    *sums, rows, tokens = distributed.sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
+    divisors = [rows] * len(per_rollout) + [tokens] * len(per_token)
+    return {name: s / d for name, s, d in zip((*per_rollout, *per_token), sums, divisors, strict=True)}
+
+
+def learning_rate(step: int, steps: int, settings: Ppo) -> float:
+    """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0)."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_optimizer(models: SharedBase) -> torch.optim.Optimizer:
+    """AdamW without decay; paged 32-bit states on a GPU, so that they may leave its memory (QLoRA)."""
+    if models.device.type == "cuda":
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(models.trained(), weight_decay=0.0)
+        return optimizer
+    return torch.optim.AdamW(models.trained(), weight_decay=0.0)
+
+
+def save_checkpoint(work: WorkFolder, models: SharedBase, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write the state after `step` steps, whole or not at all, and delete all but the newest checkpoints."""
+    if not distributed.is_main():
+        return
+    with atomic(work.path / f"checkpoint-{step:06d}") as folder:
+        folder.mkdir()
+        models.save_trained(folder / "trained.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    for old in sorted(work.path.glob("checkpoint-*"))[:-KEPT_CHECKPOINTS]:
+        remove(old)
+
+
+def load_checkpoint(work: WorkFolder, models: SharedBase, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from the newest checkpoint; returns the number of steps done, 0 where there is none."""
+    found = sorted(work.path.glob("checkpoint-*"))
+    if not found:
+        return 0
+    models.load_trained(found[-1] / "trained.safetensors")
+    state = torch.load(found[-1] / "optimizer.pt", map_location=models.device, weights_only=True)
+    optimizer.load_state_dict(state)
+    step = int(found[-1].name.removeprefix("checkpoint-"))
+    log.info("continuing after step %d", step)
+    return step
+
+
+class Metrics:
+    """Metrics of every step as JSON lines and for TensorBoard, in the work folder; one rank writes."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self.file = folder / "metrics.jsonl"
+        self.board: SummaryWriter | None = None
+        if distributed.is_main():
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            with atomic(self.file) as temporary:  # steps after the checkpoint are done once more
+                temporary.write_text("".join(f"{line}\n" for line in lines[:done]))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Write one step's values (steps count from 1)."""
+        if self.board is None:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+
+
+def train(
+    models: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: pl.DataFrame,
+    principles: Sequence[WeightedPrinciple],
+    settings: Ppo,
+    policy_prompt: PolicyPrompt,
+    work: WorkFolder,
+    *,
+    sampling_batch_size: int,
+    micro_batch_size: int,
+) -> None:
+    """Train the policy in `models`, continuing from `work` and leaving checkpoints and metrics there.
+
+    Args:
+        prompts: prompt_id, instruction, input, question_type, length_bonus.
+        principles: to draw from, with their weights.
+        work: opened with the fingerprint of this run.
+        sampling_batch_size: rollouts sampled or scored at once on a rank (hardware).
+        micro_batch_size: rollouts of a forward and backward pass on a rank (hardware).
+    """
+    optimizer = make_optimizer(models)
+    done = load_checkpoint(work, models, optimizer)
+    metrics = Metrics(work.path, done)
+    steps = total_steps(len(prompts), settings)
+    began = time.monotonic()
+    for step in range(done, steps):
+        started = time.monotonic()
+        # 1. Sample responses from the policy.
+        rollouts = sample(models, tokenizer, prompts, step, settings, policy_prompt, sampling_batch_size)
+        sampled = time.monotonic()
+        # 2. Measure them: log probabilities of policy and reference, values.
+        measure(models, rollouts, settings.temperature, sampling_batch_size)
+        # 3. Score them with the reward model, each under its own principles; shape the rewards.
+        score(models, tokenizer, rollouts, principles, step, settings, sampling_batch_size)
+        # 4. Advantages and returns.
+        estimate_advantages(rollouts, settings)
+        measured = time.monotonic()
+        # 5. Improve policy and value model.
+        rate = learning_rate(step, steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = update(models, optimizer, rollouts, step, settings, micro_batch_size)
+        # 6. Report, and keep a checkpoint.
+        now = time.monotonic()
+        values = {
+            **describe(rollouts, settings),
+            **losses,
+            "learning_rate": rate,
+            "seconds_sampling": sampled - started,
+            "seconds_measuring": measured - sampled,
+            "seconds_updating": now - measured,
+        }
+        metrics.add(step + 1, values)
+        left = (now - began) / (step + 1 - done) * (steps - step - 1)
+        log.info(
+            "step %d/%d: score %.3f, reward %.3f, KL %.3f, %.0f tokens, %.0f %% finished; %.1f s, %.0f s left",
+            *(step + 1, steps, values["score"], values["reward"], values["kl_sequence"], values["response_tokens"]),
+            *(100 * values["finished"], now - started, left),
+        )
+        if (step + 1) % settings.save_steps == 0 or step + 1 == steps:
+            save_checkpoint(work, models, optimizer, step + 1)
+            distributed.barrier()
+
+
+def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of different lengths as [B, R], zeros on the right; [0, 1] where a rank holds no row."""
+    return pad_sequence(list(rows), batch_first=True) if rows else torch.zeros(0, 1)

@@ -1,0 +1,91 @@
+"""Train the policy by PPO against the principle-following reward model (SALMON step 3).
+
+Policy, reference, value and reward model share one base model. Each rollout is rewarded under principles drawn
+for it by weight and question type. The policy is an ordinary PEFT adapter folder, with its metrics beside it.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import polars as pl
+from pydantic import Field
+
+from salmon import distributed, ppo, script
+from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_path, manifest, manifest_path, read_table, write_json
+from salmon.config import Lora, Model, PolicyPrompt, Ppo
+from salmon.models import describe, load_tokenizer
+from salmon.principles import read_weighted
+from salmon.shared_base import SharedBase
+
+log = logging.getLogger(__name__)
+
+COLUMNS = {
+    "prompt_id": pl.String,
+    "instruction": pl.String,
+    "input": pl.String,
+    "question_type": pl.String,
+    "length_bonus": pl.Float64,
+}
+
+
+class Arguments(script.Arguments):
+    """Train the policy by PPO against the principle-following reward model."""
+
+    prompts: Path = Field(description="Parquet table of RL prompts")
+    reward_model: Path = Field(description="folder of the reward model")
+    output: Path = Field(description="folder of the policy: adapter, metrics.jsonl, tensorboard/")
+    model: Model
+    lora: Lora
+    policy_prompt: PolicyPrompt
+    ppo: Ppo
+    sampling_batch_size: int = Field(32, ge=1, description="rollouts sampled at once on a GPU (hardware)")
+    micro_batch_size: int = Field(2, ge=1, description="rollouts of a backward pass on a GPU (hardware)")
+    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, slower (hardware)")
+
+
+def main(args: Arguments) -> None:
+    """Train, or go on training, and write the policy."""
+    device = distributed.init()
+    prompts = read_table(args.prompts, COLUMNS).select(*COLUMNS).collect()
+    principles = read_weighted(args.ppo.principles)
+    settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
+    files = [args.prompts, args.reward_model, Path(args.ppo.principles), Path(args.ppo.template)]
+    if args.policy_prompt.template != "chat":
+        files.append(Path(args.policy_prompt.template))
+    inputs = {str(path): hash_path(path) for path in files} | describe(args.model)
+    steps = ppo.total_steps(len(prompts), args.ppo)
+    log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
+
+    work = WorkFolder(args.output)
+    if distributed.is_main():
+        work.open(fingerprint(settings, inputs))
+    distributed.barrier()
+    models = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
+    if args.gradient_checkpointing:
+        models.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    ppo.train(
+        models,
+        load_tokenizer(args.model),
+        prompts,
+        principles,
+        args.ppo,
+        args.policy_prompt,
+        work,
+        sampling_batch_size=args.sampling_batch_size,
+        micro_batch_size=args.micro_batch_size,
+    )
+    if distributed.is_main():
+        with atomic(args.output) as folder:
+            models.save_policy(folder)
+            shutil.copy(work.path / "metrics.jsonl", folder)
+            shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
+            counts = {"prompts": len(prompts), "steps": steps}
+            write_json(manifest_path(folder), manifest(settings, inputs, counts))
+        work.delete()
+    distributed.barrier()
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)
