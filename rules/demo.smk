@@ -3,7 +3,7 @@
 
 rule make_demo_data:
     output:
-        directory("results/demo/data"),
+        directory("<results>/data"),
     log:
         "<logs>/make_demo_data.log",
     benchmark:

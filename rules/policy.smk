@@ -10,23 +10,23 @@ rule train_policy:
         model=initial_policy(),
     output:
         directory("<results>/models/policy"),
-    params:
-        model=settings.model.model_dump_json(),
-        lora=settings.lora.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
-        ppo=settings.ppo.model_dump_json(),
-    threads: 8
-    resources:
-        ranks=1,
-        sampling_batch_size=32,
-        micro_batch_size=4,
-        gradient_checkpointing="true",
     log:
         "<logs>/train_policy.log",
     benchmark:
         "<benchmarks>/train_policy.tsv"
     conda:
         "../envs/model.yaml"
+    threads: 8
+    resources:
+        ranks=1,
+        sampling_batch_size=32,
+        micro_batch_size=4,
+        gradient_checkpointing="true",
+    params:
+        model=settings.model.model_dump_json(),
+        lora=settings.lora.model_dump_json(),
+        policy_prompt=settings.policy_prompt.model_dump_json(),
+        ppo=settings.ppo.model_dump_json(),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"

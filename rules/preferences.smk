@@ -9,23 +9,23 @@ rule sample_responses:
     output:
         table="<results>/responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
-    params:
-        model=settings.model.model_dump_json(),
-        sampling=settings.sampling.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
-    wildcard_constraints:
-        index="[01]",
-        shard=r"\d+",
-    threads: 8
-    resources:
-        ranks=1,
-        batch_size=32,
     log:
         "<logs>/sample_responses/response{index}.{shard}.log",
     benchmark:
         "<benchmarks>/sample_responses/response{index}.{shard}.tsv"
+    wildcard_constraints:
+        index="[01]",
+        shard=r"\d+",
     conda:
         "../envs/model.yaml"
+    threads: 8
+    resources:
+        ranks=1,
+        batch_size=32,
+    params:
+        model=settings.model.model_dump_json(),
+        sampling=settings.sampling.model_dump_json(),
+        policy_prompt=settings.policy_prompt.model_dump_json(),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
@@ -43,21 +43,21 @@ rule judge_preferences:
     output:
         table="<results>/preferences/preferences.shards/{shard}.parquet",
         manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",
-    params:
-        model=settings.model.model_dump_json(),
-        judge=settings.judge.model_dump_json(),
-    wildcard_constraints:
-        shard=r"\d+",
-    threads: 8
-    resources:
-        ranks=1,
-        batch_size=4,
     log:
         "<logs>/judge_preferences/{shard}.log",
     benchmark:
         "<benchmarks>/judge_preferences/{shard}.tsv"
+    wildcard_constraints:
+        shard=r"\d+",
     conda:
         "../envs/model.yaml"
+    threads: 8
+    resources:
+        ranks=1,
+        batch_size=4,
+    params:
+        model=settings.model.model_dump_json(),
+        judge=settings.judge.model_dump_json(),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
@@ -71,12 +71,12 @@ rule gather_shards:
     output:
         table="<results>/{table}.parquet",
         manifest="<results>/{table}.manifest.json",
-    wildcard_constraints:
-        table="responses/response[01]|preferences/preferences",
     log:
         "<logs>/gather_shards/{table}.log",
     benchmark:
         "<benchmarks>/gather_shards/{table}.tsv"
+    wildcard_constraints:
+        table="responses/response[01]|preferences/preferences",
     conda:
         "../envs/data.yaml"
     shell:
@@ -92,15 +92,15 @@ rule aggregate_preferences:
     output:
         table="<results>/reward_data/principle_preferences.parquet",
         manifest="<results>/reward_data/principle_preferences.manifest.json",
-    params:
-        aggregation=settings.aggregation.model_dump_json(),
-        turn_markers=json.dumps(settings.judge.turn_markers),
     log:
         "<logs>/aggregate_preferences.log",
     benchmark:
         "<benchmarks>/aggregate_preferences.tsv"
     conda:
         "../envs/data.yaml"
+    params:
+        aggregation=settings.aggregation.model_dump_json(),
+        turn_markers=json.dumps(settings.judge.turn_markers),
     shell:
         "python workflow_scripts/aggregate_preferences.py"
         " --preferences {input.preferences:q} --response0 {input.response0:q} --response1 {input.response1:q}"

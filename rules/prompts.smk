@@ -7,14 +7,14 @@ rule clean_prompts:
     output:
         table="<results>/prompts/oasst1.parquet",
         manifest="<results>/prompts/oasst1.manifest.json",
-    params:
-        prompts=settings.prompts.model_dump_json(),
     log:
         "<logs>/clean_prompts.log",
     benchmark:
         "<benchmarks>/clean_prompts.tsv"
     conda:
         "../envs/data.yaml"
+    params:
+        prompts=settings.prompts.model_dump_json(),
     shell:
         "python workflow_scripts/clean_prompts.py"
         " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
@@ -27,15 +27,15 @@ rule clean_rl_prompts:
     output:
         table="<results>/prompts/rl.parquet",
         manifest="<results>/prompts/rl.manifest.json",
-    params:
-        rl_prompts=settings.rl_prompts.model_dump_json(),
-        model=TOKENIZER,
     log:
         "<logs>/clean_rl_prompts.log",
     benchmark:
         "<benchmarks>/clean_rl_prompts.tsv"
     conda:
         "../envs/data.yaml"
+    params:
+        rl_prompts=settings.rl_prompts.model_dump_json(),
+        model=TOKENIZER,
     shell:
         "python workflow_scripts/clean_rl_prompts.py"
         " --output {output.table:q} --rl-prompts {params.rl_prompts:q} --model {params.model:q} > {log:q} 2>&1"

@@ -7,14 +7,14 @@ rule clean_pmp_data:
     output:
         table="<results>/reward_data/pmp.parquet",
         manifest="<results>/reward_data/pmp.manifest.json",
-    params:
-        pmp_data=settings.pmp_data.model_dump_json(),
     log:
         "<logs>/clean_pmp_data.log",
     benchmark:
         "<benchmarks>/clean_pmp_data.tsv"
     conda:
         "../envs/data.yaml"
+    params:
+        pmp_data=settings.pmp_data.model_dump_json(),
     shell:
         "python workflow_scripts/clean_pmp_data.py"
         " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
@@ -28,23 +28,23 @@ rule train_reward_model:
         model=local_files([settings.model.base]),
     output:
         directory("<results>/models/reward_model"),
-    params:
-        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
-        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
-        lora=settings.lora.model_dump_json(),
-        training=settings.reward_model.model_dump_json(exclude={"init"}),
-    threads: 8
-    resources:
-        ranks=1,
-        micro_batch_size=4,
-        gradient_checkpointing="true",
-        deepspeed="",
     log:
         "<logs>/train_reward_model.log",
     benchmark:
         "<benchmarks>/train_reward_model.tsv"
     conda:
         "../envs/model.yaml"
+    threads: 8
+    resources:
+        ranks=1,
+        micro_batch_size=4,
+        gradient_checkpointing="true",
+        deepspeed="",
+    params:
+        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
+        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
+        lora=settings.lora.model_dump_json(),
+        training=settings.reward_model.model_dump_json(exclude={"init"}),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
@@ -61,12 +61,12 @@ use rule train_reward_model as train_pmp with:
         model=local_files([settings.model.base]),
     output:
         directory("<results>/models/pmp"),
+    log:
+        "<logs>/train_pmp.log",
+    benchmark:
+        "<benchmarks>/train_pmp.tsv"
     params:
         init="",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
         training=settings.pmp.model_dump_json(),
-    log:
-        "<logs>/train_pmp.log",
-    benchmark:
-        "<benchmarks>/train_pmp.tsv"
