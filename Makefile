@@ -26,9 +26,10 @@ lint: $(INSTALLED)
 unit: $(INSTALLED)
 	python -m pytest
 
-# The picture of the rules in the README, and the conda environments: written from their sources.
+# The picture of the rules in the README (needs graphviz), and the conda environments: written from their sources.
 graph: $(INSTALLED)
-	python docs/draw_rules.py docs/rules.svg
+	snakemake --quiet all --rulegraph dot > docs/rules.dot
+	dot -Tsvg docs/rules.dot > docs/rules.svg
 
 envs: $(INSTALLED)
 	python envs/write_conda.py

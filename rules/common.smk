@@ -44,9 +44,3 @@ def policy_template():
     """The policy's template file, unless the tokenizer's own is used."""
     template = settings.policy_prompt.template
     return [] if template == "chat" else [template]
-
-
-def shards_of(wildcards):
-    """All shards of a scattered table."""
-    section = settings.judge if wildcards.table.startswith("preferences") else settings.sampling
-    return expand("<results>/{table}.shards/{shard}.parquet", table=wildcards.table, shard=range(section.shards))

@@ -65,22 +65,37 @@ rule judge_preferences:
         " --batch-size {resources.batch_size} > {log:q} 2>&1"
 
 
-rule gather_shards:
+rule gather_responses:
     input:
-        shards_of,
+        expand("<results>/responses/response{{index}}.shards/{shard}.parquet", shard=range(settings.sampling.shards)),
     output:
-        table="<results>/{table}.parquet",
-        manifest="<results>/{table}.manifest.json",
+        table="<results>/responses/response{index}.parquet",
+        manifest="<results>/responses/response{index}.manifest.json",
     log:
-        "<logs>/gather_shards/{table}.log",
+        "<logs>/gather_responses/{index}.log",
     benchmark:
-        "<benchmarks>/gather_shards/{table}.tsv"
+        "<benchmarks>/gather_responses/{index}.tsv"
     wildcard_constraints:
-        table="responses/response[01]|preferences/preferences",
+        index="[01]",
     conda:
         "../envs/data.yaml"
+    params:
+        shards=lambda wildcards, input: json.dumps(list(input)),
     shell:
-        "python workflow_scripts/gather_shards.py --shards {input:q} --output {output.table:q} > {log:q} 2>&1"
+        "python workflow_scripts/gather_shards.py --shards {params.shards:q} --output {output.table:q} > {log:q} 2>&1"
+
+
+# The same, of the other scattered table.
+use rule gather_responses as gather_preferences with:
+    input:
+        expand("<results>/preferences/preferences.shards/{shard}.parquet", shard=range(settings.judge.shards)),
+    output:
+        table="<results>/preferences/preferences.parquet",
+        manifest="<results>/preferences/preferences.manifest.json",
+    log:
+        "<logs>/gather_preferences.log",
+    benchmark:
+        "<benchmarks>/gather_preferences.tsv"
 
 
 rule aggregate_preferences:

@@ -1,0 +1,132 @@
+"""The configuration is validated completely before any job, with errors that a person can act on."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from salmon.config import check_paths, is_local, load
+from salmon.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(raw)
+    *parents, last = key.split(".")
+    target = changed
+    for parent in parents:
+        target = target[parent]
+    target[last] = value
+    return changed
+
+
+def test_the_papers_configuration_is_valid(raw: dict[str, Any]) -> None:
+    config = load(raw, ROOT)
+    assert config.model.base == "meta-llama/Llama-2-70b-hf"
+    assert config.ppo.rollout_batch_size == 576
+
+
+def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
+    def compare(model: BaseModel, shown: dict[str, Any], where: str) -> None:
+        fields = set(type(model).model_fields)
+        assert set(shown) == fields, f"{where}: {set(shown) ^ fields}"
+        for name in fields:
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                compare(value, shown[name], f"{where}.{name}")
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    if isinstance(item, BaseModel):
+                        compare(item, shown[name][key], f"{where}.{name}.{key}")
+
+    compare(load(raw, ROOT), raw, "config")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ppo.temprature", 0.7, ["ppo.temprature", "unknown key"]),
+        ("tempo", {}, ["tempo", "unknown key"]),
+        ("sampling.temperature", "warm", ["sampling.temperature", "'warm'", "number"]),
+        ("sampling.temperature", -1, ["sampling.temperature", "-1", "greater than or equal to 0"]),
+        ("sampling.seeds", [42, 42], ["sampling.seeds", "different seeds"]),
+        ("model.quantization", "int3", ["model.quantization", "'int3'", "'nf4'", "'none'"]),
+        ("ppo.kl_estimator", "k2", ["ppo.kl_estimator", "'k2'", "'k1'", "'k3'"]),
+        ("aggregation.negation_probability", 1.5, ["aggregation.negation_probability", "1.5"]),
+        ("ppo.minibatch_size", 100, ["ppo", "576", "100", "multiple"]),
+        ("aggregation.dimensions", ["Concise", "Brave"], ["aggregation.dimensions", "Brave", "judge.json", "Creative"]),
+        ("ppo.principles_per_rollout", 20, ["ppo.principles_per_rollout", "20", "14"]),
+        ("judge.template", "prompts/templates/policy.txt", ["judge.template", "{OutputA}", "{Definition}"]),
+        ("pmp.template", "prompts/templates/reward_model.txt", ["pmp.template", "{Dimensions}", "not filled"]),
+        ("reward_model.template", "nowhere.txt", ["reward_model.template", "nowhere.txt", "No such file"]),
+        ("judge.principles", "nowhere.json", ["judge.principles", "nowhere.json"]),
+        ("model.base", "./models/mine", ["model.base", "./models/mine", "does not exist"]),
+        ("prompts.sources.oasst1.path", "data/oasst1.parquet", ["prompts.sources.oasst1.path", "does not exist"]),
+        ("prompts.sources", {}, ["prompts.sources", "at least 1"]),
+        ("rl_prompts.sources.math.question_type", "hard", ["question_type", "'hard'", "'reasoning'"]),
+    ],
+)
+def test_errors_name_key_value_and_what_is_allowed(raw: dict[str, Any], key: str, value: Any, said: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(set_key(raw, key, value), ROOT)
+    for words in said:
+        assert words in str(error.value)
+
+
+def test_all_findings_are_reported_at_once(raw: dict[str, Any]) -> None:
+    wrong = set_key(set_key(raw, "judge.shards", 0), "ppo.gamma", 2)
+    with pytest.raises(UserError) as error:
+        load(wrong, ROOT)
+    assert "judge.shards" in str(error.value)
+    assert "ppo.gamma" in str(error.value)
+
+
+def test_missing_sections_are_named(raw: dict[str, Any]) -> None:
+    del raw["judge"]
+    with pytest.raises(UserError, match="judge: required"):
+        load(raw, ROOT)
+
+
+def test_principles_and_templates_in_the_authors_formats_work(raw: dict[str, Any], tmp_path: Path) -> None:
+    principles = tmp_path / "principles.json"
+    names = raw["aggregation"]["dimensions"]
+    principles.write_text(
+        json.dumps([{"dimension": n, "definition": "Do.", "negative_definition": "Do not."} for n in names])
+    )
+    judge = tmp_path / "judge.txt"
+    judge.write_text("{UserInstruction}|{OutputA}|{OutputB}|{Dimension}: {Definition}|the more {Dimension} is Output (")
+    changed = set_key(set_key(raw, "judge.principles", str(principles)), "judge.template", str(judge))
+    assert load(changed, ROOT).judge.template == str(judge)
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("OpenAssistant/oasst1", False),
+        ("gpt2", False),
+        ("./gpt2", True),
+        ("/data/x", True),
+        ("~/models/llama", True),
+        ("data/raw/oasst1", True),
+        ("data/oasst1.parquet", True),
+        ("data/oasst1.jsonl.gz", True),
+    ],
+)
+def test_local_paths_are_told_from_hub_ids(path: str, local: bool) -> None:
+    assert is_local(path) is local
+
+
+def test_what_the_workflow_makes_need_not_exist(raw: dict[str, Any]) -> None:
+    config = load(raw, ROOT)
+    made = config.model_copy(update={"model": config.model.model_copy(update={"base": "results/models/mine"})})
+    assert check_paths(made, ROOT) == []

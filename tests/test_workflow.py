@@ -1,0 +1,130 @@
+"""The DAG: dry runs of the paper's configuration, seen as a user sees them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Rule -> rules it needs directly; each target below is one rule and all that it rests on.
+PARENTS = {
+    "clean_prompts": [],
+    "sample_responses": ["clean_prompts"],
+    "gather_responses": ["sample_responses"],
+    "judge_preferences": ["gather_responses"],
+    "gather_preferences": ["judge_preferences"],
+    "aggregate_preferences": ["gather_preferences", "gather_responses"],
+    "clean_pmp_data": [],
+    "train_pmp": ["clean_pmp_data"],
+    "train_reward_model": ["train_pmp", "aggregate_preferences"],
+    "clean_rl_prompts": [],
+    "train_policy": ["clean_rl_prompts", "train_reward_model"],
+}
+TARGETS = {
+    "prompts": "clean_prompts",
+    "response0": "gather_responses",
+    "response1": "gather_responses",
+    "preferences": "gather_preferences",
+    "reward_data": "aggregate_preferences",
+    "pmp_data": "clean_pmp_data",
+    "pmp": "train_pmp",
+    "reward_model": "train_reward_model",
+    "rl_prompts": "clean_rl_prompts",
+    "policy": "train_policy",
+}
+FILES = {
+    "results/prompts/oasst1.parquet": "clean_prompts",
+    "results/responses/response1.parquet": "gather_responses",
+    "results/preferences/preferences.parquet": "gather_preferences",
+    "results/reward_data/principle_preferences.parquet": "aggregate_preferences",
+    "results/reward_data/pmp.parquet": "clean_pmp_data",
+    "results/models/pmp": "train_pmp",
+    "results/models/reward_model": "train_reward_model",
+    "results/prompts/rl.parquet": "clean_rl_prompts",
+    "results/models/policy": "train_policy",
+}
+
+
+def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def elsewhere(folder: Path) -> list[str]:
+    """Options that put all results into another folder."""
+    return ["--config", f"pathvars={{results: {folder}, logs: {folder}/logs, benchmarks: {folder}/benchmarks}}"]
+
+
+def jobs(output: str) -> dict[str, int]:
+    table = output.rsplit("Job stats:", 1)[1]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.M) if name != "total"}
+
+
+def ancestors(rule: str) -> set[str]:
+    return {rule}.union(*(ancestors(parent) for parent in PARENTS[rule]))
+
+
+def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
+    run = snakemake("-n", *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    found = jobs(run.stdout + run.stderr)
+    assert set(found) == {*PARENTS, "all"}
+    assert found["sample_responses"] == 2 * 4
+    assert found["judge_preferences"] == 8
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_named_target_builds_just_its_ancestors(target: str, tmp_path: Path) -> None:
+    run = snakemake("-n", target, *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    found = jobs(run.stdout + run.stderr)
+    assert set(found) - {target} == ancestors(TARGETS[target])
+    if target in ("response0", "response1"):  # of one response only
+        assert found["sample_responses"] == 4
+
+
+def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
+    run = snakemake("-n", *(str(tmp_path / name.removeprefix("results/")) for name in FILES), *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert set(jobs(run.stdout + run.stderr)) == set(PARENTS)
+
+
+def test_a_wrong_key_ends_before_any_job_without_a_traceback() -> None:
+    run = snakemake("-n", "--config", "ppo={temprature: 1}")
+    assert run.returncode != 0
+    said = run.stdout + run.stderr
+    assert "ppo.temprature: unknown key" in said
+    assert "Traceback" not in said
+    assert "Job stats" not in said
+
+
+def test_hardware_reruns_nothing_and_settings_do(tmp_path: Path) -> None:
+    """Changing a resource leaves params alone; the resources of a job are not among its params."""
+    text = snakemake("-n", "-p", *elsewhere(tmp_path), "--set-resources", "train_policy:micro_batch_size=1").stdout
+    assert "--micro-batch-size 1" in text
+    params = (ROOT / "rules" / "policy.smk").read_text()
+    assert "micro_batch_size" not in params.split("params:")[1].split("shell:")[0]
+
+
+def test_every_rule_has_a_log_a_benchmark_and_a_script_of_its_name() -> None:
+    text = "".join(path.read_text() for path in sorted((ROOT / "rules").glob("*.smk")))
+    for block in re.split(r"^(?=rule |use rule )", text, flags=re.M)[1:]:
+        name = re.match(r"(?:use rule \w+ as|rule) (\w+)", block)[1]
+        assert "log:" in block, name
+        assert "benchmark:" in block, name
+        if block.startswith("rule ") and not name.startswith("gather_"):  # both gathering rules share one script
+            assert f"/{name}.py" in block, name
+
+
+def test_the_picture_of_the_rules_is_the_one_of_these_rules() -> None:
+    run = snakemake("--rulegraph", "mermaid-js")
+    assert run.returncode == 0, run.stderr
+    names = dict(re.findall(r"(id\d+)\[(\w+)\]", run.stdout))
+    edges = sorted((names[start], names[end]) for start, end in re.findall(r"(id\d+) --> (id\d+)", run.stdout))
+    drawn = (ROOT / "docs" / "rules.dot").read_text()
+    labels = dict(re.findall(r'(\d+)\[label *= *"(\w+)', drawn))
+    assert sorted((labels[start], labels[end]) for start, end in re.findall(r"(\d+) -> (\d+)", drawn)) == edges
