@@ -1,0 +1,233 @@
+"""Preferences for PMP: queries and outputs, pairs left out, order drawn by hash, shuffling in bounded memory."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from salmon import preference_data as data
+from salmon.config import PmpData
+from salmon.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def shp(**more: Any) -> dict[str, Any]:
+    row = {"history": "post", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0}
+    return {**row, **more}
+
+
+def test_shp_label_1_prefers_a() -> None:
+    assert data.shp_comparison(shp(labels=1), 2.0) == ("post", "a", "b")
+    assert data.shp_comparison(shp(labels=0), 2.0) == ("post", "b", "a")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"score_ratio": 2.0}, "score ratio too small"),
+        ({"score_ratio": 1.0}, "score ratio too small"),
+        ({"history": " "}, "empty query"),
+        ({"history": None}, "empty query"),
+        ({"human_ref_A": "\n"}, "empty output"),
+        ({"human_ref_B": None}, "empty output"),
+        ({"human_ref_A": "b "}, "identical outputs"),
+    ],
+)
+def test_shp_pairs_left_out(more: dict[str, Any], reason: str) -> None:
+    assert data.shp_comparison(shp(**more), 2.0) == reason
+
+
+START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how?\n\nAssistant:"
+QUERY = "Human: hello\n\nAssistant: hi\n\nHuman: how?"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        (f"{START} so", f"{START} thus", (QUERY, "so", "thus")),
+        # one is a beginning of the other (defect 4 of the authors' release)
+        (f"{START} so", f"{START} so and so", (QUERY, "so", "so and so")),
+        (f"{START} so and so", f"{START} so", (QUERY, "so and so", "so")),
+        (f"{START} so", f"{START} so\n\nHuman: ok", (QUERY, "so", "so\n\nHuman: ok")),
+        # both begin alike
+        (f"{START} so it is", f"{START} so it was", (QUERY, "so it is", "so it was")),
+        # they part before the last turn
+        (f"{START} so\n\nHuman: a\n\nAssistant: b", f"{START} c", (QUERY, "so\n\nHuman: a\n\nAssistant: b", "c")),
+        # the same text may stand in both after they parted
+        (f"{START} b{START} x", f"{START} c{START} x", (QUERY, f"b{START} x", f"c{START} x")),
+        (f"{START} so", f"{START} so ", "identical outputs"),
+        (f"{START} so", START, "empty output"),
+        (f"{START} so", f"{START} \n", "empty output"),
+        ("\n\nAssistant: so", "\n\nAssistant: thus", "empty query"),
+        ("\n\nHuman: hello", "\n\nHuman: hello", "no assistant turn in common"),
+        ("\n\nHuman: a\n\nAssistant: so", "\n\nHuman: b\n\nAssistant: so", "no assistant turn in common"),
+        ("", f"{START} so", "no assistant turn in common"),
+        (None, None, "no assistant turn in common"),
+    ],
+)
+def test_hh_rlhf_parts_at_the_last_common_assistant_turn(chosen: str, rejected: str, expected: Any) -> None:
+    assert data.hh_rlhf_comparison({"chosen": chosen, "rejected": rejected}) == expected
+
+
+def test_reasons_are_counted_and_formats_checked() -> None:
+    counts: Counter[str] = Counter()
+    rows = [("a", shp()), ("b", shp(score_ratio=1.5)), ("c", shp(history=""))]
+    assert len(list(data.extract("shp", rows, 2.0, counts))) == 1
+    assert counts == {"rows": 3, "score ratio too small": 1, "empty query": 1}
+    with pytest.raises(UserError, match="format dolly has no preferences"):
+        list(data.extract("dolly", [], 2.0, counts))
+
+
+MANY = [data.Comparison(f"query {number // 2}", f"good {number}", f"bad {number}") for number in range(3000)]
+
+
+def table(comparisons: Sequence[data.Comparison], folder: Path, seed: int = 0) -> pl.DataFrame:
+    folder.mkdir()
+    files = data.shuffle((data.record("it", comparison, seed) for comparison in comparisons), seed, folder)
+    assert sorted(folder.iterdir()) == files  # no part is left
+    return pl.concat([pl.read_parquet(file) for file in files])
+
+
+def test_a_record_prefers_the_preferred_output_in_either_place() -> None:
+    records = [data.record("it", comparison, 0) for comparison in MANY]
+    for record, comparison in zip(records, MANY, strict=True):
+        assert record["preference"] in (1, 2)
+        assert record[f"output_{record['preference']}"] == comparison.preferred
+        assert record[f"output_{3 - record['preference']}"] == comparison.other
+        assert record["instruction"] == comparison.query
+    assert 1350 < sum(record["preference"] == 1 for record in records) < 1650
+    assert len({record["prompt_id"] for record in records}) == 1500
+    assert len({record["record_id"] for record in records}) == 3000
+
+
+def test_the_table_depends_on_the_records_not_on_their_order(tmp_path: Path) -> None:
+    found = table(MANY, tmp_path / "a")
+    shuffled = [*MANY, *MANY[:100]]
+    random.Random(5).shuffle(shuffled)
+    assert table(shuffled, tmp_path / "b").equals(found)
+    assert dict(found.schema) == data.SCHEMA
+    assert len(found) == 3000
+    reseeded = table(MANY, tmp_path / "c", seed=1)
+    assert set(reseeded["record_id"]) == set(found["record_id"])
+    assert sum(reseeded["record_id"] == found["record_id"]) < 20
+    both = found.join(reseeded, on="record_id")
+    assert 1350 < (both["preference"] == both["preference_right"]).sum() < 1650
+
+
+def test_the_table_is_shuffled(tmp_path: Path) -> None:
+    places = [int(query.split()[1]) for query in table(MANY, tmp_path / "a")["instruction"]]
+    parts = [places[start : start + 500] for start in range(0, 3000, 500)]
+    for part in parts:
+        # mean of 500 of the even distribution over 0 … 1499: 749.5 with a standard error of 19
+        assert abs(sum(part) / len(part) - 749.5) < 100
+
+
+def test_a_limit_draws_distinct_records_whatever_their_order() -> None:
+    records = [data.record("it", comparison, 0) for comparison in [*MANY, *MANY[:500]]]
+    counts: Counter[str] = Counter()
+    found = data.draw(records, 200, 0, counts)
+    random.Random(7).shuffle(records)
+    assert data.draw(records, 200, 0, Counter()) == found
+    assert len({record["record_id"] for record in found}) == 200
+    assert counts == {"over the limit": 3300}
+    assert len(data.draw(records, 5000, 0, Counter())) == 3000
+    # two draws of 200 of 3000 share 200 * 200 / 3000 = 13 on average
+    other = {record["record_id"] for record in data.draw(records, 200, 1, Counter())}
+    assert len(other & {record["record_id"] for record in found}) < 40
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the samples of real data are not here")
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_real_hh_rlhf(name: str) -> None:
+    marker, skipped, prefixes = "\n\nAssistant:", 0, 0
+    with gzip.open(DATA / "hh-rlhf" / f"{name}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as stream:
+        for row in map(json.loads, stream):
+            chosen, rejected = row["chosen"], row["rejected"]
+            found = data.hh_rlhf_comparison(row)
+            if isinstance(found, str):
+                skipped += 1
+                continue
+            prefixes += chosen.startswith(rejected) or rejected.startswith(chosen)
+            # every turn of the assistant at which both could be cut; the last of them is the one
+            cuts = [
+                chosen[:end]
+                for end in range(len(chosen) + 1)
+                if chosen[:end].endswith(marker) and rejected.startswith(chosen[:end])
+            ]
+            assert found.query == cuts[-1].removesuffix(marker).strip()
+            assert found.preferred == chosen.removeprefix(cuts[-1]).strip()
+            assert found.other == rejected.removeprefix(cuts[-1]).strip()
+            assert found.query
+            assert found.preferred
+            assert found.other
+    assert skipped < 10
+    assert prefixes or name == "test"
+
+
+def test_the_limit_of_a_source_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(shp(human_ref_A=f"{n}")) + "\n" for n in range(50)))
+    source = {"format": "shp", "path": str(tmp_path / "s.jsonl"), "limit": 7}
+    counts: Counter[str] = Counter()
+    settings = PmpData.model_validate({"sources": {"posts": source}})
+    assert len(list(data.pmp_records(settings, counts))) == 7
+    assert counts == {"posts: rows": 50, "posts: over the limit": 43}
+
+
+def run(output: Path, sources: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+    settings = PmpData.model_validate({"sources": sources, **more})
+    script = ROOT / "workflow_scripts" / "clean_pmp_data.py"
+    command = [sys.executable, str(script), "--output", str(output), "--pmp-data", settings.model_dump_json()]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_writes_both_data_sets_and_a_manifest(tmp_path: Path) -> None:
+    pl.DataFrame([shp(human_ref_A=f"secret {n}", labels=n % 2) for n in range(40)]).write_parquet(
+        tmp_path / "s.parquet"
+    )
+    dialogues = [{"chosen": f"{START} secret {n}", "rejected": f"{START} no"} for n in range(30)]
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    sources = {
+        "posts": {"format": "shp", "path": str(tmp_path / "s.parquet")},
+        "talks": {"format": "hh_rlhf", "path": str(tmp_path / "h.jsonl")},
+    }
+    output = tmp_path / "out" / "pmp.parquet"
+    done = run(output, sources)
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    found = pl.read_parquet(output)
+    assert dict(found.schema) == data.SCHEMA
+    assert dict(found["source"].value_counts().iter_rows()) == {"posts": 40, "talks": 30}
+    manifest = json.loads((tmp_path / "out" / "pmp.manifest.json").read_text())
+    assert manifest["counts"] == {"posts: rows": 40, "talks: rows": 30, "kept": 70}
+    assert set(manifest["inputs"]) == {str(tmp_path / "s.parquet"), str(tmp_path / "h.jsonl")}
+    assert sorted(file.name for file in output.parent.iterdir()) == ["pmp.manifest.json", "pmp.parquet"]
+    before = output.read_bytes()
+    run(output, sources)
+    assert output.read_bytes() == before
+
+
+def test_the_script_fails_on_bad_input_and_leaves_nothing(tmp_path: Path) -> None:
+    good = [json.dumps({"chosen": f"{START} secret {n}", "rejected": f"{START} no"}) for n in range(20_000)]
+    path = tmp_path / "h.jsonl"
+    for lines, said in (
+        ([*good, good[0][:-9]], "line 20001: broken JSON"),
+        ([*good, '{"chosen": "secret"}'], "line 20001: column rejected is missing"),
+        (['{"chosen": "secret", "rejected": "other"}'], "no pair is left"),
+        ([], "holds no rows"),
+    ):
+        path.write_text("\n".join(lines))
+        done = run(tmp_path / "out" / "pmp.parquet", {"talks": {"format": "hh_rlhf", "path": str(path)}})
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "secret" not in done.stderr
+        assert not list((tmp_path / "out").iterdir())

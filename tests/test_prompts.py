@@ -1,0 +1,444 @@
+"""Prompts: what each data set gives, what cleaning strips, what a draw under a limit depends on."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from salmon import prompts
+from salmon.config import Prompts, RlPrompts
+from salmon.errors import UserError
+from salmon.prompts import Prompt
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the samples of real data are not here")
+
+
+def extract(kind: Any, rows: Sequence[Any]) -> tuple[list[Prompt], Counter[str]]:
+    counts: Counter[str] = Counter()
+    return list(prompts.extract(kind, [(f"row {n}", row) for n, row in enumerate(rows)], counts)), counts
+
+
+def instructions(kind: Any, rows: Sequence[Any]) -> list[str]:
+    return [prompt.instruction for prompt in extract(kind, rows)[0]]
+
+
+def settings(path: Path | list[Path], kind: str, **more: Any) -> Prompts:
+    paths = [str(p) for p in path] if isinstance(path, list) else str(path)
+    return Prompts.model_validate({"sources": {"it": {"format": kind, "path": paths, **more}}})
+
+
+def write_json(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def message(name: str, parent: str | None, text: str | None = "text") -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "text": text}
+
+
+# What each data set gives
+
+
+def test_oasst1_gives_the_roots_that_have_a_reply_whatever_the_order() -> None:
+    rows = [
+        message("root", None, " asked "),
+        message("reply", "root"),
+        message("deeper", "reply"),
+        message("lonely", None),
+        message("orphan", "absent"),
+        message("blank", None, " "),
+        message("reply to blank", "blank"),
+    ]
+    for _ in range(20):
+        random.Random(1).shuffle(rows)
+        found, counts = extract("oasst1", rows)
+        assert [prompt.instruction for prompt in found] == ["asked"]
+        assert counts == {"no root of a tree": 4, "root without a reply": 1, "empty": 1}
+
+
+def test_a_message_that_occurs_twice_is_an_error() -> None:
+    with pytest.raises(UserError, match="row 2: message_id occurs twice"):
+        extract("oasst1", [message("a", None), message("b", "a"), message("a", None)])
+
+
+def test_sharegpt_gives_the_first_turn_if_a_humans() -> None:
+    def talk(*turns: tuple[str, str | None]) -> dict[str, Any]:
+        return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+
+    found, counts = extract(
+        "sharegpt",
+        [
+            talk(("human", "first\n1 / 1"), ("gpt", "answer"), ("human", "second")),
+            talk(("human", "alone")),
+            talk(),
+            talk(("gpt", "answer"), ("human", "late")),
+            talk(("system", "be kind"), ("human", "late")),
+            talk(("user", "other name"), ("gpt", "answer")),
+            talk(("human", None), ("gpt", "answer")),
+        ],
+    )
+    assert [prompt.instruction for prompt in found] == ["first", "other name"]
+    assert counts == {"fewer than two turns": 2, "no human turn first": 2, "empty": 1}
+    marked = {"from": "human", "value": "<p>as page</p>", "markdown": "as text"}
+    assert instructions("sharegpt", [{"conversations": [marked, marked]}]) == ["as text"]
+
+
+def test_dolly_gives_the_categories_without_context() -> None:
+    def row(category: str, context: str | None = "") -> dict[str, Any]:
+        return {"instruction": category, "context": context, "category": category}
+
+    assert instructions("dolly", [row(category) for category in prompts.DOLLY_CATEGORIES]) == list(
+        prompts.DOLLY_CATEGORIES
+    )
+    rows = [row("closed_qa"), row("summarization"), row("information_extraction"), row("open_qa", "context")]
+    found, counts = extract("dolly", rows)
+    assert not found
+    assert counts == {"other category": 3, "with context": 1}
+
+
+def test_openorca_gives_four_families_without_inference() -> None:
+    rows = [{"id": f"{family}.12", "question": family} for family in ("niv", "flan", "t0", "cot", "t5", "fla", "")]
+    rows += [
+        {"id": "flan.1", "question": f"about {word}"}
+        for word in ("a premise", "the Premise:", "the hypothesis", "Hypothesis", "it is not possible to tell")
+    ]
+    found, counts = extract("openorca", rows)
+    assert [(prompt.family, prompt.instruction) for prompt in found] == [(f, f) for f in ("niv", "flan", "t0", "cot")]
+    assert counts == {"other family": 3, "NLI": 5}
+    assert not prompts.is_nli("PREMISE, promises and hypothetical: It is not possible")
+
+
+def test_hh_rlhf_gives_the_first_human_turn() -> None:
+    rows = [
+        {"chosen": "\n\nHuman: how?\n\nAssistant: so\n\nHuman: why?\n\nAssistant: thus", "rejected": "other"},
+        {"chosen": "\n\nHuman: two\n\nHuman: in a row\n\nAssistant: so", "rejected": ""},
+        {"chosen": "\n\nHuman: without an answer", "rejected": ""},
+        {"chosen": "\n\nAssistant: so\n\nHuman: late", "rejected": ""},
+        {"chosen": None, "rejected": None},
+    ]
+    found, counts = extract("hh_rlhf", rows)
+    assert [prompt.instruction for prompt in found] == ["how?", "two", "without an answer"]
+    assert counts == {"no human turn first": 2}
+
+
+def test_prompt_files_keep_their_type_and_bonus() -> None:
+    rows = [
+        {"instruction": "a", "input": " b ", "question_type": 2, "length_bonus": 0.5},
+        {"instruction": "c", "question_type": "reasoning"},
+        {"instruction": "d", "input": None, "question_type": None, "length_bonus": None},
+    ]
+    assert extract("prompts", rows)[0] == [
+        Prompt("a", "b", question_type="red_teaming", length_bonus=0.5),
+        Prompt("c", question_type="reasoning"),
+        Prompt("d"),
+    ]
+
+
+def test_a_data_set_of_comparisons_is_no_source_of_prompts() -> None:
+    with pytest.raises(UserError, match="format shp is no source of prompts"):
+        extract("shp", [])
+
+
+# Cleaning
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("tell me1 / 1", "tell me"),
+        ("tell me\n13 / 13\n", "tell me"),
+        ("2 / 3tell me", "tell me"),
+        ("3 / 3\ntell me 2 / 2", "tell me"),
+        ("an old draft 1 / 1 tell me", "tell me"),
+        ("draft1 / 1draft1 / 1tell me1 / 1", "tell me"),
+        ("in 20231 / 1", "in 2023"),
+        ("tell meShare Prompt", "tell me"),
+        ("tell me1 / 1Share Prompt", "tell me"),
+        ("tell me\n \n지금 번역하기", "tell me"),
+        ("tell me Translate now", "tell me"),
+        ("tell me\nLanguage: English", "tell me"),
+        ("tell me\nLanguage: 한국어", "tell me"),
+        ("tell me 2 / 2 Share Prompt\nTranslate now", "tell me"),
+        ("Bing is powered by AI, so surprises are possible.\ntell me", "tell me"),
+        ("1 / 1", ""),
+        ("", ""),
+        # nothing of these is the page's
+        ("what is 3 / 2", "what is 3 / 2"),
+        ("what is 21 / 10 of it", "what is 21 / 10 of it"),
+        ("5 / 1000 of it", "5 / 1000 of it"),
+        ("Share Prompt ideas with me", "Share Prompt ideas with me"),
+        ("Language: English, please", "Language: English, please"),
+        ("why say that Bing is powered by AI", "why say that Bing is powered by AI"),
+        ("one\n\n  two", "one\n\n  two"),
+    ],
+)
+def test_what_the_page_added_is_stripped(text: str, clean: str) -> None:
+    assert prompts.clean_web_text(text) == clean
+
+
+@pytest.mark.parametrize("piece", ["1 / 1", "1", " ", "1 / ", "Language: ", "Share Prompt", "\n"])
+def test_cleaning_takes_time_in_proportion_to_the_text(piece: str) -> None:
+    prompts.clean_web_text("x" + piece * 20_000 + "x")  # minutes, if it were quadratic
+
+
+# Draws
+
+
+def draw(found: Sequence[Prompt], limit: int | None, seed: int = 0, **more: Any) -> list[Prompt]:
+    options: dict[str, Any] = {"reject": prompts.keep_all, "taken": set(), "counts": Counter(), **more}
+    return prompts.draw(found, name="it", limit=limit, seed=seed, **options)
+
+
+MANY = [Prompt(f"question {number % 4000}", family="ab"[number % 2]) for number in range(5000)]
+
+
+def test_a_draw_does_not_depend_on_the_order_of_rows() -> None:
+    found = draw(MANY, 300)
+    shuffled = MANY.copy()
+    random.Random(3).shuffle(shuffled)
+    assert set(draw(shuffled, 300)) == set(found)
+    assert Counter(prompt.family for prompt in found) == {"a": 300, "b": 300}
+    assert len(set(found)) == 600
+    assert sorted(found, key=MANY.index) == found
+
+
+def test_a_draw_depends_on_seed_and_is_even() -> None:
+    overlap = len(set(draw(MANY, 300, seed=1)) & set(draw(MANY, 300, seed=2)))
+    assert 0.5 * 90 < overlap < 1.5 * 90  # two draws of 600 of 4000 share 600 * 600 / 4000 on average
+    first_half = sum(int(prompt.instruction.split()[1]) < 2000 for prompt in draw(MANY, 300))
+    assert 250 < first_half < 350
+
+
+def test_a_draw_under_the_limit_takes_all_distinct() -> None:
+    for limit in (None, 2000, 5000):
+        counts: Counter[str] = Counter()
+        assert len(draw(MANY, limit, counts=counts)) == 4000
+        assert counts["duplicate"] == 1000
+        assert counts["over the limit"] == 0
+
+
+def test_rejected_texts_take_no_place_in_a_draw_and_are_counted() -> None:
+    def odd(texts: Sequence[str]) -> list[str | None]:
+        return ["odd" if int(text.split()[1]) % 2 else None for text in texts]
+
+    found = [Prompt(f"question {number}") for number in range(5000)]
+    counts: Counter[str] = Counter()
+    kept = draw(found, 1000, reject=odd, counts=counts)
+    assert len(kept) == 1000
+    assert not any(odd([prompt.text])[0] for prompt in kept)
+    assert len(kept) + sum(counts.values()) == 5000
+    assert set(kept) == set(draw([prompt for prompt in found if not odd([prompt.text])[0]], 1000))
+
+
+def test_a_text_in_two_families_or_sources_is_kept_once() -> None:
+    twice = [Prompt("same", family="b"), Prompt("same", family="a"), Prompt("other", family="b")]
+    for order in (twice, twice[::-1]):
+        assert {(p.instruction, p.family) for p in draw(order, 5)} == {("same", "a"), ("other", "b")}
+    taken: set[str] = set()
+    draw(twice[:1], None, taken=taken)
+    assert [prompt.instruction for prompt in draw(twice, None, taken=taken)] == ["other"]
+
+
+# Tables
+
+
+def test_the_id_of_a_prompt_depends_on_its_source_and_text_only(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "input": ""}, {"instruction": "b", "input": "c"}, {"instruction": "b\n\nc"}]
+    path = write_json(tmp_path / "a.json", rows)
+    other = write_json(tmp_path / "b.json", [{"instruction": "z"}, *reversed(rows[:2])])
+    table, counts = prompts.read_prompts(settings(path, "prompts"))
+    assert dict(table.schema) == prompts.SCHEMA
+    assert counts == {"it: rows": 3, "it: duplicate": 1, "it: kept": 2}
+    again, _ = prompts.read_prompts(settings(other, "prompts"))
+    assert set(table.rows()) < set(again.rows())
+    assert table["prompt_id"].n_unique() == 2
+    renamed, _ = prompts.read_prompts(
+        Prompts.model_validate({"sources": {"x": {"format": "prompts", "path": str(path)}}})
+    )
+    assert not set(table["prompt_id"]) & set(renamed["prompt_id"])
+
+
+def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{"instruction": "a", "input": "b"}, {"instruction": "c"}])
+    table, _ = prompts.read_prompts(settings(path, "prompts"))
+    table.write_parquet(tmp_path / "a.parquet")
+    again, _ = prompts.read_prompts(settings(tmp_path / "a.parquet", "prompts"))
+    assert again.equals(table)
+
+
+class Words:
+    """A tokenizer: a token a word."""
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        assert options["add_special_tokens"] is False
+        return {"input_ids": [[0] * len(text.split()) for text in texts]}
+
+
+def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) -> None:
+    plain = [{"instruction": "word " * number} for number in range(1, 7)]
+    own = [{"instruction": "a b", "question_type": 1, "length_bonus": 0.25}, {"instruction": "c d", "input": "e f g h"}]
+    raw = {
+        "min_tokens": 2,
+        "max_tokens": 5,
+        "sources": {
+            "plain": {"format": "prompts", "path": str(write_json(tmp_path / "p.json", plain))},
+            "own": {
+                "format": "prompts",
+                "path": str(write_json(tmp_path / "o.json", own)),
+                "question_type": "red_teaming",
+            },
+        },
+    }
+    table, counts = prompts.read_rl_prompts(RlPrompts.model_validate(raw), Words())
+    assert dict(table.schema) == prompts.RL_SCHEMA
+    assert table.select("source", "question_type", "length_bonus").rows() == [
+        *[("plain", "general", 1.0)] * 4,
+        ("own", "reasoning", 0.25),
+    ]
+    assert counts["plain: fewer than 2 tokens"] == counts["plain: more than 5 tokens"] == 1
+    assert counts["own: more than 5 tokens"] == 1
+    with pytest.raises(UserError, match="length_bonus lacks reasoning, red_teaming"):
+        prompts.read_rl_prompts(RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}}), Words())
+
+
+# Real data
+
+
+@needs_data
+def test_real_oasst1() -> None:
+    file = DATA / "oasst1" / "oasst1_en_validation_sample.jsonl"
+    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+    roots = [
+        row["text"].strip()
+        for row in rows
+        if row["parent_id"] is None and any(other["parent_id"] == row["message_id"] for other in rows)
+    ]
+    table, counts = prompts.read_prompts(settings(file, "oasst1"))
+    assert len(roots) > 100
+    assert table["instruction"].to_list() == list(dict.fromkeys(roots))
+    assert counts["it: rows"] == len(rows)
+    assert prompts.read_prompts(settings(file.with_suffix(".parquet"), "oasst1"))[0].equals(table)
+    with pytest.raises(UserError, match="message_id occurs twice"):
+        prompts.read_prompts(settings(file.parent, "oasst1"))  # the folder has the same messages in two files
+
+
+@needs_data
+def test_real_sharegpt() -> None:
+    file = DATA / "sharegpt" / "sg_sample.json"
+    talks = [talk["conversations"] for talk in json.loads(file.read_text(encoding="utf-8"))]
+    first = [talk[0]["value"] for talk in talks if len(talk) > 1 and talk[0]["from"] == "human"]
+    table, _ = prompts.read_prompts(settings(file, "sharegpt"))
+    assert len(first) - 20 < len(table) <= len(set(first))
+    assert any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in first)
+    assert not any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in table["instruction"])
+    untouched = {text.strip() for text in first if not re.search(r"\d / \d|Prompt|번역|Language", text)}
+    assert untouched <= {*table["instruction"], ""}
+
+
+@needs_data
+def test_real_dolly_and_math() -> None:
+    file = DATA / "databricks-dolly-15k" / "databricks-dolly-15k.jsonl"
+    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+    wanted = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
+    asked = {row["instruction"].strip() for row in rows if row["category"] in wanted}
+    assert set(prompts.read_prompts(settings(file, "dolly"))[0]["instruction"]) == asked
+    table, _ = prompts.read_prompts(settings(DATA / "MATH", "math", limit=400))
+    assert len(table) == 400
+
+
+@needs_data
+def test_real_questions_of_openorca() -> None:
+    file = DATA / "orca_dpo_pairs" / "validation_sample.jsonl"
+    asked = [json.loads(line)["input"]["messages"][1]["content"] for line in file.open(encoding="utf-8")]
+    families = ("niv", "flan", "t0", "cot")
+    rows = [{"id": f"{families[n % 4]}.{n}", "question": text} for n, text in enumerate(asked)]
+    found, counts = extract("openorca", rows)
+    assert len(found) + counts["NLI"] == len(rows)
+    assert 0 < counts["NLI"] < 40
+
+
+@needs_data
+def test_real_hh_rlhf() -> None:
+    file = DATA / "hh-rlhf" / "test.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8", newline="\n") as stream:
+        turns = [re.split("\n\n(?:Human|Assistant):", json.loads(line)["chosen"])[1].strip() for line in stream]
+    table, _ = prompts.read_prompts(settings(file, "hh_rlhf"))
+    assert table["instruction"].to_list() == list(dict.fromkeys(turns))
+
+
+# Scripts
+
+
+def run(name: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "workflow_scripts" / f"{name}.py"
+    command = [sys.executable, str(script), "--output", str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_writes_table_and_manifest(tmp_path: Path) -> None:
+    rows = [message("root", None, "a secret question"), message("reply", "root")]
+    path = write_json(tmp_path / "in.json", rows)
+    output = tmp_path / "out" / "prompts.parquet"
+    done = run("clean_prompts", output, "--prompts", settings(path, "oasst1").model_dump_json())
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    assert pl.read_parquet(output)["instruction"].to_list() == ["a secret question"]
+    manifest = json.loads((tmp_path / "out" / "prompts.manifest.json").read_text())
+    assert manifest["counts"] == {"it: rows": 2, "it: no root of a tree": 1, "it: kept": 1}
+    assert list(manifest["inputs"]) == [str(path)]
+    assert manifest["settings"]["prompts"]["seed"] == 42
+    assert sorted(file.name for file in output.parent.iterdir()) == ["prompts.manifest.json", "prompts.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"instruction": "secret"}, {"instruction": ', "in.json: broken JSON"),
+        ('[{"question": "secret"}]', "column instruction is missing"),
+        ('[{"instruction": " "}]', "no prompt is left"),
+        ("[]", "holds no rows"),
+    ],
+)
+def test_the_script_fails_on_bad_input_and_leaves_nothing(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(content)
+    done = run("clean_prompts", tmp_path / "out.parquet", "--prompts", settings(path, "prompts").model_dump_json())
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "secret" not in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_the_rl_script_counts_tokens_with_the_models_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = [" ".join(["planet"] * number) for number in range(1, 40)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    lengths = {text: len(tokenizer.tokenize(text)) for text in texts}
+    path = write_json(tmp_path / "in.json", [{"instruction": text} for text in texts])
+    raw = {"max_tokens": 60, "min_tokens": 10, "sources": {"it": {"format": "prompts", "path": str(path)}}}
+    output = tmp_path / "out.parquet"
+    done = run("clean_rl_prompts", output, "--rl-prompts", json.dumps(raw), "--model.base", str(tiny_model))
+    assert done.returncode == 0, done.stderr
+    kept = pl.read_parquet(output)["instruction"].to_list()
+    assert kept == [text for text in texts if 10 <= lengths[text] <= 60]
+    assert 0 < len(kept) < len(texts)
+    inputs = json.loads((tmp_path / "out.manifest.json").read_text())["inputs"]
+    assert set(inputs) == {str(path), str(tiny_model)}
+
+    output.unlink()
+    done = run("clean_rl_prompts", output, "--rl-prompts", json.dumps(raw), "--model.base", str(tmp_path / "no"))
+    assert done.returncode == 1
+    assert "tokenizer of" in done.stderr
+    assert not output.exists()

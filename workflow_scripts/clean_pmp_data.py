@@ -1,0 +1,49 @@
+"""Preferences of people for pre-training the reward model (SALMON step 2, PMP): SHP and HH-RLHF, shuffled.
+
+Writes one row a pair, in the columns of the reward-model records; those of the principles are empty.
+"""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+
+from salmon import artifacts, preference_data, script, sources
+from salmon.config import PmpData
+from salmon.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Arguments(script.Arguments):
+    """Options of the command line."""
+
+    output: Path
+    pmp_data: PmpData
+
+
+def main(arguments: Arguments) -> None:
+    """Read the sources and write the table."""
+    settings, output = arguments.pmp_data, arguments.output
+    counts: Counter[str] = Counter()
+    work = artifacts.WorkFolder(output)
+    artifacts.remove(work.path)  # left by a run that was killed
+    work.path.mkdir(parents=True)
+    try:
+        records = preference_data.pmp_records(settings, counts)
+        files = preference_data.shuffle(records, settings.seed, work.path)
+        table = pl.scan_parquet(files)
+        counts["kept"] = table.select(pl.len()).collect().item()
+        log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
+        if not counts["kept"]:
+            raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
+        artifacts.write_table(table, output)
+    finally:
+        work.delete()
+    manifest = artifacts.manifest({"pmp_data": settings}, sources.describe_sources(settings.sources), counts)
+    artifacts.write_json(artifacts.manifest_path(output), manifest)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

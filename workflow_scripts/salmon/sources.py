@@ -1,0 +1,313 @@
+"""Public data sets, row by row, in their upstream schemas: from the hub, or from local files.
+
+Every row is checked against the schema of its format, so that what follows can rely on names and types. What is
+wrong is said with file, row or line, and column, never with a text of the data. Memory does not grow with a
+file. Strings stay strings: nothing that a file holds is evaluated.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal, NotRequired
+
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from salmon.artifacts import hash_path
+from salmon.config import QuestionType, Source, SourceFormat, is_local
+from salmon.errors import UserError
+
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
+BATCH_ROWS = 1000
+_BOM = b"\xef\xbb\xbf"
+
+# A text may be null where its row is then left out and counted; a column that decides something may not.
+
+
+class Oasst1Row(TypedDict):
+    """One message of a tree (`OpenAssistant/oasst1`); a root has no parent."""
+
+    message_id: str
+    parent_id: str | None
+    text: str | None
+
+
+class ShpRow(TypedDict):
+    """Two answers to a post (`stanfordnlp/SHP`); label 1: A is preferred."""
+
+    history: str | None
+    human_ref_A: str | None
+    human_ref_B: str | None
+    labels: Literal[0, 1]
+    score_ratio: float
+
+
+class HhRlhfRow(TypedDict):
+    """Two dialogues with a common beginning (`Anthropic/hh-rlhf`)."""
+
+    chosen: str | None
+    rejected: str | None
+
+
+class OpenOrcaRow(TypedDict):
+    """A question of FLAN (`Open-Orca/OpenOrca`); its id begins with the family."""
+
+    id: str
+    question: str | None
+
+
+# A turn of a conversation; `zetavg/ShareGPT-Processed` has its text as markdown, too.
+ShareGptTurn = TypedDict("ShareGptTurn", {"from": str, "value": str | None, "markdown": NotRequired[str | None]})
+
+
+class ShareGptRow(TypedDict):
+    """A conversation (`zetavg/ShareGPT-Processed`, the sg_90k files)."""
+
+    conversations: list[ShareGptTurn]
+
+
+class DollyRow(TypedDict):
+    """An instruction (`databricks/databricks-dolly-15k`)."""
+
+    instruction: str | None
+    context: str | None
+    category: str
+
+
+class MathRow(TypedDict):
+    """A problem of MATH (`hendrycks/competition_math`)."""
+
+    problem: str | None
+
+
+class PromptRow(TypedDict):
+    """A prompt in the authors' format, whose question types are numbers, or in ours."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    question_type: NotRequired[Literal[0, 1, 2] | QuestionType | None]
+    length_bonus: NotRequired[float | None]
+
+
+SCHEMAS: dict[SourceFormat, Any] = {
+    "oasst1": Oasst1Row,
+    "shp": ShpRow,
+    "hh_rlhf": HhRlhfRow,
+    "openorca": OpenOrcaRow,
+    "sharegpt": ShareGptRow,
+    "dolly": DollyRow,
+    "math": MathRow,
+    "prompts": PromptRow,
+}
+
+Located = tuple[str, Any]  # where a row stands, for messages; and the row
+
+
+def read_source(source: Source) -> Iterator[Located]:
+    """Rows of a data set, file by file in the order of the configuration, each with the place where it stands.
+
+    Yields:
+        (place, row): row is a dict of the columns of the format's schema in `SCHEMAS`; other columns are left out.
+
+    Raises:
+        UserError: where a file, folder or hub data set is missing, damaged, empty or not of the format.
+    """
+    schema = SCHEMAS[source.format]
+    check = TypeAdapter(schema).validate_python
+    for path in source_paths(source):
+        parts: list[tuple[str, Iterator[Located]]]
+        if is_local(path):
+            parts = [(str(file), _read_file(file, schema)) for file in local_files(path)]
+        else:
+            parts = [(path, _read_hub(path, source, schema))]
+        for name, rows in parts:
+            place = ""
+            for place, row in rows:
+                try:
+                    yield place, check(row, strict=True)
+                except ValidationError as error:
+                    raise UserError(f"{place}: {_finding(error)}; {_needs(source.format)}") from None
+            if not place:
+                raise UserError(f"{name} holds no rows; fetch it again or take it out of the sources")
+
+
+def source_paths(source: Source) -> list[str]:
+    """The paths of a source, as a list."""
+    return [source.path] if isinstance(source.path, str) else source.path
+
+
+def describe_sources(sources: Mapping[str, Source]) -> dict[str, str]:
+    """Identity of the data for a manifest: the hash of what is local, the revision of what is on the hub."""
+    return {
+        path: hash_path(Path(path).expanduser()) if is_local(path) else source.revision or "main"
+        for source in sources.values()
+        for path in source_paths(source)
+    }
+
+
+def local_files(path: str) -> list[Path]:
+    """The file, or the data files below the folder, by name; hidden files and our manifests are no data.
+
+    Raises:
+        UserError: where nothing is there, or nothing that can be read.
+    """
+    found = Path(path).expanduser()
+    if found.is_dir():
+        files = [
+            file
+            for file in sorted(found.rglob("*"))
+            if file.is_file()
+            and file.name.endswith(ENDINGS)
+            and not file.name.endswith("manifest.json")
+            and not any(part.startswith(".") for part in file.relative_to(found).parts)
+        ]
+        if not files:
+            raise UserError(f"folder {path} holds no data files ({', '.join(ENDINGS)})")
+        return files
+    if not found.exists():
+        raise UserError(f"{path} does not exist (local file or folder; a hub id has the form owner/name)")
+    if not found.name.endswith(ENDINGS):
+        raise UserError(f"{path} is of no known kind; files end with {', '.join(ENDINGS)}")
+    return [found]
+
+
+def _finding(error: ValidationError) -> str:
+    """The first thing that is wrong with a row, without its content."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    column = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"column {column} is missing"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"column {column}: {message}" if column else "the row is no object with named columns"
+
+
+def _needs(kind: SourceFormat) -> str:
+    """What a format wants, and what to do."""
+    return (
+        f"format {kind} needs {', '.join(sorted(SCHEMAS[kind].__required_keys__))}: "
+        "mend the file, or set the format that it has"
+    )
+
+
+def _wanted(found: list[str], schema: Any, path: str) -> list[str]:
+    """Columns to read of a file that knows its columns.
+
+    Raises:
+        UserError: where one that the format needs is not among them.
+    """
+    missing = sorted(schema.__required_keys__ - set(found))
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}: mend the file, or set the format that it has")
+    return [name for name in found if name in schema.__annotations__]
+
+
+def _read_file(path: Path, schema: Any) -> Iterator[Located]:
+    """Rows of one local file; every failure to read it becomes a `UserError`."""
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, schema)
+        elif ".jsonl" in path.suffixes[-2:]:
+            yield from _read_json_lines(path)
+        else:
+            yield from _read_json_list(path)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path} is damaged or cut off (gzip); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
+
+
+def _read_parquet(path: Path, schema: Any) -> Iterator[Located]:
+    """Rows of a Parquet file, batch by batch, of the wanted columns only."""
+    number = 0
+    try:
+        # Its defaults keep all that was read until the end; with a buffer, a batch of pages is held at a time.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            columns = _wanted(file.schema_arrow.names, schema, str(path))
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged, cut off or not Parquet (after row {number}: {type(error).__name__}); fetch it again"
+        ) from None
+
+
+def _read_json_lines(path: Path) -> Iterator[Located]:
+    r"""Objects of a JSON Lines file; only "\n" ends a line, for texts hold every other line separator."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if b"\\ud" in line.lower():
+                    # Half of a surrogate pair is no character, and no table can hold it: "?", as ijson has it.
+                    row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                yield place, row
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not UTF-8 (byte {error.start} of the line); save it as UTF-8") from None
+            except (ValueError, RecursionError) as error:
+                where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+                raise UserError(
+                    f"{place}: broken JSON{where}; mend the line, or fetch the file again if it was cut off"
+                ) from None
+
+
+def _read_json_list(path: Path) -> Iterator[Located]:
+    """Objects of one JSON list, parsed as it is read."""
+    number = 0
+    with _open(path) as stream:
+        start = stream.peek(1 << 12).lstrip()[:1]  # type: ignore[attr-defined]
+        if start not in (b"[", b""):
+            raise UserError(f"{path} is no JSON list; JSON lines belong in a file that ends with .jsonl")
+        if not start:
+            return
+        try:
+            for number, row in enumerate(ijson.items(stream, "item", use_float=True), start=1):
+                yield f"{path}, row {number}", row
+        except (ijson.JSONError, UnicodeDecodeError):  # their messages quote the data
+            raise UserError(
+                f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut off"
+            ) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file, unpacked where it is packed, after its byte-order mark if it has one."""
+    stream: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (readers close it)
+    if stream.peek(len(_BOM)).startswith(_BOM):
+        stream.read(len(_BOM))
+    return stream
+
+
+def _read_hub(path: str, source: Source, schema: Any) -> Iterator[Located]:
+    """Rows of a data set on the hub, streamed."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            path, split=source.split, revision=source.revision, data_files=source.data_files, streaming=True
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read from the hub: {reason}. Check path, split, revision and data_files; a machine "
+            "without network needs a local copy as path."
+        ) from error
+    if rows.column_names:
+        rows = rows.select_columns(_wanted(rows.column_names, schema, path))
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    except Exception as error:  # whatever its readers and the network raise; their messages may quote the data
+        raise UserError(
+            f"{path}: reading from the hub failed after row {number} ({type(error).__name__}); run again, or set a "
+            "local copy as path"
+        ) from error
