@@ -108,7 +108,7 @@ def hash_path(path: Path) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         if path.is_dir():
-            if file.name in ("manifest.json", "metrics.jsonl") or "tensorboard" in file.parts:
+            if file.name in ("manifest.json", "metrics.json", "metrics.jsonl") or "tensorboard" in file.parts:
                 continue
             digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:

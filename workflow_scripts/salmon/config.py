@@ -228,6 +228,9 @@ class Ppo(Section):
         return self
 
 
+RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
+
+
 class Config(Section):
     """The whole of `config.yaml`."""
 
@@ -244,6 +247,31 @@ class Config(Section):
     reward_model: RewardModel
     rl_prompts: RlPrompts
     ppo: Ppo
+    runs: dict[Annotated[str, Field(pattern=r"^\w+$")], dict[RunSection, dict[str, Any]]] = Field(
+        {"default": {}}, description="policies: name -> the settings that differ from the sections above"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_removes(cls, raw: Any) -> Any:
+        """A configuration that is read over another one removes a source or a run by setting it to null."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        for name in ("prompts", "pmp_data", "rl_prompts"):
+            section = raw.get(name)
+            if isinstance(section, dict) and isinstance(section.get("sources"), dict):
+                raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
+        if isinstance(raw.get("runs"), dict):
+            raw["runs"] = {key: value for key, value in raw["runs"].items() if value is not None}
+        return raw
+
+    @field_validator("runs")
+    @classmethod
+    def _default_is_plain(cls, runs: dict[str, Any]) -> dict[str, Any]:
+        if runs.get("default") != {}:
+            raise ValueError("there must be a run `default: {}`; what it should do is set in the sections above")
+        return runs
 
 
 def describe_errors(error: ValidationError, where: str) -> str:
@@ -280,10 +308,39 @@ def load(raw: dict[str, Any], root: Path, where: str = "the configuration") -> C
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_errors(error, where)) from None
-    findings = [*check_templates(config, root), *check_principles(config, root), *check_paths(config, root)]
+    findings = []
+    for name, run in resolve_runs(config).items():
+        of_run = "" if name == "default" else f"runs.{name}: "
+        for check in (check_templates, check_principles, check_paths):
+            findings += [f"{of_run}{finding}" for finding in check(run, root) if finding not in findings]
     if findings:
         raise UserError(f"{where} is not valid:\n" + "\n".join(f"  {finding}" for finding in findings))
     return config
+
+
+def resolve_runs(config: Config) -> dict[str, Config]:
+    """The configuration of every run: the sections, with what the run sets differently. `default` comes first.
+
+    Raises:
+        UserError: with one line for every finding, as `load` does.
+    """
+    resolved = {"default": config}
+    for name, changes in config.runs.items():
+        raw = _merge(config.model_dump(mode="json"), changes)
+        try:
+            resolved[name] = Config.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, f"run {name}")) from None
+    return resolved
+
+
+def _merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
+    """Mappings key by key, to any depth; everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def is_local(path: str) -> bool:

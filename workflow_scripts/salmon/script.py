@@ -4,15 +4,24 @@ A script is a class of arguments and a `main`: the fields are the options of the
 of the configuration among them (`--model '{"base": …}'` or `--model.base …`).
 """
 
+import json
 import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import BeforeValidator, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 from tqdm import tqdm
 
 from salmon.config import describe_errors
@@ -21,6 +30,12 @@ from salmon.errors import UserError
 log = logging.getLogger("salmon")
 
 T = TypeVar("T")
+
+# An option that is a list, written as JSON. Pydantic-settings' own reading of lists keeps JSON's escapes as they
+# stand: a line break in a turn marker would become a backslash and an n, a path with an umlaut another path.
+JsonList = Annotated[
+    list[T], NoDecode, BeforeValidator(lambda value: json.loads(value) if isinstance(value, str) else value)
+]
 
 
 class Arguments(BaseSettings):
@@ -66,6 +81,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         force=True,
     )
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, at every step
     for chatty in ("httpx", "filelock", "fsspec", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -91,12 +107,12 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     log.info("done in %.0f s", time.monotonic() - started)
 
 
-def progress(items: Iterable[T], *, total: int, what: str, done: int = 0, every: float = 15.0) -> Iterator[T]:
+def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0, every: float = 15.0) -> Iterator[T]:
     """Pass items on, and log one line an interval: how many of how many, rate, time left.
 
     Args:
         items: passed on one by one.
-        total: number of items in all, those done before included.
+        total: number of items in all, those done before included; None where nobody knows.
         what: names the items, as in `pairs`.
         done: items an earlier run finished.
         every: seconds between two lines.

@@ -1,0 +1,201 @@
+"""Principle files: names and weights of the paper, formats, and the draw at RL time."""
+
+import json
+from collections import Counter
+from itertools import permutations
+from math import sqrt
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from salmon import principles
+from salmon.config import Ppo
+from salmon.errors import UserError
+from salmon.principles import WeightedPrinciple
+
+FILES = Path(__file__).parents[1] / "prompts" / "principles"
+JUDGED = [
+    *("Overall Helpful", "Concise", "Honest and Accurate", "Ethical", "Natural and Fluent", "Specific"),
+    *("Educational and Engaging", "Methodical", "Multilingual", "Creative", "Comprehensive"),
+]
+NON_EVASIVE = {
+    **{"Educational and Engaging": 1, "Creative": 1, "Multilingual": 1, "Comprehensive": 3, "Natural Language": 3},
+    **{"Consistent Reasoning": 1, "Numerical Sensitive": 1, "Analytical Structure": 3, "Vivid": 1},
+}
+WEIGHTS = {
+    "rl": {
+        **{"Honest and Accurate": 3, "Ethical": 2, **NON_EVASIVE},
+        **{"Privacy Protection": 1, "Candor": 4, "Stand-Alone": 2},
+    },
+    "rl_harmless": {
+        **{"Non-Discriminatory": 10, "Refusal to Aid Dangerous Acts": 5, "Consequential Advice Awareness": 4},
+        **{"Cultural Sensitivity": 4, "Context Awareness": 4, "Guard Against Amplification": 4},
+        **{"Empathy-driven Responses": 1, "Proactive Harm Prevention": 1, "Transparency on Biases": 1},
+        **{"Evolutive Learning": 1, "Mental Health Awareness": 1},
+    },
+    "rl_honest": {
+        **{"Unwavering Accuracy": 5, "Consistent Calibration": 5, "Transparent Uncertainty Expression": 4},
+        **{"Honest Self-representation": 5, "Introspective Honesty": 4, "Bias Recognition": 4},
+        **{"Correction Commitment": 1, "Avoidance of Pretense": 1},
+    },
+    "rl_non_evasive": NON_EVASIVE,
+}
+
+
+def ppo(**settings: Any) -> Ppo:
+    return Ppo(template="t", principles="p", **settings)
+
+
+def weighted(**weights: float) -> list[WeightedPrinciple]:
+    return [WeightedPrinciple(dimension=name, definition="d", weight=weight) for name, weight in weights.items()]
+
+
+def test_judged_principles_are_the_papers() -> None:
+    found = principles.read_judged(FILES / "judge.json")
+    assert [principle.dimension for principle in found] == JUDGED
+    texts = [text for principle in found for text in (principle.definition, principle.negative_definition)]
+    assert len(set(texts)) == 2 * len(found)
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_weights_are_the_papers(name: str) -> None:
+    found = principles.read_weighted(FILES / f"{name}.json")
+    assert {principle.dimension: principle.weight for principle in found} == WEIGHTS[name]
+    assert len({principle.definition for principle in found}) == len(found)
+
+
+def test_a_principle_in_several_files_has_one_definition() -> None:
+    known: dict[str, str] = {}
+    for file in FILES.glob("*.json"):
+        for entry in json.loads(file.read_text(encoding="utf-8")):
+            assert known.setdefault(entry["dimension"], entry["definition"]) == entry["definition"]
+
+
+def test_definitions_do_not_break_templates_or_bullets() -> None:
+    for file in FILES.glob("*.json"):
+        for entry in json.loads(file.read_text(encoding="utf-8")):
+            for key in ("definition", "negative_definition"):
+                assert not set(entry.get(key, "")) & set("{}\n")
+
+
+def test_the_authors_format_is_read_as_it_is(tmp_path: Path) -> None:
+    """Extra keys do not hurt, one file may serve both, and strings are data (reference, defect 17)."""
+    file = tmp_path / "p.json"
+    entry = {
+        "dimension": "D",
+        "definition": "__import__('os').abort()",
+        "negative_definition": "N",
+        "weight": 2,
+        "id": 7,
+    }
+    file.write_text(json.dumps([entry]))
+    (judged,), (drawn,) = principles.read_judged(file), principles.read_weighted(file)
+    assert (judged.dimension, judged.definition, judged.negative_definition) == ("D", "__import__('os').abort()", "N")
+    assert drawn.weight == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("[", "not JSON.*line 1"),
+        ("[]", "empty list"),
+        ('{"dimension": "D"}', "not valid"),
+        ('[{"dimension": "D", "definition": "d"}]', "0.weight: required"),
+        ('[{"dimension": "D", "definition": "d", "weight": -1}]', "0.weight"),
+        (
+            '[{"dimension": "D", "definition": "d", "weight": 1}, {"dimension": "D", "definition": "e", "weight": 1}]',
+            "D twice",
+        ),
+    ],
+)
+def test_broken_files_are_named_with_the_reason(tmp_path: Path, text: str, finding: str) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"(?s)broken.json.*{finding}"):
+        principles.read_weighted(file)
+
+
+def test_draw_is_weighted_and_without_replacement() -> None:
+    """Frequencies of ordered pairs against P(i, j) = w_i / W * w_j / (W - w_i)."""
+    weights = {"a": 5.0, "b": 3.0, "c": 1.0, "never": 0.0}
+    n, total = 8000, 9.0
+    rng = np.random.default_rng(0)
+    seen = Counter(
+        tuple(p.dimension for p in principles.draw(weighted(**weights), "general", ppo(principles_per_rollout=2), rng))
+        for _ in range(n)
+    )
+    for first, second in permutations(weights, 2):
+        expected = weights[first] / total * weights[second] / (total - weights[first])
+        assert abs(seen[first, second] / n - expected) <= 5 * sqrt(expected * (1 - expected) / n)
+    assert sum(seen.values()) == n == sum(seen[pair] for pair in permutations(weights, 2))
+
+
+@pytest.mark.parametrize(
+    ("question_type", "boosted"),
+    [
+        ("general", set()),
+        ("reasoning", {"Consistent Reasoning", "Numerical Sensitive"}),
+        ("red_teaming", {"Ethical"}),
+    ],
+)
+def test_boosts_by_question_type(question_type: str, boosted: set[str]) -> None:
+    """How often a principle is among the 3 drawn, against the sum over all 14 * 13 * 12 ordered draws."""
+    found = principles.read_weighted(FILES / "rl.json")
+    weights = np.array([p.weight + 128 * (p.dimension in boosted) for p in found])
+    expected = np.zeros(len(found))
+    total = weights.sum()
+    for i, j, k in permutations(range(len(found)), 3):
+        probability = (
+            weights[i] / total * weights[j] / (total - weights[i]) * weights[k] / (total - weights[i] - weights[j])
+        )
+        expected[[i, j, k]] += probability
+    n = 3000
+    rng = np.random.default_rng(1)
+    seen = Counter(p.dimension for _ in range(n) for p in principles.draw(found, question_type, ppo(), rng))
+    for principle, probability in zip(found, expected, strict=True):
+        tolerance = 5 * sqrt(probability * (1 - probability) / n)
+        assert abs(seen[principle.dimension] / n - probability) <= tolerance, principle.dimension
+
+
+def test_draws_depend_on_their_generator_only_and_change_no_list() -> None:
+    """Reference, defects 5 and 18: rollouts drawn in another order, or on another rank, draw the same."""
+    found = principles.read_weighted(FILES / "rl.json")
+    before = list(found)
+
+    def draw(number: int) -> list[WeightedPrinciple]:
+        return principles.draw(found, "general", ppo(), np.random.default_rng(number))
+
+    forward = {number: draw(number) for number in range(20)}
+    backward = {number: draw(number) for number in reversed(range(20))}
+    assert forward == backward
+    assert len({tuple(p.dimension for p in drawn) for drawn in forward.values()}) > 10
+    assert found == before
+
+
+def test_no_principles_can_be_drawn_for_a_control_run() -> None:
+    found = principles.read_weighted(FILES / "rl.json")
+    assert principles.draw(found, "general", ppo(principles_per_rollout=0), np.random.default_rng(0)) == []
+
+
+def test_check_names_what_does_not_fit() -> None:
+    def check(dimensions: list[str], per_rollout: int, drawn: str = "rl.json") -> list[str]:
+        config: Any = SimpleNamespace(
+            judge=SimpleNamespace(principles="judge.json"),
+            aggregation=SimpleNamespace(dimensions=dimensions),
+            ppo=SimpleNamespace(principles=drawn, principles_per_rollout=per_rollout),
+        )
+        return principles.check_principles(config, FILES)
+
+    assert check(JUDGED, 14) == []
+    (unknown,) = check(["Concise", "Concize"], 3)
+    assert unknown.startswith("aggregation.dimensions: Concize ")
+    assert "Methodical" in unknown
+    (few,) = check(["Concise"], 15)
+    assert few.startswith("ppo.principles_per_rollout: 15")
+    assert "14" in few
+    (gone,) = check(["Concise"], 3, "gone.json")
+    assert gone.startswith("ppo.principles: ")
+    assert "gone.json" in gone

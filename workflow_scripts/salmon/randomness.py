@@ -1,0 +1,32 @@
+"""Random draws that depend on a key, and on nothing else.
+
+A draw for a row comes from a generator that is seeded by a hash of what names the row (purpose, seed, id), so
+that no order of rows, no sharding, no rank and no earlier draw can change it.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def seed_of(*key: object) -> int:
+    """A seed made of a key: 63 bits of the SHA-256 of its parts' repr, the same on every machine.
+
+    Args:
+        key: strings, numbers, booleans or None; numpy scalars count as the Python values they hold.
+
+    Raises:
+        TypeError: for parts of other types, whose repr may hold an address.
+    """
+    parts = [part.item() if isinstance(part, np.generic) else part for part in key]
+    for part in parts:
+        if not isinstance(part, str | int | float | None):
+            raise TypeError(f"a key holds strings, numbers, booleans or None, not {type(part).__name__}")
+    # A repr never holds a raw NUL character, so that different keys give different texts.
+    digest = hashlib.sha256("\0".join(map(repr, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def rng(*key: object) -> np.random.Generator:
+    """The generator of a key, as `rng("purpose", seed, row_id)`: start the key with what the draws are for."""
+    return np.random.default_rng(seed_of(*key))
