@@ -32,17 +32,19 @@ localrules:
     reward_model,
     rl_prompts,
     policy,
+    policies,
+    demo_policy,
 
 
 rule all:
     default_target: True
     input:
-        rules.train_policy.output,
+        "<results>/runs/default/policy",
 
 
 rule prompts:
     input:
-        rules.clean_prompts.output,
+        "<results>/prompts/oasst1.parquet",
 
 
 rule response0:
@@ -62,29 +64,39 @@ rule preferences:
 
 rule reward_data:
     input:
-        rules.aggregate_preferences.output,
+        "<results>/reward_data/principle_preferences.parquet",
 
 
 rule pmp_data:
     input:
-        rules.clean_pmp_data.output,
+        "<results>/reward_data/pmp.parquet",
 
 
 rule pmp:
     input:
-        rules.train_pmp.output,
+        "<results>/models/pmp",
 
 
 rule reward_model:
     input:
-        rules.train_reward_model.output,
+        "<results>/models/reward_model",
 
 
 rule rl_prompts:
     input:
-        rules.clean_rl_prompts.output,
+        "<results>/prompts/rl.parquet",
 
 
 rule policy:
     input:
-        rules.train_policy.output,
+        "<results>/runs/default/policy",
+
+
+rule policies:
+    input:
+        expand("<results>/runs/{run}/policy", run=RUNS),
+
+
+rule demo_policy:
+    input:
+        "<results>/demo_policy",

@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow_scripts"))
 
-from salmon.config import is_local, load
+from salmon.config import is_local, load, resolve_runs
 from salmon.errors import UserError
 
 # Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
@@ -17,6 +17,7 @@ os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.envi
 
 try:
     settings = load(config, Path.cwd())
+    RUNS = resolve_runs(settings)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -44,3 +45,54 @@ def policy_template():
     """The policy's template file, unless the tokenizer's own is used."""
     template = settings.policy_prompt.template
     return [] if template == "chat" else [template]
+
+
+# Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for
+# the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
+HOME = "(runs/[^/]+/)?"
+
+
+def home(run, *sections):
+    """Home of a run's artifact that depends on these sections of its settings."""
+    owner = next(
+        name for name in RUNS if all(getattr(RUNS[name], part) == getattr(RUNS[run], part) for part in sections)
+    )
+    return "" if owner == "default" else f"runs/{owner}/"
+
+
+def run_settings(wildcards):
+    """Settings of the run that a job belongs to."""
+    return RUNS[run_name(wildcards)]
+
+
+def run_name(wildcards):
+    """Name of the run that a job belongs to."""
+    name = wildcards.get("run") or wildcards.get("home")[len("runs/") : -1] or "default"
+    if name not in RUNS:
+        raise WorkflowError(f"there is no run {name} in the configuration; its runs are: {', '.join(RUNS)}")
+    return name
+
+
+def reward_data(wildcards):
+    """Records that a run's reward model is trained on."""
+    return f"<results>/{home(run_name(wildcards), 'aggregation')}reward_data/principle_preferences.parquet"
+
+
+def pmp_model(wildcards):
+    """Reward model that a run's reward model starts from, if any."""
+    if run_settings(wildcards).reward_model.init == "base":
+        return []
+    return f"<results>/{home(run_name(wildcards), 'pmp')}models/pmp"
+
+
+def reward_model_of(wildcards):
+    """Reward model that a run's policy is trained against."""
+    sections = ["aggregation", "reward_model"]
+    if run_settings(wildcards).reward_model.init == "pmp":
+        sections.append("pmp")
+    return f"<results>/{home(run_name(wildcards), *sections)}models/reward_model"
+
+
+def rl_prompts_of(wildcards):
+    """Prompts that a run's policy is trained on."""
+    return f"<results>/{home(run_name(wildcards), 'rl_prompts')}prompts/rl.parquet"

@@ -1,19 +1,19 @@
-"""RL: the policy trained against the reward model, the principles chosen here."""
+"""RL: a policy a run, trained against a reward model, the principles chosen here."""
 
 
 rule train_policy:
     input:
-        prompts=rules.clean_rl_prompts.output.table,
-        reward_model=rules.train_reward_model.output,
-        principles=settings.ppo.principles,
-        templates=[settings.ppo.template, *policy_template()],
+        prompts=rl_prompts_of,
+        reward_model=reward_model_of,
+        principles=lambda wildcards: run_settings(wildcards).ppo.principles,
+        templates=lambda wildcards: [run_settings(wildcards).ppo.template, *policy_template()],
         model=initial_policy(),
     output:
-        directory("<results>/models/policy"),
+        directory("<results>/runs/{run}/policy"),
     log:
-        "<logs>/train_policy.log",
+        "<logs>/runs/{run}/train_policy.log",
     benchmark:
-        "<benchmarks>/train_policy.tsv"
+        "<benchmarks>/runs/{run}/train_policy.tsv"
     conda:
         "../envs/model.yaml"
     threads: 8
@@ -26,7 +26,7 @@ rule train_policy:
         model=settings.model.model_dump_json(),
         lora=settings.lora.model_dump_json(),
         policy_prompt=settings.policy_prompt.model_dump_json(),
-        ppo=settings.ppo.model_dump_json(),
+        ppo=lambda wildcards: run_settings(wildcards).ppo.model_dump_json(),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"

@@ -105,16 +105,18 @@ rule aggregate_preferences:
         response1="<results>/responses/response1.parquet",
         principles=settings.judge.principles,
     output:
-        table="<results>/reward_data/principle_preferences.parquet",
-        manifest="<results>/reward_data/principle_preferences.manifest.json",
+        table="<results>/{home}reward_data/principle_preferences.parquet",
+        manifest="<results>/{home}reward_data/principle_preferences.manifest.json",
     log:
-        "<logs>/aggregate_preferences.log",
+        "<logs>/{home}aggregate_preferences.log",
     benchmark:
-        "<benchmarks>/aggregate_preferences.tsv"
+        "<benchmarks>/{home}aggregate_preferences.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/data.yaml"
     params:
-        aggregation=settings.aggregation.model_dump_json(),
+        aggregation=lambda wildcards: run_settings(wildcards).aggregation.model_dump_json(),
         turn_markers=json.dumps(settings.judge.turn_markers),
     shell:
         "python workflow_scripts/aggregate_preferences.py"

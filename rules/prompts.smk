@@ -22,19 +22,21 @@ rule clean_prompts:
 
 rule clean_rl_prompts:
     input:
-        sources=source_files(settings.rl_prompts.sources),
+        sources=lambda wildcards: source_files(run_settings(wildcards).rl_prompts.sources),
         tokenizer=local_files([settings.model.base]),
     output:
-        table="<results>/prompts/rl.parquet",
-        manifest="<results>/prompts/rl.manifest.json",
+        table="<results>/{home}prompts/rl.parquet",
+        manifest="<results>/{home}prompts/rl.manifest.json",
     log:
-        "<logs>/clean_rl_prompts.log",
+        "<logs>/{home}clean_rl_prompts.log",
     benchmark:
-        "<benchmarks>/clean_rl_prompts.tsv"
+        "<benchmarks>/{home}clean_rl_prompts.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/data.yaml"
     params:
-        rl_prompts=settings.rl_prompts.model_dump_json(),
+        rl_prompts=lambda wildcards: run_settings(wildcards).rl_prompts.model_dump_json(),
         model=TOKENIZER,
     shell:
         "python workflow_scripts/clean_rl_prompts.py"

@@ -22,16 +22,18 @@ rule clean_pmp_data:
 
 rule train_reward_model:
     input:
-        records=rules.aggregate_preferences.output.table,
-        init="<results>/models/pmp" if settings.reward_model.init == "pmp" else [],
-        template=settings.reward_model.template,
+        records=reward_data,
+        init=pmp_model,
+        template=lambda wildcards: run_settings(wildcards).reward_model.template,
         model=local_files([settings.model.base]),
     output:
-        directory("<results>/models/reward_model"),
+        directory("<results>/{home}models/reward_model"),
     log:
-        "<logs>/train_reward_model.log",
+        "<logs>/{home}train_reward_model.log",
     benchmark:
-        "<benchmarks>/train_reward_model.tsv"
+        "<benchmarks>/{home}train_reward_model.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/model.yaml"
     threads: 8
@@ -39,17 +41,17 @@ rule train_reward_model:
         ranks=1,
         micro_batch_size=4,
         gradient_checkpointing="true",
-        deepspeed="",
+        deepspeed="null",
     params:
         init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
-        training=settings.reward_model.model_dump_json(exclude={"init"}),
+        settings=lambda wildcards: run_settings(wildcards).reward_model.model_dump_json(exclude={"init"}),
     shell:
         "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
-        " --lora {params.lora:q} --training {params.training:q} --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
+        " --lora {params.lora:q} --settings {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
+        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
 
 
 # The same training with other data, starting from the base model.
@@ -57,16 +59,16 @@ use rule train_reward_model as train_pmp with:
     input:
         records=rules.clean_pmp_data.output.table,
         init=[],
-        template=settings.pmp.template,
+        template=lambda wildcards: run_settings(wildcards).pmp.template,
         model=local_files([settings.model.base]),
     output:
-        directory("<results>/models/pmp"),
+        directory("<results>/{home}models/pmp"),
     log:
-        "<logs>/train_pmp.log",
+        "<logs>/{home}train_pmp.log",
     benchmark:
-        "<benchmarks>/train_pmp.tsv"
+        "<benchmarks>/{home}train_pmp.tsv"
     params:
         init="",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
-        training=settings.pmp.model_dump_json(),
+        settings=lambda wildcards: run_settings(wildcards).pmp.model_dump_json(),

@@ -10,7 +10,8 @@ shift 2
 export OMP_NUM_THREADS=$((threads > ranks ? threads / ranks : 1))
 export TOKENIZERS_PARALLELISM=false
 
-if ((ranks == 1)); then
+# One process needs no torchrun, except for DeepSpeed, which wants a process group in any case.
+if ((ranks == 1)) && [[ $* != *--deepspeed\ *.json* ]]; then
     exec python "$@"
 fi
 exec torchrun --standalone --nproc-per-node "$ranks" "$@"
