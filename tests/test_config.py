@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from salmon.config import check_paths, is_local, load
+from salmon.config import check_paths, is_local, load, resolve_runs
 from salmon.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -130,3 +130,34 @@ def test_what_the_workflow_makes_need_not_exist(raw: dict[str, Any]) -> None:
     config = load(raw, ROOT)
     made = config.model_copy(update={"model": config.model.model_copy(update={"base": "results/models/mine"})})
     assert check_paths(made, ROOT) == []
+
+
+def test_a_run_is_the_configuration_with_what_it_sets_differently(raw: dict[str, Any]) -> None:
+    runs = resolve_runs(load(raw, ROOT))
+    assert list(runs)[0] == "default"
+    assert runs["sum_of_principles"].aggregation.decision == "sum"
+    assert runs["sum_of_principles"].aggregation.passes == runs["default"].aggregation.passes
+    assert runs["no_pmp"].reward_model.init == "base"
+    assert runs["harmless"].ppo.learning_rate == runs["default"].ppo.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ppo": {"temprature": 1}}, ["run mine", "ppo.temprature", "unknown key"]),
+        ({"ppo": {"principles": "nowhere.json"}}, ["runs.mine", "ppo.principles", "nowhere.json"]),
+        ({"judge": {"shards": 2}}, ["runs.mine.judge", "'aggregation'", "'ppo'"]),
+    ],
+)
+def test_errors_of_a_run_name_it(raw: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(set_key(raw, "runs.mine", changes), ROOT)
+    for words in said:
+        assert words in str(error.value)
+
+
+def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
+    changed = set_key(set_key(raw, "rl_prompts.sources.math", None), "runs.harmless", None)
+    config = load(changed, ROOT)
+    assert "math" not in config.rl_prompts.sources
+    assert "harmless" not in resolve_runs(config)

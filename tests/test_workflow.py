@@ -44,7 +44,7 @@ FILES = {
     "results/models/pmp": "train_pmp",
     "results/models/reward_model": "train_reward_model",
     "results/prompts/rl.parquet": "clean_rl_prompts",
-    "results/models/policy": "train_policy",
+    "results/runs/default/policy": "train_policy",
 }
 
 
@@ -93,6 +93,24 @@ def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
     assert set(jobs(run.stdout + run.stderr)) == set(PARENTS)
 
 
+def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
+    run = snakemake("-n", "policies", *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    found = jobs(run.stdout + run.stderr)
+    # Seven policies; reward models: the shared one, one without PMP, one on data of another aggregation.
+    assert found["train_policy"] == 7
+    assert found["train_reward_model"] == 3
+    assert found["aggregate_preferences"] == 2
+    assert found["train_pmp"] == found["clean_rl_prompts"] == 1
+    assert found["judge_preferences"] == 8
+
+
+def test_an_unknown_run_is_named(tmp_path: Path) -> None:
+    run = snakemake("-n", f"{tmp_path}/runs/nope/policy", *elsewhere(tmp_path))
+    assert run.returncode != 0
+    assert "there is no run nope" in run.stdout + run.stderr
+
+
 def test_a_wrong_key_ends_before_any_job_without_a_traceback() -> None:
     run = snakemake("-n", "--config", "ppo={temprature: 1}")
     assert run.returncode != 0
@@ -116,7 +134,7 @@ def test_every_rule_has_a_log_a_benchmark_and_a_script_of_its_name() -> None:
         name = re.match(r"(?:use rule \w+ as|rule) (\w+)", block)[1]
         assert "log:" in block, name
         assert "benchmark:" in block, name
-        if block.startswith("rule ") and not name.startswith("gather_"):  # both gathering rules share one script
+        if block.startswith("rule ") and name != "gather_responses":  # both gathering rules share one script
             assert f"/{name}.py" in block, name
 
 
