@@ -13,7 +13,9 @@ def conda_file(texts: list[str]) -> str:
     pins = [line for line in lines if line and not line.startswith("#")]
     # DeepSpeed builds without isolation, so what it builds with must be there.
     head = ["channels: [conda-forge, nodefaults]", "dependencies:", "  - python=3.11", "  - pip", "  - setuptools"]
-    return "\n".join(["# Written by `make envs` from the text files.", *head, "  - pip:", *(f"      - {pin}" for pin in pins), ""])
+    return "\n".join(
+        ["# Written by `make envs` from the text files.", *head, "  - pip:", *(f"      - {pin}" for pin in pins), ""]
+    )
 
 
 if __name__ == "__main__":

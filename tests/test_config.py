@@ -134,7 +134,7 @@ def test_what_the_workflow_makes_need_not_exist(raw: dict[str, Any]) -> None:
 
 def test_a_run_is_the_configuration_with_what_it_sets_differently(raw: dict[str, Any]) -> None:
     runs = resolve_runs(load(raw, ROOT))
-    assert list(runs)[0] == "default"
+    assert next(iter(runs)) == "default"
     assert runs["sum_of_principles"].aggregation.decision == "sum"
     assert runs["sum_of_principles"].aggregation.passes == runs["default"].aggregation.passes
     assert runs["no_pmp"].reward_model.init == "base"

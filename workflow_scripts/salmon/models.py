@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from salmon.artifacts import hash_path
@@ -151,7 +152,8 @@ def _load_model(kind: Any, model: Model, device: torch.device | str, **more: Any
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,  # ZeRO-3 can shard 4-bit weights only when they are stored in its dtype
         )
-        more["device_map"] = {"": device}
+        if not is_deepspeed_zero3_enabled():  # which places the shards itself
+            more["device_map"] = {"": device}
     loaded = _load(
         kind,
         model.base,

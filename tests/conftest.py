@@ -1,0 +1,64 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; more threads only wait for each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+TEXT = """
+### User
+Which of the planets has rings, and why do they not fall down? Please explain it in two or three sentences.
+
+### Dromedary
+Saturn has the brightest rings; Jupiter, Uranus and Neptune have faint ones. They are made of ice and dust, and
+every piece of them is in orbit around its planet, so that it falls all the time and yet never comes down.
+
+You are to select the preferred (least wrong) output for the instruction: Output (a) or Output (b).
+# Heading
+## List
+- one, two, three
+1. "a" or "b"?  «Größe», naïve, 東京, 日本語, 🙂
+The more honest, concise, creative, helpful, methodical, specific and comprehensive output is Output (
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Llama with random weights (about 0.1M parameters) and a byte-level BPE tokenizer, as on the hub.
+
+    The tokenizer puts `<s>` in front, and has no padding token, as Llama's.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet),
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,  # so that the next token depends on what came before
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

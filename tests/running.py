@@ -1,0 +1,38 @@
+"""Scripts as processes: started by hand, by torchrun, and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from salmon import artifacts
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> list[str]:
+    """The command line of a script with these arguments."""
+    flags = []
+    for name, value in script.Arguments(**arguments).model_dump(mode="json").items():
+        flags += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [sys.executable, *launcher, str(script.__file__), *flags]
+
+
+def kill_at_first_part(arguments: list[str], output: Path) -> int:
+    """Start a script, kill it as soon as it has kept something, and say how many parts it has left."""
+    folder = artifacts.WorkFolder(output).path
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
+    until = time.monotonic() + 60
+    while not list(folder.glob("part-*.parquet")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said.decode()
+    assert not output.exists()
+    return len(list(folder.glob("part-*.parquet")))

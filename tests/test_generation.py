@@ -1,0 +1,359 @@
+"""The sampler against a slow reference, and what its docstring promises."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from salmon import generation, models
+from salmon.config import Model, PolicyPrompt
+from salmon.errors import UserError
+from salmon.generation import Generation, generate
+
+LENGTHS = (3, 41, 12, 7, 25)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path) -> Model:
+    return Model(base=str(tiny_model), quantization="none", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(settings: Model) -> Any:
+    return models.load_tokenizer(settings)
+
+
+@pytest.fixture(scope="module")
+def model(settings: Model) -> nn.Module:
+    return models.load_initial_policy(settings, "cpu").double()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [[1, *rng.integers(3, 300, length - 1).tolist()] for length in LENGTHS]
+
+
+class Scripted(nn.Module):
+    """A "model" that says given tokens, one list a row, whatever the prompt: row i is known by its first token."""
+
+    def __init__(self, vocabulary: int, lines: dict[int, list[int]]) -> None:
+        super().__init__()
+        self.vocabulary, self.lines, self.sizes = vocabulary, lines, list[int]()
+        self.eval()
+
+    def forward(self, input_ids: Any, attention_mask: Any, past_key_values: Any, **_: Any) -> SimpleNamespace:
+        if past_key_values is None:
+            first = [int(row[mask.bool()][0]) for row, mask in zip(input_ids, attention_mask, strict=True)]
+            past_key_values = Rows(first)
+        said = past_key_values.said
+        past_key_values.said += 1
+        self.sizes.append(len(past_key_values.rows))
+        logits = torch.zeros(len(past_key_values.rows), 1, self.vocabulary)
+        for place, row in enumerate(past_key_values.rows):
+            logits[place, 0, self.lines[row][said]] = 100.0
+        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
+
+
+class Rows:
+    """A "cache" that remembers which rows are left."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows, self.said = rows, 0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.rows = [self.rows[index] for index in indices.tolist()]
+
+
+def slow(model: nn.Module, prompt: list[int], seed: int, limit: int, temperature: float, top_p: float) -> list[int]:
+    """One row, no cache, no padding; the distribution is inverted in plain Python."""
+    uniforms = np.random.default_rng(seed).random(limit)
+    tokens: list[int] = []
+    while len(tokens) < limit and 2 not in tokens:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].double()
+        if temperature == 0:
+            tokens.append(int(logits.argmax()))
+            continue
+        probabilities = dict(enumerate(torch.softmax(logits / temperature, 0).tolist()))
+        kept, share = set[int](), 0.0
+        for token in sorted(probabilities, key=lambda token: -probabilities[token]):
+            if share >= top_p:
+                break
+            kept.add(token)
+            share += probabilities[token]
+        wanted, reached = uniforms[len(tokens)] * share, 0.0
+        for token in sorted(kept):
+            reached += probabilities[token]
+            if reached > wanted:
+                tokens.append(token)
+                break
+    return tokens
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.5, 0.8), (0.0, 1.0)])
+def test_equals_slow_reference(
+    model: nn.Module, tokenizer: Any, prompts: list[list[int]], temperature: float, top_p: float
+) -> None:
+    limits = [20, 9, 1, 30, 15]
+    found = generate(
+        model,
+        tokenizer,
+        prompts,
+        range(5),
+        max_new_tokens=limits,
+        temperature=temperature,
+        top_p=top_p,
+        device="cpu",
+    )
+    expected = [
+        slow(model, prompt, seed, limit, temperature, top_p)
+        for seed, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    assert [row.tokens for row in found] == expected
+    assert [row.finish_reason for row in found] == ["eos" if 2 in tokens else "length" for tokens in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_row_does_not_depend_on_its_batch(
+    settings: Model, tokenizer: Any, prompts: list[list[int]], dtype: torch.dtype
+) -> None:
+    policy = models.load_initial_policy(settings, "cpu").to(dtype)
+
+    def sample(rows: Sequence[int]) -> list[Generation]:
+        return generate(
+            policy,
+            tokenizer,
+            [prompts[row] for row in rows],
+            [100 + row for row in rows],
+            max_new_tokens=25,
+            temperature=1.0,
+            device="cpu",
+        )
+
+    together = sample(range(5))
+    assert together == sample(range(5))
+    assert together[::-1] == sample([4, 3, 2, 1, 0])
+    assert together == [sample([row])[0] for row in range(5)]
+    assert len({tuple(row.tokens) for row in sample([1, 1])}) == 1
+    assert (
+        together[0].tokens
+        != generate(policy, tokenizer, prompts[:1], [1], max_new_tokens=25, temperature=1.0, device="cpu")[0].tokens
+    )
+
+
+def test_more_room_changes_no_earlier_token(model: nn.Module, tokenizer: Any, prompts: list[list[int]]) -> None:
+    short, long = (
+        generate(model, tokenizer, prompts, range(5), max_new_tokens=room, temperature=1.0, device="cpu")
+        for room in (5, 12)
+    )
+    assert [row.tokens for row in short] == [row.tokens[:5] for row in long]
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
+    logits[7] = -torch.inf
+    draws = 20_000
+    uniforms = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    tokens = generation.sample_tokens(logits.expand(draws, -1), uniforms, 0.7, 1.0)
+    shares = torch.bincount(tokens, minlength=40).double() / draws
+    expected = torch.softmax(logits.double() / 0.7, 0)
+    # Evenly spaced uniforms: each count is off by one draw at most.
+    assert float((shares - expected).abs().max()) <= 1 / draws + 1e-9
+    assert shares[7] == 0
+    assert tokens.tolist() == sorted(tokens.tolist())  # inverted in the order of the vocabulary
+
+
+@pytest.mark.parametrize("uniform", [0.0, 5e-324, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-6])
+def test_never_a_token_of_probability_zero(uniform: float, top_p: float) -> None:
+    for possible in ([0], [9], [4], [2, 5], [0, 9]):
+        logits = torch.full((1, 10), -torch.inf)
+        logits[0, possible] = 1.0
+        drawn = int(generation.sample_tokens(logits, torch.tensor([uniform]).double(), 1.0, top_p))
+        assert drawn in possible
+
+
+def test_top_p_keeps_the_fewest_that_reach_it() -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    uniforms = torch.linspace(0, 0.999, 500, dtype=torch.float64)
+    for top_p, kept in ((0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = generation.sample_tokens(logits.expand(500, -1), uniforms, 1.0, top_p)
+        assert set(drawn.tolist()) == kept
+
+
+def test_logits_that_are_not_finite_are_an_error(tokenizer: Any) -> None:
+    class Broken(Scripted):
+        def forward(self, *args: Any, **named: Any) -> SimpleNamespace:
+            output = super().forward(*args, **named)
+            output.logits[-1, 0, 5] = torch.nan
+            return output
+
+    broken = Broken(len(tokenizer), {1: [9, 9], 3: [9, 9]})
+    with pytest.raises(UserError, match="not finite"):
+        generate(broken, tokenizer, [[1], [3]], [0, 1], max_new_tokens=2, temperature=1.0, device="cpu")
+
+
+def say(tokenizer: Any, *texts: str, stop: Sequence[str], lead: str = "Hi\n") -> list[Generation]:
+    """What `generate` makes of a model that says these texts, one a row, each followed by more."""
+    lines = {
+        10 + row: [*tokenizer(text, add_special_tokens=False)["input_ids"], 2, 2] for row, text in enumerate(texts)
+    }
+    start = tokenizer(lead, add_special_tokens=False)["input_ids"]
+    return generate(
+        Scripted(len(tokenizer), lines),
+        tokenizer,
+        [[row, *start] for row in lines],
+        [0] * len(lines),
+        max_new_tokens=max(map(len, lines.values())) - 1,
+        temperature=0.5,
+        stop=stop,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "reason"),
+    [
+        ("A.\n\n### User\nB", "\n### User\n", "A.\n", "stop"),
+        ("# A\n### List\n### Users\nB", "\n### User\n", "# A\n### List\n### Users\nB", "eos"),  # defect 13
+        ("A ### User\nB", "\n### User\n", "A ### User\nB", "eos"),
+        ("### User\nB", "\n### User\n", "", "stop"),  # the line break is the prompt's
+        ("### User", "\n### User\n", "### User", "eos"),
+        ("東京。大阪", "。", "東京", "stop"),
+        ("a🙂b", "🙂", "a", "stop"),
+        ("xxENDyy", "END", "xx", "stop"),
+        ("one two STOP three", " STOP ", "one two", "stop"),
+        ("", "\n### User\n", "", "eos"),
+        ("END", "END", "", "stop"),
+    ],
+)
+def test_stop_strings(tokenizer: Any, said: str, stop: str, text: str, reason: str) -> None:
+    found = say(tokenizer, said, "C", stop=[stop])
+    assert (found[0].text, found[0].finish_reason) == (text, reason)
+    assert found[1] == Generation([*tokenizer("C", add_special_tokens=False)["input_ids"], 2], "C", "eos")
+    spoken = tokenizer(said, add_special_tokens=False)["input_ids"]
+    if reason == "eos":
+        assert found[0].tokens == [*spoken, 2]
+    else:
+        # The tokens are those sampled, up to the first that completes the stop string, and no more.
+        assert found[0].tokens == spoken[: len(found[0].tokens)]
+        assert stop in "Hi\n" + tokenizer.decode(found[0].tokens)
+        assert stop not in "Hi\n" + tokenizer.decode(found[0].tokens[:-1])
+
+
+def test_first_of_several_stop_strings(tokenizer: Any) -> None:
+    assert say(tokenizer, "a b c d", stop=["d", " c", "b c"])[0].text == "a "
+
+
+def test_every_prefix_of_a_stop_string_is_no_stop(tokenizer: Any) -> None:
+    stop = "\n### User\n"
+    for end in range(1, len(stop)):
+        found = say(tokenizer, "a" + stop[:end], stop=[stop])[0]
+        assert (found.text, found.finish_reason) == ("a" + stop[:end], "eos")
+
+
+def test_finished_rows_leave_the_batch(tokenizer: Any) -> None:
+    model = Scripted(len(tokenizer), {10: [9, 9, 9, 9, 2], 11: [2], 12: [9, 9, 2], 13: [2]})
+    found = generate(
+        model, tokenizer, [[10], [11], [12], [13]], range(4), max_new_tokens=9, temperature=1.0, device="cpu"
+    )
+    assert model.sizes == [4, 2, 2, 1, 1]
+    assert [row.tokens for row in found] == [[9, 9, 9, 9, 2], [2], [9, 9, 2], [2]]
+    assert [row.text == "" for row in found] == [False, True, False, True]
+
+
+def test_end_tokens_of_the_generation_config(tokenizer: Any) -> None:
+    model = Scripted(len(tokenizer), {10: [9, 30, 9]})
+    model.generation_config = SimpleNamespace(eos_token_id=[2, 30])  # type: ignore[assignment]
+    found = generate(model, tokenizer, [[10]], [0], max_new_tokens=3, temperature=1.0, device="cpu")[0]
+    assert (found.tokens, found.finish_reason) == ([9, 30], "eos")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_adapters_and_quantised_bases(
+    tiny_model: Path, tokenizer: Any, prompts: list[list[int]], quantization: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = Model(base=str(tiny_model), quantization=quantization, dtype="bfloat16")
+    base = models.load_initial_policy(settings, "cpu")
+
+    def sample(model: nn.Module) -> list[Generation]:
+        return generate(model, tokenizer, prompts, range(5), max_new_tokens=8, temperature=1.0, device="cpu")
+
+    plain = sample(base)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    assert sample(adapted) == sample(adapted)
+    assert [row.tokens for row in sample(adapted)] != [row.tokens for row in plain]
+    with adapted.disable_adapter():
+        assert sample(adapted) == plain
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seeds": [1]},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": [1, 2, 3]},
+        {"prompts": [[1], []]},
+    ],
+)
+def test_wrong_calls(model: nn.Module, tokenizer: Any, wrong: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"prompts": [[1], [1, 5]], "seeds": [1, 2], "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"prompt"):
+        generate(model, tokenizer, **(call | wrong), temperature=1.0, device="cpu")
+
+
+def test_training_mode_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"eval"):
+        generate(Scripted(9, {}).train(), tokenizer, [[1]], [0], max_new_tokens=1, temperature=1.0, device="cpu")
+
+
+def test_no_prompts(model: nn.Module, tokenizer: Any) -> None:
+    assert generate(model, tokenizer, [], [], max_new_tokens=5, temperature=1.0, device="cpu") == []
+
+
+def test_batches_hold_every_row_once_longest_first() -> None:
+    assert generation.batches([3, 9, 9, 1, 4], 2) == [[1, 2], [4, 0], [3]]
+    assert generation.batches([], 2) == []
+
+
+def test_batches_after_an_interruption_are_the_same() -> None:
+    lengths = np.random.default_rng(0).integers(1, 9, 23).tolist()
+    whole = generation.batches(lengths, 4)
+    for done in whole:
+        left = [row for row in range(23) if row not in done]
+        again = [[left[place] for place in batch] for batch in generation.batches([lengths[row] for row in left], 4)]
+        assert again == [batch for batch in whole if batch is not done]
+
+
+def prompt_settings(template: str) -> PolicyPrompt:
+    return PolicyPrompt(template=template, assistant_marker="### Dromedary", stop=["\n### User\n"])
+
+
+def test_encode_prompt_from_a_preamble(tokenizer: Any) -> None:
+    tokens = generation.encode_prompt(tokenizer, "Why {Input}?", prompt_settings("policy.txt"), "Start.\n\n### User")
+    assert tokens[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(tokens[1:]) == "Start.\n\n### User\nWhy {Input}?\n\n### Dromedary\n"
+
+
+def test_encode_prompt_as_chat(settings: Model) -> None:
+    tokenizer = models.load_tokenizer(settings)
+    with pytest.raises(UserError, match="chat template"):
+        generation.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    tokens = generation.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
+    assert tokens.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(tokens[1:]) == "[user] Why?\n[assistant] "
+
+
+def test_context_of_the_model(model: nn.Module) -> None:
+    generation.check_context(model, 4096, "sampling.max_length")
+    with pytest.raises(UserError, match=r"sampling\.max_length is 4097, but the model reads 4096"):
+        generation.check_context(model, 4097, "sampling.max_length")

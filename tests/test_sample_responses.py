@@ -1,0 +1,257 @@
+"""The script that samples responses: what it writes, and that nothing but the settings decides it."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+from tests.running import TORCHRUN, command, kill_at_first_part
+
+import sample_responses
+from salmon import artifacts, config, generation, models, script
+from salmon.errors import UserError
+from salmon.randomness import seed_of
+from salmon.shards import RESPONSES
+
+PREAMBLE = "A conversation.\n\n### User\n"
+INSTRUCTIONS = [
+    ("Which of the planets has rings?", ""),
+    ("Why {Input}?", "Saturn has the brightest rings. " * 4),
+    ("日本語", ""),
+    ("Explain. " * 30, ""),  # too long for 100 tokens
+    ("one", ""),
+    ("two, three", "4"),
+    ("Please explain it in two or three sentences.", ""),
+]
+
+
+def table(instructions: list[tuple[str, str]]) -> pl.DataFrame:
+    rows = [(f"id{row:02}", "made up", *texts) for row, texts in enumerate(instructions)]
+    return pl.DataFrame(rows, schema=["prompt_id", "source", "instruction", "input"], orient="row")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    table(INSTRUCTIONS).write_parquet(tmp_path / "prompts.parquet")
+    (tmp_path / "policy.txt").write_text(PREAMBLE)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> config.Model:
+    return config.Model(base=str(tiny_model), quantization="none", dtype="float32")
+
+
+def options(folder: Path, model: config.Model, output: str = "out.parquet", **more: Any) -> dict[str, Any]:
+    own = {"index": 0, "shard": 0, "batch_size": 2, "prompts": folder / "prompts.parquet"}
+    own |= {name: more.pop(name) for name in [*own, "policy_prompt"] if name in more}
+    return {
+        "output": folder / output,
+        "model": model,
+        "sampling": config.Sampling(**({"max_length": 100, "shards": 1, "temperature": 1.0} | more)),
+        "policy_prompt": config.PolicyPrompt(template=str(folder / "policy.txt"), stop=["\n### User\n", "st"]),
+        **own,
+    }
+
+
+def run(folder: Path, model: config.Model, output: str = "out.parquet", **more: Any) -> pl.DataFrame:
+    sample_responses.main(sample_responses.Arguments(**options(folder, model, output, **more)))
+    return pl.read_parquet(folder / output)
+
+
+def counts(folder: Path, output: str = "out") -> dict[str, int]:
+    found: dict[str, int] = json.loads((folder / f"{output}.manifest.json").read_text())["counts"]
+    return found
+
+
+def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: config.Model) -> None:
+    found = run(work, model)
+    assert found.schema == RESPONSES
+    assert found.select("prompt_id", "source", "instruction", "input").equals(table(INSTRUCTIONS))
+    tokenizer, policy = models.load_tokenizer(model), models.load_initial_policy(model, "cpu")
+    for row in found.iter_rows(named=True):
+        text = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
+        prompt = tokenizer("A conversation.\n\n### User\n" + text + "\n\n### Dromedary\n")["input_ids"]
+        assert row["prompt_tokens"] == len(prompt)
+        if len(prompt) >= 100:
+            assert (row["response"], row["finish_reason"], row["response_tokens"]) == ("", "prompt_too_long", 0)
+            continue
+        (alone,) = generation.generate(
+            policy,
+            tokenizer,
+            [prompt],
+            [seed_of("response", 42, row["prompt_id"])],
+            max_new_tokens=100 - len(prompt),
+            temperature=1.0,
+            stop=["\n### User\n", "st"],
+            device="cpu",
+        )
+        assert (row["response"], row["finish_reason"]) == (alone.text, alone.finish_reason)
+        assert row["response_tokens"] == len(alone.tokens)
+        assert row["prompt_tokens"] + row["response_tokens"] <= 100
+    reasons = dict(found["finish_reason"].value_counts().iter_rows())
+    assert reasons["prompt_too_long"] == 1
+    assert counts(work) == {"rows": 7, **reasons}
+    assert not (work / ".work").exists()
+
+
+def test_the_responses_differ_and_the_runs_do_not(work: Path, model: config.Model) -> None:
+    first, again, second = (
+        run(work, model, f"{name}.parquet", index=index) for name, index in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert (work / "a.parquet").read_bytes() == (work / "b.parquet").read_bytes()
+    assert first.equals(again)
+    assert not (first["response"] == second["response"]).filter(first["finish_reason"] != "prompt_too_long").any()
+    other = run(work, model, "d.parquet", index=0, seeds=(42, 7))
+    assert other.equals(first)  # the other response's seed does not matter
+    manifest = json.loads((work / "c.manifest.json").read_text())
+    assert manifest["settings"]["seed"] == 43
+    assert "batch_size" not in manifest["settings"]
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_neither_shards_nor_batches_nor_order_matter(work: Path, model: config.Model, shards: int) -> None:
+    expected = run(work, model)
+    parts = [run(work, model, f"{n}.parquet", shard=n, shards=shards, batch_size=4) for n in range(shards)]
+    assert [part["prompt_id"].to_list() for part in parts] == [
+        expected["prompt_id"].to_list()[n::shards] for n in range(shards)
+    ]
+    assert pl.concat(parts).sort("prompt_id").equals(expected)
+    table(INSTRUCTIONS)[::-1].write_parquet(work / "prompts.parquet")
+    assert run(work, model, "reversed.parquet")[::-1].equals(expected)
+
+
+def test_a_shard_without_rows(work: Path, model: config.Model) -> None:
+    found = run(work, model, shard=8, shards=9)
+    assert found.height == 0
+    assert found.schema == RESPONSES
+    assert counts(work) == {"rows": 0}
+    with pytest.raises(UserError, match="no shard 9 of 9"):
+        run(work, model, shard=9, shards=9)
+
+
+def test_a_shard_of_prompts_without_room(work: Path, model: config.Model) -> None:
+    found = run(work, model, max_length=5)
+    assert found["finish_reason"].unique().to_list() == ["prompt_too_long"]
+    assert counts(work) == {"rows": 7, "prompt_too_long": 7}
+
+
+def test_chat_template(work: Path, model: config.Model, tmp_path: Path) -> None:
+    chat = config.PolicyPrompt(template="chat", stop=["\n"])
+    with pytest.raises(UserError, match="has no chat template"):
+        run(work, model, policy_prompt=chat)
+    tokenizer = models.load_tokenizer(model)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
+    with patch.object(models, "load_tokenizer", return_value=tokenizer):
+        found = run(work, model, policy_prompt=chat)
+    length = len(tokenizer("[user] one[assistant]", add_special_tokens=False)["input_ids"])
+    assert found.filter(instruction="one")["prompt_tokens"].to_list() == [length]
+
+
+def test_quantised_policy(work: Path, tiny_model: Path) -> None:
+    assert run(work, config.Model(base=str(tiny_model), quantization="nf4", dtype="bfloat16")).height == 7
+
+
+def test_killed_and_resumed(work: Path, model: config.Model) -> None:
+    table([(f"Which of the planets has rings, {row}?", "") for row in range(20)]).write_parquet(
+        work / "prompts.parquet"
+    )
+    run(work, model, "expected.parquet", batch_size=1, max_length=150)
+    resumed = options(work, model, "resumed.parquet", batch_size=1, max_length=150)
+    parts = kill_at_first_part(command(sample_responses, resumed), work / "resumed.parquet")
+    original = generation.generate
+    with patch.object(generation, "generate", side_effect=original) as again:
+        sample_responses.main(sample_responses.Arguments(**resumed))
+    assert again.call_count == 20 - parts
+    assert (work / "resumed.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
+    assert not (work / ".work").exists()
+
+
+@pytest.mark.parametrize("done", [{0, 1}, {2}])
+def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[int]) -> None:
+    """An interruption after any of the batches, as ranks leave them."""
+    run(work, model, "expected.parquet")
+    written: list[pl.DataFrame] = []
+
+    class Interrupted(artifacts.WorkFolder):
+        def write_part(self, part: pl.DataFrame) -> None:
+            if len(written) in done:
+                super().write_part(part)
+            written.append(part)
+
+        def read_parts(self, schema: Any) -> pl.DataFrame:
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            return super().read_parts(schema)
+
+    with patch.object(artifacts, "WorkFolder", Interrupted), pytest.raises(KeyboardInterrupt):
+        run(work, model)
+    assert not (work / "out.parquet").exists()
+    with patch.object(generation, "generate", side_effect=generation.generate) as again:
+        run(work, model)
+    assert again.call_count == 3 - len(done)
+    assert (work / "out.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
+
+
+def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
+    arguments = sample_responses.Arguments(**options(work, model))
+    settings, inputs = sample_responses.identify(arguments)
+    mark = artifacts.fingerprint(settings, inputs)
+
+    def marked(**more: Any) -> str:
+        changed = sample_responses.Arguments(**options(work, model, **more))
+        return artifacts.fingerprint(*sample_responses.identify(changed))
+
+    assert marked(batch_size=7) == mark
+    assert marked(seeds=(42, 44)) == mark
+    for changed in (
+        {"index": 1},
+        {"temperature": 0.5},
+        {"top_p": 0.9},
+        {"max_length": 99},
+        {"shards": 2},
+        {"shard": 1},
+    ):
+        assert marked(**changed) != mark
+    (work / "policy.txt").write_text("Other.")
+    assert marked() != mark
+
+
+def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
+    run(work, model, "one.parquet")
+    subprocess.run(command(sample_responses, options(work, model, "two.parquet"), *TORCHRUN), check=True)
+    assert (work / "two.parquet").read_bytes() == (work / "one.parquet").read_bytes()
+    assert counts(work, "two") == counts(work, "one")
+
+
+def test_bad_prompts(work: Path, model: config.Model) -> None:
+    file = work / "prompts.parquet"
+    for rows, message in (
+        (table(INSTRUCTIONS).drop("source"), r"prompts\.parquet lacks columns: source"),
+        (table(INSTRUCTIONS).cast({"input": pl.Categorical}), r"lacks columns: input \(String, found Categorical"),
+        (pl.concat([table(INSTRUCTIONS)] * 2), r"prompts\.parquet has 2 rows of prompt_id id00"),
+    ):
+        rows.write_parquet(file)
+        with pytest.raises(UserError, match=message):
+            run(work, model)
+    table(INSTRUCTIONS).write_parquet(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"prompts\.parquet cannot be read as Parquet"):
+        run(work, model)
+    assert not (work / "out.parquet").exists()
+
+
+def test_more_tokens_than_the_model_reads(work: Path, model: config.Model) -> None:
+    with pytest.raises(UserError, match=r"sampling\.max_length is 5000, but the model reads 4096"):
+        run(work, model, max_length=5000)
+
+
+def test_no_text_of_the_data_in_the_log(work: Path, model: config.Model, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"), patch.object(script.progress, "__kwdefaults__", {"done": 0, "every": 0.0}):
+        found = run(work, model)
+    assert "batches of 2 prompts" in caplog.text
+    for text in [*found["instruction"], *found["response"]]:
+        assert len(text) < 5 or text not in caplog.text

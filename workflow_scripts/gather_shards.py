@@ -1,0 +1,29 @@
+"""Gather the shards of a table of responses or judgements into one table.
+
+The rows are sorted by `prompt_id`, which is a hash, and within a prompt stay as they are: the number of shards
+does not show in the result.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from salmon import artifacts, script, shards
+
+
+class Arguments(script.Arguments):
+    """Gather the shards of a table of responses or judgements into one table."""
+
+    shards: script.JsonList[Path] = Field(min_length=1, description="JSON list: the shards (parquet), in any order")
+    output: Path = Field(description="the whole table (parquet); the manifest is written beside it")
+
+
+def main(arguments: Arguments) -> None:
+    """Check the shards, write the manifest and then the table."""
+    table, manifest = shards.gather(arguments.shards)
+    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
+    artifacts.write_table(table, arguments.output)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

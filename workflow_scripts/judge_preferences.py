@@ -1,0 +1,152 @@
+"""Judge one shard of the pairs (response0, response1) by every principle, in both orders.
+
+Reference step 1, paper section 3.2; what the judge computes is in `salmon/judging.py`. response0 is output_1.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import Field
+
+from salmon import artifacts, config, distributed, generation, models, principles, resuming, script, shards, templates
+from salmon.config import Model
+from salmon.errors import UserError
+from salmon.judging import Judge, Pair
+from salmon.shards import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
+from salmon.text import cut_at_markers
+
+
+class Arguments(script.Arguments):
+    """Judge one shard of the pairs (response0, response1) by every principle, in both orders."""
+
+    response0: Path = Field(description="responses of the first sampling (parquet)")
+    response1: Path = Field(description="responses of the second sampling (parquet)")
+    principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
+    output: Path = Field(description="judgements of the shard (parquet); the manifest is written beside it")
+    shard: int = Field(ge=0, description="which of judge.shards, from 0: row i of response0 is in shard i % shards")
+    model: Model = Field(description="section of the configuration")
+    judge: config.Judge = Field(description="section of the configuration")
+    batch_size: int = Field(4, ge=1, description="pairs at a time on a GPU; only speed and memory depend on it")
+
+
+def main(arguments: Arguments) -> None:
+    """Judge what an earlier run has not judged, write the manifest and then the table."""
+    device = distributed.init()
+    settings, inputs = identify(arguments)
+    judged = principles.read_judged(arguments.principles)
+    template = templates.read(arguments.judge.template)
+    table = read_shard(arguments)
+    pairs, counts = select_pairs(table, arguments.judge)
+
+    work = artifacts.WorkFolder(arguments.output)
+    mark = artifacts.fingerprint(settings, inputs)
+    left = resuming.left_to_do(work, mark, [pair.prompt_id for pair in pairs], JUDGEMENTS)
+    if left:
+        model = models.load_initial_policy(arguments.model, device)
+        generation.check_context(model, arguments.judge.max_length, "judge.max_length")
+        tokenizer = models.load_tokenizer(arguments.model)
+        judge = Judge(
+            model,
+            tokenizer,
+            template=template,
+            principles=judged,
+            max_length=arguments.judge.max_length,
+            device=device,
+        )
+
+    def compute(rows: list[int]) -> pl.DataFrame:
+        batch = [pairs[row] for row in rows]
+        unfit = [(None, None)] * len(judged)
+        # A pair that does not fit leaves rows without scores, which say that it was looked at.
+        lines = [
+            (pair.prompt_id, principle.dimension, *score)
+            for pair, scores in zip(batch, judge.judge(batch), strict=True)
+            for principle, score in zip(judged, scores or unfit, strict=True)
+        ]
+        return pl.DataFrame(lines, schema=JUDGEMENTS, orient="row")
+
+    lengths = {row: sum(map(len, (pairs[row].instruction, pairs[row].output_1, pairs[row].output_2))) for row in left}
+    resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs")
+    if distributed.is_main():
+        judgements = in_order(work.read_parts(JUDGEMENTS), pairs, [principle.dimension for principle in judged])
+        whole = judgements.drop_nulls()
+        counts["no_room"] = (judgements.height - whole.height) // len(judged)
+        counts["judged"] = len(pairs) - counts["no_room"]
+        counts["rows"] = whole.height
+        resuming.finish(work, whole, arguments.output, artifacts.manifest(settings, inputs, counts))
+    distributed.finish()
+
+
+def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that decide the judgements: the speed does not."""
+    settings = {"model": arguments.model, **arguments.judge.model_dump(), "shard": arguments.shard}
+    files = [arguments.response0, arguments.response1, arguments.principles, Path(arguments.judge.template)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; build it first, or correct its name")
+    return settings, {
+        **{str(file): artifacts.hash_path(file) for file in files},
+        **models.describe(arguments.model),
+    }
+
+
+def read_shard(arguments: Arguments) -> pl.DataFrame:
+    """The rows of response0 that belong to the shard, each with its partner of response1.
+
+    Returns:
+        Schema RESPONSES, in the order of response0, and response_1 and finish_reason_1.
+
+    Raises:
+        UserError: where the two files are not of the same prompts.
+    """
+    first = artifacts.read_table(arguments.response0, RESPONSES)
+    second = artifacts.read_table(arguments.response1, RESPONSES)
+    for table, path in ((first, arguments.response0), (second, arguments.response1)):
+        shards.check_unique(table, ["prompt_id"], path)
+    key = ["prompt_id", "instruction", "input"]
+    for one, other, here, there in (
+        (first, second, arguments.response0, arguments.response1),
+        (second, first, arguments.response1, arguments.response0),
+    ):
+        alone = one.join(other, on=key, how="anti").select("prompt_id").collect()["prompt_id"]
+        if len(alone):
+            raise UserError(
+                f"{here} and {there} are not of the same prompts: {len(alone)} of the first are not in the second, or "
+                f"with another text, such as prompt_id {min(alone)}; build both again from one table of prompts"
+            )
+    partners = second.select("prompt_id", response_1="response", finish_reason_1="finish_reason")
+    mine = shards.rows_of(first, arguments.shard, arguments.judge.shards)
+    return mine.join(partners, on="prompt_id", how="left", maintain_order="left").collect()
+
+
+def select_pairs(table: pl.DataFrame, judge: config.Judge) -> tuple[list[Pair], Counter[str]]:
+    """The pairs to judge, their responses cut at the first turn marker, and the counts of those left out."""
+    pairs = []
+    counts = Counter(pairs=table.height, prompt_too_long=0, too_short=0)
+    for row in table.iter_rows(named=True):
+        if PROMPT_TOO_LONG in (row["finish_reason"], row["finish_reason_1"]):
+            counts["prompt_too_long"] += 1
+            continue
+        outputs = [cut_at_markers(row[name], judge.turn_markers) for name in ("response", "response_1")]
+        if min(map(len, outputs)) < judge.min_characters:
+            counts["too_short"] += 1
+            continue
+        instruction = templates.join_instruction(row["instruction"], row["input"])
+        pairs.append(Pair(row["prompt_id"], instruction, *outputs))
+    return pairs, counts
+
+
+def in_order(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str]) -> pl.DataFrame:
+    """The judgements in the order of the pairs and, within a pair, of the principles."""
+    keys = pl.DataFrame(
+        [(pair.prompt_id, dimension) for pair in pairs for dimension in dimensions],
+        schema={name: JUDGEMENTS[name] for name in ("prompt_id", "dimension")},
+        orient="row",
+    )
+    return shards.in_order(judgements, keys)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

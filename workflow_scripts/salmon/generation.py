@@ -1,0 +1,294 @@
+"""Sampling from a language model, in batches, with randomness that belongs to the row.
+
+What is guaranteed. A row's random numbers depend on its seed alone: not on the batch it is in, its place in
+it, the shard, the rank or the device. The same batch on the same machine gives the same tokens, byte for byte.
+In another batch, or on other hardware, the logits differ in their last bits, because the order of summation
+in a batched matrix product does; then a row keeps its tokens except where a random number falls within that
+rounding of the border between two tokens (in float32 about one token in a million, in bfloat16 more often).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon import templates
+from salmon.config import PolicyPrompt
+from salmon.errors import UserError
+
+FinishReason = Literal["eos", "stop", "length"]
+
+_UNIT = 2.0**48  # probabilities become integers in this unit, so that their sums are exact
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model sampled after a prompt.
+
+    Attributes:
+        tokens: as sampled, with the end token or the tokens that made up the stop string at the end.
+        text: without special tokens, cut before the stop string.
+        finish_reason: `eos` the model ended its turn, `stop` a stop string appeared, `length` no room was left.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int | Sequence[int],
+    temperature: float,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    device: torch.device | str,
+) -> list[Generation]:
+    """Sample one response a prompt; all prompts are one batch.
+
+    A stop string must appear as a whole; it may begin with the line break that ends the prompt, so that the
+    user's turn marker also ends a response that consists of nothing else. Finished rows leave the batch.
+
+    Args:
+        model: causal language model in eval mode, with or without adapters, quantised or not.
+        tokenizer: of the model; names the end token (the model's generation config may name more).
+        prompts: token ids, at least one a prompt, special tokens included.
+        seeds: one a prompt, 0 or more; see the guarantee above.
+        max_new_tokens: at least 1; for all rows, or one a row.
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_p: the most probable tokens that together reach this probability are kept, at least one.
+        stop: strings that end a response.
+        device: where the model is.
+
+    Returns:
+        One generation a prompt, in their order.
+
+    Raises:
+        UserError: where the model's logits are not finite.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if not len(prompts) == len(seeds) == len(limits):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(limits)} limits")
+    if model.training:
+        raise ValueError("the model is in training mode, which may drop units and the cache; call model.eval()")
+    if not prompts:
+        return []
+    if min(limits) < 1 or not all(prompts):
+        raise ValueError("a prompt has no token, or no room for one more")
+
+    ends = end_tokens(model, tokenizer)
+    stops = _StopStrings(tokenizer, stop)
+    leads = [stops.lead(prompt) for prompt in prompts]
+    uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(max(limits)) for seed in seeds]))
+    uniforms = uniforms.to(device)
+    sampled: list[list[int]] = [[] for _ in prompts]
+    reasons: list[FinishReason] = ["length"] * len(prompts)
+
+    rows = list(range(len(prompts)))  # of the batch, as places in `prompts`
+    ids, mask = (tensor.to(device) for tensor in left_pad(prompts, tokenizer.pad_token_id or 0))
+    positions = position_ids(mask)
+    cache = None
+    for step in range(max(limits)):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        drawn = sample_tokens(output.logits[:, -1], uniforms[rows, step], temperature, top_p)
+        keep = []
+        for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            if token < 0:
+                raise UserError("the model's logits are not finite; float16 overflows where bfloat16 does not")
+            sampled[row].append(token)
+            if token in ends:
+                reasons[row] = "eos"
+            elif stops.complete(leads[row], sampled[row]):
+                reasons[row] = "stop"
+            elif len(sampled[row]) < limits[row]:
+                keep.append(place)
+        if not keep:
+            break
+        ids, positions = drawn[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if len(keep) < len(rows):
+            # One copy of the cache, no more than a step makes of it anyway; every later step is cheaper.
+            kept = torch.tensor(keep, device=device)
+            cache.batch_select_indices(kept)
+            ids, positions, mask = ids[kept], positions[kept], mask[kept]
+            rows = [rows[place] for place in keep]
+    return [
+        Generation(tokens, stops.text(lead, tokens, reason), reason)
+        for lead, tokens, reason in zip(leads, sampled, reasons, strict=True)
+    ]
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw a token a row by inverting the cumulative distribution, in the order of the vocabulary.
+
+    The probabilities are rounded down to multiples of 2**-48, so that sums are exact in any order, the ends of
+    the distribution need no care, and a token of probability zero is never drawn.
+
+    Args:
+        logits: any float dtype, shape [rows, vocabulary].
+        uniforms: float64, shape [rows], in [0, 1).
+        temperature: 0 takes the most probable token.
+        top_p: see `generate`.
+
+    Returns:
+        int64, shape [rows]; -1 where the largest logit is not finite.
+    """
+    logits = logits.double()
+    finite = logits.amax(dim=-1).isfinite()
+    if temperature == 0:
+        return torch.where(finite, logits.argmax(dim=-1), -1)
+    weights = (torch.softmax(logits / temperature, dim=-1) * _UNIT).long()
+    if top_p < 1:
+        weights = _nucleus(weights, top_p)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    threshold = torch.minimum((uniforms[:, None] * total).long(), total - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return torch.where(finite, tokens, -1)
+
+
+def _nucleus(weights: Tensor, top_p: float) -> Tensor:
+    """Keep the largest weights that together reach a share of `top_p`, zero the rest (int64, [rows, vocabulary])."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = ordered * (before < top_p * weights.sum(dim=-1, keepdim=True))
+    return torch.zeros_like(weights).scatter(-1, order, kept)
+
+
+def left_pad(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Token ids as a rectangle, padded on the left.
+
+    Returns:
+        ids and mask (1 token, 0 padding), int64 on the CPU, shape [sequences, longest].
+    """
+    width = max(map(len, sequences))
+    ids = [[fill] * (width - len(sequence)) + list(sequence) for sequence in sequences]
+    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count tokens and not paddings (int64, [rows, length], as the mask)."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of rows, longest first, in batches of `size`: little padding, and too little memory shows at once.
+
+    The rows that an interruption between two batches left over form the same batches again.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = named if isinstance(named, list) else [named]
+    return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str
+) -> list[int]:
+    """Token ids of what the policy continues, special tokens included.
+
+    Args:
+        tokenizer: of the policy.
+        instruction: with its input, if any (`templates.join_instruction`).
+        prompt: names the assistant's turn marker, or `chat`.
+        preamble: text of the template file (see `read_preamble`).
+    """
+    if prompt.template != "chat":
+        text = templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
+        return list(tokenizer(text)["input_ids"])
+    if not tokenizer.chat_template:
+        raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
+    turns = [{"role": "user", "content": instruction}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+
+def read_preamble(prompt: PolicyPrompt) -> str:
+    """Text of the policy's template file; empty for `chat`."""
+    return "" if prompt.template == "chat" else templates.read(prompt.template)
+
+
+def check_context(model: nn.Module, length: int, key: str) -> None:
+    """Refuse a setting of more tokens than the model has positions.
+
+    Raises:
+        UserError: naming the setting and both numbers.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(f"{key} is {length}, but the model reads {positions} tokens at most; set it to that or less")
+
+
+class _StopStrings:
+    """Finds stop strings in tokens, decoding only where one can have been completed."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = [string for string in stop if string]
+        self.last = {string[-1] for string in self.stop}
+        # A token holds a byte at least; the first character of a tail may be broken, which takes up to 3 more.
+        self.reach = max((len(string.encode()) for string in self.stop), default=0) + 3
+        self.completing: dict[int, bool] = {}
+
+    def lead(self, prompt: Sequence[int]) -> str:
+        """The end of a prompt, in which a stop string may begin."""
+        return self._decode(prompt[-self.reach :]) if self.stop else ""
+
+    def complete(self, lead: str, tokens: Sequence[int]) -> bool:
+        """Whether the last of the tokens has completed a stop string."""
+        if not self._can_complete(tokens[-1]):
+            return False
+        tail = self._decode(tokens[-self.reach :])
+        return self._find(lead if len(tokens) <= self.reach else "", tail) is not None
+
+    def text(self, lead: str, tokens: Sequence[int], reason: FinishReason) -> str:
+        """Text of a finished response."""
+        text = self._decode(tokens[:-1] if reason == "eos" else tokens)
+        return text[: self._find(lead, text)] if reason == "stop" else text
+
+    def _find(self, lead: str, text: str) -> int | None:
+        """Where in `text` the first stop string begins; 0 also where it begins in `lead` and ends in `text`."""
+        found = []
+        for string in self.stop:
+            before = lead[max(0, len(lead) - len(string) + 1) :]
+            place = (before + text).find(string)
+            if place >= 0:
+                found.append(max(0, place - len(before)))
+        return min(found, default=None)
+
+    def _can_complete(self, token: int) -> bool:
+        """Whether a token may hold the last character of a stop string; remembered, most tokens come often."""
+        if token not in self.completing:
+            piece = self._decode([token])
+            # A part of a character decodes to U+FFFD alone; a space at the beginning may be stripped.
+            self.completing[token] = bool(self.last) and (
+                not self.last.isdisjoint(piece) or "\ufffd" in piece or " " in self.last
+            )
+        return self.completing[token]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens as they stand: no special tokens, no beautified spaces."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text

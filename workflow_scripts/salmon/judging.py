@@ -1,0 +1,263 @@
+"""The initial policy as judge: which of two outputs it prefers by one principle (paper section 3.2, reference step 1).
+
+The judge reads a template that ends with `Output (` and is asked for one more token; the logits of the letters
+`a` and `b` are its verdict. Each pair is judged by every principle and in both orders.
+
+    order 1   | instruction, output_1 as (a), output_2 as (b) | principle 1, turn begun -> a or b?
+                                                              | principle 2, turn begun -> a or b?
+              |<- common prefix: computed once ------------->|<- suffix: one row a principle ->|
+
+The common prefix is found in the tokens, so any template works; one that ends with the principle is fast.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon.errors import UserError
+from salmon.generation import left_pad, position_ids
+from salmon.principles import JudgedPrinciple
+from salmon.templates import fill
+
+OPTIONS = ("a", "b")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two outputs for one instruction."""
+
+    prompt_id: str
+    instruction: str
+    output_1: str
+    output_2: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairPrompts:
+    """Token ids of a pair's prompts, one a principle: with output_1 as (a), and with output_2 as (a)."""
+
+    order_12: list[list[int]]
+    order_21: list[list[int]]
+
+
+class Judge:
+    """A model that judges pairs by principles.
+
+    Args:
+        model: causal language model in eval mode, with or without adapters, quantised or not.
+        tokenizer: of the model, with offsets (a "fast" one).
+        template: text with the slots `templates.JUDGE_SLOTS`.
+        principles: at least one.
+        max_length: tokens a prompt may have.
+        device: where the model is.
+
+    Raises:
+        UserError: where the tokenizer gives the options no token of their own after the template.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str,
+        principles: Sequence[JudgedPrinciple],
+        max_length: int,
+        device: torch.device | str,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.principles = principles
+        self.max_length = max_length
+        self.device = device
+        self.options = option_tokens(tokenizer, self._texts("", "", ""))
+
+    def judge(self, pairs: Sequence[Pair]) -> list[list[tuple[float, float]] | None]:
+        """Scores (s12, s21) of every principle, for every pair; None where a pair does not fit (see `encode`).
+
+        Both are positive where output_1 is preferred. All pairs are one batch; in another batch the scores differ
+        as far as the rounding of the model's arithmetic goes.
+        """
+        prompts = [self.encode(pair) for pair in pairs]
+        fitting = [each for each in prompts if each is not None]
+        s12 = self._margins([each.order_12 for each in fitting])
+        s21 = self._margins([each.order_21 for each in fitting])
+        scores = iter([list(zip(ab, [-margin for margin in ba], strict=True)) for ab, ba in zip(s12, s21, strict=True)])
+        return [None if each is None else next(scores) for each in prompts]
+
+    def encode(self, pair: Pair) -> PairPrompts | None:
+        """The prompts of a pair, each of at most `max_length` tokens.
+
+        Where the longest is too long, the ends of the outputs are cut off, from the longer one first, until all
+        prompts fit; every principle and both orders read the same outputs, and the template stays whole.
+
+        Returns:
+            None where the prompts are too long even with empty outputs.
+        """
+        outputs = pair.output_1, pair.output_2
+        ends = None  # of the outputs' tokens, as characters; most pairs never need them
+        budget = 0
+        while True:
+            prompts = self._encode(pair.instruction, *outputs)
+            excess = max(map(len, prompts.order_12 + prompts.order_21)) - self.max_length
+            if excess <= 0:
+                return prompts
+            if ends is None:
+                ends = [self._token_ends(output) for output in outputs]
+                budget = sum(map(len, ends))
+            if budget == 0:
+                return None
+            # Cutting can change how the rest is tokenised, so that another round may be needed.
+            budget = max(0, budget - excess)
+            kept = share(len(ends[0]), len(ends[1]), budget)
+            outputs = (
+                pair.output_1[: ends[0][kept[0] - 1] if kept[0] else 0],
+                pair.output_2[: ends[1][kept[1] - 1] if kept[1] else 0],
+            )
+
+    def _encode(self, instruction: str, output_1: str, output_2: str) -> PairPrompts:
+        """Token ids of the prompts, whatever their length."""
+        texts = self._texts(instruction, output_1, output_2) + self._texts(instruction, output_2, output_1)
+        tokens = self.tokenizer(texts)["input_ids"]
+        return PairPrompts(tokens[: len(self.principles)], tokens[len(self.principles) :])
+
+    def _texts(self, instruction: str, output_a: str, output_b: str) -> list[str]:
+        """The filled template, one text a principle."""
+        return [
+            fill(
+                self.template,
+                UserInstruction=instruction,
+                OutputA=output_a,
+                OutputB=output_b,
+                Dimension=principle.dimension,
+                Definition=principle.definition,
+            )
+            for principle in self.principles
+        ]
+
+    def _token_ends(self, text: str) -> list[int]:
+        """Where each token of a text ends, in characters."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [end for _, end in encoded["offset_mapping"]]
+
+    def _margins(self, prompts: Sequence[Sequence[list[int]]]) -> list[list[float]]:
+        """`margins` as lists, checked."""
+        if not prompts:
+            return []
+        found = margins(self.model, prompts, self.options, self.tokenizer.pad_token_id or 0, self.device)
+        if not found.isfinite().all():
+            raise UserError("the judge's logits are not finite; float16 overflows where bfloat16 does not")
+        scores: list[list[float]] = found.tolist()
+        return scores
+
+
+@torch.no_grad()
+def margins(
+    model: nn.Module,
+    prompts: Sequence[Sequence[list[int]]],
+    options: tuple[int, int],
+    fill_token: int,
+    device: torch.device | str,
+) -> Tensor:
+    """logit(a) - logit(b) after every prompt.
+
+    Args:
+        model: causal language model in eval mode.
+        prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
+        options: token ids of a and b.
+        fill_token: stands where there is no token; it is masked.
+        device: where the model is.
+
+    Returns:
+        float64 on the CPU, shape [groups, members].
+    """
+    members = len(prompts[0])
+    shared = [common_prefix(group) for group in prompts]
+    cache = None
+    mask = torch.zeros(len(prompts) * members, 0, dtype=torch.int64, device=device)
+    if max(shared) > 0:
+        heads = [group[0][:length] for group, length in zip(prompts, shared, strict=True)]
+        ids, head_mask = (tensor.to(device) for tensor in left_pad(heads, fill_token))
+        cache = model(
+            input_ids=ids,
+            attention_mask=head_mask,
+            position_ids=position_ids(head_mask),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        cache.batch_repeat_interleave(members)
+        mask = head_mask.repeat_interleave(members, dim=0)
+    # Padding between head and tail is masked like any other, and positions count tokens only.
+    tails = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
+    ids, tail_mask = (tensor.to(device) for tensor in left_pad(tails, fill_token))
+    mask = torch.cat([mask, tail_mask], dim=1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask)[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=1,
+    ).logits[:, -1, list(options)]
+    first, second = logits.double().cpu().unbind(dim=-1)
+    return (first - second).view(len(prompts), members)
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Length of the longest common prefix that leaves every sequence at least one token."""
+    first, last = min(sequences), max(sequences)  # what these two have in common, all have
+    limit = min(map(len, sequences)) - 1
+    return next((place for place in range(limit) if first[place] != last[place]), limit)
+
+
+def share(first: int, second: int, budget: int) -> tuple[int, int]:
+    """How many tokens two outputs keep when they may have `budget` together: the longer one gives first.
+
+    Where both have to give, both keep the same number, so that neither output gains by its place.
+    """
+    if first + second <= budget:
+        return first, second
+    half = budget // 2
+    if first <= half:
+        return first, budget - first
+    if second <= half:
+        return budget - second, second
+    return half, half
+
+
+def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[int, int]:
+    """Token ids of `a` and `b` after these prompts.
+
+    Each is the token that the tokenizer puts there; where it would rather join the letter with the prompt's last
+    characters, it is the token that continues the prompt's own tokens by exactly the letter.
+
+    Raises:
+        UserError: where there is no such token, or the prompts differ in it.
+    """
+    found = {tuple(_continuation(tokenizer, prompt, letter) for letter in OPTIONS) for prompt in prompts}
+    first, second = next(iter(found))
+    if len(found) > 1 or None in (first, second) or first == second:
+        raise UserError(
+            "the tokenizer has no single token for the options `a` and `b` after the judge's template "
+            f"(found {sorted(map(str, found))}); end the template with ` (`, or another mark that stays a token"
+        )
+    assert first is not None
+    assert second is not None
+    return first, second
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int | None:
+    """The token that continues a prompt by one letter."""
+    before: list[int] = tokenizer(prompt)["input_ids"]
+    after: list[int] = tokenizer(prompt + letter)["input_ids"]
+    if after[:-1] == before:
+        return None if after[-1] == tokenizer.unk_token_id else after[-1]
+    token = tokenizer.convert_tokens_to_ids(letter)
+    if token is None or token == tokenizer.unk_token_id:
+        return None
+    text, longer = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (before, [*before, token]))
+    return int(token) if longer == text + letter else None

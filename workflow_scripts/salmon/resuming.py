@@ -1,0 +1,54 @@
+"""Long jobs in batches of rows: finished batches are kept, and ranks share those that are left.
+
+Neither an interruption nor the number of ranks shows in the result, because the batches are the same.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from salmon import artifacts, distributed, generation, script
+from salmon.artifacts import WorkFolder
+
+log = logging.getLogger(__name__)
+
+
+def left_to_do(work: WorkFolder, mark: str, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
+    """Open the work folder, and find the places of the keys of which it holds no row. All ranks call this."""
+    if distributed.is_main():
+        work.open(mark)
+    distributed.barrier()
+    done = set(work.read_parts(schema)["prompt_id"])
+    distributed.barrier()  # before a rank that is ahead adds a part, which would form other batches elsewhere
+    return [place for place, key in enumerate(keys) if key not in done]
+
+
+def run_batches(
+    work: WorkFolder, lengths: Mapping[int, int], size: int, compute: Callable[[list[int]], pl.DataFrame], what: str
+) -> None:
+    """Compute this rank's share of what is left, keeping each batch as it is finished. All ranks call this.
+
+    Args:
+        work: keeps a part of at least one row a batch.
+        lengths: row that is left -> its length, the same on all ranks; batch i belongs to rank i % world.
+        size: rows a batch.
+        compute: makes the table of a batch of rows.
+        what: names the rows in the log.
+    """
+    rows = list(lengths)
+    batches = [[rows[place] for place in batch] for batch in generation.batches(list(lengths.values()), size)]
+    mine = batches[distributed.rank() :: distributed.world()]
+    for table in script.progress(map(compute, mine), total=len(mine), what=f"batches of {size} {what}"):
+        work.write_part(table)
+    distributed.barrier()
+
+
+def finish(work: WorkFolder, table: pl.DataFrame, output: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a shard and then its table, whose presence says that both are whole."""
+    artifacts.write_json(artifacts.manifest_path(output), manifest)
+    artifacts.write_table(table, output)
+    work.delete()
+    log.info("%s", ", ".join(f"{name} {number}" for name, number in manifest["counts"].items()))

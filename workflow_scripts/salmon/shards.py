@@ -1,0 +1,141 @@
+"""Tables that are made in shards, one job each, and gathered: responses and judgements.
+
+The number of shards does not show in the result: a row belongs to a shard by its place, and what is gathered
+is ordered by its key.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from salmon import artifacts
+from salmon.errors import UserError
+
+RESPONSES = {
+    "prompt_id": pl.String(),
+    "source": pl.String(),
+    "instruction": pl.String(),
+    "input": pl.String(),
+    "response": pl.String(),
+    "finish_reason": pl.String(),  # a generation.FinishReason, or PROMPT_TOO_LONG
+    "prompt_tokens": pl.Int32(),
+    "response_tokens": pl.Int32(),
+}
+"""Schema of the responses: one row a prompt."""
+
+PROMPT_TOO_LONG = "prompt_too_long"
+"""The finish reason of a row that was not sampled, because its prompt leaves no room for a response."""
+
+JUDGEMENTS = {
+    "prompt_id": pl.String(),
+    "dimension": pl.String(),
+    "s12": pl.Float64(),  # logit(a) - logit(b) with output_1 as (a): positive where output_1 is preferred
+    "s21": pl.Float64(),  # logit(b) - logit(a) with output_2 as (a): positive where output_1 is preferred
+}
+"""Schema of the judgements: one row a pair and principle."""
+
+
+def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
+    """The rows of one shard: row i of a table belongs to shard i % shards.
+
+    Raises:
+        UserError: where there is no such shard.
+    """
+    if not 0 <= shard < shards:
+        raise UserError(f"there is no shard {shard} of {shards}; they are counted from 0")
+    return table.gather_every(shards, offset=shard)
+
+
+def check_unique(table: pl.LazyFrame, key: Sequence[str], where: object) -> None:
+    """Refuse a table with two rows of one key.
+
+    Raises:
+        UserError: naming the file and the first such key.
+    """
+    twice = table.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
+    if twice.height:
+        named = ", ".join(f"{column} {twice[column][0]}" for column in key)
+        raise UserError(f"{where} has {twice['len'][0]} rows of {named}; delete the file and build it again")
+
+
+def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
+    """One row a key, in the order of the keys.
+
+    Args:
+        rows: finished rows, in any order.
+        keys: the key's columns only.
+    """
+    ordered = keys.join(rows, on=keys.columns, how="inner", maintain_order="left")
+    if not ordered.height == rows.height == keys.height:
+        raise RuntimeError(f"{rows.height} rows for {keys.height} keys, {ordered.height} in common")
+    return ordered.select(rows.columns)
+
+
+def gather(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
+    """One table of all shards, sorted by `prompt_id`; the order within a prompt stays.
+
+    As all rows of a prompt are in one shard, the result does not depend on the number of shards.
+
+    Args:
+        shards: Parquet files of one table of ours, each beside its manifest.
+
+    Returns:
+        The table, and its manifest: settings of the shards, their summed counts, the hashes of their files.
+
+    Raises:
+        UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
+            are empty.
+    """
+    manifests = [_manifest(shard) for shard in shards]
+    _check_whole(shards, manifests)
+    schema = _schema(shards[0])
+    table = pl.concat([artifacts.read_table(shard, schema).select(list(schema)) for shard in shards])
+    key = [column for column in ("prompt_id", "dimension") if column in schema]
+    if table.select(pl.len()).collect().item() == 0:
+        raise UserError(
+            f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
+        )
+    check_unique(table, key, f"the table of {len(shards)} shards in {shards[0].parent}")
+    counts: Counter[str] = Counter()
+    for manifest in manifests:
+        counts.update(manifest["counts"])
+    settings = {name: value for name, value in manifests[0]["settings"].items() if name not in ("shard", "shards")}
+    inputs = {str(shard): artifacts.hash_path(shard) for shard in shards}
+    return table.sort("prompt_id", maintain_order=True), artifacts.manifest(settings, inputs, counts)
+
+
+def _manifest(shard: Path) -> dict[str, Any]:
+    """Manifest of a shard."""
+    path = artifacts.manifest_path(shard)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete {shard} and build it again") from None
+    return found
+
+
+def _check_whole(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse shards that are not exactly those of one table."""
+    numbers = [manifest["settings"]["shard"] for manifest in manifests]
+    of = manifests[0]["settings"]["shards"]
+    if sorted(numbers) != list(range(of)):
+        raise UserError(f"{shards[0].parent}: found shards {sorted(numbers)} of 0 to {of - 1}; give each of them once")
+    for shard, manifest in zip(shards, manifests, strict=True):
+        for part in ("settings", "inputs"):
+            mine, first = ({**each[part], "shard": None} for each in (manifest, manifests[0]))
+            if mine != first:
+                other = ", ".join(sorted(name for name in mine | first if mine.get(name) != first.get(name)))
+                raise UserError(f"{shard} and {shards[0]} were made with other {part} ({other}); build both again")
+
+
+def _schema(shard: Path) -> Mapping[str, Any]:
+    """Which schema a shard has."""
+    columns = artifacts.read_table(shard, {}).collect_schema()
+    for schema in (RESPONSES, JUDGEMENTS):
+        if all(columns.get(name) == kind for name, kind in schema.items()):
+            return schema
+    raise UserError(f"{shard} has columns {', '.join(columns)}: neither responses nor judgements")

@@ -1,0 +1,132 @@
+"""Sample one shard of response0 or response1 from the initial policy.
+
+Reference step 1, paper section 3.2. A row's randomness comes from its seed and its prompt alone, so that
+neither shards nor batches nor ranks change what is sampled (see `salmon/generation.py`).
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from salmon import artifacts, distributed, generation, models, resuming, script, shards, templates
+from salmon.config import Model, PolicyPrompt, Sampling
+from salmon.randomness import seed_of
+from salmon.shards import PROMPT_TOO_LONG, RESPONSES
+
+
+class Arguments(script.Arguments):
+    """Sample one shard of response0 or response1 from the initial policy."""
+
+    prompts: Path = Field(description="prompts (parquet): prompt_id, source, instruction, input")
+    output: Path = Field(description="responses of the shard (parquet); the manifest is written beside it")
+    index: int = Field(ge=0, le=1, description="which response: sampled with this one of sampling.seeds")
+    shard: int = Field(
+        ge=0, description="which of sampling.shards, from 0: row i of the prompts is in shard i % shards"
+    )
+    model: Model = Field(description="section of the configuration")
+    sampling: Sampling = Field(description="section of the configuration")
+    policy_prompt: PolicyPrompt = Field(description="section of the configuration")
+    batch_size: int = Field(16, ge=1, description="prompts at a time on a GPU; only speed and memory depend on it")
+
+
+def main(arguments: Arguments) -> None:
+    """Sample what an earlier run has not sampled, write the manifest and then the table."""
+    device = distributed.init()
+    sampling = arguments.sampling
+    table = read_shard(arguments)
+    tokenizer = models.load_tokenizer(arguments.model)
+    prompts = encode(table, tokenizer, arguments.policy_prompt)
+    table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
+
+    settings, inputs = identify(arguments)
+    work = artifacts.WorkFolder(arguments.output)
+    mark = artifacts.fingerprint(settings, inputs)
+    left = resuming.left_to_do(work, mark, table["prompt_id"].to_list(), RESPONSES)
+    left = [row for row in left if len(prompts[row]) < sampling.max_length]
+    if left:
+        model = models.load_initial_policy(arguments.model, device)
+        generation.check_context(model, sampling.max_length, "sampling.max_length")
+
+    def sample(rows: list[int]) -> pl.DataFrame:
+        batch = table[rows]
+        found = generation.generate(
+            model,
+            tokenizer,
+            [prompts[row] for row in rows],
+            [seed_of("response", settings["seed"], prompt_id) for prompt_id in batch["prompt_id"]],
+            max_new_tokens=[sampling.max_length - len(prompts[row]) for row in rows],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=arguments.policy_prompt.stop,
+            device=device,
+        )
+        return batch.with_columns(
+            pl.Series("response", [each.text for each in found], pl.String),
+            pl.Series("finish_reason", [each.finish_reason for each in found], pl.String),
+            pl.Series("response_tokens", [len(each.tokens) for each in found], pl.Int32),
+        ).select(list(RESPONSES))
+
+    resuming.run_batches(work, {row: len(prompts[row]) for row in left}, arguments.batch_size, sample, "prompts")
+    if distributed.is_main():
+        responses = join(table, work.read_parts(RESPONSES), sampling.max_length)
+        counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
+        resuming.finish(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
+    distributed.finish()
+
+
+def read_shard(arguments: Arguments) -> pl.DataFrame:
+    """The prompts of the shard: prompt_id, source, instruction, input."""
+    columns = {name: RESPONSES[name] for name in ("prompt_id", "source", "instruction", "input")}
+    whole = artifacts.read_table(arguments.prompts, columns).select(list(columns))
+    shards.check_unique(whole, ["prompt_id"], arguments.prompts)
+    return shards.rows_of(whole, arguments.shard, arguments.sampling.shards).collect()
+
+
+def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt) -> list[list[int]]:
+    """Token ids of every row's prompt."""
+    preamble = generation.read_preamble(prompt)
+    return [
+        generation.encode_prompt(tokenizer, templates.join_instruction(*row), prompt, preamble)
+        for row in table.select("instruction", "input").iter_rows()
+    ]
+
+
+def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that decide what is sampled: those of the other response and of speed do not."""
+    settings = {
+        "model": arguments.model,
+        "policy_prompt": arguments.policy_prompt,
+        **arguments.sampling.model_dump(exclude={"seeds"}),
+        "seed": arguments.sampling.seeds[arguments.index],
+        "shard": arguments.shard,
+    }
+    files = [arguments.prompts]
+    if arguments.policy_prompt.template != "chat":
+        files.append(Path(arguments.policy_prompt.template))
+    return settings, {
+        **{str(file): artifacts.hash_path(file) for file in files},
+        **models.describe(arguments.model),
+    }
+
+
+def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:
+    """The rows of a shard in their order, with what was sampled; a prompt without room has an empty response.
+
+    Args:
+        table: prompt_id, source, instruction, input, prompt_tokens.
+        sampled: schema RESPONSES, one row for each prompt of fewer than `max_length` tokens.
+        max_length: tokens of prompt and response.
+    """
+    skipped = table.filter(pl.col("prompt_tokens") >= max_length).with_columns(
+        response=pl.lit(""), finish_reason=pl.lit(PROMPT_TOO_LONG), response_tokens=pl.lit(0, pl.Int32)
+    )
+    rows = pl.concat([sampled, skipped.select(list(RESPONSES))])
+    return shards.in_order(rows, table.select("prompt_id"))
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)
