@@ -1,0 +1,574 @@
+"""The principle-following reward model: its text, loss, scores, split, training, ranks and resuming."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import train_reward_model
+from salmon import artifacts, models, reward_model
+from salmon.config import Lora, Model
+from salmon.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
+END = "The quality of the output is"
+WORDS = ["one", "two", "three", "list", "and"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return models.load_tokenizer(Model(base=str(tiny_model), quantization="none", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def template_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "template.txt"
+    path.write_text(TEMPLATE + "\n")
+    return path
+
+
+def make_records(prompts: int, passes: int = 1, *, negate: bool = True, words: int = 2, seed: int = 0) -> pl.DataFrame:
+    """Made-up preferences: one output holds the word "creative"; a negated principle prefers the other one."""
+    rng, rows = random.Random(seed), []
+    for prompt in range(prompts):
+        for number in range(passes):
+            negated = negate and rng.random() < 0.5
+            outputs = [rng.choices(WORDS, k=words + rng.randrange(3)) for _ in range(2)]
+            marked = rng.randrange(2)
+            outputs[marked][rng.randrange(words)] = "creative"
+            rows.append(
+                {
+                    "record_id": f"{prompt:04}-{number}",
+                    "prompt_id": f"prompt {prompt}",
+                    "instruction": "Please explain",
+                    "input": "it" if prompt % 2 else "",
+                    "output_1": " ".join(outputs[0]),
+                    "output_2": " ".join(outputs[1]),
+                    "preference": 1 + (marked if not negated else 1 - marked),
+                    "definitions": ["not" if negated else "yes"],
+                    "dimensions": ["Creative"],
+                    "negated": [negated],
+                    "deciding": "Creative",
+                }
+            )
+    return pl.DataFrame(rows, schema=reward_model.COLUMNS)
+
+
+def make_arguments(records: Path, output: Path, model: Path, template: Path, **more: Any) -> dict[str, Any]:
+    settings = {
+        "template": str(template),
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "max_length": 200,
+        "query_length": 20,
+        "response_length": 40,
+        "eval_examples": 20,
+        "save_steps": 3,
+        "max_grad_norm": 1.0,
+        **more.pop("settings", {}),
+    }
+    return {
+        "records": str(records),
+        "output": str(output),
+        "model": {"base": str(model), "quantization": "none", "dtype": "float32"},
+        "lora": {"r": 8, "alpha": 16},
+        "settings": settings,
+        **more,
+    }
+
+
+def run_here(arguments: dict[str, Any]) -> dict[str, Any]:
+    train_reward_model.main(train_reward_model.Arguments(**arguments))
+    return json.loads((Path(arguments["output"]) / "metrics.json").read_text())
+
+
+def command(arguments: dict[str, Any], ranks: int = 0) -> list[str]:
+    options = []
+    for name, value in arguments.items():
+        options += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else str(value)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return [sys.executable, *torchrun, str(ROOT / "workflow_scripts" / "train_reward_model.py"), *options]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, template_file, tmp_path_factory) -> dict[str, Any]:
+    """One undisturbed run of 10 steps of 8 pairs on one process, in micro-batches of 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_records(50, 2).write_parquet(folder / "records.parquet")
+    arguments = make_arguments(folder / "records.parquet", folder / "rm", tiny_model, template_file)
+    metrics = run_here(arguments)
+    return {"arguments": arguments, "folder": folder / "rm", "metrics": metrics}
+
+
+# --- text
+
+
+def cut_lengths(query: int = 20, response: int = 40, maximum: int = 400) -> dict[str, int]:
+    return {"query_length": query, "response_length": response, "max_length": maximum}
+
+
+def test_text_has_all_parts_in_the_order_of_the_template(tokenizer):
+    [ids] = reward_model.reward_text_tokens(
+        tokenizer, TEMPLATE, ["Which planets?"], ["Saturn."], [["Be brief.", "Be kind."]], **cut_lengths()
+    )
+    whole = "# Review\nSaturn.\n# For\nWhich planets?\n# By\n- Be brief.\n- Be kind.\nThe quality of the output is"
+    assert ids == tokenizer(whole)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_instruction_is_cut_on_its_left_and_response_on_its_right(tokenizer):
+    numbers = [f"n{i}" for i in range(100)]
+    text = " ".join(numbers)
+    [ids] = reward_model.reward_text_tokens(tokenizer, TEMPLATE, [text], [text], [[]], **cut_lengths(15, 25))
+    filled = tokenizer.decode(ids, skip_special_tokens=True)
+    response, query = filled.split("# Review\n")[1].split("\n# By")[0].split("\n# For\n")
+    assert text.startswith(response)
+    assert text.endswith(query)
+    # Byte-level BPE: each cut is at a token boundary, so the parts have these lengths on their own
+    assert len(tokenizer(response, add_special_tokens=False)["input_ids"]) == 25
+    assert len(tokenizer(query, add_special_tokens=False)["input_ids"]) == 15
+
+
+def test_texts_that_fit_are_not_changed(tokenizer):
+    text = "  a line \n\n another\t"
+    [ids] = reward_model.reward_text_tokens(tokenizer, TEMPLATE, [text], [text], [["x"]], **cut_lengths())
+    filled = TEMPLATE.replace("{Output}", text).replace("{Input}", text).replace("{Dimensions}", "- x")
+    assert ids == tokenizer(filled)["input_ids"]
+
+
+def test_braces_in_texts_are_left_alone(tokenizer):
+    [ids] = reward_model.reward_text_tokens(
+        tokenizer, TEMPLATE, ["{Output} {x}"], ["{Input} {Dimensions} {0}"], [["{Output}"]], **cut_lengths()
+    )
+    assert tokenizer.decode(ids, skip_special_tokens=True) == (
+        "# Review\n{Input} {Dimensions} {0}\n# For\n{Output} {x}\n# By\n- {Output}\nThe quality of the output is"
+    )
+
+
+@pytest.mark.parametrize("maximum", [110, 125, 140, 200])
+def test_too_long_a_text_loses_response_only(tokenizer, maximum):
+    instruction, principles = "Please explain it.", ["The output is brief, honest and methodical."] * 2
+    full, short = reward_model.reward_text_tokens(
+        tokenizer,
+        TEMPLATE,
+        [instruction] * 2,
+        ["東京 list " * 100, "a"],
+        [principles] * 2,
+        **cut_lengths(20, 600, maximum),
+    )
+    assert len(full) <= maximum
+    assert len(full) > maximum - 12  # no more is cut than a character's tokens and the joint with the template cost
+    filled = tokenizer.decode(full, skip_special_tokens=True)
+    head, tail = TEMPLATE.split("{Output}")
+    tail = tail.replace("{Input}", instruction).replace("{Dimensions}", "\n".join(f"- {p}" for p in principles))
+    assert filled.startswith(head)
+    assert filled.endswith(tail)
+    assert "�" not in filled
+    assert short == tokenizer(head + "a" + tail)["input_ids"]  # a neighbour in the batch is not touched
+
+
+def test_principles_that_do_not_fit_are_an_error(tokenizer):
+    with pytest.raises(UserError, match=r"max_length is 60.*2 principles"):
+        reward_model.reward_text_tokens(
+            tokenizer, TEMPLATE, ["Why?"], ["Because."], [["The output is brief." * 5] * 2], **cut_lengths(maximum=60)
+        )
+
+
+def test_no_texts_give_no_rows(tokenizer):
+    assert reward_model.reward_text_tokens(tokenizer, TEMPLATE, [], [], [], **cut_lengths()) == []
+
+
+# --- loss, padding, scores
+
+
+def test_bradley_terry_loss_against_float64():
+    torch.manual_seed(0)
+    chosen, rejected = torch.randn(2, 100) * 20
+    expected = torch.log1p(torch.exp(-(chosen - rejected).double()))
+    # float32: an error of the margin of eps/2 times its size, and of the result of a few eps
+    tolerance = torch.finfo(torch.float32).eps * (4 * expected + (chosen - rejected).abs().double())
+    assert ((reward_model.bradley_terry_loss(chosen, rejected).double() - expected).abs() <= tolerance).all()
+    far = reward_model.bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
+    assert far.tolist() == [2e4, 0.0]
+
+
+def test_pair_losses_turn_with_the_preference():
+    rewards = torch.tensor([[1.0, -0.5], [1.0, -0.5]])
+    expected = reward_model.bradley_terry_loss(torch.tensor([1.0, -0.5]), torch.tensor([-0.5, 1.0]))
+    assert torch.equal(reward_model.pair_losses(rewards, torch.tensor([1, 2])), expected)
+
+
+def test_collate_pads_right():
+    batch = reward_model.collate([[5, 6, 7], [8]], pad=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    with pytest.raises(ValueError, match="padding"):
+        reward_model.collate([[5, 2]], pad=2)
+
+
+def test_reward_is_read_at_the_last_token_by_mask_also_where_it_is_the_padding_token(tiny_model):
+    model = models.new_reward_model(
+        Model(base=str(tiny_model), quantization="none", dtype="float32"), Lora(r=2), "cpu", seed=0
+    ).eval()
+    pad = model.config.pad_token_id
+    torch.manual_seed(1)
+    rows = [torch.randint(3, 250, (length,)).tolist() for length in (9, 3, 6, 12, 5)]
+    rows += [[*rows[0], pad, pad], [*rows[1], pad], [pad]]
+    backbone = model.get_base_model().model
+    head = model.get_base_model().score.modules_to_save["default"].weight
+    with torch.no_grad():
+        expected = torch.cat([head @ backbone(torch.tensor([row])).last_hidden_state[0, -1] for row in rows])
+    for batch_size in (1, 3, 8):
+        rewards = reward_model.score(model, rows, batch_size, "cpu")
+        # 2 layers in float32, sums of at most 128 terms: some hundred roundings of relative size 6e-8
+        torch.testing.assert_close(rewards, expected, rtol=2e-5, atol=2e-5)
+    assert model.config.pad_token_id == pad
+    assert not model.training
+
+
+@pytest.mark.parametrize(("ends", "preferred", "expected"), [({7}, 0, 0), ({0, 1}, 0, 2), ({2}, None, 0), ({0}, 0, 1)])
+def test_padding_id_is_no_last_token(ends, preferred, expected):
+    assert reward_model.padding_id(ends, preferred) == expected
+
+
+# --- split, order, metrics
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 10, 41])
+def test_split_shares_no_prompt_and_does_not_depend_on_the_order_of_rows(wanted):
+    records = make_records(30, passes=4)
+    train, held = reward_model.split(records, wanted, seed=42)
+    assert not set(train["prompt_id"]) & set(held["prompt_id"])
+    assert wanted <= len(held) < wanted + 4
+    assert len(train) + len(held) == len(records)
+    _, again = reward_model.split(records.sample(fraction=1, shuffle=True, seed=1), wanted, seed=42)
+    assert set(again["record_id"]) == set(held["record_id"])
+    if wanted > 1:
+        _, other = reward_model.split(records, wanted, seed=43)
+        assert set(other["record_id"]) != set(held["record_id"])
+
+
+def test_training_order_is_whole_batches_of_seeded_permutations():
+    lengths = [random.Random(i).randrange(100) for i in range(50)]
+    order = reward_model.training_order(lengths, 8, 1.0, seed=1)
+    assert len(order) == len(set(order)) == 48
+    assert order == reward_model.training_order(lengths, 8, 1.0, seed=1)
+    assert order != reward_model.training_order(lengths, 8, 1.0, seed=2)
+    for start in range(0, 48, 8):
+        batch = [lengths[index] for index in order[start : start + 8]]
+        assert batch == sorted(batch, reverse=True)
+    twice = reward_model.training_order(lengths, 10, 2.0, seed=1)
+    assert set(Counter(twice).values()) == {2}
+    assert len(reward_model.training_order(lengths, 10, 0.5, seed=1)) == 20
+    assert reward_model.training_order(lengths, 51, 1.0, seed=1) == []
+
+
+def test_evaluate_counts_by_dimension_and_by_how_it_was_shown():
+    def row(preference, deciding, negated):
+        return {"preference": preference, "deciding": deciding, "dimensions": ["A", "B"], "negated": negated}
+
+    records = pl.DataFrame(
+        [row(1, "A", [False, True]), row(2, "A", [True, True]), row(2, "B", [False, True]), row(1, None, [True, True])],
+        schema={name: reward_model.COLUMNS[name] for name in ("preference", "deciding", "dimensions", "negated")},
+    )
+    rewards = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 3.0], [1.0, 1.0]])
+    found = reward_model.evaluate(records, rewards)
+    assert found["number"] == 4
+    assert found["accuracy"] == (1 + 0 + 1 + 0.5) / 4
+    assert found["positive_labels"] == 0.5
+    margins = torch.tensor([1.0, -1.0, 2.0, 0.0], dtype=torch.float64)
+    assert found["loss"] == pytest.approx(torch.log1p(torch.exp(-margins)).mean().item(), rel=1e-6)
+    by = found["by_deciding_dimension"]
+    assert {name: (entry["number"], entry["accuracy"]) for name, entry in by.items()} == {"A": (2, 0.5), "B": (1, 1.0)}
+    shown = found["by_deciding_shown"]
+    assert (shown["plain"]["number"], shown["plain"]["accuracy"]) == (1, 1.0)
+    assert (shown["negated"]["number"], shown["negated"]["accuracy"]) == (2, 0.5)
+    empty = reward_model.evaluate(records.clear(), torch.empty(0))
+    assert (empty["number"], empty["accuracy"], empty["positive_labels"]) == (0, None, None)
+
+
+# --- training
+
+
+def test_artifact_is_a_peft_folder_that_anyone_loads_with_the_same_scores(trained, tiny_model, tokenizer):
+    folder, arguments = trained["folder"], train_reward_model.Arguments(**trained["arguments"])
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_model.safetensors", "adapter_config.json", "README.md", "manifest.json", "metrics.json")
+    }
+    assert not (folder.parent / ".work").exists()
+    records, _ = reward_model.read_records(arguments.records)
+    _, held = reward_model.split(records, arguments.settings.eval_examples, arguments.settings.seed)
+    rows = reward_model.record_tokens(tokenizer, TEMPLATE, held, arguments.settings)
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    standard = AutoTokenizer.from_pretrained(tiny_model)  # everything as a stranger would do it
+    with torch.no_grad():
+        expected = torch.cat([theirs(torch.tensor([row])).logits[:, 0] for row in rows])
+    ours = models.load_reward_model(arguments.model, folder, "cpu", trainable=False)
+    rewards = reward_model.score(ours, rows, 16, "cpu")
+    torch.testing.assert_close(rewards, expected, rtol=2e-5, atol=2e-5)
+    assert rewards.std() > 0.1  # equal because they are right, not because they are constant
+    assert standard.decode(rows[0]).endswith(END)
+    # The metrics in the folder are those of the model in the folder
+    found = reward_model.evaluate(held, rewards.view(-1, 2))
+    assert found["loss"] == pytest.approx(trained["metrics"]["evaluation"]["loss"], rel=1e-4)
+
+
+def test_a_folder_without_its_head_is_an_error(trained, tmp_path):
+    damaged = tmp_path / "rm"
+    shutil.copytree(trained["folder"], damaged)
+    tensors = {name: value for name, value in weights(damaged).items() if "score" not in name}
+    save_file(tensors, damaged / "adapter_model.safetensors")
+    arguments = trained["arguments"] | {"output": str(tmp_path / "out"), "init": str(damaged)}
+    with pytest.raises(UserError, match="no head"):
+        run_here(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_first_step_against_a_float64_reference(trained, tokenizer):
+    """Loss and gradient norm that the Trainer logs, micro-batches of 2, are those of the whole batch."""
+    arguments = train_reward_model.Arguments(**trained["arguments"])
+    settings = arguments.settings
+    records, _ = reward_model.read_records(arguments.records)
+    train, _ = reward_model.split(records, settings.eval_examples, settings.seed)
+    sizes = [len(row["output_1"]) for row in train.iter_rows(named=True)]
+    # Which records make the first step does not depend on the lengths, only their order in it does
+    first = train[reward_model.training_order(sizes, settings.batch_size, settings.epochs, settings.seed)[:8]]
+    rows = reward_model.record_tokens(tokenizer, TEMPLATE, first, settings)
+    model = models.new_reward_model(arguments.model, arguments.lora, "cpu", settings.seed).double()
+    rewards = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows]).view(-1, 2)
+    sign = torch.tensor([1.0 if p == 1 else -1.0 for p in first["preference"]], dtype=torch.float64)
+    loss = torch.log1p(torch.exp(-sign * (rewards[:, 0] - rewards[:, 1]))).mean()
+    loss.backward()
+    squares = [p.grad.square().sum() for p in model.parameters() if p.requires_grad]
+    logged = trained["metrics"]["training"][0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged["grad_norm"] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-4)
+
+
+def test_manifest_says_what_went_in(trained):
+    manifest = json.loads((trained["folder"] / "manifest.json").read_text())
+    assert "init" not in manifest["settings"]["settings"]
+    assert manifest["inputs"][trained["arguments"]["records"]] == artifacts.hash_path(
+        Path(trained["arguments"]["records"])
+    )
+    counts = manifest["counts"]
+    assert counts["records"] == counts["held_out"] + counts["trained_on"] + counts["left_out_of_last_batch"]
+    assert counts["trained_on"] == 8 * counts["steps"]
+    assert [entry["step"] for entry in trained["metrics"]["training"]] == list(range(1, counts["steps"] + 1))
+
+
+def test_learns_to_follow_a_principle_and_its_negation(tiny_model, template_file, tmp_path):
+    """The same outputs are better or worse as the principle in the text says; the halves cannot be had without it."""
+    make_records(900).write_parquet(tmp_path / "records.parquet")
+    settings = {"batch_size": 16, "eval_examples": 100, "save_steps": 1000}
+    arguments = make_arguments(
+        *(tmp_path / "records.parquet", tmp_path / "rm", tiny_model, template_file),
+        settings=settings,
+        micro_batch_size=16,
+        gradient_checkpointing=False,
+    )
+    shown = run_here(arguments)["evaluation"]["by_deciding_shown"]
+    assert shown["plain"]["accuracy"] > 0.9
+    assert shown["negated"]["accuracy"] > 0.9
+
+
+def test_starts_from_another_reward_model(trained, tmp_path):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "init": str(trained["folder"])}
+    arguments["settings"] = arguments["settings"] | {"learning_rate": 1e-12, "epochs": 0.2}
+    run_here(arguments)
+    before, after = weights(trained["folder"]), weights(tmp_path / "rm")
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match=r"lora\.r 4"):
+        run_here(arguments | {"lora": {"r": 4, "alpha": 16}, "output": str(tmp_path / "other")})
+
+
+def test_nf4_trains(trained, tmp_path):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
+    arguments["settings"] = arguments["settings"] | {"epochs": 0.4}
+    metrics = run_here(arguments)
+    assert all(entry["grad_norm"] > 0 for entry in metrics["training"])
+    assert weights(tmp_path / "rm")["base_model.model.score.weight"].dtype == torch.float32
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
+def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 1}
+    # How far rounding alone moves the result: the same run with other micro-batches, so with sums in another order
+    run_here(arguments | {"output": str(tmp_path / "one")})
+    if deepspeed:
+        arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
+    done = subprocess.run(command(arguments, ranks=2), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference, other, two = (weights(folder) for folder in (trained["folder"], tmp_path / "one", tmp_path / "rm"))
+    rounding = max((other[name] - reference[name]).abs().max().item() for name in reference)
+    assert reference.keys() == two.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=10 * max(rounding, 1e-6))
+    metrics = json.loads((tmp_path / "rm" / "metrics.json").read_text())
+    # Adam hides a wrong scale of the gradients; their norm and the loss, which are logged, do not
+    for expected, found in zip(trained["metrics"]["training"], metrics["training"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+    assert metrics["evaluation"]["number"] == trained["metrics"]["evaluation"]["number"]
+    assert metrics["evaluation"]["loss"] == pytest.approx(trained["metrics"]["evaluation"]["loss"], rel=1e-3)
+
+
+def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 3}
+    with pytest.raises(UserError, match=r"batch_size 8 .* micro_batch_size 3 x 1"):
+        run_here(arguments)
+
+
+# --- resuming
+
+
+# Dies at the sixth step, when all of its checkpoint is written but the mark that says so.
+KILLED = """
+import os, signal, train_reward_model as script
+mark = script.Reporter.on_save
+def die(self, args, state, control, **more):
+    if state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    mark(self, args, state, control, **more)
+script.Reporter.on_save = die
+script.script.run(script.main, script.Arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(trained, tmp_path_factory) -> Path:
+    """Folder of the same run, killed while it wrote its second checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    program = [sys.executable, "-c", KILLED, *command(trained["arguments"] | {"output": str(folder / "rm")})[2:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
+    assert subprocess.run(program, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not (folder / "rm").exists()
+    return folder
+
+
+def test_killed_and_resumed_gives_the_bytes_of_an_undisturbed_run(trained, killed, tmp_path, caplog):
+    folder = tmp_path / "again"
+    shutil.copytree(killed, folder)
+    caplog.set_level("INFO")
+    metrics = run_here(trained["arguments"] | {"output": str(folder / "rm")})
+    assert "checkpoint-6, which is incomplete" in caplog.text
+    assert "rm/checkpoint-3" in caplog.text
+    name = "adapter_model.safetensors"
+    assert (folder / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
+    assert metrics["evaluation"] == trained["metrics"]["evaluation"]
+    assert metrics["training"] == trained["metrics"]["training"]
+    assert not (folder / ".work").exists()
+
+
+def test_interrupted_after_the_last_step_trains_no_more(trained, tmp_path, monkeypatch):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == [".work"]
+    monkeypatch.setattr(train_reward_model, "batch_loss", None)
+    run_here(arguments)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
+
+
+def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
+    def found(number: int, **changes: Any) -> str | None:
+        folder = tmp_path / str(number)
+        shutil.copytree(killed, folder)
+        arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
+        return train_reward_model.prepare(arguments, artifacts.WorkFolder(arguments.output), {})[1]
+
+    other = tmp_path / "other.parquet"
+    make_records(50, 2, seed=1).write_parquet(other)
+    assert found(0) is not None
+    assert found(1, micro_batch_size=4, gradient_checkpointing=False) is not None  # hardware
+    assert found(2, settings=trained["arguments"]["settings"] | {"learning_rate": 2e-3}) is None
+    assert found(3, records=str(other)) is None
+    assert found(4, init=str(trained["folder"])) is None
+    assert found(5, lora={"r": 4, "alpha": 16}) is None
+    # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read
+    assert found(6, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json")) is None
+
+
+# --- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.clear(), "0 usable records"),
+        (lambda table: table.head(23), "too few to hold out 20 .* batch of 8"),
+        (lambda table: table.with_columns(preference=pl.lit(3, pl.Int8)), "neither 1 nor 2.*0000-0 with 3"),
+        (lambda table: table.drop("negated"), "lacks columns: negated"),
+        (lambda table: table.with_columns(instruction=pl.lit(None, pl.String)), "nulls in instruction"),
+        (lambda table: pl.concat([table, table]), "0000-0 occurs more than once"),
+        (lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))), "0 principles, but template"),
+    ],
+)
+def test_bad_records_say_what_is_wrong_and_leave_nothing(trained, tmp_path, change, message):
+    change(make_records(50, 2)).write_parquet(tmp_path / "records.parquet")
+    arguments = trained["arguments"] | {"records": str(tmp_path / "records.parquet"), "output": str(tmp_path / "rm")}
+    with pytest.raises(UserError, match=message):
+        run_here(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["records.parquet"]
+
+
+def test_records_with_principles_need_a_template_that_shows_them(trained, tmp_path):
+    (tmp_path / "pmp.txt").write_text("{Output}\n{Input}\nThe quality of the output is\n")
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    arguments["settings"] = arguments["settings"] | {"template": str(tmp_path / "pmp.txt")}
+    with pytest.raises(UserError, match=r"1 principles, but template .* no slot"):
+        run_here(arguments)
+
+
+def test_empty_outputs_are_skipped_and_counted(tmp_path):
+    table = make_records(10).with_columns(
+        output_1=pl.when(pl.col("record_id") == "0003-0").then(pl.lit(" \n")).otherwise("output_1")
+    )
+    table.write_parquet(tmp_path / "records.parquet")
+    records, counts = reward_model.read_records(tmp_path / "records.parquet")
+    assert counts == {"records": 10, "skipped_empty_output": 1}
+    assert "0003-0" not in records["record_id"]
+
+
+def test_the_script_exits_with_an_error(trained, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    arguments = trained["arguments"] | {"records": str(tmp_path / "broken.parquet"), "output": str(tmp_path / "rm")}
+    done = subprocess.run(command(arguments), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "cannot be read as Parquet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "rm").exists()

@@ -1,0 +1,348 @@
+"""The principle-following reward model: its text, its loss, its scores (paper section 3.3).
+
+A reward model reads response, instruction and principles in one text that ends with "The quality of the output
+is"; the reward is a linear head on the last token. A preference is a pair of such texts, so a batch of pairs
+has two rows a pair:
+
+    row 0   output_1 of pair 0   t t t t t t t . . .      t  token      .  padding (right)
+    row 1   output_2 of pair 0   t t t t t t t t t .
+    row 2   output_1 of pair 1   t t t t t t t t t t      the reward is read at the last t of each row
+    row 3   output_2 of pair 1   t t t t . . . . . .
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon import artifacts, templates
+from salmon.config import RewardTraining
+from salmon.errors import UserError
+from salmon.randomness import rng, seed_of
+
+COLUMNS = {
+    **dict.fromkeys(("record_id", "prompt_id", "instruction", "input", "output_1", "output_2"), pl.String()),
+    "preference": pl.Int8(),
+    "definitions": pl.List(pl.String()),
+    "dimensions": pl.List(pl.String()),
+    "negated": pl.List(pl.Boolean()),
+    "deciding": pl.String(),
+}
+
+
+def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Read preference records, sorted by `record_id`, and leave out pairs with an empty output.
+
+    Returns:
+        The records (`COLUMNS`; `deciding` may be null, nothing else is), and the counts of rows.
+
+    Raises:
+        UserError: for an unreadable file, missing columns, nulls, doubled ids, a preference that is not 1 or 2.
+    """
+    table = artifacts.read_table(path, COLUMNS).select(list(COLUMNS)).sort("record_id").collect()
+    nulls = [name for name in COLUMNS if name != "deciding" and table[name].null_count()]
+    if nulls:
+        raise UserError(f"{path} has nulls in {', '.join(nulls)}; build it again")
+    wrong = table.filter(~pl.col("preference").is_in([1, 2]))
+    if len(wrong):
+        first = wrong.row(0, named=True)
+        raise UserError(
+            f"{path}: {len(wrong)} records have a preference that is neither 1 nor 2, the first is record "
+            f"{first['record_id']} with {first['preference']}"
+        )
+    twice = table.filter(pl.col("record_id").is_duplicated())
+    if len(twice):
+        raise UserError(f"{path}: record_id {twice['record_id'][0]} occurs more than once")
+    whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
+    return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}
+
+
+def split(records: pl.DataFrame, eval_examples: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Records to train on and records held out, whole prompts at a time.
+
+    A prompt gives several records (one a pass); with one of them trained on, the others would be known.
+    Prompts are held out in the order of a hash of (seed, prompt_id), until `eval_examples` is reached, so that
+    the last prompt may exceed it by a few records.
+    """
+    sizes = records.group_by("prompt_id").len().rows()
+    held, count = [], 0
+    for prompt, size in sorted(sizes, key=lambda row: seed_of("reward model split", seed, row[0])):
+        if count >= eval_examples:
+            break
+        held.append(prompt)
+        count += size
+    is_held = pl.col("prompt_id").is_in(held)
+    return records.filter(~is_held), records.filter(is_held)
+
+
+def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
+    """Which record is trained on when: `batch_size` of them a step, in whole steps.
+
+    Each epoch is a new permutation. Within a step, records are sorted by length, longest first: the gradient of
+    a step is a sum over its records, so this changes no result, but micro-batches hold less padding.
+
+    Args:
+        lengths: of each record, in any unit.
+
+    Returns:
+        Indices; the last, incomplete batch is left out, so the list may be empty.
+    """
+    order: list[int] = []
+    for epoch in range(math.ceil(epochs)):
+        order += rng("reward model order", seed, epoch).permutation(len(lengths)).tolist()
+    steps = int(len(lengths) * epochs) // batch_size
+    batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
+    return [index for batch in batches for index in sorted(batch, key=lambda i: -lengths[i])]
+
+
+def reward_text_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    instructions: Sequence[str],
+    outputs: Sequence[str],
+    definitions: Sequence[Sequence[str]],
+    *,
+    query_length: int,
+    response_length: int,
+    max_length: int,
+) -> list[list[int]]:
+    """Token ids of reward-model texts, as trained on and as scored at RL time (reference, step 2).
+
+    An instruction is cut on its left to `query_length` tokens, an output on its right to `response_length`
+    tokens, both between characters of the text. The template is then filled once and the whole is tokenised
+    with the tokenizer's special tokens. A whole longer than `max_length` is shortened in its output only: the
+    principles and the end, where the reward is read, always stay.
+
+    Args:
+        tokenizer: a fast one (with offsets).
+        template: text with {Output}, {Input} and, for principles, {Dimensions}.
+        instructions: joined with their input (`templates.join_instruction`), one a text.
+        outputs: one a text.
+        definitions: the sentences of the principles, one list a text; empty lists for a template without the slot.
+        query_length: in tokens; likewise the other two.
+
+    Returns:
+        One list of ids a text, each of 1..max_length.
+
+    Raises:
+        UserError: where template, instruction and principles alone exceed `max_length`.
+    """
+    if not instructions:
+        return []
+    queries = [
+        text[spans[-query_length][0] :] if len(spans) > query_length else text
+        for text, spans in zip(instructions, _token_spans(tokenizer, instructions), strict=True)
+    ]
+    output_spans = _token_spans(tokenizer, outputs)
+    keep = [min(len(spans), response_length) for spans in output_spans]
+    rows: list[list[int]] = [[] for _ in queries]
+    todo = list(range(len(queries)))
+    while todo:
+        texts = [
+            templates.fill(
+                template,
+                Output=_head(outputs[index], output_spans[index], keep[index]),
+                Input=queries[index],
+                Dimensions=templates.bullets(definitions[index]),
+            )
+            for index in todo
+        ]
+        for index, ids in zip(todo, tokenizer(texts, return_attention_mask=False)["input_ids"], strict=True):
+            rows[index] = ids
+        todo = [index for index in todo if len(rows[index]) > max_length]
+        for index in todo:
+            if keep[index] == 0:
+                raise UserError(
+                    f"a reward-model text has {len(rows[index])} tokens without any output, but max_length is "
+                    f"{max_length}: template, instruction (query_length {query_length}) and "
+                    f"{len(definitions[index])} principles need more; raise max_length or lower query_length"
+                )
+            keep[index] = max(0, keep[index] - (len(rows[index]) - max_length))
+    return rows
+
+
+def record_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, records: pl.DataFrame, settings: RewardTraining
+) -> list[list[int]]:
+    """Token ids of both texts of each record: output_1 and output_2 of the first, of the second, and so on.
+
+    Returns:
+        2 N lists for N records; see `reward_text_tokens`.
+    """
+    columns = [records[name].to_list() for name in ("instruction", "input", "output_1", "output_2", "definitions")]
+    rows = list(zip(*columns, strict=True))
+    return reward_text_tokens(
+        tokenizer,
+        template,
+        [templates.join_instruction(row[0], row[1]) for row in rows for _ in range(2)],
+        [output for row in rows for output in row[2:4]],
+        [row[4] for row in rows for _ in range(2)],
+        query_length=settings.query_length,
+        response_length=settings.response_length,
+        max_length=settings.max_length,
+    )
+
+
+def padding_id(last_ids: Iterable[int], preferred: int | None) -> int:
+    """A token to pad with that no row ends with.
+
+    Sequence classifiers of transformers read their output at the last token that is not the padding token. With
+    padding that no row ends with, that is the last token by mask, whatever token stands there.
+
+    Args:
+        last_ids: the last token of every row.
+        preferred: the tokenizer's padding token, taken where it can be.
+    """
+    taken = set(last_ids)
+    if preferred is not None and preferred not in taken:
+        return preferred
+    return next(number for number in range(len(taken) + 1) if number not in taken)
+
+
+@contextmanager
+def padding(model: PeftModel, pad: int) -> Iterator[None]:
+    """Let a reward model take `pad` for padding (see `padding_id`), inside the block."""
+    config = model.config.get_text_config()
+    before, config.pad_token_id = config.pad_token_id, pad
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+
+def collate(rows: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+    """Rows padded on their right to the longest of them.
+
+    Returns:
+        `input_ids` and `attention_mask`, both int64 [B, T].
+
+    Raises:
+        ValueError: for a row that is empty or ends with the padding token.
+    """
+    if any(not row or row[-1] == pad for row in rows):
+        raise ValueError("a row is empty or ends with the padding token; choose it with padding_id")
+    width = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+
+
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(chosen - rejected), the negative log likelihood of a preference (paper section 3.3).
+
+    Args:
+        chosen: rewards of the preferred outputs, any float type, shape [B].
+        rejected: rewards of the others, shape [B].
+
+    Returns:
+        float32 [B], one loss a pair.
+    """
+    return -nn.functional.logsigmoid(chosen.float() - rejected.float())
+
+
+def pair_losses(rewards: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry loss of pairs as `record_tokens` orders them.
+
+    Args:
+        rewards: [B, 2], of output_1 and output_2.
+        preference: int [B], 1 or 2.
+
+    Returns:
+        float32 [B].
+    """
+    second_wins = preference == 2
+    chosen, rejected = torch.where(second_wins, rewards.flip(1).T, rewards.T)
+    return bradley_terry_loss(chosen, rejected)
+
+
+def score(
+    model: PeftModel, token_lists: Sequence[Sequence[int]], batch_size: int, device: torch.device | str
+) -> torch.Tensor:
+    """Rewards of tokenised texts, batched by length, without gradients.
+
+    Args:
+        model: a reward model (`models.load_reward_model`), or the same wrapped for several ranks.
+        token_lists: from `reward_text_tokens`.
+        batch_size: texts a forward pass.
+        device: of the model.
+
+    Returns:
+        float32 [N] on the CPU, in the order of `token_lists`.
+    """
+    rewards = torch.empty(len(token_lists), dtype=torch.float32)
+    pad = padding_id({row[-1] for row in token_lists}, model.config.get_text_config().pad_token_id)
+    order = sorted(range(len(token_lists)), key=lambda index: -len(token_lists[index]))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), padding(model, pad):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([token_lists[index] for index in chosen], pad)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            rewards[chosen] = model(**batch, use_cache=False).logits[:, 0].float().cpu()
+    model.train(was_training)
+    return rewards
+
+
+def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
+    """How well rewards agree with held-out preferences.
+
+    Args:
+        records: N of them, with `preference`, `deciding`, `dimensions` and `negated`.
+        rewards: [N, 2], of output_1 and output_2.
+
+    Returns:
+        For all records, and by deciding dimension, and where the deciding principle is shown plain or negated:
+        number, accuracy (equal rewards count half) and mean loss; the share of records that prefer output_1;
+        null instead of a mean of nothing.
+    """
+    preference = torch.tensor(records["preference"].to_list(), dtype=torch.long)
+    rewards = rewards.reshape(-1, 2)
+    margin = (rewards[:, 0] - rewards[:, 1]) * (3 - 2 * preference)
+    correct = (margin > 0).double() + 0.5 * (margin == 0).double()
+    losses = pair_losses(rewards, preference).double()
+
+    def summary(chosen: Sequence[int]) -> dict[str, Any]:
+        index = torch.tensor(chosen, dtype=torch.long)
+        means = {"accuracy": correct[index].mean().item(), "loss": losses[index].mean().item()} if chosen else {}
+        return {"number": len(chosen), "accuracy": None, "loss": None} | means
+
+    by_dimension: dict[str, list[int]] = {}
+    shown: dict[str, list[int]] = {"plain": [], "negated": []}
+    columns = (records[name].to_list() for name in ("deciding", "dimensions", "negated"))
+    for number, (deciding, dimensions, negated) in enumerate(zip(*columns, strict=True)):
+        if deciding is None:
+            continue
+        by_dimension.setdefault(deciding, []).append(number)
+        shown["negated" if negated[dimensions.index(deciding)] else "plain"].append(number)
+    return {
+        **summary(range(len(records))),
+        "positive_labels": (preference == 1).double().mean().item() if len(records) else None,
+        "by_deciding_dimension": {name: summary(chosen) for name, chosen in sorted(by_dimension.items())},
+        "by_deciding_shown": {name: summary(chosen) for name, chosen in shown.items()},
+    }
+
+
+def _token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """First and past-the-last character of every token of each text, without special tokens."""
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} gives no offsets of tokens; use a fast tokenizer")
+    spans: list[list[tuple[int, int]]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True
+    )["offset_mapping"]
+    return spans
+
+
+def _head(text: str, spans: Sequence[tuple[int, int]], keep: int) -> str:
+    """The text up to the end of its first `keep` tokens; the whole text where it has no more."""
+    if keep >= len(spans):
+        return text
+    return text[: spans[keep - 1][1]] if keep else ""

@@ -1,0 +1,302 @@
+"""Train a reward model on preference records: its pre-training (PMP), and the principle-following stage.
+
+Bradley-Terry loss on pairs, QLoRA, a linear head on the last token (paper section 3.3); see
+`salmon/reward_model.py`. Runs on one process, or on several under torchrun, with or without DeepSpeed; the
+result is that of the global batch, however it is spread. Interrupted, it goes on from its last checkpoint.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from peft import PeftConfig, PeftModel
+from pydantic import Field
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from salmon import artifacts, distributed, models, reward_model, script, templates
+from salmon.config import Lora, Model, RewardModel
+from salmon.errors import UserError
+
+log = logging.getLogger("salmon.train_reward_model")
+
+WHOLE = "whole"  # stands in a checkpoint folder once all ranks have written their part of it
+
+
+class Arguments(script.Arguments):
+    """Train a reward model on preference records."""
+
+    records: Path = Field(description="preference records (parquet)")
+    output: Path = Field(description="folder of the reward model: adapter, head, metrics.json, manifest.json")
+    init: Path | None = Field(None, description="reward model to start from; without it, a fresh adapter and head")
+    model: Model = Field(description="section of the configuration")
+    lora: Lora = Field(Lora(), description="section of the configuration")
+    settings: RewardModel = Field(description="section pmp or reward_model; its `init` is what --init is")
+    micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
+    deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
+    gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]
+    """Progress in our log, a stop where the loss is lost, and a mark on checkpoints that are whole."""
+
+    def __init__(self, every: float = 15.0) -> None:
+        self.every = every
+        self.first_step = 0
+        self.started = self.last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from where the run begins or goes on."""
+        self.first_step = state.global_step
+        self.started = self.last = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """One line an interval: steps, rate, time left, loss, learning rate."""
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise UserError(f"the loss of step {state.global_step} is {logs['loss']}; lower settings.learning_rate")
+        now = time.monotonic()
+        if now - self.last >= self.every or state.global_step == state.max_steps:
+            line = tqdm.format_meter(
+                state.global_step,
+                state.max_steps,
+                now - self.started,
+                unit=" steps",
+                initial=self.first_step,
+                ncols=120,
+                postfix=f"loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}",
+            )
+            log.info("%s", line)
+            self.last = now
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint after the last rank has written its part."""
+        distributed.barrier()
+        if distributed.is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+
+def main(arguments: Arguments) -> None:
+    """Read and split the records, train, evaluate, write the folder."""
+    device = distributed.init()
+    if arguments.deepspeed:
+        init_deepspeed(device)
+    settings = arguments.settings
+    template = read_template(arguments)
+    tokenizer = models.load_tokenizer(arguments.model)
+    records, counts = reward_model.read_records(arguments.records)
+    check_slots(arguments, template, records)
+    train, held = reward_model.split(records, settings.eval_examples, settings.seed)
+    lengths = train.select(
+        length=sum(pl.col(name).str.len_bytes() for name in ("instruction", "input"))
+        + pl.max_horizontal(pl.col(name).str.len_bytes() for name in ("output_1", "output_2"))
+    )["length"].to_list()
+    order = reward_model.training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
+    if not order or len(held) < settings.eval_examples:
+        raise UserError(
+            f"{arguments.records} has {len(records)} usable records, too few to hold out {settings.eval_examples} "
+            f"(settings.eval_examples) and train a batch of {settings.batch_size} (settings.batch_size) in "
+            f"{settings.epochs:g} epochs"
+        )
+    counts |= {"trained_on": len(set(order)), "held_out": len(held), "steps": len(order) // settings.batch_size}
+    counts["left_out_of_last_batch"] = len(train) - counts["trained_on"]
+
+    work = artifacts.WorkFolder(arguments.output)
+    manifest, checkpoint = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
+    # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
+    training = training_arguments(arguments, work.path, counts["steps"], device)
+    model = load_model(arguments, device)
+    pad = reward_model.padding_id(
+        (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings)),
+        tokenizer.pad_token_id,
+    )
+
+    def batch(indices: list[int]) -> dict[str, torch.Tensor]:
+        chosen = train[indices]
+        rows = reward_model.record_tokens(tokenizer, template, chosen, settings)
+        return {**reward_model.collate(rows, pad), "labels": torch.tensor(chosen["preference"].to_list())}
+
+    trainer = Trainer(
+        model=model,
+        args=training,
+        data_collator=batch,
+        train_dataset=order,
+        compute_loss_func=batch_loss,
+        callbacks=[Reporter()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
+    with reward_model.padding(model, pad):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+    rows = reward_model.record_tokens(tokenizer, template, held, settings)
+    rewards = score_over_ranks(trainer.model, rows, 2 * arguments.micro_batch_size, device)
+    weights = full_weights(trainer)
+    if distributed.is_main():
+        metrics = {
+            "evaluation": reward_model.evaluate(held, rewards.view(-1, 2)),
+            "training": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        with artifacts.atomic(arguments.output) as folder:
+            trainer.model.save_pretrained(str(folder), state_dict=weights)
+            artifacts.write_json(folder / "metrics.json", metrics)
+            artifacts.write_json(folder / "manifest.json", manifest)
+        log.info("held out: %s", json.dumps(metrics["evaluation"]))
+        work.delete()
+    distributed.finish()
+
+
+def init_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed join the process group, before ZeRO-3 asks it for the number of ranks."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def read_template(arguments: Arguments) -> str:
+    """The template, with the slots that any reward model needs."""
+    template = templates.read(arguments.settings.template)
+    missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template)]
+    if missing:
+        raise UserError(f"template {arguments.settings.template} has no slot {{{missing[0]}}}")
+    return template
+
+
+def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> None:
+    """Records with principles need a template with a place for them, and the other way round."""
+    has_slot = "Dimensions" in templates.slots(template)
+    for row in records.filter((pl.col("definitions").list.len() > 0) != has_slot).iter_rows(named=True):
+        raise UserError(
+            f"record {row['record_id']} of {arguments.records} has {len(row['definitions'])} principles, but template "
+            f"{arguments.settings.template} has {'a' if has_slot else 'no'} slot {{Dimensions}}"
+        )
+
+
+def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> tuple[Any, str | None]:
+    """The manifest, and the checkpoint to go on from, if there is one of the same settings and inputs."""
+    settings = {
+        "model": arguments.model,
+        "lora": arguments.lora,
+        "settings": arguments.settings.model_dump(mode="json", exclude={"init"}),
+    }
+    paths = [arguments.records, Path(arguments.settings.template), *([arguments.init] if arguments.init else [])]
+    inputs = {str(path): artifacts.hash_path(path) for path in paths} | models.describe(arguments.model)
+    # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
+    shards = [arguments.deepspeed.read_text(), distributed.world()] if arguments.deepspeed else None
+    work.open(artifacts.fingerprint({**settings, "shards": shards}, inputs))
+    checkpoint = newest_checkpoint(work.path)
+    return artifacts.manifest(settings, inputs, counts), str(checkpoint) if checkpoint else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; those that an interruption left incomplete are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    for path in found:
+        if path not in whole:
+            log.info("deleting %s, which is incomplete", path)
+            artifacts.remove(path)
+    if whole:
+        log.info("going on from %s", whole[-1])
+    return whole[-1] if whole else None
+
+
+def training_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """The Trainer's arguments for `steps` steps of the global batch."""
+    settings, world = arguments.settings, distributed.world()
+    if settings.batch_size % (arguments.micro_batch_size * world):
+        raise UserError(
+            f"settings.batch_size {settings.batch_size} is no multiple of micro_batch_size "
+            f"{arguments.micro_batch_size} x {world} processes"
+        )
+    paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=arguments.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (arguments.micro_batch_size * world),
+        num_train_epochs=1,  # of the order, which holds the epochs of the settings
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="paged_adamw_32bit" if paged else "adamw_torch",
+        bf16=arguments.model.dtype == "bfloat16",
+        fp16=arguments.model.dtype == "float16" and device.type == "cuda",
+        activation_checkpointing=arguments.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    if world == 1:
+        training._n_gpu = min(training.n_gpu, 1)  # one process is one GPU: never torch's DataParallel
+    return training
+
+
+def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
+    """The reward model to train, what is trained of it in float32: small steps vanish in bfloat16."""
+    if arguments.init:
+        found = PeftConfig.from_pretrained(str(arguments.init))
+        if (found.r, found.lora_alpha) != (arguments.lora.r, arguments.lora.alpha):
+            raise UserError(
+                f"{arguments.init} has r {found.r} and alpha {found.lora_alpha}, but the configuration has lora.r "
+                f"{arguments.lora.r} and lora.alpha {arguments.lora.alpha}"
+            )
+        model = models.load_reward_model(arguments.model, arguments.init, device, trainable=True)
+    else:
+        model = models.new_reward_model(arguments.model, arguments.lora, device, arguments.settings.seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.config.use_cache = False
+    return model
+
+
+def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """Share of a micro-batch in the mean loss of the global batch, whose number of pairs the Trainer counts."""
+    return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / num_items_in_batch
+
+
+def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:
+    """`reward_model.score`, each rank taking its share; the same number of forward passes on all (for ZeRO-3)."""
+    if not rows:
+        return torch.empty(0)
+    world = distributed.world()
+    padded = rows + [rows[-1]] * (-len(rows) % world)
+    mine = reward_model.score(model, padded[distributed.rank() :: world], batch_size, device)
+    return torch.stack(distributed.gather(mine), dim=1).flatten()[: len(rows)]
+
+
+def full_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Trained weights in float32, whole on every rank, where DeepSpeed shards or rounds them; else None."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named = trainer.model.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter) for name, parameter in named if parameter.requires_grad}
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)
