@@ -2,8 +2,7 @@
 
 Both sides read the same token ids: four pairs, one order, each of the RM principles, in our template. The padded
 side is the authors' way (reference, defect 14): one row a pair and principle, padded on the left to 1536, logits
-of every position. The model has random weights, because speed does not depend on them; the difference of the
-scores is that of two orders of summation.
+of every position. The model has Llama's vocabulary, and random weights, because speed does not depend on them.
 
     python benchmarks/judge.py [--repeats 3]
 
@@ -77,29 +76,29 @@ def main() -> None:
 def padded_margins(model: torch.nn.Module, prompts: list[list[list[int]]], options: tuple[int, int]) -> torch.Tensor:
     """logit(a) - logit(b), every prompt padded to the context, all logits computed; float64, [pairs, principles].
 
-    A pair's principles are a batch, which keeps the logits of all positions at half a gigabyte.
+    Batches of four rows keep the logits of all positions below a gigabyte.
     """
-    rows = []
-    for group in prompts:
+    rows = [tokens for group in prompts for tokens in group]
+    found = []
+    for start in range(0, len(rows), 4):
         # A row of the whole context makes the rectangle as wide as that, and is left out again.
-        ids, mask = (tensor[1:] for tensor in left_pad([[0] * CONTEXT, *group], 0))
+        ids, mask = (tensor[1:] for tensor in left_pad([[0] * CONTEXT, *rows[start : start + 4]], 0))
         logits = model(input_ids=ids, attention_mask=mask).logits
-        rows.append((logits[:, -1, options[0]] - logits[:, -1, options[1]]).double())
-    return torch.stack(rows)
+        found.append((logits[:, -1, options[0]] - logits[:, -1, options[1]]).double())
+    return torch.cat(found).view(len(prompts), -1)
 
 
 def make_model() -> LlamaForCausalLM:
     """A Llama of 21M parameters with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=384,
-        intermediate_size=1088,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        vocab_size=32000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.05,
         bos_token_id=0,
         eos_token_id=0,
     )

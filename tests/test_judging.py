@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.running import TORCHRUN, command, kill_at_first_part
 from torch import nn
 
@@ -88,7 +89,12 @@ def slow_margin(model: nn.Module, tokenizer: Any, principle: JudgedPrinciple, te
     return float(logits[a] - logits[b])
 
 
-def test_equals_slow_reference(model: nn.Module, tokenizer: Any) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_equals_slow_reference(settings: config.Model, tokenizer: Any, adapted: bool) -> None:
+    model = models.load_initial_policy(settings, "cpu").double()
+    if adapted:
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, lora).double().eval()
     found = make_judge(model, tokenizer).judge(PAIRS)
     for pair, scores in zip(PAIRS, found, strict=True):
         assert scores is not None
@@ -133,8 +139,9 @@ def test_any_template(model: nn.Module, tokenizer: Any, template: str, monkeypat
         assert [s12 for s12, _ in found] == pytest.approx(expected, abs=1e-10)
 
 
-def test_margins_where_nothing_is_shared(model: nn.Module) -> None:
-    prompts = [[[5, 6, 7], [8, 9]], [[4], [10, 11, 12, 13]]]
+@pytest.mark.parametrize("other", [[[4], [10, 11, 12, 13]], [[4, 5, 6], [4, 5, 7, 8]]])
+def test_margins_where_nothing_is_shared(model: nn.Module, other: list[list[int]]) -> None:
+    prompts = [[[5, 6, 7], [8, 9]], other]
     found = judging.margins(model, prompts, (20, 30), 0, "cpu")
     for group, row in zip(prompts, found, strict=True):
         for prompt, margin in zip(group, row, strict=True):
@@ -156,6 +163,25 @@ def test_the_common_prefix_is_computed_once(model: nn.Module, tokenizer: Any) ->
     handle.remove()
     assert computed == [shared, len(PRINCIPLES) * (max(map(len, prompts.order_12)) - shared)]
     assert tokenizer.decode(prompts.order_12[0][:shared]).endswith("# Principle\n")
+
+
+def test_tails_see_the_head_and_themselves() -> None:
+    seen = judging.tail_attention(torch.tensor([[0, 1, 1]]), torch.tensor([[[1, 1], [0, 1]]]))
+    #        pad head  tail 1 tail 2
+    assert seen[0, 0].int().tolist() == [
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_kernels(settings: config.Model, model: nn.Module, tokenizer: Any, attention: Any) -> None:
+    policy = models.load_initial_policy(settings.model_copy(update={"attention": attention}), "cpu")
+    np.testing.assert_allclose(
+        score(make_judge(policy, tokenizer), PAIRS), score(make_judge(model, tokenizer), PAIRS), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def main(arguments: Arguments) -> None:
     mark = artifacts.fingerprint(settings, inputs)
     left = resuming.left_to_do(work, mark, [pair.prompt_id for pair in pairs], JUDGEMENTS)
     if left:
-        model = models.load_initial_policy(arguments.model, device)
+        # The judge says token by token what may be seen, which flash attention does not take.
+        attention = "eager" if arguments.model.attention == "eager" else "sdpa"
+        model = models.load_initial_policy(arguments.model.model_copy(update={"attention": attention}), device)
         generation.check_context(model, arguments.judge.max_length, "judge.max_length")
         tokenizer = models.load_tokenizer(arguments.model)
         judge = Judge(

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import polars as pl
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo, script
+from salmon import distributed, ppo, script, templates
 from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_path, manifest, manifest_path, read_table, write_json
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
+from salmon.errors import UserError
+from salmon.generation import check_context, encode_prompt, read_preamble
 from salmon.models import describe, load_tokenizer
-from salmon.principles import read_weighted
+from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.shared_base import SharedBase
 
 log = logging.getLogger(__name__)
@@ -47,26 +50,32 @@ class Arguments(script.Arguments):
 def main(args: Arguments) -> None:
     """Train, or go on training, and write the policy."""
     device = distributed.init()
-    prompts = read_table(args.prompts, COLUMNS).select(*COLUMNS).collect()
-    principles = read_weighted(args.ppo.principles)
+    tokenizer = load_tokenizer(args.model)
+    prompts, counts = read_prompts(args, tokenizer)
+    principles = read_principles(args)
     settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
     files = [args.prompts, args.reward_model, Path(args.ppo.principles), Path(args.ppo.template)]
     if args.policy_prompt.template != "chat":
         files.append(Path(args.policy_prompt.template))
     inputs = {str(path): hash_path(path) for path in files} | describe(args.model)
-    steps = ppo.total_steps(len(prompts), args.ppo)
+    counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
+
+    models = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
+    around = len(encode_prompt(tokenizer, "", args.policy_prompt, read_preamble(args.policy_prompt)))
+    longest = around + args.ppo.query_length + args.ppo.response_length
+    check_context(models.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+    check_context(models.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
 
     work = WorkFolder(args.output)
     if distributed.is_main():
         work.open(fingerprint(settings, inputs))
     distributed.barrier()
-    models = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
     if args.gradient_checkpointing:
         models.lm.gradient_checkpointing_enable({"use_reentrant": False})
     ppo.train(
         models,
-        load_tokenizer(args.model),
+        tokenizer,
         prompts,
         principles,
         args.ppo,
@@ -80,11 +89,40 @@ def main(args: Arguments) -> None:
             models.save_policy(folder)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
-            counts = {"prompts": len(prompts), "steps": steps}
             write_json(manifest_path(folder), manifest(settings, inputs, counts))
         work.delete()
     distributed.barrier()
     distributed.finish()
+
+
+def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The prompts that are used, and the counts of those in the table, used and left out."""
+    table = read_table(args.prompts, COLUMNS).select(*COLUMNS).collect()
+    nulls = [name for name in COLUMNS if table[name].null_count()]
+    if nulls:
+        raise UserError(f"{args.prompts} has nulls in {', '.join(nulls)}; build it again")
+    used = ppo.within_query_length(table, tokenizer, args.ppo)
+    left_out = len(table) - len(used)
+    if left_out:
+        log.warning(
+            "%d prompts of more than %d tokens (ppo.query_length) are left out", left_out, args.ppo.query_length
+        )
+    return used, {"rows": len(table), "prompts": len(used), "longer_than_query_length": left_out}
+
+
+def read_principles(args: Arguments) -> list[WeightedPrinciple]:
+    """The principles to draw from, and a look at the template that shows them."""
+    missing = set(templates.REWARD_SLOTS) - templates.slots(templates.read(args.ppo.template))
+    if missing:
+        raise UserError(f"template {args.ppo.template} has no slot {{{min(missing)}}} (ppo.template)")
+    principles = read_weighted(args.ppo.principles)
+    drawable = sum(principle.weight > 0 for principle in principles)
+    if drawable < args.ppo.principles_per_rollout:
+        raise UserError(
+            f"ppo.principles_per_rollout is {args.ppo.principles_per_rollout}, but {args.ppo.principles} has "
+            f"{drawable} principles with a weight above 0"
+        )
+    return principles
 
 
 if __name__ == "__main__":

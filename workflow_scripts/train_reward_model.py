@@ -150,6 +150,7 @@ def main(arguments: Arguments) -> None:
             artifacts.write_json(folder / "manifest.json", manifest)
         log.info("held out: %s", json.dumps(metrics["evaluation"]))
         work.delete()
+    distributed.barrier()
     distributed.finish()
 
 

@@ -1,13 +1,14 @@
 """The initial policy as judge: which of two outputs it prefers by one principle (paper section 3.2, reference step 1).
 
 The judge reads a template that ends with `Output (` and is asked for one more token; the logits of the letters
-`a` and `b` are its verdict. Each pair is judged by every principle and in both orders.
+`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. Every token is computed
+once: the prompts of a pair in one order become one row, in which each tail sees the common head and itself.
 
-    order 1   | instruction, output_1 as (a), output_2 as (b) | principle 1, turn begun -> a or b?
-                                                              | principle 2, turn begun -> a or b?
-              |<- common prefix: computed once ------------->|<- suffix: one row a principle ->|
+    | padding | head: instruction, output (a), output (b) | tail of principle 1 | tail of principle 2 | ...
+                                                        logits a, b ^         logits a, b ^
 
-The common prefix is found in the tokens, so any template works; one that ends with the principle is fast.
+The head is found in the tokens, so any template works; one that ends with the principle is fast. Neither the
+head's cache nor its computation is repeated, so that memory grows little with the number of principles.
 """
 
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ def margins(
     """logit(a) - logit(b) after every prompt.
 
     Args:
-        model: causal language model in eval mode.
+        model: causal language model in eval mode, with an attention kernel that takes a mask (sdpa, eager).
         prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
         options: token ids of a and b.
         fill_token: stands where there is no token; it is masked.
@@ -175,36 +176,53 @@ def margins(
     Returns:
         float64 on the CPU, shape [groups, members].
     """
-    members = len(prompts[0])
+    groups, members = len(prompts), len(prompts[0])
     shared = [common_prefix(group) for group in prompts]
+    heads, head_mask = left_pad([group[0][:length] for group, length in zip(prompts, shared, strict=True)], fill_token)
     cache = None
-    mask = torch.zeros(len(prompts) * members, 0, dtype=torch.int64, device=device)
     if max(shared) > 0:
-        heads = [group[0][:length] for group, length in zip(prompts, shared, strict=True)]
-        ids, head_mask = (tensor.to(device) for tensor in left_pad(heads, fill_token))
         cache = model(
-            input_ids=ids,
-            attention_mask=head_mask,
-            position_ids=position_ids(head_mask),
+            input_ids=heads.to(device),
+            attention_mask=head_mask.to(device),
+            position_ids=position_ids(head_mask).to(device),
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
-        cache.batch_repeat_interleave(members)
-        mask = head_mask.repeat_interleave(members, dim=0)
-    # Padding between head and tail is masked like any other, and positions count tokens only.
-    tails = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
-    ids, tail_mask = (tensor.to(device) for tensor in left_pad(tails, fill_token))
-    mask = torch.cat([mask, tail_mask], dim=1)
+    # Tails of equal width, one after another in a row: the last tokens of all of them are at the same places.
+    rest = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
+    tails, tail_mask = left_pad(rest, fill_token)
+    width = tails.shape[1]
+    positions = head_mask.sum(dim=1).view(groups, 1, 1) + position_ids(tail_mask).view(groups, members, width)
+    seen = tail_attention(head_mask, tail_mask.view(groups, members, width)).to(device)
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
     logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask)[:, -ids.shape[1] :],
+        input_ids=tails.view(groups, -1).to(device),
+        attention_mask=attention,
+        position_ids=positions.view(groups, -1).to(device),
         past_key_values=cache,
         use_cache=cache is not None,
-        logits_to_keep=1,
-    ).logits[:, -1, list(options)]
+        logits_to_keep=torch.arange(width - 1, members * width, width, device=device),
+    ).logits[:, :, list(options)]
     first, second = logits.double().cpu().unbind(dim=-1)
-    return (first - second).view(len(prompts), members)
+    return first - second
+
+
+def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:
+    """What the tokens of tails may see: the head of their group, and their own tail up to themselves.
+
+    Args:
+        head_mask: 1 token, 0 padding; shape [groups, head].
+        tail_mask: the same; shape [groups, tails, width].
+
+    Returns:
+        bool, shape [groups, 1, tails * width, head + tails * width].
+    """
+    groups, tails, width = tail_mask.shape
+    own = torch.block_diag(*[torch.ones(width, width).tril()] * tails).bool()
+    of_tail = own & tail_mask.view(groups, 1, -1).bool()
+    of_head = head_mask.bool()[:, None].expand(-1, tails * width, -1)
+    return torch.cat([of_head, of_tail], dim=-1)[:, None]
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

@@ -35,6 +35,7 @@ from salmon.shared_base import Role, SharedBase
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+_NOT_YET = torch.empty(0)
 
 
 @dataclass(slots=True)
@@ -54,12 +55,25 @@ class Rollout:
     finished: bool
     score: float = 0.0
     reward: float = 0.0
-    logprobs: torch.Tensor = torch.empty(0)
-    reference: torch.Tensor = torch.empty(0)
-    values: torch.Tensor = torch.empty(0)
-    entropy: torch.Tensor = torch.empty(0)
-    advantages: torch.Tensor = torch.empty(0)
-    returns: torch.Tensor = torch.empty(0)
+    logprobs: torch.Tensor = _NOT_YET
+    reference: torch.Tensor = _NOT_YET
+    values: torch.Tensor = _NOT_YET
+    entropy: torch.Tensor = _NOT_YET
+    advantages: torch.Tensor = _NOT_YET
+    returns: torch.Tensor = _NOT_YET
+
+
+def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo) -> pl.DataFrame:
+    """The prompts whose instruction, with its input, has at most `query_length` tokens.
+
+    Longer ones are left out, not cut: of half an instruction nobody knows what answers it.
+    """
+    fits: list[bool] = []
+    for part in prompts.iter_slices(4096):
+        texts = [templates.join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        fits += [len(row) <= settings.query_length for row in ids]
+    return prompts.filter(pl.Series(fits, dtype=pl.Boolean))
 
 
 def total_steps(prompts: int, settings: Ppo) -> int:

@@ -10,7 +10,7 @@ query has 5 tokens and whose longest response has 6:
     mask                     1  1  1  1  0  0         response tokens, EOS included
     logprobs                 x  x  x  x  .  .         log pi(r_t | tokens before it)
     values                   x  x  x  x  .  .         V(tokens before r_t), read at the same positions as the logits
-    rewards                  k  k  k  k+S             k: -coefficient * KL_t, S: reward of the whole response, at its end
+    rewards                  k  k  k  k+S             k: -coefficient * KL_t, S: reward of the response, at its end
 
 Every mean is taken with the mask; what stands at masked positions never matters (it may be anything finite).
 Losses are sums divided by a total that the caller gives, the number of tokens of the whole minibatch over all

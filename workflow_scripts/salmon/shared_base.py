@@ -32,6 +32,7 @@ class SharedBase(nn.Module):
 
     def __init__(self, model: Model, lora: Lora, reward_model: Path, device: torch.device, *, seed: int) -> None:
         super().__init__()
+        head = read_head(reward_model).to(device)  # first, because it is refused sooner than a base model is loaded
         base = prepare(load_base(model, device), model)
         torch.manual_seed(seed)
         if model.adapter:
@@ -43,7 +44,6 @@ class SharedBase(nn.Module):
         self.has_reference_adapter = model.adapter is not None
         self.lm.load_adapter(str(reward_model), "reward", is_trainable=False)
         self.lm.load_adapter(str(reward_model), "value", is_trainable=True)
-        head = read_head(reward_model).to(device)
         self.reward_head = nn.Parameter(head.clone(), requires_grad=False)
         self.value_head = nn.Parameter(head.clone())
         self.device = device
@@ -61,11 +61,13 @@ class SharedBase(nn.Module):
         return self._trained
 
     def train(self, mode: bool = True) -> "SharedBase":
-        """As in torch, but without dropout: a ratio of 1 must be 1 where nothing has changed."""
-        super().train(mode)
+        """Enter training mode only where activations are recomputed, so that nothing is dropped out anywhere.
+
+        Where nothing has changed, the ratio of new and old policy must be 1.
+        """
+        super().train(False)
         for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+            module.training = mode and hasattr(module, "gradient_checkpointing")
         return self
 
     @contextmanager
