@@ -347,7 +347,7 @@ def test_a_folder_without_its_head_is_an_error(trained, tmp_path):
     arguments = trained["arguments"] | {"output": str(tmp_path / "out"), "init": str(damaged)}
     with pytest.raises(UserError, match="no head"):
         run_here(arguments)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["rm"]
 
 
 def test_first_step_against_a_float64_reference(trained, tokenizer):
@@ -448,6 +448,7 @@ def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 3}
     with pytest.raises(UserError, match=r"batch_size 8 .* micro_batch_size 3 x 1"):
         run_here(arguments)
+    assert not list(tmp_path.iterdir())
 
 
 # --- resuming

@@ -108,10 +108,12 @@ def main(arguments: Arguments) -> None:
     counts |= {"trained_on": len(set(order)), "held_out": len(held), "steps": len(order) // settings.batch_size}
     counts["left_out_of_last_batch"] = len(train) - counts["trained_on"]
 
+    if arguments.init:
+        check_init(arguments.init, arguments.lora)
     work = artifacts.WorkFolder(arguments.output)
-    manifest, checkpoint = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
+    manifest, checkpoint = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
     model = load_model(arguments, device)
     pad = reward_model.padding_id(
         (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings)),
@@ -179,6 +181,17 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
         raise UserError(
             f"record {row['record_id']} of {arguments.records} has {len(row['definitions'])} principles, but template "
             f"{arguments.settings.template} has {'a' if has_slot else 'no'} slot {{Dimensions}}"
+        )
+
+
+def check_init(init: Path, lora: Lora) -> None:
+    """The reward model to start from is whole, and its adapter is as the settings say."""
+    models.read_head(init)
+    found = PeftConfig.from_pretrained(str(init))
+    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
+        raise UserError(
+            f"{init} has r {found.r} and alpha {found.lora_alpha}, but the configuration has lora.r {lora.r} and "
+            f"lora.alpha {lora.alpha}"
         )
 
 
@@ -258,12 +271,6 @@ def training_arguments(arguments: Arguments, folder: Path, steps: int, device: t
 def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
     """The reward model to train, what is trained of it in float32: small steps vanish in bfloat16."""
     if arguments.init:
-        found = PeftConfig.from_pretrained(str(arguments.init))
-        if (found.r, found.lora_alpha) != (arguments.lora.r, arguments.lora.alpha):
-            raise UserError(
-                f"{arguments.init} has r {found.r} and alpha {found.lora_alpha}, but the configuration has lora.r "
-                f"{arguments.lora.r} and lora.alpha {arguments.lora.alpha}"
-            )
         model = models.load_reward_model(arguments.model, arguments.init, device, trainable=True)
     else:
         model = models.new_reward_model(arguments.model, arguments.lora, device, arguments.settings.seed)
