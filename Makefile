@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+# Threads that wait do not spin for long: see workflow_scripts/launch.sh.
+export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
@@ -14,7 +16,7 @@ demo: $(INSTALLED)
 	snakemake --profile profiles/demo
 	python demo/summary.py results/demo
 
-test: lint unit
+test: lint unit demo
 
 lint: $(INSTALLED)
 	ruff check .

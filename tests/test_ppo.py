@@ -506,6 +506,30 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     assert float(moved.norm()) == pytest.approx(4 * 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_optimiser_goes_by_the_learning_rate(world: World, tmp_path: Path, warmup: int) -> None:
+    """The first step of Adam moves whatever has a gradient by the learning rate."""
+    settings = world.ppo(
+        learning_rate=0.02, warmup_steps=warmup, max_steps=1, inner_epochs=1, rollout_batch_size=2, minibatch_size=2
+    )
+    shared, work = world.shared(), WorkFolder(tmp_path / "policy")
+    before = [parameter.detach().clone() for parameter in shared.trained()]
+    work.open("")
+    ppo.train(
+        shared,
+        world.tokenizer,
+        world.read_prompts(),
+        world.principles,
+        settings,
+        world.policy_prompt,
+        work,
+        sampling_batch_size=2,
+        micro_batch_size=2,
+    )
+    moved = [float((p.detach() - b).abs().max()) for p, b in zip(shared.trained(), before, strict=True)]
+    assert moved == pytest.approx([ppo.learning_rate(0, 1, settings)] * len(moved), rel=0.02)
+
+
 def test_gradients_that_are_not_finite_end_the_run(world: World) -> None:
     shared = world.shared()
     rollouts = ready(world, shared, range(8))

@@ -398,6 +398,7 @@ def test_saved_policy_is_an_ordinary_adapter(shared: SharedBase, plain: Model, t
     shared.save_policy(tmp_path / "policy")
     names = load_file(tmp_path / "policy" / "adapter_model.safetensors")
     assert not [name for name in names if "value" in name or "reward" in name or "score" in name]
+    assert not [path for path in (tmp_path / "policy").iterdir() if path.is_dir()]  # of the other adapters
     alone = PeftModel.from_pretrained(models.load_base(plain, "cpu"), str(tmp_path / "policy")).eval()
     tokens = torch.tensor([QUERIES[0] + RESPONSES[0]])
     with torch.no_grad(), shared.use("policy"):

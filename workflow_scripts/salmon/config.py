@@ -50,9 +50,7 @@ class Source(Section):
     split: str = Field("train", description="split on the hub; not used for local files")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     data_files: str | None = Field(None, description="file inside the hub repository, where it has no split")
-    limit: Count | None = Field(
-        None, description="at most so many prompts (a family, for openorca), drawn with the seed"
-    )
+    limit: Count | None = Field(None, description="at most so many rows (a family, for openorca), drawn with the seed")
     question_type: QuestionType = Field("general", description="decides principles and length bonus at RL time")
 
 
@@ -199,7 +197,7 @@ class Ppo(Section):
     minibatch_size: Count = Field(288, description="rollouts an optimiser step, over all GPUs")
     inner_epochs: Count = Field(2, description="passes over the rollouts of a step")
     temperature: Positive = 0.7
-    query_length: Count = Field(256, description="tokens of the instruction; the preamble comes on top")
+    query_length: Count = Field(256, description="tokens of the instruction at most; longer ones are left out")
     response_length: Count = Field(1024, description="tokens sampled at most")
     reward_query_length: Count = Field(128, description="tokens of the instruction the reward model reads")
     reward_response_length: Count = Field(768, description="tokens of the response the reward model reads")

@@ -367,7 +367,7 @@ def load_checkpoint(work: WorkFolder, models: SharedBase, optimizer: torch.optim
     if not found:
         return 0
     models.load_trained(found[-1] / "trained.safetensors")
-    state = torch.load(found[-1] / "optimizer.pt", map_location=models.device, weights_only=True)
+    state = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
     step = int(found[-1].name.removeprefix("checkpoint-"))
     log.info("continuing after step %d", step)

@@ -245,6 +245,8 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
     """
 
     def reject(texts: Sequence[str]) -> list[str | None]:
+        if not texts:  # which the tokenizer refuses
+            return []
         ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [
             f"fewer than {minimum} tokens"
