@@ -73,6 +73,16 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("model.base", "./models/mine", ["model.base", "./models/mine", "does not exist"]),
         ("prompts.sources.oasst1.path", "data/oasst1.parquet", ["prompts.sources.oasst1.path", "does not exist"]),
         ("prompts.sources", {}, ["prompts.sources", "at least 1"]),
+        ("sampling.max_length", True, ["sampling.max_length", "true and false"]),
+        ("prompts.sources.oasst1.format", "shp", ["prompts.sources.oasst1.format", "'shp'", "'oasst1'"]),
+        ("pmp_data.sources.shp.format", "dolly", ["pmp_data.sources.shp.format", "'dolly'", "'hh_rlhf'"]),
+        ("prompts.sources.oasst1.path", [], ["prompts.sources.oasst1.path", "at least 1"]),
+        ("pathvars.result", "x", ["pathvars.result", "unknown key"]),
+        ("pmp.learning_rate", float("inf"), ["pmp.learning_rate", "finite"]),
+        ("pmp.max_length", 100, ["pmp", "256", "640", "no room"]),
+        ("ppo.reward_max_length", 800, ["ppo", "768", "no room"]),
+        ("rl_prompts.length_bonus", {"general": 1.0}, ["rl_prompts", "length_bonus", "reasoning"]),
+        ("rl_prompts.min_tokens", 300, ["rl_prompts", "300", "256"]),
         ("rl_prompts.sources.math.question_type", "hard", ["question_type", "'hard'", "'reasoning'"]),
     ],
 )
@@ -161,3 +171,10 @@ def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
     config = load(changed, ROOT)
     assert "math" not in config.rl_prompts.sources
     assert "harmless" not in resolve_runs(config)
+
+
+def test_the_harmless_run_has_red_teaming_questions(raw: dict[str, Any]) -> None:
+    runs = resolve_runs(load(raw, ROOT))
+    types = {name: {s.question_type for s in run.rl_prompts.sources.values()} for name, run in runs.items()}
+    assert "red_teaming" in types["harmless"]
+    assert types["default"] == {"general", "reasoning"}

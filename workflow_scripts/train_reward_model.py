@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from salmon import artifacts, distributed, models, reward_model, script, templates
 from salmon.config import Lora, Model, RewardModel
 from salmon.errors import UserError
+from salmon.generation import check_context
 
 log = logging.getLogger("salmon.train_reward_model")
 
@@ -115,6 +116,7 @@ def main(arguments: Arguments) -> None:
     training = training_arguments(arguments, work.path, counts["steps"], device)
     manifest, checkpoint = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
     model = load_model(arguments, device)
+    check_context(model, settings.max_length, "settings.max_length")
     pad = reward_model.padding_id(
         (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings)),
         tokenizer.pad_token_id,

@@ -104,6 +104,8 @@ def hash_path(path: Path) -> str:
 
     Manifests and metrics are left out: they record when and how fast, which does not change what follows.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; build it first, or correct the path")
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:

@@ -9,7 +9,7 @@ stage) is a resource of the profile and does not appear here.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from salmon.errors import UserError
 
@@ -18,13 +18,23 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Marker = Annotated[str, Field(min_length=1)]
 QuestionType = Literal["general", "reasoning", "red_teaming"]
+PromptFormat = Literal["oasst1", "hh_rlhf", "openorca", "sharegpt", "dolly", "math", "prompts"]
+PairFormat = Literal["shp", "hh_rlhf"]
 SourceFormat = Literal["oasst1", "shp", "hh_rlhf", "openorca", "sharegpt", "dolly", "math", "prompts"]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after validation."""
+    """Base of all sections: unknown keys and values of another type are errors; nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` where a number is wanted would silently become 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not allowed here")
+        return value
 
 
 class Model(Section):
@@ -44,7 +54,7 @@ class Source(Section):
     """One public data set in its upstream schema."""
 
     format: SourceFormat = Field(description="which upstream schema the rows have")
-    path: str | list[str] = Field(
+    path: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="hub id, or local file, folder or list of them (parquet, jsonl[.gz], json)"
     )
     split: str = Field("train", description="split on the hub; not used for local files")
@@ -52,6 +62,26 @@ class Source(Section):
     data_files: str | None = Field(None, description="file inside the hub repository, where it has no split")
     limit: Count | None = Field(None, description="at most so many rows (a family, for openorca), drawn with the seed")
     question_type: QuestionType = Field("general", description="decides principles and length bonus at RL time")
+
+
+class PromptSource(Source):
+    """A data set that prompts are taken from."""
+
+    format: PromptFormat = Field(description="which upstream schema the rows have")
+
+
+class PairSource(Source):
+    """A data set of human preferences."""
+
+    format: PairFormat = Field(description="which upstream schema the rows have")
+
+
+class PathVars(Section):
+    """Where things go: Snakemake's path variables."""
+
+    results: str = Field("results", min_length=1)
+    logs: str = Field("results/logs", min_length=1)
+    benchmarks: str = Field("results/benchmarks", min_length=1)
 
 
 class PolicyPrompt(Section):
@@ -67,7 +97,7 @@ class PolicyPrompt(Section):
 class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
-    sources: dict[str, Source] = Field(min_length=1, description="name -> data set")
+    sources: dict[str, PromptSource] = Field(min_length=1, description="name -> data set")
     seed: int = Field(42, description="of the draw where a source has a limit")
 
 
@@ -80,6 +110,15 @@ class RlPrompts(Prompts):
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
     )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        missing = {source.question_type for source in self.sources.values()} - set(self.length_bonus)
+        if missing:
+            raise ValueError(f"length_bonus has no factor for {', '.join(sorted(missing))}")
+        return self
 
 
 class Sampling(Section):
@@ -137,7 +176,7 @@ class Aggregation(Section):
 class PmpData(Section):
     """Public human preferences for pre-training the reward model."""
 
-    sources: dict[str, Source] = Field(min_length=1, description="name -> data set of format shp or hh_rlhf")
+    sources: dict[str, PairSource] = Field(min_length=1, description="name -> data set of format shp or hh_rlhf")
     min_score_ratio: float = Field(2.0, ge=1, description="SHP pairs must have a larger score ratio")
     seed: int = 42
 
@@ -166,6 +205,15 @@ class RewardTraining(Section):
     eval_examples: int = Field(500, ge=0, description="pairs held out, whole prompts at a time")
     save_steps: Count = Field(50, description="steps between two checkpoints")
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.query_length + self.response_length >= self.max_length:
+            raise ValueError(
+                f"query_length {self.query_length} and response_length {self.response_length} leave no room for the "
+                f"template in max_length {self.max_length}"
+            )
+        return self
 
 
 class RewardModel(RewardTraining):
@@ -219,6 +267,12 @@ class Ppo(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
+        if self.reward_query_length + self.reward_response_length >= self.reward_max_length:
+            raise ValueError(
+                f"reward_query_length {self.reward_query_length} and reward_response_length "
+                f"{self.reward_response_length} leave no room for the template in reward_max_length "
+                f"{self.reward_max_length}"
+            )
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(
                 f"rollout_batch_size {self.rollout_batch_size} is no multiple of minibatch_size {self.minibatch_size}"
@@ -232,7 +286,7 @@ RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
 class Config(Section):
     """The whole of `config.yaml`."""
 
-    pathvars: dict[str, str] = Field({}, description="Snakemake's path variables: where results, logs, benchmarks go")
+    pathvars: PathVars = PathVars()
     model: Model
     policy_prompt: PolicyPrompt
     prompts: Prompts
@@ -356,7 +410,7 @@ def check_paths(config: Config, root: Path) -> list[str]:
 
     Files below the results are made by the workflow and are not looked for.
     """
-    results = config.pathvars.get("results", "results")
+    results = config.pathvars.results
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     for section in ("prompts", "pmp_data", "rl_prompts"):
         for name, source in getattr(config, section).sources.items():

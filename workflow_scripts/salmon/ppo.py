@@ -416,7 +416,7 @@ def train(
         principles: to draw from, with their weights.
         work: opened with the fingerprint of this run.
         sampling_batch_size: rollouts sampled or scored at once on a rank (hardware).
-        micro_batch_size: rollouts of a forward and backward pass on a rank (hardware).
+        micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
     """
     optimizer = make_optimizer(models)
     done = load_checkpoint(work, models, optimizer)
@@ -429,7 +429,7 @@ def train(
         rollouts = sample(models, tokenizer, prompts, step, settings, policy_prompt, sampling_batch_size)
         sampled = time.monotonic()
         # 2. Measure them: log probabilities of policy and reference, values.
-        measure(models, rollouts, settings.temperature, sampling_batch_size)
+        measure(models, rollouts, settings.temperature, micro_batch_size)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
         score(models, tokenizer, rollouts, principles, step, settings, sampling_batch_size)
         # 4. Advantages and returns.

@@ -82,7 +82,7 @@ def draw(
     words = settings.boosted_words.get(question_type, [])  # type: ignore[call-overload]
     weights = np.array(
         [
-            principle.weight + settings.boost * any(word in principle.dimension.lower() for word in words)
+            principle.weight + settings.boost * any(word.lower() in principle.dimension.lower() for word in words)
             for principle in principles
         ]
     )
