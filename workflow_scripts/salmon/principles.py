@@ -79,6 +79,8 @@ def draw(
     Args:
         rng: generator of the rollout, so that the draw depends on no rank and no order.
     """
+    if settings.principles_per_rollout == 0:
+        return []
     words = settings.boosted_words.get(question_type, [])  # type: ignore[call-overload]
     weights = np.array(
         [
