@@ -42,9 +42,9 @@ class Arguments(script.Arguments):
     """Train the demo's initial policy."""
 
     output: Path = Field(description="model folder to write: an ordinary transformers folder")
-    policy_template: Path = Field(ROOT / "demo/templates/policy.txt", description="preamble of the policy's prompt")
-    judge_template: Path = Field(ROOT / "demo/templates/judge.txt", description="template of the judge")
-    principles: Path = Field(ROOT / "demo/principles/judge.json", description="principles to judge by")
+    policy_template: Path = Field(Path("demo/templates/policy.txt"), description="preamble of the policy's prompt")
+    judge_template: Path = Field(Path("demo/templates/judge.txt"), description="template of the judge")
+    principles: Path = Field(Path("demo/principles/judge.json"), description="principles to judge by")
     assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
     seed: int = 0
     steps: int = Field(1500, ge=1, description="optimiser steps")
