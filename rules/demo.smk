@@ -28,7 +28,8 @@ rule make_demo_data:
         "python demo/make_demo_data.py --output {params.folder:q} > {log:q} 2>&1"
 
 
-# demo/model was built by this and is shipped, so that the demo starts at once; nothing depends on it.
+# A policy for the demo. The one that is shipped, demo/model, was trained by an earlier recipe of this script, so that the
+# demo starts at once; this rule makes another one, and nothing depends on it.
 rule train_demo_policy:
     output:
         directory("<results>/demo_policy"),
