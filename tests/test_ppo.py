@@ -585,7 +585,7 @@ def test_two_ranks_sum_to_the_gradient_of_one(world: World, two_ranks: Path) -> 
     rollouts = ready(world, shared, range(8))
     for number, chosen in enumerate(MINIBATCHES):
         expected = slow_gradient(world, shared, [rollout for rollout in rollouts if rollout.place in chosen])
-        assert relative(torch.load(two_ranks / f"{number}.pt"), expected) < 1e-5, chosen
+        assert relative(torch.load(two_ranks / f"{number}.pt", weights_only=True), expected) < 1e-5, chosen
 
 
 def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks: Path) -> None:
