@@ -34,12 +34,7 @@ localrules:
     policy,
     policies,
     demo_policy,
-
-
-rule all:
-    default_target: True
-    input:
-        "<results>/runs/default/policy",
+    evaluation,
 
 
 rule prompts:
@@ -100,3 +95,14 @@ rule policies:
 rule demo_policy:
     input:
         "<results>/demo_policy",
+
+
+rule evaluation:
+    input:
+        "<results>/evaluation",
+
+
+rule all:
+    default_target: True
+    input:
+        [getattr(rules, target).input for target in settings.targets],

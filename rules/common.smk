@@ -16,8 +16,8 @@ from salmon.errors import UserError
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 try:
-    settings = load(config, Path.cwd())
-    RUNS = resolve_runs(settings)
+    RUNS = resolve_runs(load(config, Path.cwd()))
+    settings = RUNS["default"]
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -67,7 +67,7 @@ def run_settings(wildcards):
 
 def run_name(wildcards):
     """Name of the run that a job belongs to."""
-    name = wildcards.get("run") or wildcards.get("home")[len("runs/") : -1] or "default"
+    name = wildcards.get("run") or wildcards.get("home", "")[len("runs/") : -1] or "default"
     if name not in RUNS:
         raise WorkflowError(f"there is no run {name} in the configuration; its runs are: {', '.join(RUNS)}")
     return name

@@ -178,3 +178,33 @@ def test_the_harmless_run_has_red_teaming_questions(raw: dict[str, Any]) -> None
     types = {name: {s.question_type for s in run.rl_prompts.sources.values()} for name, run in runs.items()}
     assert "red_teaming" in types["harmless"]
     assert types["default"] == {"general", "reasoning"}
+
+
+def test_another_seed_moves_every_seed_of_every_run(raw: dict[str, Any]) -> None:
+    changed = set_key(raw, "runs.mine", {"ppo": {"seed": 7}})
+    before, after = resolve_runs(load(changed, ROOT)), resolve_runs(load(set_key(changed, "seed", 2), ROOT))
+    assert after["mine"].ppo.seed == 2007
+    for name in before:
+        one, other = before[name].model_dump(), after[name].model_dump()
+        for section in one:
+            if isinstance(one[section], dict) and "seed" in one[section]:
+                assert other[section].pop("seed") == one[section].pop("seed") + 2000, section
+        assert other["sampling"].pop("seeds") == tuple(seed + 2000 for seed in one["sampling"].pop("seeds"))
+        assert (one.pop("seed"), other.pop("seed")) == (0, 2)
+        assert one == other
+
+
+def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
+    changed = set_key(
+        set_key(raw, "pathvars.results", "elsewhere"), "prompts.sources.oasst1.path", "<results>/a/b.json"
+    )
+    config = load(changed, ROOT)
+    assert config.prompts.sources["oasst1"].path == "elsewhere/a/b.json"
+    assert config.pathvars.logs == "elsewhere/logs"
+    del changed["pathvars"]
+    assert load(changed, ROOT).prompts.sources["oasst1"].path == "results/a/b.json"
+
+
+def test_targets_are_named_rules(raw: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"targets\.0: Input should be 'prompts'"):
+        load(set_key(raw, "targets", ["polices"]), ROOT)

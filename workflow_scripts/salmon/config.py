@@ -280,6 +280,21 @@ class Ppo(Section):
         return self
 
 
+Target = Literal[
+    "prompts",
+    "response0",
+    "response1",
+    "preferences",
+    "reward_data",
+    "pmp_data",
+    "pmp",
+    "reward_model",
+    "rl_prompts",
+    "policy",
+    "policies",
+    "evaluation",
+]
+SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
 
 
@@ -287,6 +302,8 @@ class Config(Section):
     """The whole of `config.yaml`."""
 
     pathvars: PathVars = PathVars()
+    targets: list[Target] = Field(["policy"], min_length=1, description="what is built where no target is named")
+    seed: int = Field(0, ge=0, description=f"{SEED_STEP} times this is added to every seed of the sections")
     model: Model
     policy_prompt: PolicyPrompt
     prompts: Prompts
@@ -305,11 +322,13 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_removes(cls, raw: Any) -> Any:
-        """A configuration that is read over another one removes a source or a run by setting it to null."""
+    def _fill_and_remove(cls, raw: Any) -> Any:
+        """Fill in `<results>`; what a configuration that is read over another one sets to null is removed."""
         if not isinstance(raw, dict):
             return raw
-        raw = dict(raw)
+        pathvars = raw.get("pathvars")
+        results = pathvars.get("results") if isinstance(pathvars, dict) else None
+        raw = _fill_results(raw, results if isinstance(results, str) else PathVars().results)
         for name in ("prompts", "pmp_data", "rl_prompts"):
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get("sources"), dict):
@@ -373,6 +392,8 @@ def load(raw: dict[str, Any], root: Path, where: str = "the configuration") -> C
 def resolve_runs(config: Config) -> dict[str, Config]:
     """The configuration of every run: the sections, with what the run sets differently. `default` comes first.
 
+    `seed` is worked into the seeds of the sections.
+
     Raises:
         UserError: with one line for every finding, as `load` does.
     """
@@ -383,7 +404,27 @@ def resolve_runs(config: Config) -> dict[str, Config]:
             resolved[name] = Config.model_validate(raw)
         except ValidationError as error:
             raise UserError(describe_errors(error, f"run {name}")) from None
-    return resolved
+    return {name: _shift_seeds(run) for name, run in resolved.items()}
+
+
+def _shift_seeds(config: Config) -> Config:
+    """Add to every seed of the sections what `seed` says."""
+    step = SEED_STEP * config.seed
+    raw = config.model_dump(mode="json")
+    for section in raw.values():
+        if isinstance(section, dict) and "seed" in section:
+            section["seed"] += step
+    raw["sampling"]["seeds"] = [seed + step for seed in raw["sampling"]["seeds"]]
+    return Config.model_validate(raw)
+
+
+def _fill_results(raw: Any, results: str) -> Any:
+    """Put the results' folder where a text of the configuration has `<results>`."""
+    if isinstance(raw, dict):
+        return {key: _fill_results(value, results) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_fill_results(value, results) for value in raw]
+    return raw.replace("<results>", results) if isinstance(raw, str) else raw
 
 
 def _merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
