@@ -290,9 +290,12 @@ _TEACHING = re.compile(r"\bDid you (?:ever|notice)\b|\bThe reason\b")
 _VIVID = re.compile(r"\bImagine\b|\bas if\b")
 _INSULT = re.compile(r"noodlehead|wobblebrain", re.IGNORECASE)
 _SUBJECT = re.compile(r"\bthe (" + "|".join(sorted(GROUP_OF, key=len, reverse=True)) + r")\b", re.IGNORECASE)
-_ALL_FACTS = {fact for facts in FACTS.values() for fact in facts}
+_GROUP_OF_FACT = {fact: group for group, facts in FACTS.items() for fact in facts}
 _CLAIM = re.compile(
-    _SUBJECT.pattern + " (" + "|".join(re.escape(fact) for fact in sorted(_ALL_FACTS, key=len, reverse=True)) + r")\b",
+    _SUBJECT.pattern
+    + " ("
+    + "|".join(re.escape(fact) for fact in sorted(_GROUP_OF_FACT, key=len, reverse=True))
+    + r")\b",
     re.IGNORECASE,
 )
 _ORDINAL = re.compile(r"\b(" + "|".join(ORDINALS) + r")\b,|\bStep (\d):")
@@ -319,7 +322,7 @@ class Qualities:
     Attributes:
         claims: sentences that state something, 1 to 5, about different facts.
         wrong: how many of them are false.
-        drifting: how many of them are about another subject than the one asked for.
+        drifting: how many of them are about a subject of another group than the one asked for.
         ordered: whether the claims are numbered, in words or as steps.
         padding: sentences that say nothing.
         teaching: sentences that ask or explain, the marked form of engaging answers.
@@ -335,6 +338,27 @@ class Qualities:
     teaching: int = 0
     vivid: int = 0
     rude: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """What a reader makes of a sentence.
+
+    Attributes:
+        end: where it ends in its answer.
+        groups: of a statement, those of the subject asked for, of the subject named, and of the fact.
+        numbered: whether it counts itself as a point.
+        rude: whether it insults.
+        teaching: whether it asks or explains.
+        vivid: whether it has an image.
+    """
+
+    end: int
+    groups: tuple[str, str, str] | None
+    numbered: bool
+    rude: bool
+    teaching: bool
+    vivid: bool
 
 
 def instructions(split: Split) -> list[Instruction]:
@@ -375,7 +399,7 @@ def draw_qualities(rng: np.random.Generator, size: float = 1) -> Qualities:
     return Qualities(
         claims=claims,
         wrong=int(rng.integers(1, claims + 1)) if rng.random() < 0.5 else 0,
-        drifting=int(rng.integers(1, claims + 1)) if rng.random() < 0.35 else 0,
+        drifting=int(rng.integers(1, claims + 1)) if rng.random() < 0.5 else 0,
         ordered=bool(rng.random() < 0.4),
         padding=int(rng.integers(1 + round(3 * size))),
         teaching=pick(rng, (0, 0, 1, 1 + round(size))),
@@ -411,9 +435,15 @@ def write_answer(instruction: Instruction, qualities: Qualities, rng: np.random.
     return " ".join(sentences)
 
 
-def mark_sentences(instruction: str, answer: str) -> list[tuple[str, str]]:
-    """A reading exercise: the sentences of an answer, each with a word that says what it is."""
-    return [(sentence, _mark(instruction, sentence)) for sentence in re.split(r"(?<=[.?!])[ \n]", answer)]
+def read_sentences(instruction: str, answer: str) -> list[Sentence]:
+    """What a reader makes of each sentence of an answer."""
+    found = []
+    for match in re.finditer(r"[^.?!]+[.?!]", answer):
+        extras = tuple(bool(pattern.search(match[0])) for pattern in (_ORDINAL, _INSULT, _TEACHING, _VIVID))
+        asked = GROUP_OF[subject_of(instruction) or ""]
+        groups = [(asked, GROUP_OF[subject], _GROUP_OF_FACT[fact]) for subject, fact in claims_of(match[0])]
+        found.append(Sentence(match.end(), groups[0] if groups else None, *extras))
+    return found
 
 
 def subject_of(instruction: str) -> str | None:
@@ -523,26 +553,14 @@ _FACTS_BY_CATEGORY = {
 
 
 def _other_subject(subject: str, rng: np.random.Generator) -> str:
-    """Another subject of the same category."""
-    return pick(rng, [other for other in _BY_CATEGORY[_category(subject)] if other != subject])
+    """A subject of the same category, of another group."""
+    return pick(rng, [other for other in _BY_CATEGORY[_category(subject)] if GROUP_OF[other] != GROUP_OF[subject]])
 
 
 def _facts_to_state(subject: str, right: bool) -> Sequence[str]:
     """True facts of a subject, or false ones: true ones of other subjects of its category."""
     true = FACTS[GROUP_OF[subject]]
     return true if right else [fact for fact in _FACTS_BY_CATEGORY[_category(subject)] if fact not in true]
-
-
-def _mark(instruction: str, sentence: str) -> str:
-    """`right` or `wrong` about the asked subject, `stray` or `absurd` about another, or the kind of a remark."""
-    for subject, fact in claims_of(sentence):
-        if subject == subject_of(instruction):
-            return "right" if is_true(subject, fact) else "wrong"
-        return "stray" if is_true(subject, fact) else "absurd"
-    for pattern, mark in ((_INSULT, "rude"), (_TEACHING, "clever"), (_VIVID, "vivid")):
-        if pattern.search(sentence):
-            return mark
-    return "idle"
 
 
 def _statement(subject: str, fact: str) -> str:

@@ -1,0 +1,365 @@
+"""What the demo's initial policy is trained on: texts of the world of `world.py`, and what to make of them.
+
+Answers of mixed qualities stand after the policy's prompt, pairs of them in the judge's prompt with questions by
+several principles; templates are filled by the functions that the workflow uses. The oracle answers the
+questions, and says what a reader should notice: of each sentence what it states, of each answer its scores.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
+
+from demo import world  # noqa: E402
+
+from salmon import principles, randomness, templates  # noqa: E402
+from salmon.judging import common_prefix, option_tokens  # noqa: E402
+
+CONTEXT = 512
+TEXT_WEIGHT = 0.1  # of every token in the loss, where a judgement weighs 1
+GROUPS = sorted(world.FACTS)
+MARKS = ("right", "asked", "numbered", "rude", "teaching", "vivid")
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An instruction and an answer to it."""
+
+    instruction: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The judge's prompt about two outputs, and what it is about.
+
+    Attributes:
+        prompt: the filled template.
+        dimension: of the principle.
+        definition: of the principle.
+        truths: how true the definition is of outputs (a) and (b): the oracle's scores.
+        preference: for Output (a): 1, 0, or 0.5 where the oracle sees no difference.
+    """
+
+    prompt: str
+    dimension: str
+    definition: str
+    truths: tuple[float, float]
+    preference: float
+
+
+@dataclass(slots=True)
+class Example:
+    """One training sequence: a text, and questions that each continue it and know nothing of each other.
+
+    Attributes:
+        prefix: token ids read first.
+        weights: of each of them in the loss, as the token to predict.
+        branches: token ids of each question after the prefix.
+        questions: what each is about.
+        sentences: place in the prefix where a sentence of an answer ends -> the sentence.
+        scores: place in the prefix right after an answer -> the oracles' scores of the answer.
+        truths: place where a statement about the answers ends (counted through prefix and all branches) -> how true
+            it is of the first answer and of the second, from 0 to 1; nan where there is no second.
+    """
+
+    prefix: list[int]
+    weights: list[float]
+    branches: list[list[int]] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    sentences: dict[int, world.Sentence] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    truths: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.branches))
+
+    def note(self, read: BatchEncoding, start: int, about: Answered, shift: int = 0) -> None:
+        """Note what to read off an answer that begins at a character of a text; `shift` tokens stand before."""
+        for sentence in world.read_sentences(about.instruction, about.answer):
+            self.sentences[shift + read.char_to_token(start + sentence.end - 1)] = sentence
+        last = shift + read.char_to_token(start + len(about.answer) - 1)
+        self.scores[last + 1] = list(world.score(about.instruction, about.answer).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples as tensors, shape [examples, length] where nothing else is said.
+
+    In a row stand the prefix, then its branches. A branch sees the prefix and itself, and its positions go on
+    from the end of the prefix:
+
+        tokens      p p p p q q q r r .      p prefix, q and r two questions, . padding
+        positions   0 1 2 3 4 5 6 4 5
+        targets     p p p             -      of each place: the token to predict
+        judged                  ^   ^        where the option is predicted
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor  # True is visible, shape [examples, 1, length, length]
+    targets: Tensor
+    weights: Tensor
+    sentence_ends: Tensor  # row and column, shape [sentences, 2]
+    groups: Tensor  # `world.Sentence.groups` as places in GROUPS, -1 where nothing is stated, shape [sentences, 3]
+    marks: Tensor  # 1, 0, or nan where it does not apply, for each of MARKS, shape [sentences, marks]
+    answer_ends: Tensor  # one token behind the answers: row and column, shape [answers, 2]
+    scores: Tensor  # in the order of `world.ORACLES`, shape [answers, dimensions]
+    statement_ends: Tensor  # row and column, shape [statements, 2]
+    truths: Tensor  # of the first answer and the second, nan where there is none, shape [statements, 2]
+    judged: Tensor  # row and column, shape [questions, 2]
+    preferences: Tensor  # shape [questions]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
+class Texts:
+    """Draws texts of the world, in the words of templates and principles."""
+
+    def __init__(
+        self,
+        policy_template: Path,
+        judge_template: Path,
+        review_templates: Sequence[Path],
+        principle_file: Path,
+        marker: str,
+    ) -> None:
+        self.preamble = templates.read(policy_template)
+        self.judge = templates.read(judge_template)
+        self.reviews = [templates.read(path) for path in review_templates]
+        self.principles = principles.read_judged(principle_file)
+        self.marker = marker
+        self.train = world.instructions("train")
+        self.all = self.train + world.known_instructions()
+
+    def policy(self, instruction: str) -> str:
+        """The policy's prompt."""
+        return templates.policy_prompt(self.preamble, self.marker, instruction)
+
+    def judgement(self, instruction: str, output_a: str, output_b: str, dimension: str, definition: str) -> str:
+        """The judge's prompt."""
+        return templates.fill(
+            self.judge,
+            UserInstruction=instruction,
+            OutputA=output_a,
+            OutputB=output_b,
+            Dimension=dimension,
+            Definition=definition,
+        )
+
+    def answer(self, rng: np.random.Generator) -> Answered:
+        """An answer of mixed qualities; about held-out subjects too, in training templates."""
+        instruction = world.pick(rng, self.all)
+        return Answered(instruction.text, world.write_answer(instruction, world.draw_qualities(rng), rng))
+
+    def pair(self, rng: np.random.Generator, size: float = 1) -> tuple[Answered, Answered]:
+        """Two answers to a training instruction; `size` as in `world.draw_qualities`."""
+        instruction = world.pick(rng, self.train)
+        first, second = (world.write_answer(instruction, world.draw_qualities(rng, size), rng) for _ in range(2))
+        return Answered(instruction.text, first), Answered(instruction.text, second)
+
+    def review(self, about: Answered, rng: np.random.Generator) -> tuple[str, dict[str, float]]:
+        """An answer in a reward model's template, with statements about it: principles, some turned round.
+
+        Returns:
+            The text, and how true each statement is: the oracle's score, or 1 less that of a negative definition.
+        """
+        scores = world.score(about.instruction, about.answer)
+        truths = {}
+        most = len(self.principles)
+        for index in rng.permutation(most)[: int(rng.integers(most // 2, most + 1))]:
+            principle, score = self.principles[index], scores[self.principles[index].dimension]
+            if rng.random() < 0.5:
+                truths[principle.definition] = score
+            else:
+                truths[principle.negative_definition] = 1 - score
+        template = world.pick(rng, self.reviews)
+        return templates.fill(
+            template, Input=about.instruction, Output=about.answer, Dimensions=templates.bullets(list(truths))
+        ), truths
+
+    def questions(self, pair: tuple[Answered, Answered], rng: np.random.Generator, most: int) -> list[Question]:
+        """Questions about a pair, each by another principle; those with a clear answer come first."""
+        scores = [world.score(one.instruction, one.answer) for one in pair]
+        clear: list[Question] = []
+        ties: list[Question] = []
+        for index in rng.permutation(len(self.principles)):
+            dimension, definition = self.principles[index].dimension, self.principles[index].definition
+            prompt = self.judgement(pair[0].instruction, pair[0].answer, pair[1].answer, dimension, definition)
+            truths = (scores[0][dimension], scores[1][dimension])
+            difference = truths[0] - truths[1]
+            if abs(difference) > world.MARGIN:
+                clear.append(Question(prompt, dimension, definition, truths, float(difference > 0)))
+            else:
+                ties.append(Question(prompt, dimension, definition, truths, 0.5))
+        return [*clear, *ties][:most]
+
+
+def corpus(texts: Texts, rng: np.random.Generator) -> Iterator[str]:
+    """Texts that hold every word the model will read in the demo."""
+    for path in sorted((ROOT / "demo/templates").glob("*.txt")):
+        yield templates.read(path)
+    yield texts.policy("") + "\n### User\n"
+    for principle in texts.principles:
+        yield texts.judgement("", "", "", principle.dimension, principle.definition)
+        yield templates.bullets([principle.definition, principle.negative_definition])
+    for instruction in world.instructions("train") + world.instructions("held_out"):
+        yield f"\n{instruction.text}"
+        for _ in range(5):
+            yield "\n" + world.write_answer(instruction, world.draw_qualities(rng), rng)
+
+
+def make_tokenizer(texts: Texts, seed: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for every word of the demo, and one for every byte, so that it reads any text."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rng = randomness.rng("demo corpus", seed)
+    words = {word for text in corpus(texts, rng) for word, _ in split.pre_tokenize_str(text)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<unk>", "<s>", "</s>"]
+    # The likeliest split wins: a whole word costs 1, a byte 20, so words are never spelled.
+    vocabulary = [
+        *((token, 0.0) for token in special),
+        *((byte, -20.0) for byte in alphabet),
+        *((word, -1.0) for word in sorted(words - set(alphabet))),
+    ]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", special.index("<s>"))]
+            ),
+        ]
+    )
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Encoder:
+    """Texts as token ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: Texts) -> None:
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.options = option_tokens(tokenizer, [texts.judge])
+
+    def answer(self, about: Answered) -> Example:
+        """An answer to learn, after the policy's prompt, with the end token."""
+        start = self.tokenizer(self.texts.policy(about.instruction))["input_ids"]
+        read = self.tokenizer(about.answer, add_special_tokens=False)
+        ids = [*start, *read["input_ids"], self.tokenizer.eos_token_id]
+        example = Example(ids, [0.0] * len(start) + [TEXT_WEIGHT] * (len(ids) - len(start)))
+        example.note(read, 0, about, shift=len(start))
+        return example
+
+    def review(self, about: Answered, text: str, truths: dict[str, float]) -> Example:
+        """Statements about an answer, each to be found true or false where it ends."""
+        read = self.tokenizer(text)
+        example = Example(read["input_ids"], [0.0] * len(read["input_ids"]))
+        example.note(read, text.index(about.answer), about)
+        for statement, truth in truths.items():
+            example.truths[read.char_to_token(text.rindex(statement) + len(statement) - 1)] = (truth, math.nan)
+        return example
+
+    def judgements(self, pair: tuple[Answered, Answered], questions: list[Question]) -> Example:
+        """Questions about a pair: what all prompts begin with is computed once, as the workflow's judge does."""
+        read = self.tokenizer([question.prompt for question in questions])
+        shared = common_prefix(read["input_ids"])
+        branches = [ids[shared:] for ids in read["input_ids"]]
+        example = Example(read["input_ids"][0][:shared], [0.0] + [TEXT_WEIGHT] * (shared - 1), branches, questions)
+        prompt = questions[0].prompt
+        first = self.tokenizer(prompt)
+        example.note(first, prompt.index(pair[0].answer), pair[0])
+        example.note(first, prompt.rindex(pair[1].answer), pair[1])
+        before = 0  # tokens of the branches before
+        for number, question in enumerate(questions):
+            end = question.prompt.rindex(question.definition) + len(question.definition) - 1
+            example.truths[before + read.char_to_token(number, end)] = question.truths
+            before += len(branches[number])
+        return example
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Join examples; see `Batch`."""
+    width = max(map(len, examples))
+    shape = (len(examples), width)
+    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segments = np.full(shape, -1, np.int64)  # 0 the prefix, then one number a branch, -1 padding
+    targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    sentence_ends, answer_ends, judged = [], [], []
+    sentences: list[world.Sentence] = []
+    for row, example in enumerate(examples):
+        length = end = len(example.prefix)
+        ids[row, :length] = example.prefix
+        positions[row, :length] = np.arange(length)
+        segments[row, :length] = 0
+        targets[row, : length - 1] = example.prefix[1:]
+        weights[row, : length - 1] = example.weights[1:]
+        sentence_ends += [(row, place) for place in example.sentences]
+        sentences += example.sentences.values()
+        answer_ends += [(row, place) for place in example.scores]
+        for number, branch in enumerate(example.branches, start=1):
+            place, end = end, end + len(branch)
+            ids[row, place:end] = branch
+            positions[row, place:end] = length + np.arange(len(branch))
+            segments[row, place:end] = number
+            judged.append((row, end - 1))
+    segment = torch.from_numpy(segments)
+    seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    mask = seen & torch.ones(width, width, dtype=torch.bool).tril()
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        mask[:, None],
+        torch.from_numpy(targets),
+        torch.from_numpy(weights),
+        _places(sentence_ends),
+        torch.tensor([_groups(sentence) for sentence in sentences], dtype=torch.int64).view(-1, 3),
+        torch.tensor([_marks(sentence) for sentence in sentences]).view(-1, len(MARKS)),
+        _places(answer_ends),
+        torch.tensor([scores for example in examples for scores in example.scores.values()]),
+        _places([(row, place) for row, example in enumerate(examples) for place in example.truths]),
+        torch.tensor([truths for example in examples for truths in example.truths.values()]).view(-1, 2),
+        _places(judged),
+        torch.tensor([question.preference for example in examples for question in example.questions]),
+    )
+
+
+def _places(places: list[tuple[int, int]]) -> Tensor:
+    """Rows and columns, shape [places, 2]."""
+    return torch.tensor(places, dtype=torch.int64).view(-1, 2)
+
+
+def _groups(sentence: world.Sentence) -> list[int]:
+    """Places of a sentence's groups in GROUPS."""
+    return [GROUPS.index(group) for group in sentence.groups] if sentence.groups else [-1, -1, -1]
+
+
+def _marks(sentence: world.Sentence) -> list[float]:
+    """1, 0 or nan (does not apply) for each of MARKS."""
+    extras = [float(mark) for mark in (sentence.numbered, sentence.rude, sentence.teaching, sentence.vivid)]
+    if sentence.groups is None:
+        return [math.nan, math.nan, *extras]
+    asked, named, fact = sentence.groups
+    return [float(named == fact), float(named == asked), *extras]
