@@ -1,9 +1,15 @@
-"""Print what a finished run holds: where each artifact is, how much is in it, and how training went."""
+"""Print what a finished run holds: where each artifact is, how much is in it, and what the oracles say of it."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from demo import report  # noqa: E402
 
 TABLES = {
     "prompts": "prompts/oasst1",
@@ -44,17 +50,34 @@ def lines(results: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def main() -> None:
-    """Print the table of the results folder that the command line names."""
-    rows = lines(Path(sys.argv[1]))
+def main() -> int:
+    """Print the artifacts of a results folder, and the measurements of all of them together."""
+    parser = argparse.ArgumentParser(description="Print what finished runs of the demo hold and what was measured.")
+    parser.add_argument("results", type=Path, nargs="+", help="folders of results; several: runs with other seeds")
+    parser.add_argument("--check", action="store_true", help="fail where a number misses its bound for one seed")
+    arguments = parser.parse_args()
+    rows = lines(arguments.results[0])
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     sys.stdout.write("\nThe whole of SALMON ran. What it made:\n\n")
     for row in rows:
         sys.stdout.write(
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n"
         )
-    sys.stdout.write("\nBeside each table and in each model's folder, manifest.json says what it was made of.\n")
+    sys.stdout.write("\nBeside each table and in each model's folder, manifest.json says what it was made of.\n\n")
+    evaluations = [read(folder / "evaluation" / "evaluation.json") for folder in arguments.results]
+    sys.stdout.write(report.markdown(evaluations))
+    pictures = sorted(arguments.results[0].glob("evaluation/*.svg"))
+    sys.stdout.write(f"\nPictures: {', '.join(map(str, pictures))}\n")
+    if not arguments.check:
+        return 0
+    findings = [
+        f"{folder}: {finding}"
+        for folder, evaluation in zip(arguments.results, evaluations, strict=True)
+        for finding in report.missed(evaluation, loose=True)
+    ]
+    sys.stdout.write("".join(f"missed: {finding}\n" for finding in findings))
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,12 +24,12 @@ rule make_demo_data:
         "../envs/data.yaml"
     params:
         folder=subpath(output[0], parent=True),
+        seed=settings.seed,
     shell:
-        "python demo/make_demo_data.py --output {params.folder:q} > {log:q} 2>&1"
+        "python demo/make_demo_data.py --output {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
-# A policy for the demo. The one that is shipped, demo/model, was trained by an earlier recipe of this script, so that the
-# demo starts at once; this rule makes another one, and nothing depends on it.
+# The demo's initial policy. The one that this rule makes is shipped as demo/model, so that the demo starts at once.
 rule train_demo_policy:
     output:
         directory("<results>/demo_policy"),
@@ -42,3 +42,38 @@ rule train_demo_policy:
     threads: 8
     shell:
         "python demo/train_demo_policy.py --output {output:q} --threads {threads} > {log:q} 2>&1"
+
+
+rule evaluate_demo:
+    input:
+        model=initial_policy(),
+        reward_model=reward_model_of,
+        pmp=pmp_model,
+        policies=expand("<results>/runs/{run}/policy", run=RUNS),
+        templates=[settings.judge.template, settings.reward_model.template, *policy_template()],
+        principles=settings.judge.principles,
+    output:
+        directory("<results>/evaluation"),
+    log:
+        "<logs>/evaluate_demo.log",
+    benchmark:
+        "<benchmarks>/evaluate_demo.tsv"
+    conda:
+        "../envs/model.yaml"
+    threads: 8
+    params:
+        model=settings.model.model_dump_json(),
+        policy_prompt=settings.policy_prompt.model_dump_json(),
+        judge=settings.judge.model_dump_json(),
+        aggregation=settings.aggregation.model_dump_json(),
+        ppo=settings.ppo.model_dump_json(),
+        reward_settings=settings.reward_model.model_dump_json(),
+        pmp=lambda wildcards, input: input.pmp or "null",
+        policies=lambda wildcards, input: json.dumps(input.policies),
+        seed=settings.seed,
+    shell:
+        "python demo/evaluate_demo.py --output {output:q} --model {params.model:q}"
+        " --policy-prompt {params.policy_prompt:q} --judge {params.judge:q} --aggregation {params.aggregation:q}"
+        " --ppo {params.ppo:q} --reward-settings {params.reward_settings:q} --reward-model {input.reward_model:q}"
+        " --pmp {params.pmp:q}"
+        " --policies {params.policies:q} --seed {params.seed} --threads {threads} > {log:q} 2>&1"

@@ -1,4 +1,5 @@
 import json
+import math
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -7,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from demo import make_demo_data, measure_demo_judge, train_demo_policy, world
+from demo import evaluate_demo, lessons, make_demo_data, report, train_demo_policy, world
 
 from salmon import principles, templates
-from salmon.config import Source
+from salmon.config import Aggregation, Source
 from salmon.language import detect
 from salmon.sources import read_source
 
@@ -170,12 +171,15 @@ def test_data_depend_on_the_seed_alone(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def texts():
-    return train_demo_policy.Texts(train_demo_policy.Arguments(output=Path("unused")))
+    folder = Path("demo/templates")
+    reviews = [folder / "reward_model.txt", folder / "reward_model_rl.txt"]
+    principle_file = Path("demo/principles/judge.json")
+    return lessons.Texts(folder / "policy.txt", folder / "judge.txt", reviews, principle_file, "### Dromedary")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(texts):
-    return train_demo_policy.make_tokenizer(texts, seed=0)
+    return lessons.make_tokenizer(texts, seed=0)
 
 
 def test_tokenizer_gives_words_a_token_and_reads_any_text(tokenizer):
@@ -196,9 +200,11 @@ def test_questions_are_the_prompts_of_the_judge_and_the_oracle_answers_them(text
     assert set(definitions) == set(world.ORACLES)
     preferences = Counter()
     for _ in range(50):
-        for question in texts.questions(rng, most=8):
+        pair = texts.pair(rng)
+        for question in texts.questions(pair, rng, most=8):
             parts = question.prompt.split("\n\n#### ")
             asked, first, second = (part.split("\n\n", 1)[1] for part in parts[1:4])
+            assert (asked, first, second) == (pair[0].instruction, pair[0].answer, pair[1].answer)
             assert question.prompt == templates.fill(
                 templates.read("demo/templates/judge.txt"),
                 UserInstruction=asked,
@@ -217,40 +223,223 @@ def test_questions_are_the_prompts_of_the_judge_and_the_oracle_answers_them(text
     assert 0.35 < preferences[1] / (preferences[0] + preferences[1]) < 0.65
 
 
+def test_sentences_are_read_as_they_were_written():
+    asked = "Tell me some facts about the robin."
+    answer = "First, the robin builds a nest. We know that the oak swims with its fins.\n- What a wobblebrain you are!"
+    nest, fins, insult = world.read_sentences(asked, answer)
+    assert nest == world.Sentence(31, ("birds", "birds", "birds"), True, False, False, False)
+    assert answer[: nest.end].endswith("builds a nest.")
+    assert fins == world.Sentence(73, ("birds", "trees", "fish"), False, False, False, False)
+    assert insult == world.Sentence(len(answer), None, False, True, False, False)
+    for instruction, qualities, written in drawn(200):
+        sentences = world.read_sentences(instruction.text, written)
+        stated = [sentence.groups for sentence in sentences if sentence.groups]
+        assert sum(named != asked for asked, named, _ in stated) == qualities.drifting
+        assert sum(named != fact for _, named, fact in stated) == qualities.wrong
+        assert sum(sentence.teaching for sentence in sentences) == qualities.teaching
+        assert [written[sentence.end - 1] in ".?!" for sentence in sentences] == [True] * len(sentences)
+
+
+def test_examples_note_sentences_and_answers_at_their_tokens(texts, tokenizer):
+    rng = np.random.default_rng(2)
+    encoder = lessons.Encoder(tokenizer, texts)
+    for _ in range(20):
+        pair = texts.pair(rng)
+        for example, answers in (
+            (encoder.answer(pair[0]), pair[:1]),
+            (encoder.judgements(pair, texts.questions(pair, rng, most=3)), pair),
+        ):
+            assert len(example.scores) == len(answers)
+            for (place, scores), one in zip(example.scores.items(), answers, strict=True):
+                assert tokenizer.decode(example.prefix[:place]).endswith(one.answer)
+                assert scores == list(world.score(one.instruction, one.answer).values())
+            expected = [sentence for one in answers for sentence in world.read_sentences(one.instruction, one.answer)]
+            assert list(example.sentences.values()) == expected
+            assert {tokenizer.decode(example.prefix[place]) for place in example.sentences} <= {".", "?", "!"}
+
+
+def test_reviews_say_how_true_statements_are(texts, tokenizer):
+    rng = np.random.default_rng(3)
+    encoder = lessons.Encoder(tokenizer, texts)
+    judged = principles.read_judged("demo/principles/judge.json")
+    seen = set()
+    for _ in range(50):
+        about = texts.answer(rng)
+        text, truths = texts.review(about, rng)
+        example = encoder.review(about, text, truths)
+        assert about.instruction in text
+        assert about.answer in text
+        assert [truth for truth, _ in example.truths.values()] == list(truths.values())
+        assert all(math.isnan(second) for _, second in example.truths.values())
+        score = world.score(about.instruction, about.answer)
+        for place, (statement, truth) in zip(example.truths, truths.items(), strict=True):
+            assert tokenizer.decode(example.prefix[: place + 1]).endswith(f"- {statement}")
+            principle = next(p for p in judged if statement in (p.definition, p.negative_definition))
+            of_it = score[principle.dimension]
+            assert truth == (of_it if statement == principle.definition else 1 - of_it)
+            seen.add(statement)
+        assert not any(example.weights)
+    assert len(seen) == 2 * len(judged)
+
+
 def test_branches_of_a_batch_are_scored_as_if_each_stood_alone(texts, tokenizer):
     torch.manual_seed(0)
-    arguments = train_demo_policy.Arguments(output=Path("unused"), hidden_size=32, layers=2)
+    arguments = train_demo_policy.Arguments(output=Path("unused"), hidden_size=32, layers=5)
     model = train_demo_policy.make_model(arguments, tokenizer).eval()
-    encoder = train_demo_policy.Encoder(tokenizer, texts.judge)
+    reader = train_demo_policy.Reader(32)
+    encoder = lessons.Encoder(tokenizer, texts)
     rng = np.random.default_rng(1)
-    examples = [encoder.judgements(texts.questions(rng, most=8)) for _ in range(3)]
-    examples += [encoder.answer(*texts.answer(rng)), encoder.exercise(*texts.exercise(rng))]
-    loss, margins = train_demo_policy.loss_of(model, train_demo_policy.collate(examples), encoder.options)
+    pairs = [texts.pair(rng) for _ in range(3)]
+    examples = [encoder.judgements(pair, texts.questions(pair, rng, most=8)) for pair in pairs]
+    examples += [encoder.answer(texts.answer(rng)) for _ in range(2)]
+    examples += [encoder.review(pair[0], *texts.review(pair[0], rng)) for pair in pairs]
+    loss, margins, found = train_demo_policy.loss_of(model, reader, lessons.collate(examples), encoder)
 
-    expected, found = 0.0, []
+    expected, margins_expected, right = 0.0, [], Counter()
     a, b = encoder.options
     with torch.no_grad():
         for example in examples:
-            logs = model(torch.tensor([example.prefix])).logits[0].double().log_softmax(dim=-1)
+            output = model(torch.tensor([example.prefix]), output_hidden_states=True)
+            logs = output.logits[0].double().log_softmax(dim=-1)
             for place in range(1, len(example.prefix)):
                 expected -= example.weights[place] * float(logs[place - 1, example.prefix[place]])
             for question in example.questions:
                 ids = tokenizer(question.prompt)["input_ids"]
                 last = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(dim=-1)
                 expected -= float(question.preference * last[a] + (1 - question.preference) * last[b])
-                found.append(float(last[a] - last[b]))
+                margins_expected.append(float(last[a] - last[b]))
+            reading = 0.0
+            for place, sentence in example.sentences.items():
+                groups = reader.heads["groups"](output.hidden_states[-5][0, place]).view(3, -1).log_softmax(dim=-1)
+                truth = [sentence.numbered, sentence.rude, sentence.teaching, sentence.vivid]
+                if sentence.groups:
+                    for row, group in zip(groups, sentence.groups, strict=True):
+                        reading -= float(row[lessons.GROUPS.index(group)])
+                    asked, named, fact = sentence.groups
+                    truth = [named == fact, named == asked, *truth]
+                marks = reader.heads["marks"](output.hidden_states[-4][0, place]).sigmoid()[-len(truth) :]
+                reading -= sum(
+                    float((mark if true else 1 - mark).log()) for mark, true in zip(marks, truth, strict=True)
+                )
+                right["right"] += len(truth) == 6 and bool((marks[0] > 0.5) == truth[0])
+            for place, scores in example.scores.items():
+                given = reader.heads["scores"](output.hidden_states[-3][0, place]).sigmoid()
+                reading -= sum(
+                    score * float(p.log()) + (1 - score) * float((1 - p).log())
+                    for p, score in zip(given, scores, strict=True)
+                )
+            expected += train_demo_policy.READING_WEIGHT * reading
+            where = [(place, output) for place in example.truths if not example.questions]
+            for question in example.questions:
+                text = question.prompt[: question.prompt.rindex(question.definition) + len(question.definition)]
+                ids = tokenizer(text)["input_ids"]
+                where.append((len(ids) - 1, model(torch.tensor([ids]), output_hidden_states=True)))
+            for (place, read), truths in zip(where, example.truths.values(), strict=True):
+                given = reader.heads["truths"](read.hidden_states[-2][0, place]).sigmoid().tolist()
+                expected -= sum(
+                    truth * math.log(p) + (1 - truth) * math.log(1 - p)
+                    for p, truth in zip(given, truths, strict=True)
+                    if not math.isnan(truth)
+                )
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-    assert margins.tolist() == pytest.approx(found, abs=1e-4)
+    assert margins.tolist() == pytest.approx(margins_expected, abs=1e-4)
+    assert found["marks"][:, 0].nansum() == right["right"]
+
+
+POLITE, RUDE = "The robin builds a nest.", "The robin builds a nest. Only a noodlehead would ask this."
 
 
 def test_measuring_a_judge_counts_what_the_oracle_and_the_orders_say():
-    instruction = world.Instruction(ASKED, "facts", "robin")
-    polite, rude = "The robin builds a nest.", "The robin builds a nest. Only a noodlehead would ask this."
-    pairs = [measure_demo_judge.Pair(str(row), ASKED, *outputs) for row, outputs in enumerate([(polite, rude)] * 4)]
-    pairs.append(measure_demo_judge.Pair("tie", ASKED, polite, polite))
+    pairs = [evaluate_demo.Pair(str(row), ASKED, *outputs) for row, outputs in enumerate([(POLITE, RUDE)] * 4)]
+    pairs.append(evaluate_demo.Pair("tie", ASKED, POLITE, POLITE))
     judged = [[(1.0, 2.0)], [(-1.0, -2.0)], [(1.0, -2.0)], [(0.5, 0.5)], [(1.0, 1.0)]]
-    found = measure_demo_judge.accuracy([instruction] * 5, pairs, judged, ["Ethical"])
-    assert found == {"Ethical": {"differing_pairs": 4, "orders_agree": 3 / 4, "right": pytest.approx(2 / 3)}}
+    found = evaluate_demo.judge_accuracy(pairs, judged, ["Ethical"])
+    assert found == {"Ethical": {"pairs": 4, "orders_agree": 3 / 4, "right": pytest.approx(2 / 3)}}
+
+
+class FixedReader:
+    """Finds output 1 better by the principles it is told to, unless a negative definition stands first."""
+
+    def __init__(self, likes):
+        self.likes = likes
+
+    def margins(self, pairs, definitions):
+        return [1.0 if shown[0] in self.likes else -1.0 for shown in definitions]
+
+
+def test_measuring_a_reward_model_compares_with_the_oracle_under_both_forms_of_a_principle():
+    judged = principles.read_judged("demo/principles/judge.json")
+    ethical = next(principle for principle in judged if principle.dimension == "Ethical")
+    pairs = [evaluate_demo.Pair("0", ASKED, POLITE, RUDE), evaluate_demo.Pair("1", ASKED, POLITE, POLITE)]
+    for likes, expected in (
+        ({ethical.definition}, {"plain": 1.0, "negated": 1.0, "flips": 1.0}),
+        ({ethical.definition, ethical.negative_definition}, {"plain": 1.0, "negated": 0.0, "flips": 0.0}),
+        ({ethical.negative_definition}, {"plain": 0.0, "negated": 0.0, "flips": 1.0}),
+    ):
+        found = evaluate_demo.reward_accuracy(FixedReader(likes), pairs, [ethical])
+        assert found == {"Ethical": {"pairs": 1, **expected}}
+
+
+def test_sign_flips_turn_the_deciding_principle_only():
+    judged = principles.read_judged("demo/principles/judge.json")
+    aggregation = Aggregation(dimensions=[principle.dimension for principle in judged])
+    rng = np.random.default_rng(0)
+    pairs = [evaluate_demo.Pair(str(row), ASKED, POLITE, RUDE) for row in range(20)]
+    # Only the judgement by Ethical is sure of itself, so it decides wherever it is shown.
+    judgements = [
+        [tuple(rng.normal(size=2) * (0.1 if p.dimension == "Ethical" else 1)) for p in judged] for _ in range(20)
+    ]
+    seen = []
+
+    class Recorder(FixedReader):
+        def margins(self, pairs, definitions):
+            seen.append(definitions)
+            return [1.0 if len(seen) == 1 else -1.0] * len(pairs)
+
+    found = evaluate_demo.sign_flips(Recorder(set()), pairs, judgements, judged, aggregation)
+    assert found["records"] == len(seen[0]) > 20
+    assert found["flips"] == 1.0
+    turned = {p.definition: p.negative_definition for p in judged} | {
+        p.negative_definition: p.definition for p in judged
+    }
+    for before, after in zip(*seen, strict=True):
+        differing = [(one, other) for one, other in zip(before, after, strict=True) if one != other]
+        assert len(differing) == 1
+        assert turned[differing[0][0]] == differing[0][1]
+
+
+def evaluation(**headline):
+    numbers = {"oracles": {"Concise": 50.0}, "words": [3, 5], "mean_words": 4.0, "kl": 0.0}
+    reached = {target.name: target.bound if target.name != "gain_control" else 0.0 for target in report.TARGETS}
+    return {"headline": reached | headline, "policies": {"initial": numbers}, "judge": {"Concise": {"right": 0.9}}}
+
+
+def test_report_gives_means_and_ranges_and_names_what_was_missed():
+    table = report.markdown([evaluation(length_ratio=2.0), evaluation(length_ratio=3.0)])
+    assert "| at least 1.80 x | 2.50 x (2.00 x to 3.00 x) |" in table
+    assert "| below +10 | +0 (+0 to +0) |" in table
+    assert report.missed(evaluation(), loose=False) == []
+    for target in report.TARGETS:
+        if not target.demand():
+            continue
+        bad = 50.0 if target.name == "gain_control" else 0.0
+        for loose in (False, True):
+            lines = report.missed(evaluation(**{target.name: bad}), loose)
+            assert [target.label in line for line in lines] == [True] * (not loose or target.loose is not None)
+    assert report.missed(evaluation(judge_mean=None), loose=True)
+
+
+def test_pictures_are_the_same_for_the_same_numbers(tmp_path):
+    found = evaluation()
+    found["policies"]["concise"] = {**found["policies"]["initial"], "words": [1, 2, 3]}
+    steps = {"concise": [{"step": 1, "score": 0.5, "kl_sequence": 0.0, "response_tokens": 9.0}]}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        report.draw(found, steps, tmp_path / name)
+    names = {"accuracy.svg", "lengths.svg", "scores.svg", "training.svg"}
+    assert {path.name for path in (tmp_path / "first").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 def test_training_depends_on_the_seed_alone(tmp_path):
@@ -259,7 +448,7 @@ def test_training_depends_on_the_seed_alone(tmp_path):
         folder = tmp_path / f"{name}{seed}"
         train_demo_policy.main(
             train_demo_policy.Arguments(
-                output=folder, seed=seed, steps=2, sequences=4, hidden_size=16, layers=1, heads=2, threads=1
+                output=folder, seed=seed, steps=2, sequences=4, hidden_size=16, layers=5, heads=2, threads=1
             )
         )
         hashes.append((folder / "model.safetensors").read_bytes())

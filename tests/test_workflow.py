@@ -106,6 +106,24 @@ def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert found["judge_preferences"] == 8
 
 
+def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> None:
+    run = snakemake("-n", "--configfile", "config.yaml", "demo/config.yaml", *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    found = jobs(run.stdout + run.stderr)
+    assert found["evaluate_demo"] == 1
+    assert found["train_policy"] == 5
+    assert found["train_reward_model"] == 1
+    assert found["clean_rl_prompts"] == 1
+    assert found["make_demo_data"] == 1
+    assert f"{tmp_path}/data/oasst1.jsonl" in run.stdout + run.stderr
+
+
+def test_other_targets_can_be_set(tmp_path: Path) -> None:
+    run = snakemake("-n", *elsewhere(tmp_path), "targets=[pmp,prompts]")
+    assert run.returncode == 0, run.stderr
+    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "all"}
+
+
 def test_an_unknown_run_is_named(tmp_path: Path) -> None:
     run = snakemake("-n", f"{tmp_path}/runs/nope/policy", *elsewhere(tmp_path))
     assert run.returncode != 0

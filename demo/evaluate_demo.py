@@ -1,0 +1,388 @@
+"""Measure every stage of the demo against the oracles of `world.py`, on held-out instructions.
+
+Held-out are templates and subjects: no training instruction has the words or asks for the subjects of these. What
+is measured, in the order of the stages: the judge, the reward model under single principles, plain and negated,
+and what one reward model makes of the policies whose runs differ in their principles.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from pydantic import Field
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
+
+from demo import report, world  # noqa: E402
+
+from salmon import (  # noqa: E402
+    aggregation,
+    artifacts,
+    config,
+    distributed,
+    generation,
+    models,
+    ppo_math,
+    principles,
+    randomness,
+    reward_model,
+    script,
+    templates,
+)
+from salmon.errors import UserError  # noqa: E402
+from salmon.judging import Judge, Pair  # noqa: E402
+
+log = logging.getLogger("salmon.evaluate_demo")
+
+BATCH = 64
+Judgements = Sequence[Sequence[tuple[float, float]] | None]
+STEERED = ("Concise", "Comprehensive", "Methodical")
+
+
+class Arguments(script.Arguments):
+    """Measure the demo against the oracles; without reward model and policies, its judge alone."""
+
+    output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures")
+    model: config.Model = Field(description="section of the configuration, like the next four")
+    policy_prompt: config.PolicyPrompt
+    judge: config.Judge
+    aggregation: config.Aggregation
+    ppo: config.Ppo
+    reward_settings: config.RewardModel | None = Field(None, description="section reward_model")
+    reward_model: Path | None = Field(None, description="folder of the reward model")
+    pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
+    policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
+    pairs: int = Field(150, ge=1, description="pairs of the initial policy's answers that are judged")
+    split: world.Split = Field("held_out", description="instructions and subjects of which split")
+    seed: int = 0
+    threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to an instruction: its prompt's tokens, its own, its text, and whether it ended by itself."""
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+def asked(count: int, split: world.Split, seed: int) -> list[world.Instruction]:
+    """Instructions of a split, in random order, each about as often."""
+    found = world.instructions(split)
+    rng = randomness.rng("demo evaluation", seed)
+    return [found[index] for _ in range(-(-count // len(found))) for index in rng.permutation(len(found))][:count]
+
+
+def sample(
+    arguments: Arguments, model: torch.nn.Module, tokenizer: Any, instructions: Sequence[str], name: str
+) -> list[Answer]:
+    """An answer of a model to every instruction, at the temperature of RL."""
+    preamble = generation.read_preamble(arguments.policy_prompt)
+    prompts = [generation.encode_prompt(tokenizer, text, arguments.policy_prompt, preamble) for text in instructions]
+    answers = generation.generate(
+        model,
+        tokenizer,
+        prompts,
+        [randomness.seed_of("demo evaluation", arguments.seed, name, row) for row in range(len(prompts))],
+        max_new_tokens=arguments.ppo.response_length,
+        temperature=arguments.ppo.temperature,
+        stop=arguments.policy_prompt.stop,
+        device=next(model.parameters()).device,
+    )
+    return [
+        Answer(prompt, answer.tokens, answer.text, answer.finish_reason != "length")
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def judge_accuracy(
+    pairs: Sequence[Pair], judgements: Judgements, dimensions: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """For each dimension: how often the oracle sees a difference, then both orders agree, then the judge is right."""
+    found: dict[str, dict[str, float]] = {}
+    for place, dimension in enumerate(dimensions):
+        differing, agreeing, right = 0, 0, 0
+        for pair, judged in zip(pairs, judgements, strict=True):
+            difference = oracle_difference(pair, dimension)
+            if judged is None or difference == 0:
+                continue
+            s12, s21 = judged[place]
+            differing += 1
+            agreeing += s12 * s21 > 0
+            right += s12 * s21 > 0 and (s12 > 0) == (difference > 0)
+        found[dimension] = {
+            "pairs": differing,
+            "orders_agree": agreeing / max(1, differing),
+            "right": right / max(1, agreeing),
+        }
+    return found
+
+
+def oracle_difference(pair: Pair, dimension: str) -> float:
+    """By how much the oracle finds output 1 better; 0 where that is within `world.MARGIN`."""
+    oracle = world.ORACLES[dimension]
+    difference = oracle(pair.instruction, pair.output_1) - oracle(pair.instruction, pair.output_2)
+    return difference if abs(difference) > world.MARGIN else 0.0
+
+
+class RewardReader:
+    """Scores pairs by a reward model."""
+
+    def __init__(
+        self, folder: Path, model: config.Model, settings: config.RewardModel, tokenizer: Any, device: torch.device
+    ) -> None:
+        self.settings = settings
+        self.template = templates.read(settings.template)
+        self.tokenizer, self.device = tokenizer, device
+        self.model = models.load_reward_model(model, folder, device, trainable=False)
+
+    def margins(self, pairs: Sequence[Pair], definitions: Sequence[Sequence[str]]) -> list[float]:
+        """Reward of output 1 less that of output 2, of every pair under its own principles."""
+        tokens = reward_model.reward_text_tokens(
+            self.tokenizer,
+            self.template,
+            [pair.instruction for pair in pairs for _ in range(2)],
+            [output for pair in pairs for output in (pair.output_1, pair.output_2)],
+            [shown for shown in definitions for _ in range(2)],
+            query_length=self.settings.query_length,
+            response_length=self.settings.response_length,
+            max_length=self.settings.max_length,
+        )
+        first, second = reward_model.score(self.model, tokens, BATCH, self.device).view(-1, 2).T
+        return [float(margin) for margin in first - second]
+
+
+def reward_accuracy(
+    reader: RewardReader, pairs: Sequence[Pair], judged: Sequence[principles.JudgedPrinciple]
+) -> dict[str, dict[str, float]]:
+    """For each dimension, where the oracle sees a difference: right by the principle alone, plain and negated."""
+    found = {}
+    for principle in judged:
+        chosen = [(pair, oracle_difference(pair, principle.dimension)) for pair in pairs]
+        chosen = [(pair, difference) for pair, difference in chosen if difference]
+        used = [pair for pair, _ in chosen]
+        plain = reader.margins(used, [[principle.definition]] * len(used))
+        negated = reader.margins(used, [[principle.negative_definition]] * len(used))
+        rows = list(zip(chosen, plain, negated, strict=True))
+        found[principle.dimension] = {
+            "pairs": len(rows),
+            "plain": share(margin * difference > 0 for (_, difference), margin, _ in rows),
+            "negated": share(margin * difference < 0 for (_, difference), _, margin in rows),
+            "flips": share(margin * turned < 0 for _, margin, turned in rows),
+        }
+    return found
+
+
+def share(values: Any) -> float:
+    """Share of those that are true; 0 of nothing."""
+    found = list(values)
+    return float(np.mean(found)) if found else 0.0
+
+
+def sign_flips(
+    reader: RewardReader,
+    pairs: Sequence[Pair],
+    judgements: Judgements,
+    judged: Sequence[principles.JudgedPrinciple],
+    aggregation_settings: config.Aggregation,
+) -> dict[str, float]:
+    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and turned.
+
+    Returns:
+        Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
+        when the deciding principle is turned round, the others left as they are.
+    """
+    by_name = {principle.dimension: principle for principle in judged}
+    shown = [by_name[name] for name in aggregation_settings.dimensions]
+    places = [list(judged).index(principle) for principle in shown]
+    usable = [(pair, scores) for pair, scores in zip(pairs, judgements, strict=True) if scores is not None]
+    scores = np.array([[scores[place] for place in places] for _, scores in usable])  # [pairs, dimensions, 2]
+    scaled = np.stack([aggregation.scaled_scores(*scores[:, column].T) for column in range(len(shown))], axis=1)
+    quiet = aggregation_settings.model_copy(
+        update={
+            "passes": 2,
+            "label_noise": 0.0,
+            "decision": "dominant",
+            "refusal_probability": 0.0,
+            "language_rule": False,
+        }
+    )
+    used, wanted, definitions, turned = [], [], [], []
+    for number in range(quiet.passes):
+        for (pair, _), row in zip(usable, scaled.tolist(), strict=True):
+            traits = aggregation.Traits((False, False), None, (None, None))
+            drawn = aggregation.draw_record(pair.prompt_id, number, row, traits, principles=shown, settings=quiet)
+            if isinstance(drawn, str) or drawn.deciding is None:
+                continue
+            deciding = drawn.dimensions.index(drawn.deciding)
+            principle = by_name[drawn.deciding]
+            other = principle.definition if drawn.negated[deciding] else principle.negative_definition
+            used.append(pair)
+            wanted.append((1 if drawn.preference == 1 else -1) * (-1 if drawn.swapped else 1))
+            definitions.append(drawn.definitions)
+            turned.append([*drawn.definitions[:deciding], other, *drawn.definitions[deciding + 1 :]])
+    before, after = reader.margins(used, definitions), reader.margins(used, turned)
+    return {
+        "records": len(used),
+        "agrees_with_judge": share(margin * sign > 0 for margin, sign in zip(before, wanted, strict=True)),
+        "flips": share(first * second < 0 for first, second in zip(before, after, strict=True)),
+    }
+
+
+@torch.no_grad()
+def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: float) -> list[float]:
+    """Log probability of each answer, the sum over its tokens."""
+    found = [0.0] * len(answers)
+    device = next(model.parameters()).device
+    for batch in generation.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
+        chosen = [answers[index] for index in batch]
+        ids, mask = generation.left_pad([answer.prompt + answer.tokens for answer in chosen], 0)
+        width = max(len(answer.tokens) for answer in chosen)
+        logits = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=generation.position_ids(mask).to(device),
+            use_cache=False,
+            logits_to_keep=width + 1,
+        ).logits[:, :-1]
+        values, _ = ppo_math.token_logprobs(logits, ids[:, -width:].to(device), temperature)
+        for index, answer, row in zip(batch, chosen, values, strict=True):
+            found[index] = float(row[width - len(answer.tokens) :].sum())
+    return found
+
+
+def describe(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
+    """Oracles' scores (means, of 100), words, tokens, and how many answers ended by themselves."""
+    scores = [world.score(text, answer.text) for text, answer in zip(instructions, answers, strict=True)]
+    words = [len(answer.text.split()) for answer in answers]
+    return {
+        "oracles": {name: 100 * float(np.mean([score[name] for score in scores])) for name in world.ORACLES},
+        "words": words,
+        "mean_words": float(np.mean(words)),
+        "mean_tokens": float(np.mean([len(answer.tokens) for answer in answers])),
+        "finished": float(np.mean([answer.finished for answer in answers])),
+        "kl": kl,
+    }
+
+
+def headline(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the demo has to reach (`report.TARGETS`)."""
+    judge = [numbers["right"] for numbers in results["judge"].values()]
+    found = {"judge_mean": float(np.mean(judge)), "judge_worst": min(judge)}
+    for stage, prefix in (("pmp", "pmp"), ("reward_model", "reward")):
+        for kind in ("plain", "negated"):
+            if stage in results:
+                found[f"{prefix}_{kind}"] = float(np.mean([numbers[kind] for numbers in results[stage].values()]))
+    if "sign_flips" in results:
+        found["reward_flips"] = results["sign_flips"]["flips"]
+    policies = results.get("policies", {})
+    if {"concise", "comprehensive"} <= set(policies):
+        found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
+    for dimension in STEERED:
+        gains = {
+            name: numbers["oracles"][dimension] - policies["initial"]["oracles"][dimension]
+            for name, numbers in policies.items()
+        }
+        if dimension.lower() in gains:
+            found[f"gain_{dimension.lower()}"] = gains[dimension.lower()]
+        if "control" in gains:
+            found["gain_control"] = max(found.get("gain_control", -100.0), gains["control"])
+    return found
+
+
+def measure_judge(
+    arguments: Arguments, model: torch.nn.Module, tokenizer: Any, judged: Sequence[principles.JudgedPrinciple]
+) -> tuple[list[Pair], Judgements]:
+    """Pairs of the initial policy's own answers, and what it thinks of them."""
+    judge = Judge(
+        model,
+        tokenizer,
+        template=templates.read(arguments.judge.template),
+        principles=judged,
+        max_length=arguments.judge.max_length,
+        device=next(model.parameters()).device,
+    )
+    questions = [instruction.text for instruction in asked(arguments.pairs, arguments.split, arguments.seed)]
+    outputs = [sample(arguments, model, tokenizer, questions, name) for name in ("first", "second")]
+    pairs = [
+        Pair(str(row), text, first.text, second.text)
+        for row, (text, first, second) in enumerate(zip(questions, *outputs, strict=True))
+    ]
+    return pairs, [one for start in range(0, len(pairs), BATCH) for one in judge.judge(pairs[start : start + BATCH])]
+
+
+def measure_policies(arguments: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Answers of the initial policy and of each trained one to the same instructions; puts adapters on the model."""
+    texts = [instruction.text for instruction in world.instructions(arguments.split)]
+    found = {"initial": describe(texts, sample(arguments, model, tokenizer, texts, "policies"), 0.0)}
+    for number, folder in enumerate(arguments.policies):
+        run = folder.parent.name
+        if number:
+            model.load_adapter(str(folder), run)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=run)
+        model.set_adapter(run)
+        answers = sample(arguments, model.eval(), tokenizer, texts, "policies")
+        own = logprobs(model, answers, arguments.ppo.temperature)
+        with model.disable_adapter():
+            before = logprobs(model, answers, arguments.ppo.temperature)
+        found[run] = describe(texts, answers, float(np.mean(np.subtract(own, before))))
+        log.info("policy %s: %s", run, {name: value for name, value in found[run].items() if name != "words"})
+    return found
+
+
+def main(arguments: Arguments) -> None:
+    """Sample, judge, score, compare, write."""
+    device = distributed.init()
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    tokenizer = models.load_tokenizer(arguments.model)
+    model = models.load_initial_policy(arguments.model, device)
+    judged = principles.read_judged(arguments.judge.principles)
+    pairs, judgements = measure_judge(arguments, model, tokenizer, judged)
+    results: dict[str, Any] = {"judge": judge_accuracy(pairs, judgements, [one.dimension for one in judged])}
+    log.info("judge: %s", {name: round(numbers["right"], 2) for name, numbers in results["judge"].items()})
+    inputs = models.describe(arguments.model)
+    if arguments.reward_model:
+        if arguments.reward_settings is None:
+            raise UserError("--reward-model needs --reward-settings")
+        for name, folder in (("pmp", arguments.pmp), ("reward_model", arguments.reward_model)):
+            if folder is None:
+                continue
+            inputs[str(folder)] = artifacts.hash_path(folder)
+            reader = RewardReader(folder, arguments.model, arguments.reward_settings, tokenizer, device)
+            results[name] = reward_accuracy(reader, pairs, judged)
+            for kind in ("plain", "negated", "flips"):
+                log.info("%s, %s: %s", name, kind, {one: round(each[kind], 2) for one, each in results[name].items()})
+        results["sign_flips"] = sign_flips(reader, pairs, judgements, judged, arguments.aggregation)
+        log.info("reward model, drawn records: %s", results["sign_flips"])
+    results["policies"] = measure_policies(arguments, model, tokenizer)
+    results = {"headline": headline(results), **results}
+    steps = {}
+    for policy in arguments.policies:
+        inputs[str(policy)] = artifacts.hash_path(policy)
+        steps[policy.parent.name] = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
+    with artifacts.atomic(arguments.output) as folder:
+        folder.mkdir()
+        artifacts.write_json(folder / "evaluation.json", results)
+        (folder / "evaluation.md").write_text(report.markdown([results]), encoding="utf-8")
+        report.draw(results, steps, folder)
+        settings = json.loads(arguments.model_dump_json(exclude={"output"}))
+        counts = {"pairs": len(pairs), "instructions": len(results["policies"]["initial"]["words"])}
+        artifacts.write_json(folder / "manifest.json", artifacts.manifest(settings, inputs, counts))
+    log.info("%s", results["headline"])
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

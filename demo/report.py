@@ -1,0 +1,161 @@
+"""What the demo measured, as a table and as pictures; from one run or from several with other seeds."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "salmon"  # so that the same numbers give the same file
+from matplotlib import pyplot  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A number that the demo has to reach.
+
+    Attributes:
+        name: of the number, in `headline` of evaluation.json.
+        label: what it is.
+        bound: what it has to reach, or, for `gain_control`, what it must stay below.
+        loose: the same for one seed in the tests, where chance has its part; None where it is not asserted yet.
+        kind: how it is written: a share, a ratio, or points of 100.
+    """
+
+    name: str
+    label: str
+    bound: float
+    loose: float | None
+    kind: str = "{:.2f}"
+
+    def reached(self, value: float, bound: float) -> bool:
+        """Whether the value is on the right side of a bound."""
+        return value < bound if self.name == "gain_control" else value >= bound
+
+    def demand(self) -> str:
+        """The bound in words; nothing is demanded of a number that is there to compare with."""
+        if self.bound == 0:
+            return ""
+        return f"{'below' if self.name == 'gain_control' else 'at least'} {self.kind.format(self.bound)}"
+
+
+RATIO, POINTS = "{:.2f} x", "{:+.0f}"
+TARGETS = (
+    Target("judge_mean", "judge: right where both orders agree, mean over the dimensions", 0.90, 0.85),
+    Target("judge_worst", "the same, worst dimension", 0.75, 0.65),
+    Target("pmp_plain", "reward model after PMP, before it learned principles: right by a principle", 0, None),
+    Target("reward_plain", "reward model: right by a principle", 0.85, None),
+    Target("reward_negated", "reward model: right by a negated principle", 0.85, None),
+    Target("reward_flips", "reward model: changes its mind with its deciding principle", 0.85, None),
+    Target("length_ratio", "mean length, policy `comprehensive` over `concise`", 1.8, None, RATIO),
+    Target("gain_concise", "policy `concise`: points of conciseness won", 20, None, POINTS),
+    Target("gain_comprehensive", "policy `comprehensive`: points of comprehensiveness won", 20, None, POINTS),
+    Target("gain_methodical", "policy `methodical`: points of order won", 20, None, POINTS),
+    Target("gain_control", "policy `control`, no principles: most points won in these three", 10, None, POINTS),
+)
+
+
+def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of the numbers to reach and of the policies: means over the runs, with their range."""
+    several = f"mean of {len(evaluations)} seeds (range)" if len(evaluations) > 1 else "measured"
+    lines = [f"| on held-out instructions | demanded | {several} |", "| --- | --- | --- |"]
+    for target in TARGETS:
+        values = [evaluation["headline"].get(target.name) for evaluation in evaluations]
+        if None not in values:
+            lines.append(f"| {target.label} | {target.demand()} | {_spread(values, target.kind)} |")
+    policies = evaluations[0]["policies"]
+    dimensions = list(policies["initial"]["oracles"])
+    header = ["policy", "words", "KL", *dimensions]
+    lines += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for name in policies:
+        found = [evaluation["policies"][name] for evaluation in evaluations]
+        cells = [_spread([one[key] for one in found], "{:.1f}") for key in ("mean_words", "kl")]
+        cells += [_spread([one["oracles"][dimension] for one in found], "{:.0f}") for dimension in dimensions]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float], kind: str) -> str:
+    """A number, or the mean of several and their range."""
+    mean = kind.format(statistics.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({kind.format(min(values))} to {kind.format(max(values))})"
+
+
+def missed(evaluation: Mapping[str, Any], loose: bool) -> list[str]:
+    """What an evaluation does not reach, a line each."""
+    found = []
+    for target in TARGETS:
+        bound = target.loose if loose else target.bound
+        value = evaluation["headline"].get(target.name)
+        if bound is not None and (value is None or not target.reached(value, bound)):
+            found.append(f"{target.label}: {value}, but the bound is {bound:g}")
+    return found
+
+
+def draw(evaluation: Mapping[str, Any], steps: Mapping[str, Sequence[Mapping[str, float]]], folder: Path) -> None:
+    """Pictures (SVG): accuracy by dimension, and where there are policies, their lengths, scores and training."""
+    _draw_accuracy(evaluation, folder / "accuracy.svg")
+    if len(evaluation["policies"]) > 1:
+        _draw_lengths(evaluation["policies"], folder / "lengths.svg")
+        _draw_scores(evaluation["policies"], folder / "scores.svg")
+        _draw_steps(steps, folder / "training.svg")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _draw_accuracy(evaluation: Mapping[str, Any], path: Path) -> None:
+    dimensions = list(evaluation["judge"])
+    series = {"judge": [evaluation["judge"][name]["right"] for name in dimensions]}
+    if "reward_model" in evaluation:
+        for key in ("plain", "negated"):
+            series[f"reward model, {key}"] = [evaluation["reward_model"][name][key] for name in dimensions]
+    figure, axes = pyplot.subplots(figsize=(8, 3.2))
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        axes.bar([x + place * width for x in range(len(dimensions))], values, width, label=label)
+    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(dimensions))], dimensions, rotation=25, ha="right")
+    axes.set(ylim=(0, 1), ylabel="right, by the oracle")
+    axes.legend(loc="lower right", fontsize="small")
+    _save(figure, path)
+
+
+def _draw_lengths(policies: Mapping[str, Any], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 3.2))
+    axes.violinplot([numbers["words"] for numbers in policies.values()], showmeans=True, widths=0.8)
+    axes.set_xticks(range(1, len(policies) + 1), list(policies))
+    axes.set(ylabel="words of an answer", ylim=(0, None))
+    _save(figure, path)
+
+
+def _draw_scores(policies: Mapping[str, Any], path: Path) -> None:
+    dimensions = list(policies["initial"]["oracles"])
+    values = [[numbers["oracles"][name] for name in dimensions] for numbers in policies.values()]
+    figure, axes = pyplot.subplots(figsize=(8, 3.2))
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for row, numbers in enumerate(values):
+        for column, value in enumerate(numbers):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
+    axes.set_xticks(range(len(dimensions)), dimensions, rotation=25, ha="right")
+    axes.set_yticks(range(len(policies)), list(policies))
+    figure.colorbar(image, label="oracle's score")
+    _save(figure, path)
+
+
+def _draw_steps(steps: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    figure, panels = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    names = {"score": "reward model's score", "kl_sequence": "KL to the initial policy", "response_tokens": "tokens"}
+    for axes, (key, label) in zip(panels, names.items(), strict=True):
+        for run, entries in steps.items():
+            axes.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], label=run)
+        axes.set(xlabel="PPO step", ylabel=label)
+    panels[0].legend(fontsize="small")
+    _save(figure, path)
