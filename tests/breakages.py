@@ -1,0 +1,109 @@
+"""Break the algorithm on purpose, one piece at a time, in a copy of the repository: every breakage must fail a test.
+
+`make breakages` runs it. It is no part of `make test`: it tests the tests.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "workflow_scripts/salmon"
+
+
+@dataclass(frozen=True, slots=True)
+class Breakage:
+    """A piece of text in a file of the library, what it is broken into, and the tests that should see it."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+BREAKAGES = (
+    Breakage(
+        "the KL penalty has the other sign",
+        "ppo_math.py",
+        "-kl_coefficient * kl.float()",
+        "kl_coefficient * kl.float()",
+        ("tests/test_ppo_math.py",),
+    ),
+    Breakage(
+        "the mask of a response ends one token early",
+        "ppo_math.py",
+        "last = mask.sum(-1).long() - 1",
+        "last = (mask.sum(-1).long() - 2).clamp(min=0)",
+        ("tests/test_ppo_math.py",),
+    ),
+    Breakage(
+        "the value model starts from a random head",
+        "shared_base.py",
+        "self.value_head = nn.Parameter(head.clone())",
+        "self.value_head = nn.Parameter(torch.randn_like(head))",
+        ("tests/test_shared_base.py",),
+    ),
+    Breakage(
+        "negation is ignored: the plain definition is shown",
+        "aggregation.py",
+        "principles[index].negative_definition if turned else",
+        "principles[index].definition if turned else",
+        ("tests/test_aggregation.py",),
+    ),
+    Breakage(
+        "the judge's second order has the sign of the first",
+        "judging.py",
+        "[-margin for margin in ba]",
+        "list(ba)",
+        ("tests/test_judging.py",),
+    ),
+    Breakage(
+        "the reference is scored with the policy's adapter",
+        "shared_base.py",
+        'if role == "reference" and not self.has_reference_adapter:',
+        "if False:",
+        ("tests/test_shared_base.py",),
+    ),
+    Breakage(
+        "the Bradley-Terry loss prefers the rejected output",
+        "reward_model.py",
+        "-nn.functional.logsigmoid(chosen.float() - rejected.float())",
+        "-nn.functional.logsigmoid(rejected.float() - chosen.float())",
+        ("tests/test_reward_model.py",),
+    ),
+)
+
+
+def caught(breakage: Breakage) -> str:
+    """The first test that fails with the breakage in place; empty where none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "results", ".snakemake", "*cache*"))
+        file = copy / LIBRARY / breakage.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(breakage.right) != 1:
+            raise ValueError(f"{file.name} has {text.count(breakage.right)} times: {breakage.right}")
+        file.write_text(text.replace(breakage.right, breakage.wrong), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *breakage.tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed[0].split(" - ")[0] if failed else ""
+
+
+def main() -> int:
+    """Try all breakages; 1 if one of them is not seen."""
+    missed = 0
+    for breakage in BREAKAGES:
+        found = caught(breakage)
+        missed += not found
+        sys.stdout.write(f"{breakage.name}: {found or 'NOT SEEN'}\n")
+        sys.stdout.flush()
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
