@@ -66,8 +66,8 @@ def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
         values = [evaluation["headline"].get(target.name) for evaluation in evaluations]
         if None not in values:
             lines.append(f"| {target.label} | {target.demand()} | {_spread(values, target.kind)} |")
-    policies = evaluations[0]["policies"]
-    dimensions = list(policies["initial"]["oracles"])
+    policies = ["initial", *(name for name in evaluations[0]["policies"] if name != "initial")]
+    dimensions = list(evaluations[0]["policies"]["initial"]["oracles"])
     header = ["policy", "words", "KL", *dimensions]
     lines += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for name in policies:
