@@ -97,6 +97,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "question_type": "red_teaming",
         },
     }
+    raw["targets"] = ["policy"]
+    raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
     raw["sampling"] |= {"max_length": 200, "shards": 2}
     raw["pmp"] |= {"eval_examples": 8}
