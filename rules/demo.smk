@@ -29,7 +29,8 @@ rule make_demo_data:
         "python demo/make_demo_data.py --output {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
-# The demo's initial policy. The one that this rule makes is shipped as demo/model, so that the demo starts at once.
+# The demo's initial policy. One made by this script, with its default settings and two threads, is shipped as
+# demo/model, so that the demo starts at once; nothing depends on this rule.
 rule train_demo_policy:
     output:
         directory("<results>/demo_policy"),

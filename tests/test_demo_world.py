@@ -385,10 +385,12 @@ def test_sign_flips_turn_the_deciding_principle_only():
     aggregation = Aggregation(dimensions=[principle.dimension for principle in judged])
     rng = np.random.default_rng(0)
     pairs = [evaluate_demo.Pair(str(row), ASKED, POLITE, RUDE) for row in range(20)]
-    # Only the judgement by Ethical is sure of itself, so it decides wherever it is shown.
+    # Scores are divided by their variance, so that the small but steady ones of Ethical decide wherever it is shown.
     judgements = [
-        [tuple(rng.normal(size=2) * (0.1 if p.dimension == "Ethical" else 1)) for p in judged] for _ in range(20)
+        [(0.1 * rng.choice([-1, 1]) if p.dimension == "Ethical" else rng.normal(),) * 2 for p in judged]
+        for _ in range(20)
     ]
+    ethical = next({p.definition, p.negative_definition} for p in judged if p.dimension == "Ethical")
     seen = []
 
     class Recorder(FixedReader):
@@ -406,6 +408,7 @@ def test_sign_flips_turn_the_deciding_principle_only():
         differing = [(one, other) for one, other in zip(before, after, strict=True) if one != other]
         assert len(differing) == 1
         assert turned[differing[0][0]] == differing[0][1]
+        assert differing[0][0] in ethical or not ethical & set(before)
 
 
 def evaluation(**headline):
