@@ -1,4 +1,4 @@
-"""Measure every stage of the demo against the oracles of `world.py`, on held-out instructions.
+"""Measure every stage of the demo against the oracles of `oracles.py`, on held-out instructions.
 
 Held-out are templates and subjects: no training instruction has the words or asks for the subjects of these. What
 is measured, in the order of the stages: the judge, the reward model under single principles, plain and negated,
@@ -21,7 +21,7 @@ from pydantic import Field
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
-from demo import report, world  # noqa: E402
+from demo import oracles, report, world  # noqa: E402
 
 from salmon import (  # noqa: E402
     aggregation,
@@ -129,10 +129,10 @@ def judge_accuracy(
 
 
 def oracle_difference(pair: Pair, dimension: str) -> float:
-    """By how much the oracle finds output 1 better; 0 where that is within `world.MARGIN`."""
-    oracle = world.ORACLES[dimension]
+    """By how much the oracle finds output 1 better; 0 where that is within `oracles.MARGIN`."""
+    oracle = oracles.ORACLES[dimension]
     difference = oracle(pair.instruction, pair.output_1) - oracle(pair.instruction, pair.output_2)
-    return difference if abs(difference) > world.MARGIN else 0.0
+    return difference if abs(difference) > oracles.MARGIN else 0.0
 
 
 class RewardReader:
@@ -263,10 +263,10 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
 
 def describe(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
     """Oracles' scores (means, of 100), words, tokens, and how many answers ended by themselves."""
-    scores = [world.score(text, answer.text) for text, answer in zip(instructions, answers, strict=True)]
+    scores = [oracles.score(text, answer.text) for text, answer in zip(instructions, answers, strict=True)]
     words = [len(answer.text.split()) for answer in answers]
     return {
-        "oracles": {name: 100 * float(np.mean([score[name] for score in scores])) for name in world.ORACLES},
+        "oracles": {name: 100 * float(np.mean([score[name] for score in scores])) for name in oracles.ORACLES},
         "words": words,
         "mean_words": float(np.mean(words)),
         "mean_tokens": float(np.mean([len(answer.tokens) for answer in answers])),

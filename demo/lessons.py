@@ -1,8 +1,9 @@
 """What the demo's initial policy is trained on: texts of the world of `world.py`, and what to make of them.
 
 Answers of mixed qualities stand after the policy's prompt, pairs of them in the judge's prompt with questions by
-several principles; templates are filled by the functions that the workflow uses. The oracle answers the
-questions, and says what a reader should notice: of each sentence what it states, of each answer its scores.
+several principles, single ones in the reviewer's prompt with guidelines of a few principles; templates are filled by
+the functions that the workflow uses. The oracle answers the questions and gives the verdicts, and says what a reader
+should notice: of each sentence what it states, of each answer its scores.
 """
 
 import math
@@ -20,7 +21,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
-from demo import world  # noqa: E402
+from demo import oracles, world  # noqa: E402
 
 from salmon import principles, randomness, templates  # noqa: E402
 from salmon.judging import common_prefix, option_tokens  # noqa: E402
@@ -29,6 +30,8 @@ CONTEXT = 512
 TEXT_WEIGHT = 0.1  # of every token in the loss, where a judgement weighs 1
 GROUPS = sorted(world.FACTS)
 MARKS = ("right", "asked", "numbered", "rude", "teaching", "vivid")
+VERDICTS = (" good", " bad")  # continue the reviewer's turn
+GUIDELINE_SIZES = (1, 1, 2, 3)  # principles in one, each size as likely; RL shows up to three
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +44,20 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The judge's prompt about two outputs, and what it is about.
+    """A prompt that one of two tokens continues, by what a principle or several say of one answer or two.
 
     Attributes:
         prompt: the filled template.
-        dimension: of the principle.
-        definition: of the principle.
-        truths: how true the definition is of outputs (a) and (b): the oracle's scores.
-        preference: for Output (a): 1, 0, or 0.5 where the oracle sees no difference.
+        name: of what is asked.
+        truths: each principle's sentence -> how true it is of the first answer and the second (nan: there is none),
+            the oracle's score, or 1 less that for a principle that is turned round.
+        probability: of the first token: 1, 0, or something between.
     """
 
     prompt: str
-    dimension: str
-    definition: str
-    truths: tuple[float, float]
-    preference: float
+    name: str
+    truths: dict[str, tuple[float, float]]
+    probability: float
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class Example:
         weights: of each of them in the loss, as the token to predict.
         branches: token ids of each question after the prefix.
         questions: what each is about.
+        options: the two tokens that may continue each branch.
         sentences: place in the prefix where a sentence of an answer ends -> the sentence.
         scores: place in the prefix right after an answer -> the oracles' scores of the answer.
         truths: place where a statement about the answers ends (counted through prefix and all branches) -> how true
@@ -77,7 +80,8 @@ class Example:
     weights: list[float]
     branches: list[list[int]] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
-    sentences: dict[int, world.Sentence] = field(default_factory=dict)
+    options: tuple[int, int] = (0, 0)
+    sentences: dict[int, oracles.Sentence] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)
     truths: dict[int, tuple[float, float]] = field(default_factory=dict)
 
@@ -86,10 +90,10 @@ class Example:
 
     def note(self, read: BatchEncoding, start: int, about: Answered, shift: int = 0) -> None:
         """Note what to read off an answer that begins at a character of a text; `shift` tokens stand before."""
-        for sentence in world.read_sentences(about.instruction, about.answer):
+        for sentence in oracles.read_sentences(about.instruction, about.answer):
             self.sentences[shift + read.char_to_token(start + sentence.end - 1)] = sentence
         last = shift + read.char_to_token(start + len(about.answer) - 1)
-        self.scores[last + 1] = list(world.score(about.instruction, about.answer).values())
+        self.scores[last + 1] = list(oracles.score(about.instruction, about.answer).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +115,15 @@ class Batch:
     targets: Tensor
     weights: Tensor
     sentence_ends: Tensor  # row and column, shape [sentences, 2]
-    groups: Tensor  # `world.Sentence.groups` as places in GROUPS, -1 where nothing is stated, shape [sentences, 3]
+    groups: Tensor  # `oracles.Sentence.groups` as places in GROUPS, -1 where nothing is stated, shape [sentences, 3]
     marks: Tensor  # 1, 0, or nan where it does not apply, for each of MARKS, shape [sentences, marks]
     answer_ends: Tensor  # one token behind the answers: row and column, shape [answers, 2]
-    scores: Tensor  # in the order of `world.ORACLES`, shape [answers, dimensions]
+    scores: Tensor  # in the order of `oracles.ORACLES`, shape [answers, dimensions]
     statement_ends: Tensor  # row and column, shape [statements, 2]
     truths: Tensor  # of the first answer and the second, nan where there is none, shape [statements, 2]
     judged: Tensor  # row and column, shape [questions, 2]
-    preferences: Tensor  # shape [questions]
+    options: Tensor  # the two tokens that may follow there, shape [questions, 2]
+    probabilities: Tensor  # of the first of them, shape [questions]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -138,7 +143,7 @@ class Texts:
     ) -> None:
         self.preamble = templates.read(policy_template)
         self.judge = templates.read(judge_template)
-        self.reviews = [templates.read(path) for path in review_templates]
+        self.review_templates = [templates.read(path) for path in review_templates]
         self.principles = principles.read_judged(principle_file)
         self.marker = marker
         self.train = world.instructions("train")
@@ -170,29 +175,35 @@ class Texts:
         first, second = (world.write_answer(instruction, world.draw_qualities(rng, size), rng) for _ in range(2))
         return Answered(instruction.text, first), Answered(instruction.text, second)
 
-    def review(self, about: Answered, rng: np.random.Generator) -> tuple[str, dict[str, float]]:
-        """An answer in a reward model's template, with statements about it: principles, some turned round.
+    def reviews(self, about: Answered, rng: np.random.Generator) -> list[Question]:
+        """The reviewer's prompt about an answer, with guidelines that share all principles, some turned round.
 
-        Returns:
-            The text, and how true each statement is: the oracle's score, or 1 less that of a negative definition.
+        The better the answer by the mean of what the guideline says, the likelier is " good".
         """
-        scores = world.score(about.instruction, about.answer)
-        truths = {}
-        most = len(self.principles)
-        for index in rng.permutation(most)[: int(rng.integers(most // 2, most + 1))]:
-            principle, score = self.principles[index], scores[self.principles[index].dimension]
-            if rng.random() < 0.5:
-                truths[principle.definition] = score
-            else:
-                truths[principle.negative_definition] = 1 - score
-        template = world.pick(rng, self.reviews)
-        return templates.fill(
-            template, Input=about.instruction, Output=about.answer, Dimensions=templates.bullets(list(truths))
-        ), truths
+        scores = oracles.score(about.instruction, about.answer)
+        template = world.pick(rng, self.review_templates)
+        left = [self.principles[index] for index in rng.permutation(len(self.principles))]
+        found = []
+        while left:
+            size = world.pick(rng, GUIDELINE_SIZES)
+            shown, left = left[:size], left[size:]
+            truths = {}
+            for principle in shown:
+                if rng.random() < 0.5:
+                    truths[principle.definition] = (scores[principle.dimension], math.nan)
+                else:
+                    truths[principle.negative_definition] = (1 - scores[principle.dimension], math.nan)
+            prompt = templates.fill(
+                template, Input=about.instruction, Output=about.answer, Dimensions=templates.bullets(list(truths))
+            )
+            found.append(
+                Question(prompt, "(verdict)", truths, sum(truth for truth, _ in truths.values()) / len(truths))
+            )
+        return found
 
     def questions(self, pair: tuple[Answered, Answered], rng: np.random.Generator, most: int) -> list[Question]:
-        """Questions about a pair, each by another principle; those with a clear answer come first."""
-        scores = [world.score(one.instruction, one.answer) for one in pair]
+        """The judge's prompt about a pair, each by another principle; those with a clear answer come first."""
+        scores = [oracles.score(one.instruction, one.answer) for one in pair]
         clear: list[Question] = []
         ties: list[Question] = []
         for index in rng.permutation(len(self.principles)):
@@ -200,10 +211,10 @@ class Texts:
             prompt = self.judgement(pair[0].instruction, pair[0].answer, pair[1].answer, dimension, definition)
             truths = (scores[0][dimension], scores[1][dimension])
             difference = truths[0] - truths[1]
-            if abs(difference) > world.MARGIN:
-                clear.append(Question(prompt, dimension, definition, truths, float(difference > 0)))
+            if abs(difference) > oracles.MARGIN:
+                clear.append(Question(prompt, dimension, {definition: truths}, float(difference > 0)))
             else:
-                ties.append(Question(prompt, dimension, definition, truths, 0.5))
+                ties.append(Question(prompt, dimension, {definition: truths}, 0.5))
         return [*clear, *ties][:most]
 
 
@@ -215,6 +226,7 @@ def corpus(texts: Texts, rng: np.random.Generator) -> Iterator[str]:
     for principle in texts.principles:
         yield texts.judgement("", "", "", principle.dimension, principle.definition)
         yield templates.bullets([principle.definition, principle.negative_definition])
+    yield from VERDICTS
     for instruction in world.instructions("train") + world.instructions("held_out"):
         yield f"\n{instruction.text}"
         for _ in range(5):
@@ -263,6 +275,10 @@ class Encoder:
         self.tokenizer = tokenizer
         self.texts = texts
         self.options = option_tokens(tokenizer, [texts.judge])
+        good, bad = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in VERDICTS)
+        if len(good) != 1 or len(bad) != 1:
+            raise ValueError("a verdict is no single token")
+        self.verdicts = (good[0], bad[0])
 
     def answer(self, about: Answered) -> Example:
         """An answer to learn, after the policy's prompt, with the end token."""
@@ -273,29 +289,35 @@ class Encoder:
         example.note(read, 0, about, shift=len(start))
         return example
 
-    def review(self, about: Answered, text: str, truths: dict[str, float]) -> Example:
-        """Statements about an answer, each to be found true or false where it ends."""
-        read = self.tokenizer(text)
-        example = Example(read["input_ids"], [0.0] * len(read["input_ids"]))
-        example.note(read, text.index(about.answer), about)
-        for statement, truth in truths.items():
-            example.truths[read.char_to_token(text.rindex(statement) + len(statement) - 1)] = (truth, math.nan)
-        return example
+    def reviews(self, about: Answered, questions: list[Question]) -> Example:
+        """Guidelines for the reviewer of an answer."""
+        return self._ask([about], questions, self.verdicts, text_weight=0.0)
 
     def judgements(self, pair: tuple[Answered, Answered], questions: list[Question]) -> Example:
-        """Questions about a pair: what all prompts begin with is computed once, as the workflow's judge does."""
+        """Questions to the judge of a pair."""
+        return self._ask(pair, questions, self.options, text_weight=TEXT_WEIGHT)
+
+    def _ask(
+        self, answers: Sequence[Answered], questions: list[Question], options: tuple[int, int], text_weight: float
+    ) -> Example:
+        """Questions about answers: what all prompts begin with is computed once, as the workflow's judge does."""
         read = self.tokenizer([question.prompt for question in questions])
         shared = common_prefix(read["input_ids"])
         branches = [ids[shared:] for ids in read["input_ids"]]
-        example = Example(read["input_ids"][0][:shared], [0.0] + [TEXT_WEIGHT] * (shared - 1), branches, questions)
+        weights = [0.0] + [text_weight] * (shared - 1)
+        example = Example(read["input_ids"][0][:shared], weights, branches, questions, options)
         prompt = questions[0].prompt
         first = self.tokenizer(prompt)
-        example.note(first, prompt.index(pair[0].answer), pair[0])
-        example.note(first, prompt.rindex(pair[1].answer), pair[1])
+        start = 0
+        for about in answers:
+            start = prompt.index(about.answer, start)
+            example.note(first, start, about)
+            start += len(about.answer)
         before = 0  # tokens of the branches before
         for number, question in enumerate(questions):
-            end = question.prompt.rindex(question.definition) + len(question.definition) - 1
-            example.truths[before + read.char_to_token(number, end)] = question.truths
+            for statement, truths in question.truths.items():
+                end = question.prompt.rindex(statement) + len(statement) - 1
+                example.truths[before + read.char_to_token(number, end)] = truths
             before += len(branches[number])
         return example
 
@@ -308,7 +330,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     segments = np.full(shape, -1, np.int64)  # 0 the prefix, then one number a branch, -1 padding
     targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     sentence_ends, answer_ends, judged = [], [], []
-    sentences: list[world.Sentence] = []
+    sentences: list[oracles.Sentence] = []
     for row, example in enumerate(examples):
         length = end = len(example.prefix)
         ids[row, :length] = example.prefix
@@ -342,21 +364,22 @@ def collate(examples: Sequence[Example]) -> Batch:
         _places([(row, place) for row, example in enumerate(examples) for place in example.truths]),
         torch.tensor([truths for example in examples for truths in example.truths.values()]).view(-1, 2),
         _places(judged),
-        torch.tensor([question.preference for example in examples for question in example.questions]),
+        _places([example.options for example in examples for _ in example.questions]),
+        torch.tensor([question.probability for example in examples for question in example.questions]),
     )
 
 
 def _places(places: list[tuple[int, int]]) -> Tensor:
-    """Rows and columns, shape [places, 2]."""
+    """Pairs of numbers, such as rows and columns, shape [places, 2]."""
     return torch.tensor(places, dtype=torch.int64).view(-1, 2)
 
 
-def _groups(sentence: world.Sentence) -> list[int]:
+def _groups(sentence: oracles.Sentence) -> list[int]:
     """Places of a sentence's groups in GROUPS."""
     return [GROUPS.index(group) for group in sentence.groups] if sentence.groups else [-1, -1, -1]
 
 
-def _marks(sentence: world.Sentence) -> list[float]:
+def _marks(sentence: oracles.Sentence) -> list[float]:
     """1, 0 or nan (does not apply) for each of MARKS."""
     extras = [float(mark) for mark in (sentence.numbered, sentence.rude, sentence.teaching, sentence.vivid)]
     if sentence.groups is None:

@@ -17,7 +17,7 @@ from pydantic import Field
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
-from demo import world  # noqa: E402
+from demo import oracles, world  # noqa: E402
 
 from salmon import artifacts, randomness, script  # noqa: E402
 
@@ -50,7 +50,7 @@ def ranked_answers(instruction: world.Instruction, rng: np.random.Generator) -> 
     """Two answers, the generically better one first, and by how much it is better."""
     while True:
         answers = [write_answer(instruction, rng) for _ in range(2)]
-        marks = [world.generic_quality(instruction.text, answer) for answer in answers]
+        marks = [oracles.generic_quality(instruction.text, answer) for answer in answers]
         if marks[0] != marks[1]:
             better = int(marks[1] > marks[0])
             return answers[better], answers[1 - better], abs(marks[0] - marks[1])

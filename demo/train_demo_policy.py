@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
-from demo import lessons, world  # noqa: E402
+from demo import lessons, oracles  # noqa: E402
 
 from salmon import artifacts, randomness, script  # noqa: E402
 
@@ -96,7 +96,7 @@ class Reader(nn.Module):
         sizes = {
             "groups": 3 * len(lessons.GROUPS),
             "marks": len(lessons.MARKS),
-            "scores": len(world.ORACLES),
+            "scores": len(oracles.ORACLES),
             "truths": 2,
         }
         self.heads = nn.ModuleDict(
@@ -138,10 +138,8 @@ class Reader(nn.Module):
         return loss, found
 
 
-def loss_of(
-    model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch, encoder: lessons.Encoder
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of weighted cross entropies; logit(a) - logit(b) of every question; the reader's findings.
+def loss_of(model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of weighted cross entropies; every question's first logit less its second; the reader's findings.
 
     Logits are computed only where something is predicted.
     """
@@ -157,10 +155,10 @@ def loss_of(
     text = functional.cross_entropy(model.lm_head(hidden[read]), batch.targets[read], reduction="none")
     reading, found = reader(batch, states)
     logs = model.lm_head(hidden[*batch.judged.T]).log_softmax(dim=-1)
-    of_a, of_b = logs[:, encoder.options[0]], logs[:, encoder.options[1]]
-    judgements = -(batch.preferences * of_a + (1 - batch.preferences) * of_b).sum()
-    loss = (text * batch.weights[read]).sum() + reading + judgements
-    return loss, (of_a - of_b).detach(), found
+    first, second = logs.gather(1, batch.options).T
+    answers = -(batch.probabilities * first + (1 - batch.probabilities) * second).sum()
+    loss = (text * batch.weights[read]).sum() + reading + answers
+    return loss, (first - second).detach(), found
 
 
 def draw_examples(
@@ -176,7 +174,7 @@ def draw_examples(
             examples.append(encoder.answer(texts.answer(rng)))
         elif kind < arguments.plain_share + arguments.review_share:
             about = texts.answer(rng)
-            examples.append(encoder.review(about, *texts.review(about, rng)))
+            examples.append(encoder.reviews(about, texts.reviews(about, rng)))
         else:
             pair = texts.pair(rng, size * float(rng.random()) ** 0.5)
             examples.append(encoder.judgements(pair, texts.questions(pair, rng, arguments.questions)))
@@ -197,17 +195,17 @@ class Tally:
             self.counts[name] += 1
 
     def add_questions(self, questions: list[lessons.Question], margins: Tensor) -> None:
-        """Count whether the judge is right, by logit(a) - logit(b), where the oracle sees a difference."""
+        """Count whether the likelier token of each question is the more probable one, where one is."""
         for question, margin in zip(questions, margins.tolist(), strict=True):
-            if question.preference != 0.5:
-                self.add(question.dimension, float((margin > 0) == (question.preference > 0.5)))
+            if question.probability != 0.5:
+                self.add(question.name, float((margin > 0) == (question.probability > 0.5)))
 
     def add_reading(self, found: dict[str, Tensor]) -> None:
         """Count the reader's findings."""
         names = {
             "groups": ("group asked", "group named", "group of the fact"),
             "marks": lessons.MARKS,
-            "scores": [f"error, {dimension}" for dimension in world.ORACLES],
+            "scores": [f"error, {dimension}" for dimension in oracles.ORACLES],
             "truths": ("error, statements on the first answer", "error, statements on the second answer"),
         }
         for kind, values in found.items():
@@ -247,7 +245,7 @@ def train(
             part = examples[start : start + MICRO_BATCH]
             batch = lessons.collate(part).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bfloat16):
-                loss, margins, found = loss_of(model, reader, batch, encoder)
+                loss, margins, found = loss_of(model, reader, batch)
             (loss / arguments.sequences).backward()  # type: ignore[no-untyped-call]
             tally.add_questions([question for example in part for question in example.questions], margins)
             tally.add_reading(found)
@@ -258,7 +256,7 @@ def train(
             optimizer.zero_grad()
         counts["sequences"] += len(examples)
         counts["tokens"] += sum(map(len, examples))
-        counts["judgements"] += sum(len(example.branches) for example in examples)
+        counts["questions"] += sum(len(example.branches) for example in examples)
         if (step + 1) % 50 == 0:
             rate = counts["tokens"] / (time.monotonic() - started)
             log.info("step %d, %d tokens, %.0f tokens/s: right %s", step + 1, counts["tokens"], rate, tally)

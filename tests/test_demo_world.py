@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from demo import evaluate_demo, lessons, make_demo_data, report, train_demo_policy, world
+from demo import evaluate_demo, lessons, make_demo_data, oracles, report, train_demo_policy, world
 
 from salmon import principles, templates
 from salmon.config import Aggregation, Source
@@ -47,7 +47,7 @@ def drawn(count, seed=0, split="train"):
 @pytest.mark.parametrize(
     ("dimension", "answer", "expected"),
     [
-        ("Concise", "The robin builds a nest.", 1 - 5 / world.MOST_WORDS),
+        ("Concise", "The robin builds a nest.", 1 - 5 / oracles.MOST_WORDS),
         ("Concise", "word " * 500, 0),
         ("Comprehensive", "The robin builds a nest. The robin has soft feathers.", 2 / 5),
         ("Comprehensive", "The robin builds a nest. We know that the robin builds a nest.", 1 / 5),
@@ -72,27 +72,27 @@ def drawn(count, seed=0, split="train"):
     ],
 )
 def test_oracles_on_hand_made_answers(dimension, answer, expected):
-    assert world.ORACLES[dimension](ASKED, answer) == pytest.approx(expected)
+    assert oracles.ORACLES[dimension](ASKED, answer) == pytest.approx(expected)
 
 
 def test_generated_qualities_agree_with_the_oracles():
     for instruction, qualities, answer in drawn(500):
-        score = world.score(instruction.text, answer)
+        score = oracles.score(instruction.text, answer)
         assert score["Ethical"] == 1 - qualities.rude, answer
         assert score["Educational and Engaging"] == min(1, qualities.teaching / 2), answer
         assert score["Creative"] == min(1, qualities.vivid / 2), answer
         assert score["Methodical"] == pytest.approx(qualities.ordered * min(1, qualities.claims / 3)), answer
         assert score["Specific"] == pytest.approx(1 - qualities.drifting / qualities.claims), answer
         assert score["Honest and Accurate"] == pytest.approx(1 - qualities.wrong / qualities.claims), answer
-        assert len(world.claims_of(answer)) == qualities.claims
+        assert len(oracles.claims_of(answer)) == qualities.claims
         if not qualities.drifting and instruction.kind != "sum":
             assert score["Comprehensive"] == pytest.approx((qualities.claims - qualities.wrong) / 5), answer
 
 
 def test_answers_vary_in_every_quality_and_no_two_qualities_are_one():
-    scores = np.array([list(world.score(asked.text, answer).values()) for asked, _, answer in drawn(1000)])
+    scores = np.array([list(oracles.score(asked.text, answer).values()) for asked, _, answer in drawn(1000)])
     assert (scores.std(axis=0) > 0.15).all()
-    correlations = np.corrcoef(scores, rowvar=False) - np.eye(len(world.ORACLES))
+    correlations = np.corrcoef(scores, rowvar=False) - np.eye(len(oracles.ORACLES))
     assert np.abs(correlations).max() < 0.7
 
 
@@ -116,7 +116,7 @@ def test_the_split_holds_out_templates_and_subjects():
 
 def test_every_instruction_says_its_subject():
     for instruction in world.instructions("train") + world.instructions("held_out"):
-        assert world.subject_of(instruction.text) == instruction.subject
+        assert oracles.subject_of(instruction.text) == instruction.subject
 
 
 def test_answers_are_long_enough_and_english():
@@ -157,7 +157,7 @@ def test_preferences_follow_the_generic_quality(data):
         row = json.loads(line)
         (asked, better), (_, worse) = (row[key].split("\n\nAssistant: ") for key in ("chosen", "rejected"))
         asked = asked.removeprefix("\n\nHuman: ")
-        assert world.generic_quality(asked, better) > world.generic_quality(asked, worse)
+        assert oracles.generic_quality(asked, better) > oracles.generic_quality(asked, worse)
 
 
 def test_data_depend_on_the_seed_alone(data, tmp_path):
@@ -197,7 +197,7 @@ def test_tokenizer_gives_words_a_token_and_reads_any_text(tokenizer):
 def test_questions_are_the_prompts_of_the_judge_and_the_oracle_answers_them(texts):
     rng = np.random.default_rng(0)
     definitions = {p.dimension: p.definition for p in principles.read_judged("demo/principles/judge.json")}
-    assert set(definitions) == set(world.ORACLES)
+    assert set(definitions) == set(oracles.ORACLES)
     preferences = Counter()
     for _ in range(50):
         pair = texts.pair(rng)
@@ -210,14 +210,15 @@ def test_questions_are_the_prompts_of_the_judge_and_the_oracle_answers_them(text
                 UserInstruction=asked,
                 OutputA=first,
                 OutputB=second,
-                Dimension=question.dimension,
-                Definition=definitions[question.dimension],
+                Dimension=question.name,
+                Definition=definitions[question.name],
             )
-            oracle = world.ORACLES[question.dimension]
+            oracle = oracles.ORACLES[question.name]
+            assert question.truths == {definitions[question.name]: (oracle(asked, first), oracle(asked, second))}
             difference = oracle(asked, first) - oracle(asked, second)
-            preferred = 0.5 if abs(difference) <= world.MARGIN else float(difference > 0)
-            assert question.preference == preferred
-            assert world.subject_of(asked) not in world.HELD_OUT
+            preferred = 0.5 if abs(difference) <= oracles.MARGIN else float(difference > 0)
+            assert question.probability == preferred
+            assert oracles.subject_of(asked) not in world.HELD_OUT
             preferences[preferred] += 1
     assert preferences[0.5] > 0
     assert 0.35 < preferences[1] / (preferences[0] + preferences[1]) < 0.65
@@ -226,13 +227,13 @@ def test_questions_are_the_prompts_of_the_judge_and_the_oracle_answers_them(text
 def test_sentences_are_read_as_they_were_written():
     asked = "Tell me some facts about the robin."
     answer = "First, the robin builds a nest. We know that the oak swims with its fins.\n- What a wobblebrain you are!"
-    nest, fins, insult = world.read_sentences(asked, answer)
-    assert nest == world.Sentence(31, ("birds", "birds", "birds"), True, False, False, False)
+    nest, fins, insult = oracles.read_sentences(asked, answer)
+    assert nest == oracles.Sentence(31, ("birds", "birds", "birds"), True, False, False, False)
     assert answer[: nest.end].endswith("builds a nest.")
-    assert fins == world.Sentence(73, ("birds", "trees", "fish"), False, False, False, False)
-    assert insult == world.Sentence(len(answer), None, False, True, False, False)
+    assert fins == oracles.Sentence(73, ("birds", "trees", "fish"), False, False, False, False)
+    assert insult == oracles.Sentence(len(answer), None, False, True, False, False)
     for instruction, qualities, written in drawn(200):
-        sentences = world.read_sentences(instruction.text, written)
+        sentences = oracles.read_sentences(instruction.text, written)
         stated = [sentence.groups for sentence in sentences if sentence.groups]
         assert sum(named != asked for asked, named, _ in stated) == qualities.drifting
         assert sum(named != fact for _, named, fact in stated) == qualities.wrong
@@ -252,34 +253,48 @@ def test_examples_note_sentences_and_answers_at_their_tokens(texts, tokenizer):
             assert len(example.scores) == len(answers)
             for (place, scores), one in zip(example.scores.items(), answers, strict=True):
                 assert tokenizer.decode(example.prefix[:place]).endswith(one.answer)
-                assert scores == list(world.score(one.instruction, one.answer).values())
-            expected = [sentence for one in answers for sentence in world.read_sentences(one.instruction, one.answer)]
+                assert scores == list(oracles.score(one.instruction, one.answer).values())
+            expected = [sentence for one in answers for sentence in oracles.read_sentences(one.instruction, one.answer)]
             assert list(example.sentences.values()) == expected
             assert {tokenizer.decode(example.prefix[place]) for place in example.sentences} <= {".", "?", "!"}
 
 
-def test_reviews_say_how_true_statements_are(texts, tokenizer):
+def test_reviews_say_how_true_statements_are_and_how_good_the_answer_is(texts, tokenizer):
     rng = np.random.default_rng(3)
     encoder = lessons.Encoder(tokenizer, texts)
     judged = principles.read_judged("demo/principles/judge.json")
-    seen = set()
+    seen = Counter()
     for _ in range(50):
         about = texts.answer(rng)
-        text, truths = texts.review(about, rng)
-        example = encoder.review(about, text, truths)
-        assert about.instruction in text
-        assert about.answer in text
-        assert [truth for truth, _ in example.truths.values()] == list(truths.values())
-        assert all(math.isnan(second) for _, second in example.truths.values())
-        score = world.score(about.instruction, about.answer)
-        for place, (statement, truth) in zip(example.truths, truths.items(), strict=True):
-            assert tokenizer.decode(example.prefix[: place + 1]).endswith(f"- {statement}")
-            principle = next(p for p in judged if statement in (p.definition, p.negative_definition))
-            of_it = score[principle.dimension]
-            assert truth == (of_it if statement == principle.definition else 1 - of_it)
-            seen.add(statement)
+        reviews = texts.reviews(about, rng)
+        example = encoder.reviews(about, reviews)
+        score = oracles.score(about.instruction, about.answer)
+        ends = iter(example.truths.items())
+        before = 0
+        for review, branch in zip(reviews, example.branches, strict=True):
+            alone = example.prefix + branch
+            assert tokenizer.decode(alone, skip_special_tokens=True) == review.prompt
+            assert about.instruction in review.prompt
+            assert about.answer in review.prompt
+            assert f"## Guideline\n\n{templates.bullets(list(review.truths))}\n" in review.prompt
+            oracle = []
+            for statement, given in review.truths.items():
+                place, noted = next(ends)
+                assert noted == given
+                assert tokenizer.decode(alone[: place - before + 1]).endswith(f"- {statement}")
+                principle = next(p for p in judged if statement in (p.definition, p.negative_definition))
+                of_it = score[principle.dimension]
+                oracle.append(of_it if statement == principle.definition else 1 - of_it)
+                assert given[0] == oracle[-1]
+                assert math.isnan(given[1])
+                seen[statement] += 1
+            before += len(branch)
+            assert math.isclose(review.probability, sum(oracle) / len(oracle))
+        assert next(ends, None) is None
+        assert sum(len(review.truths) for review in reviews) == len(judged)
         assert not any(example.weights)
     assert len(seen) == 2 * len(judged)
+    assert tokenizer.convert_tokens_to_ids(["Ġgood", "Ġbad"]) == list(encoder.verdicts)
 
 
 def test_branches_of_a_batch_are_scored_as_if_each_stood_alone(texts, tokenizer):
@@ -292,13 +307,13 @@ def test_branches_of_a_batch_are_scored_as_if_each_stood_alone(texts, tokenizer)
     pairs = [texts.pair(rng) for _ in range(3)]
     examples = [encoder.judgements(pair, texts.questions(pair, rng, most=8)) for pair in pairs]
     examples += [encoder.answer(texts.answer(rng)) for _ in range(2)]
-    examples += [encoder.review(pair[0], *texts.review(pair[0], rng)) for pair in pairs]
-    loss, margins, found = train_demo_policy.loss_of(model, reader, lessons.collate(examples), encoder)
+    examples += [encoder.reviews(pair[0], texts.reviews(pair[0], rng)) for pair in pairs]
+    loss, margins, found = train_demo_policy.loss_of(model, reader, lessons.collate(examples))
 
     expected, margins_expected, right = 0.0, [], Counter()
-    a, b = encoder.options
     with torch.no_grad():
         for example in examples:
+            a, b = example.options
             output = model(torch.tensor([example.prefix]), output_hidden_states=True)
             logs = output.logits[0].double().log_softmax(dim=-1)
             for place in range(1, len(example.prefix)):
@@ -306,7 +321,7 @@ def test_branches_of_a_batch_are_scored_as_if_each_stood_alone(texts, tokenizer)
             for question in example.questions:
                 ids = tokenizer(question.prompt)["input_ids"]
                 last = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(dim=-1)
-                expected -= float(question.preference * last[a] + (1 - question.preference) * last[b])
+                expected -= float(question.probability * last[a] + (1 - question.probability) * last[b])
                 margins_expected.append(float(last[a] - last[b]))
             reading = 0.0
             for place, sentence in example.sentences.items():
@@ -329,11 +344,11 @@ def test_branches_of_a_batch_are_scored_as_if_each_stood_alone(texts, tokenizer)
                     for p, score in zip(given, scores, strict=True)
                 )
             expected += train_demo_policy.READING_WEIGHT * reading
-            where = [(place, output) for place in example.truths if not example.questions]
+            where = []
             for question in example.questions:
-                text = question.prompt[: question.prompt.rindex(question.definition) + len(question.definition)]
-                ids = tokenizer(text)["input_ids"]
-                where.append((len(ids) - 1, model(torch.tensor([ids]), output_hidden_states=True)))
+                for statement in question.truths:
+                    ids = tokenizer(question.prompt[: question.prompt.rindex(statement) + len(statement)])["input_ids"]
+                    where.append((len(ids) - 1, model(torch.tensor([ids]), output_hidden_states=True)))
             for (place, read), truths in zip(where, example.truths.values(), strict=True):
                 given = reader.heads["truths"](read.hidden_states[-2][0, place]).sigmoid().tolist()
                 expected -= sum(
