@@ -200,7 +200,8 @@ def sign_flips(
 
     Returns:
         Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
-        when the deciding principle is turned round, the others left as they are.
+        when the deciding principle is turned round, the others left as they are. And how often the judge's own
+        scores, added up, do: a reward model sees one answer at a time and can hardly do better.
     """
     by_name = {principle.dimension: principle for principle in judged}
     shown = [by_name[name] for name in aggregation_settings.dimensions]
@@ -217,7 +218,7 @@ def sign_flips(
             "language_rule": False,
         }
     )
-    used, wanted, definitions, turned = [], [], [], []
+    used, wanted, definitions, turned, summed = [], [], [], [], []
     for number in range(quiet.passes):
         for (pair, _), row in zip(usable, scaled.tolist(), strict=True):
             traits = aggregation.Traits((False, False), None, (None, None))
@@ -231,11 +232,14 @@ def sign_flips(
             wanted.append((1 if drawn.preference == 1 else -1) * (-1 if drawn.swapped else 1))
             definitions.append(drawn.definitions)
             turned.append([*drawn.definitions[:deciding], other, *drawn.definitions[deciding + 1 :]])
+            total = sum(drawn.scores)
+            summed.append(total * (total - 2 * drawn.scores[deciding]) < 0)
     before, after = reader.margins(used, definitions), reader.margins(used, turned)
     return {
         "records": len(used),
         "agrees_with_judge": share(margin * sign > 0 for margin, sign in zip(before, wanted, strict=True)),
         "flips": share(first * second < 0 for first, second in zip(before, after, strict=True)),
+        "flips_of_summed_judgements": share(summed),
     }
 
 
@@ -284,7 +288,9 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
             if stage in results:
                 found[f"{prefix}_{kind}"] = float(np.mean([numbers[kind] for numbers in results[stage].values()]))
     if "sign_flips" in results:
+        found["reward_flips_alone"] = float(np.mean([numbers["flips"] for numbers in results["reward_model"].values()]))
         found["reward_flips"] = results["sign_flips"]["flips"]
+        found["summed_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
     policies = results.get("policies", {})
     if {"concise", "comprehensive"} <= set(policies):
         found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]

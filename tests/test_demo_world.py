@@ -425,6 +425,12 @@ def test_sign_flips_turn_the_deciding_principle_only():
         assert turned[differing[0][0]] == differing[0][1]
         assert differing[0][0] in ethical or not ethical & set(before)
 
+    # Alone, a principle turns any sum round; among others that agree with each other, it may not.
+    assert 0 < found["flips_of_summed_judgements"] < 1
+    alone = aggregation.model_copy(update={"max_principles": 1})
+    found = evaluate_demo.sign_flips(FixedReader(set()), pairs, judgements, judged, alone)
+    assert found["flips_of_summed_judgements"] == 1
+
 
 def evaluation(**headline):
     numbers = {"oracles": {"Concise": 50.0}, "words": [3, 5], "mean_words": 4.0, "kl": 0.0}
