@@ -200,8 +200,9 @@ def sign_flips(
 
     Returns:
         Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
-        when the deciding principle is turned round, the others left as they are. And how often the judge's own
-        scores, added up, do: a reward model sees one answer at a time and can hardly do better.
+        when the deciding principle is turned round, the others left as they are. And how often sums do that can be
+        had without a reward model: of the judge's scaled scores, which chose the deciding principle, and of the
+        oracles' differences.
     """
     by_name = {principle.dimension: principle for principle in judged}
     shown = [by_name[name] for name in aggregation_settings.dimensions]
@@ -218,7 +219,7 @@ def sign_flips(
             "language_rule": False,
         }
     )
-    used, wanted, definitions, turned, summed = [], [], [], [], []
+    used, wanted, definitions, turned, by_judge, by_oracle = [], [], [], [], [], []
     for number in range(quiet.passes):
         for (pair, _), row in zip(usable, scaled.tolist(), strict=True):
             traits = aggregation.Traits((False, False), None, (None, None))
@@ -232,15 +233,26 @@ def sign_flips(
             wanted.append((1 if drawn.preference == 1 else -1) * (-1 if drawn.swapped else 1))
             definitions.append(drawn.definitions)
             turned.append([*drawn.definitions[:deciding], other, *drawn.definitions[deciding + 1 :]])
-            total = sum(drawn.scores)
-            summed.append(total * (total - 2 * drawn.scores[deciding]) < 0)
+            differences = [
+                oracle_difference(pair, name) * (-1 if negated else 1)
+                for name, negated in zip(drawn.dimensions, drawn.negated, strict=True)
+            ]
+            by_judge.append(turns(drawn.scores, deciding))
+            by_oracle.append(turns(differences, deciding))
     before, after = reader.margins(used, definitions), reader.margins(used, turned)
     return {
         "records": len(used),
         "agrees_with_judge": share(margin * sign > 0 for margin, sign in zip(before, wanted, strict=True)),
         "flips": share(first * second < 0 for first, second in zip(before, after, strict=True)),
-        "flips_of_summed_judgements": share(summed),
+        "flips_of_summed_judgements": share(by_judge),
+        "flips_of_summed_oracles": share(by_oracle),
     }
+
+
+def turns(parts: Sequence[float], place: int) -> bool:
+    """Whether a sum changes its sign when one of its parts does."""
+    total = sum(parts)
+    return total * (total - 2 * parts[place]) < 0
 
 
 @torch.no_grad()
@@ -288,9 +300,10 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
             if stage in results:
                 found[f"{prefix}_{kind}"] = float(np.mean([numbers[kind] for numbers in results[stage].values()]))
     if "sign_flips" in results:
-        found["reward_flips_alone"] = float(np.mean([numbers["flips"] for numbers in results["reward_model"].values()]))
-        found["reward_flips"] = results["sign_flips"]["flips"]
-        found["summed_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
+        found["reward_flips"] = float(np.mean([numbers["flips"] for numbers in results["reward_model"].values()]))
+        found["drawn_flips"] = results["sign_flips"]["flips"]
+        found["summed_judgements_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
+        found["summed_oracles_flips"] = results["sign_flips"]["flips_of_summed_oracles"]
     policies = results.get("policies", {})
     if {"concise", "comprehensive"} <= set(policies):
         found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]

@@ -28,6 +28,7 @@ from salmon.judging import common_prefix, option_tokens  # noqa: E402
 
 CONTEXT = 512
 TEXT_WEIGHT = 0.1  # of every token in the loss, where a judgement weighs 1
+SUBJECT_WEIGHT = 1.0  # of subjects that answers name: with less, a writer does not keep to what was asked
 GROUPS = sorted(world.FACTS)
 MARKS = ("right", "asked", "numbered", "rude", "teaching", "vivid")
 VERDICTS = (" good", " bad")  # continue the reviewer's turn
@@ -89,7 +90,14 @@ class Example:
         return len(self.prefix) + sum(map(len, self.branches))
 
     def note(self, read: BatchEncoding, start: int, about: Answered, shift: int = 0) -> None:
-        """Note what to read off an answer that begins at a character of a text; `shift` tokens stand before."""
+        """Note what to read off an answer that begins at a character of a text; `shift` tokens stand before.
+
+        The subjects that it names get their weight in the loss.
+        """
+        for first, end in oracles.subject_spans(about.answer):
+            places = (read.char_to_token(start + place) for place in (first, end - 1))
+            for place in range(next(places), next(places) + 1):
+                self.weights[shift + place] = SUBJECT_WEIGHT
         for sentence in oracles.read_sentences(about.instruction, about.answer):
             self.sentences[shift + read.char_to_token(start + sentence.end - 1)] = sentence
         last = shift + read.char_to_token(start + len(about.answer) - 1)
@@ -147,7 +155,7 @@ class Texts:
         self.principles = principles.read_judged(principle_file)
         self.marker = marker
         self.train = world.instructions("train")
-        self.all = self.train + world.known_instructions()
+        self.known = world.known_instructions()
 
     def policy(self, instruction: str) -> str:
         """The policy's prompt."""
@@ -165,8 +173,8 @@ class Texts:
         )
 
     def answer(self, rng: np.random.Generator) -> Answered:
-        """An answer of mixed qualities; about held-out subjects too, in training templates."""
-        instruction = world.pick(rng, self.all)
+        """An answer of mixed qualities; every second about a held-out subject (in a training template), as no pair is."""
+        instruction = world.pick(rng, self.known if rng.random() < 0.5 else self.train)
         return Answered(instruction.text, world.write_answer(instruction, world.draw_qualities(rng), rng))
 
     def pair(self, rng: np.random.Generator, size: float = 1) -> tuple[Answered, Answered]:

@@ -68,6 +68,11 @@ def subject_of(instruction: str) -> str | None:
     return found[1].lower() if found else None
 
 
+def subject_spans(answer: str) -> list[tuple[int, int]]:
+    """First and past-the-last character of every subject an answer names."""
+    return [match.span(1) for match in _SUBJECT.finditer(answer)]
+
+
 def claims_of(answer: str) -> list[tuple[str, str]]:
     """(subject, fact) of everything an answer states, true or not, in its order."""
     return [(match[1].lower(), match[2].lower()) for match in _CLAIM.finditer(answer)]

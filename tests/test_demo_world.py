@@ -257,6 +257,9 @@ def test_examples_note_sentences_and_answers_at_their_tokens(texts, tokenizer):
             expected = [sentence for one in answers for sentence in oracles.read_sentences(one.instruction, one.answer)]
             assert list(example.sentences.values()) == expected
             assert {tokenizer.decode(example.prefix[place]) for place in example.sentences} <= {".", "?", "!"}
+            heavy = [place for place, weight in enumerate(example.weights) if weight == lessons.SUBJECT_WEIGHT]
+            named = [one.answer[first:end] for one in answers for first, end in oracles.subject_spans(one.answer)]
+            assert tokenizer.decode([example.prefix[place] for place in heavy]).split() == " ".join(named).split()
 
 
 def test_reviews_say_how_true_statements_are_and_how_good_the_answer_is(texts, tokenizer):
@@ -292,7 +295,7 @@ def test_reviews_say_how_true_statements_are_and_how_good_the_answer_is(texts, t
             assert math.isclose(review.probability, sum(oracle) / len(oracle))
         assert next(ends, None) is None
         assert sum(len(review.truths) for review in reviews) == len(judged)
-        assert not any(example.weights)
+        assert set(example.weights) <= {0.0, lessons.SUBJECT_WEIGHT}
     assert len(seen) == 2 * len(judged)
     assert tokenizer.convert_tokens_to_ids(["Ġgood", "Ġbad"]) == list(encoder.verdicts)
 
@@ -430,6 +433,13 @@ def test_sign_flips_turn_the_deciding_principle_only():
     alone = aggregation.model_copy(update={"max_principles": 1})
     found = evaluate_demo.sign_flips(FixedReader(set()), pairs, judgements, judged, alone)
     assert found["flips_of_summed_judgements"] == 1
+    assert [evaluate_demo.turns(parts, 0) for parts in ([2.0, 1.0], [2.0, 3.0], [2.0, -3.0], [-2.0, 1.0], [0.0])] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def evaluation(**headline):
