@@ -173,7 +173,7 @@ class Texts:
         )
 
     def answer(self, rng: np.random.Generator) -> Answered:
-        """An answer of mixed qualities; every second about a held-out subject (in a training template), as no pair is."""
+        """An answer of mixed qualities; every second is about a held-out subject, in a training template."""
         instruction = world.pick(rng, self.known if rng.random() < 0.5 else self.train)
         return Answered(instruction.text, world.write_answer(instruction, world.draw_qualities(rng), rng))
 
