@@ -22,7 +22,7 @@ demo-seeds: demo
 	$(foreach seed,$(SEEDS),snakemake --profile profiles/demo --config seed=$(seed) "pathvars={results: results/demo-$(seed)}" &&) true
 	python demo/summary.py results/demo $(SEEDS:%=results/demo-%)
 
-# Bounds for one seed, looser than those of the table. So far they are set for the judge only (demo/report.py).
+# Bounds for one seed, looser than those of the table (demo/report.py).
 check-demo: demo
 	python demo/summary.py results/demo --check
 

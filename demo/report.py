@@ -45,20 +45,20 @@ class Target:
 RATIO, POINTS = "{:.2f} x", "{:+.0f}"
 TARGETS = (
     Target("judge_mean", "judge: right where both orders agree, mean over the dimensions", 0.90, 0.85),
-    Target("judge_worst", "the same, worst dimension", 0.75, 0.65),
+    Target("judge_worst", "the same, worst dimension", 0.75, 0.70),
     Target("pmp_plain", "reward model after PMP, before it learned principles: right by a principle", 0, None),
     Target("pmp_negated", "the same: right by a negated principle", 0, None),
-    Target("reward_plain", "reward model: right by a principle", 0.85, None),
-    Target("reward_negated", "reward model: right by a negated principle", 0.85, None),
-    Target("reward_flips", "reward model: changes its mind when the deciding principle is turned round", 0.85, None),
+    Target("reward_plain", "reward model: right by a principle", 0.85, 0.80),
+    Target("reward_negated", "reward model: right by a negated principle", 0.85, 0.80),
+    Target("reward_flips", "reward model: changes its mind when the deciding principle is turned round", 0.85, 0.75),
     Target("drawn_flips", "the same, among up to two other principles that stay", 0, None),
     Target("summed_judgements_flips", "to compare: the judge's scores of these principles, added up", 0, None),
     Target("summed_oracles_flips", "to compare: the oracles' differences, added up", 0, None),
-    Target("length_ratio", "mean length, policy `comprehensive` over `concise`", 1.8, None, RATIO),
-    Target("gain_concise", "policy `concise`: points of conciseness won", 20, None, POINTS),
-    Target("gain_comprehensive", "policy `comprehensive`: points of comprehensiveness won", 20, None, POINTS),
-    Target("gain_methodical", "policy `methodical`: points of order won", 20, None, POINTS),
-    Target("gain_control", "policy `control`, no principles: most points won in these three", 10, None, POINTS),
+    Target("length_ratio", "mean length, policy `comprehensive` over `concise`", 1.8, 1.5, RATIO),
+    Target("gain_concise", "policy `concise`: points of conciseness won", 20, 15, POINTS),
+    Target("gain_comprehensive", "policy `comprehensive`: points of comprehensiveness won", 20, 5, POINTS),
+    Target("gain_methodical", "policy `methodical`: points of order won", 20, 15, POINTS),
+    Target("gain_control", "policy `control`, no principles: most points won in these three", 10, 15, POINTS),
 )
 
 
