@@ -195,7 +195,7 @@ class Tally:
             self.counts[name] += 1
 
     def add_questions(self, questions: list[lessons.Question], margins: Tensor) -> None:
-        """Count whether the likelier token of each question is the more probable one, where one is."""
+        """Count whether the model finds the likelier of the two tokens, where one is likelier by the oracle."""
         for question, margin in zip(questions, margins.tolist(), strict=True):
             if question.probability != 0.5:
                 self.add(question.name, float((margin > 0) == (question.probability > 0.5)))
