@@ -375,12 +375,14 @@ def main(arguments: Arguments) -> None:
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")
-        for name, folder in (("pmp", arguments.pmp), ("reward_model", arguments.reward_model)):
+        # The model before it learned principles is there to compare with: a third of the pairs will do.
+        some = pairs[: -(-len(pairs) // 3)]
+        for name, folder, used in (("pmp", arguments.pmp, some), ("reward_model", arguments.reward_model, pairs)):
             if folder is None:
                 continue
             inputs[str(folder)] = artifacts.hash_path(folder)
             reader = RewardReader(folder, arguments.model, arguments.reward_settings, tokenizer, device)
-            results[name] = reward_accuracy(reader, pairs, judged)
+            results[name] = reward_accuracy(reader, used, judged)
             for kind in ("plain", "negated", "flips"):
                 log.info("%s, %s: %s", name, kind, {one: round(each[kind], 2) for one, each in results[name].items()})
         results["sign_flips"] = sign_flips(reader, pairs, judgements, judged, arguments.aggregation)
