@@ -18,19 +18,21 @@ rule train_policy:
         "../envs/model.yaml"
     threads: 8
     resources:
+        nodes=1,
         ranks=1,
         sampling_batch_size=32,
         micro_batch_size=4,
         gradient_checkpointing="true",
+        deepspeed="null",
     params:
         model=settings.model.model_dump_json(),
         lora=settings.lora.model_dump_json(),
         policy_prompt=settings.policy_prompt.model_dump_json(),
         ppo=lambda wildcards: run_settings(wildcards).ppo.model_dump_json(),
     shell:
-        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_policy.py"
+        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
         " --ppo {params.ppo:q} --sampling-batch-size {resources.sampling_batch_size}"
         " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} > {log:q} 2>&1"
+        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"

@@ -20,17 +20,19 @@ rule sample_responses:
         "../envs/model.yaml"
     threads: 8
     resources:
+        nodes=1,
         ranks=1,
         batch_size=32,
+        tensor_parallel="false",
     params:
         model=settings.model.model_dump_json(),
         sampling=settings.sampling.model_dump_json(),
         policy_prompt=settings.policy_prompt.model_dump_json(),
     shell:
-        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/sample_responses.py"
+        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
-        " --batch-size {resources.batch_size} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
 
 
 rule judge_preferences:
@@ -53,16 +55,18 @@ rule judge_preferences:
         "../envs/model.yaml"
     threads: 8
     resources:
+        nodes=1,
         ranks=1,
         batch_size=4,
+        tensor_parallel="false",
     params:
         model=settings.model.model_dump_json(),
         judge=settings.judge.model_dump_json(),
     shell:
-        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
+        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
         " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
-        " --batch-size {resources.batch_size} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
 
 
 rule gather_responses:

@@ -38,6 +38,7 @@ rule train_reward_model:
         "../envs/model.yaml"
     threads: 8
     resources:
+        nodes=1,
         ranks=1,
         micro_batch_size=4,
         gradient_checkpointing="true",
@@ -48,7 +49,7 @@ rule train_reward_model:
         lora=settings.lora.model_dump_json(),
         settings=lambda wildcards: run_settings(wildcards).reward_model.model_dump_json(exclude={"init"}),
     shell:
-        "bash workflow_scripts/launch.sh {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
+        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
         " --lora {params.lora:q} --settings {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"

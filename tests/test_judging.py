@@ -458,6 +458,19 @@ def test_two_ranks_make_the_same_table(work: Path, settings: config.Model) -> No
     assert pl.read_parquet(work / "two.parquet").equals(expected)
 
 
+def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings: config.Model) -> None:
+    write_responses(work, PAIRS)
+    expected = run(work, settings, "one.parquet", batch_size=2)
+    two = options(work, settings, "two.parquet", batch_size=2) | {"tensor_parallel": True}
+    done = subprocess.run(command(judge_preferences, two, *TORCHRUN), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = pl.read_parquet(work / "two.parquet")
+    assert found.drop("s12", "s21").equals(expected.drop("s12", "s21"))
+    for name in ("s12", "s21"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4)
+        assert expected[name].std() > 0.1
+
+
 def test_files_of_different_prompts(work: Path, settings: config.Model) -> None:
     write_responses(work, PAIRS)
     other = response_rows(PAIRS, 1)

@@ -29,8 +29,10 @@ from transformers import AutoModelForCausalLM
 import train_policy
 from salmon import distributed, models, ppo, reward_model, script, templates
 from salmon.artifacts import WorkFolder
+from salmon.checkpoints import WHOLE
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.errors import UserError
+from salmon.optimization import WholeOptimizer
 from salmon.principles import WeightedPrinciple, draw, read_weighted
 from salmon.randomness import rng
 from salmon.shared_base import SharedBase
@@ -466,7 +468,7 @@ def test_gradient_is_that_of_the_mean_over_tokens(world: World, micro_batch: int
     rollouts = ready(world, shared, range(8))
     total = float(sum(len(rollout.response) for rollout in rollouts))
     expected = slow_gradient(world, shared, rollouts)
-    sums = ppo.accumulate_gradients(shared, rollouts, total, world.ppo(), micro_batch)
+    sums = ppo.accumulate_gradients(shared, WholeOptimizer(shared, 1.0), rollouts, total, world.ppo(), micro_batch)
     assert relative(flat_gradient(shared), expected) < 1e-5
     assert 0 < sums["clip_fraction"] < 1
     # The shift that `ready` added, averaged: old minus new.
@@ -483,17 +485,20 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     rollouts = ready(world, shared, range(8))
     seen: list[tuple[list[int], float]] = []
 
-    def note(models: Any, chosen: Sequence[ppo.Rollout], total: float, *_: Any) -> dict[str, float]:
+    def note(
+        models: Any, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
+    ) -> dict[str, float]:
         assert models.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
         seen.append(([rollout.place for rollout in chosen], total))
         for parameter in models.trained():
             parameter.grad = torch.full_like(parameter, 100.0)
         return {"policy_loss": float(len(seen))}
 
-    optimizer = torch.optim.SGD(shared.trained(), lr=1.0)
+    optimizer = WholeOptimizer(shared, 0.5)
+    optimizer.adamw = torch.optim.SGD(shared.trained(), lr=0.1)
     before = [parameter.detach().clone() for parameter in shared.trained()]
     with mock.patch.object(ppo, "accumulate_gradients", note):
-        found = ppo.update(shared, optimizer, rollouts, 7, world.ppo(max_grad_norm=0.5), 3)
+        found = ppo.update(shared, optimizer, rollouts, 7, world.ppo(), 3, 1.0)
     assert not shared.lm.get_base_model().model.layers[0].training
     assert [len(places) for places, _ in seen] == [4, 4, 4, 4]
     assert all(sorted(seen[i][0] + seen[i + 1][0]) == list(range(8)) for i in (0, 2))
@@ -517,6 +522,7 @@ def test_the_optimiser_goes_by_the_learning_rate(world: World, tmp_path: Path, w
     work.open("")
     ppo.train(
         shared,
+        WholeOptimizer(shared, settings.max_grad_norm),
         world.tokenizer,
         world.read_prompts(),
         world.principles,
@@ -535,7 +541,7 @@ def test_gradients_that_are_not_finite_end_the_run(world: World) -> None:
     rollouts = ready(world, shared, range(8))
     rollouts[3].advantages = torch.full_like(rollouts[3].advantages, torch.inf)
     with pytest.raises(UserError, match="step 8: the gradient is not finite"):
-        ppo.update(shared, torch.optim.SGD(shared.trained(), lr=1.0), rollouts, 7, world.ppo(), 3)
+        ppo.update(shared, WholeOptimizer(shared, 1.0), rollouts, 7, world.ppo(), 3, 1.0)
 
 
 # -- ranks
@@ -553,7 +559,7 @@ def be_a_rank(folder: Path, base: Path) -> None:
         mine = [rollout for rollout in rollouts if rollout.place in chosen]
         tokens = sum(len(rollout.response) for rollout in mine)
         total = float(distributed.sum_over_ranks(torch.tensor(tokens)))
-        ppo.accumulate_gradients(shared, mine, total, world.ppo(), 2)
+        ppo.accumulate_gradients(shared, WholeOptimizer(shared, 1.0), mine, total, world.ppo(), 2)
         distributed.sum_gradients(shared.trained())
         gradient = flat_gradient(shared)
         if distributed.is_main():
@@ -567,7 +573,7 @@ def two_ranks(world: World) -> Path:
     """Folder of what two ranks made."""
     (world.folder / "two-ranks").mkdir()
     done = subprocess.run(
-        ["bash", SCRIPTS / "launch.sh", "2", "2", __file__, world.folder, world.base],
+        ["bash", SCRIPTS / "launch.sh", "1", "2", "2", __file__, world.folder, world.base],
         env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
@@ -600,6 +606,46 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
     for found, expected in zip(read_metrics(two_ranks / "policy"), read_metrics(policy), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
         assert found["response_tokens"] == expected["response_tokens"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_deepspeed_train_the_policy_of_one(world: World, policy: Path, tmp_path: Path, stage: int) -> None:
+    """ZeRO-2 and ZeRO-3 take the steps of one process; stopped and started again as well."""
+    output = tmp_path / "policy"
+    arguments = world.arguments(output, {"deepspeed": SCRIPTS.parent / "profiles" / "deepspeed" / f"zero{stage}.json"})
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+
+    def start(program: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+        line = ["bash", SCRIPTS / "launch.sh", "1", "2", "2", *program, *arguments]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    stopped = start([tmp_path / "stopped.py"])
+    assert stopped.returncode == 1, stopped.stderr
+    assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr
+    done = start([SCRIPTS / "train_policy.py"])
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 3" in done.stderr
+    first, one, two = (weights(folder) for folder in (world.adapter, policy, output))
+    assert relative(two - first, one - first) < 1e-3
+    for found, expected in zip(read_metrics(output), read_metrics(policy), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+# Rank 1 is asked to stop in the middle of the third step.
+STOPPED = """
+import os, signal, train_policy
+from salmon import distributed, ppo, script
+measure = ppo.measure
+def ask(*arguments):
+    ask.calls += 1
+    if ask.calls == 3 and distributed.rank() == distributed.world() - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    measure(*arguments)
+ask.calls = 0
+ppo.measure = ask
+script.run(train_policy.main, train_policy.Arguments)
+"""
 
 
 # -- whole runs
@@ -646,9 +692,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: P
         [sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)], stderr=subprocess.DEVNULL
     )
     # After a checkpoint, in the middle of the next step but one: a step is done that no checkpoint holds.
-    metrics, checkpoint = work / "metrics.jsonl", work / f"checkpoint-{CHECKPOINT:06d}"
+    metrics, checkpoint = work / "metrics.jsonl", work / f"checkpoint-{CHECKPOINT}"
     ends = time.monotonic() + 100
-    while not (checkpoint.exists() and metrics.read_text().count("\n") > CHECKPOINT):
+    while not ((checkpoint / WHOLE).exists() and metrics.read_text().count("\n") > CHECKPOINT):
         assert killed.poll() is None
         assert time.monotonic() < ends
         time.sleep(0.002)
@@ -659,7 +705,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: P
 
     status, log = run(world.arguments(output))
     assert status == 0, log
-    assert f"continuing after step {CHECKPOINT}" in log
+    assert f"going on after step {CHECKPOINT}" in log
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (output / name).read_bytes() == (policy / name).read_bytes()
     assert read_metrics(output) == read_metrics(policy)
@@ -669,6 +715,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: P
         tag: list(range(1, STEPS + 1)) for tag in read_board(policy)
     }
     assert not work.exists()
+
+
+def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "policy"
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOPPED, *world.arguments(output)],
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == 1
+    assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr
+    assert not output.exists()
+    status, log = run(world.arguments(output))
+    assert status == 0, log
+    assert "going on after step 3" in log
+    assert (output / "adapter_model.safetensors").read_bytes() == (policy / "adapter_model.safetensors").read_bytes()
+    assert read_metrics(output) == read_metrics(policy)
 
 
 @pytest.fixture
@@ -685,7 +750,7 @@ def unfinished(world: World, tmp_path: Path) -> Path:
 def test_a_checkpoint_after_the_last_step(world: World, unfinished: Path) -> None:
     """Reference, defect 16: also where the number of steps is no multiple of save_steps."""
     work = unfinished.parent / ".work" / "policy"
-    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
+    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     before = (work / "metrics.jsonl").read_text()
     status, log = run(world.arguments(unfinished, max_steps=3, save_steps=2))
     assert status == 0, log
@@ -825,8 +890,10 @@ def test_it_learns_to_be_long_or_short(world: World, eager: Model, tmp_path: Pat
     prompts = world.read_prompts().with_columns(length_bonus=pl.lit(bonus))
     work = WorkFolder(tmp_path / "policy")
     work.open("")
+    shared = SharedBase(eager, LORA, world.reward_model, torch.device("cpu"), seed=1)
     ppo.train(
-        SharedBase(eager, LORA, world.reward_model, torch.device("cpu"), seed=1),
+        shared,
+        WholeOptimizer(shared, settings.max_grad_norm),
         world.tokenizer,
         prompts,
         [WeightedPrinciple(dimension="d", definition="d", weight=1)],

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import train_reward_model
-from salmon import artifacts, models, reward_model
+from salmon import artifacts, checkpoints, models, reward_model
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 
@@ -466,6 +466,16 @@ script.Reporter.on_save = die
 script.script.run(script.main, script.Arguments)
 """
 
+# Is asked to stop in the middle of the fourth step.
+STOPPED = """
+import os, signal, train_reward_model as script
+def ask(self, args, state, control, **_):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+script.Reporter.on_step_begin = ask
+script.script.run(script.main, script.Arguments)
+"""
+
 
 @pytest.fixture(scope="module")
 def killed(trained, tmp_path_factory) -> Path:
@@ -484,7 +494,7 @@ def test_killed_and_resumed_gives_the_bytes_of_an_undisturbed_run(trained, kille
     caplog.set_level("INFO")
     metrics = run_here(trained["arguments"] | {"output": str(folder / "rm")})
     assert "checkpoint-6, which is incomplete" in caplog.text
-    assert "rm/checkpoint-3" in caplog.text
+    assert "going on after step 3" in caplog.text
     name = "adapter_model.safetensors"
     assert (folder / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
     assert metrics["evaluation"] == trained["metrics"]["evaluation"]
@@ -505,12 +515,31 @@ def test_interrupted_after_the_last_step_trains_no_more(trained, tmp_path, monke
     assert (tmp_path / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
 
 
+def test_stopped_by_sigterm_and_started_again_gives_the_bytes_of_an_undisturbed_run(trained, tmp_path):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOPPED, *command(arguments)[2:]],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == 1
+    assert "stopped by SIGTERM after step 4; a checkpoint is written" in stopped.stderr
+    assert not (tmp_path / "rm").exists()
+    run_here(arguments)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
+
+
 def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
-    def found(number: int, **changes: Any) -> str | None:
+    def found(number: int, **changes: Any) -> Path | None:
         folder = tmp_path / str(number)
         shutil.copytree(killed, folder)
         arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
-        return train_reward_model.prepare(arguments, artifacts.WorkFolder(arguments.output), {})[1]
+        work = artifacts.WorkFolder(arguments.output)
+        train_reward_model.prepare(arguments, work, {})
+        return checkpoints.newest(work.path)
 
     other = tmp_path / "other.parquet"
     make_records(50, 2, seed=1).write_parquet(other)

@@ -227,6 +227,15 @@ def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
     assert counts(work, "two") == counts(work, "one")
 
 
+def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, model: config.Model) -> None:
+    """Tensor parallelism changes the order of sums, which moved no token here; the text says the rest."""
+    expected = run(work, model, "one.parquet", batch_size=4)
+    together = options(work, model, "two.parquet", batch_size=4) | {"tensor_parallel": True}
+    done = subprocess.run(command(sample_responses, together, *TORCHRUN), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(work / "two.parquet").equals(expected)
+
+
 def test_bad_prompts(work: Path, model: config.Model) -> None:
     file = work / "prompts.parquet"
     for rows, message in (

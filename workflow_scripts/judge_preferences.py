@@ -29,6 +29,7 @@ class Arguments(script.Arguments):
     model: Model = Field(description="section of the configuration")
     judge: config.Judge = Field(description="section of the configuration")
     batch_size: int = Field(4, ge=1, description="pairs at a time on a GPU; only speed and memory depend on it")
+    tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job hold one model together")
 
 
 def main(arguments: Arguments) -> None:
@@ -46,7 +47,8 @@ def main(arguments: Arguments) -> None:
     if left:
         # The judge says token by token what may be seen, which flash attention does not take.
         attention = "eager" if arguments.model.attention == "eager" else "sdpa"
-        model = models.load_initial_policy(arguments.model.model_copy(update={"attention": attention}), device)
+        judging = arguments.model.model_copy(update={"attention": attention})
+        model = models.load_initial_policy(judging, device, together=arguments.tensor_parallel)
         generation.check_context(model, arguments.judge.max_length, "judge.max_length")
         tokenizer = models.load_tokenizer(arguments.model)
         judge = Judge(
@@ -70,7 +72,7 @@ def main(arguments: Arguments) -> None:
         return pl.DataFrame(lines, schema=JUDGEMENTS, orient="row")
 
     lengths = {row: sum(map(len, (pairs[row].instruction, pairs[row].output_1, pairs[row].output_2))) for row in left}
-    resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs")
+    resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs", together=arguments.tensor_parallel)
     if distributed.is_main():
         judgements = in_order(work.read_parts(JUDGEMENTS), pairs, [principle.dimension for principle in judged])
         whole = judgements.drop_nulls()

@@ -31,6 +31,7 @@ class Arguments(script.Arguments):
     sampling: Sampling = Field(description="section of the configuration")
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     batch_size: int = Field(16, ge=1, description="prompts at a time on a GPU; only speed and memory depend on it")
+    tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job hold one model together")
 
 
 def main(arguments: Arguments) -> None:
@@ -48,7 +49,7 @@ def main(arguments: Arguments) -> None:
     left = resuming.left_to_do(work, mark, table["prompt_id"].to_list(), RESPONSES)
     left = [row for row in left if len(prompts[row]) < sampling.max_length]
     if left:
-        model = models.load_initial_policy(arguments.model, device)
+        model = models.load_initial_policy(arguments.model, device, together=arguments.tensor_parallel)
         generation.check_context(model, sampling.max_length, "sampling.max_length")
 
     def sample(rows: list[int]) -> pl.DataFrame:
@@ -63,6 +64,7 @@ def main(arguments: Arguments) -> None:
             top_p=sampling.top_p,
             stop=arguments.policy_prompt.stop,
             device=device,
+            ranks="together" if arguments.tensor_parallel else "apart",
         )
         return batch.with_columns(
             pl.Series("response", [each.text for each in found], pl.String),
@@ -70,7 +72,14 @@ def main(arguments: Arguments) -> None:
             pl.Series("response_tokens", [len(each.tokens) for each in found], pl.Int32),
         ).select(list(RESPONSES))
 
-    resuming.run_batches(work, {row: len(prompts[row]) for row in left}, arguments.batch_size, sample, "prompts")
+    resuming.run_batches(
+        work,
+        {row: len(prompts[row]) for row in left},
+        arguments.batch_size,
+        sample,
+        "prompts",
+        together=arguments.tensor_parallel,
+    )
     if distributed.is_main():
         responses = join(table, work.read_parts(RESPONSES), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}

@@ -7,17 +7,20 @@ for it by weight and question type. The policy is an ordinary PEFT adapter folde
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo, script, templates
+from salmon import distributed, ppo, script, stopping, templates
 from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_path, manifest, manifest_path, read_table, write_json
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.errors import UserError
 from salmon.generation import check_context, encode_prompt, read_preamble
 from salmon.models import describe, load_tokenizer
+from salmon.optimization import Optimizer, ShardedOptimizer, WholeOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.shared_base import SharedBase
 
@@ -44,12 +47,14 @@ class Arguments(script.Arguments):
     ppo: Ppo
     sampling_batch_size: int = Field(32, ge=1, description="rollouts sampled at once on a GPU (hardware)")
     micro_batch_size: int = Field(2, ge=1, description="rollouts of a backward pass on a GPU (hardware)")
+    deepspeed: Path | None = Field(None, description="DeepSpeed configuration, ZeRO-2 or ZeRO-3 (hardware)")
     gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, slower (hardware)")
 
 
 def main(args: Arguments) -> None:
     """Train, or go on training, and write the policy."""
     device = distributed.init()
+    stopping.listen()
     tokenizer = load_tokenizer(args.model)
     prompts, counts = read_prompts(args, tokenizer)
     principles = read_principles(args)
@@ -61,6 +66,8 @@ def main(args: Arguments) -> None:
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
+    if args.deepspeed:
+        sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
     models = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
     around = len(encode_prompt(tokenizer, "", args.policy_prompt, read_preamble(args.policy_prompt)))
     longest = around + args.ppo.query_length + args.ppo.response_length
@@ -69,12 +76,20 @@ def main(args: Arguments) -> None:
 
     work = WorkFolder(args.output)
     if distributed.is_main():
-        work.open(fingerprint(settings, inputs))
+        # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
+        shards = {"shards": [sharding, distributed.world()]} if args.deepspeed else {}
+        work.open(fingerprint({**settings, **shards}, inputs))
     distributed.barrier()
     if args.gradient_checkpointing:
         models.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer: Optimizer = (
+        ShardedOptimizer(models, args.ppo.max_grad_norm, sharding)
+        if args.deepspeed
+        else WholeOptimizer(models, args.ppo.max_grad_norm)
+    )
     ppo.train(
         models,
+        optimizer,
         tokenizer,
         prompts,
         principles,
@@ -84,15 +99,31 @@ def main(args: Arguments) -> None:
         sampling_batch_size=args.sampling_batch_size,
         micro_batch_size=args.micro_batch_size,
     )
+    weights = optimizer.trained_weights()
     if distributed.is_main():
         with atomic(args.output) as folder:
-            models.save_policy(folder)
+            models.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
             write_json(manifest_path(folder), manifest(settings, inputs, counts))
         work.delete()
     distributed.barrier()
     distributed.finish()
+
+
+def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, Any], object]:
+    """DeepSpeed's configuration, and what tells transformers of it for as long as it is kept."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    assert args.deepspeed is not None
+    config = read_deepspeed(args.deepspeed)
+    if args.ppo.rollout_batch_size % distributed.world():
+        raise UserError(
+            f"ppo.rollout_batch_size {args.ppo.rollout_batch_size} is no multiple of the {distributed.world()} "
+            "processes, which DeepSpeed needs here"
+        )
+    distributed.init_deepspeed(device)
+    return config, HfDeepSpeedConfig(config)
 
 
 def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[pl.DataFrame, dict[str, int]]:

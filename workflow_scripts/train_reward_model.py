@@ -8,7 +8,6 @@ result is that of the global batch, however it is spread. Interrupted, it goes o
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from pydantic import Field
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from salmon import artifacts, distributed, models, reward_model, script, templates
+from salmon import artifacts, checkpoints, distributed, models, optimization, reward_model, script, stopping, templates
 from salmon.config import Lora, Model, RewardModel
 from salmon.errors import UserError
 from salmon.generation import check_context
 
 log = logging.getLogger("salmon.train_reward_model")
-
-WHOLE = "whole"  # stands in a checkpoint folder once all ranks have written their part of it
 
 
 class Arguments(script.Arguments):
@@ -45,7 +42,7 @@ class Arguments(script.Arguments):
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Progress in our log, a stop where the loss is lost, and a mark on checkpoints that are whole."""
+    """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
 
     def __init__(self, every: float = 15.0) -> None:
         self.every = every
@@ -77,18 +74,22 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             log.info("%s", line)
             self.last = now
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint and an end, where any rank was asked to stop and steps are left."""
+        if stopping.asked(args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint after the last rank has written its part."""
-        distributed.barrier()
-        if distributed.is_main():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        checkpoints.finish(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def main(arguments: Arguments) -> None:
     """Read and split the records, train, evaluate, write the folder."""
     device = distributed.init()
+    stopping.listen()
     if arguments.deepspeed:
-        init_deepspeed(device)
+        distributed.init_deepspeed(device)
     settings = arguments.settings
     template = read_template(arguments)
     tokenizer = models.load_tokenizer(arguments.model)
@@ -114,7 +115,8 @@ def main(arguments: Arguments) -> None:
     work = artifacts.WorkFolder(arguments.output)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
-    manifest, checkpoint = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
+    manifest = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
+    checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, "settings.max_length")
     pad = reward_model.padding_id(
@@ -138,11 +140,14 @@ def main(arguments: Arguments) -> None:
     trainer.remove_callback(PrinterCallback)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
     with reward_model.padding(model, pad):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise stopping.Stopped(trainer.state.global_step)
 
     rows = reward_model.record_tokens(tokenizer, template, held, settings)
     rewards = score_over_ranks(trainer.model, rows, 2 * arguments.micro_batch_size, device)
-    weights = full_weights(trainer)
+    # DeepSpeed shards or rounds what it trains.
+    weights = optimization.full_weights(trainer.model) if trainer.is_deepspeed_enabled else None
     if distributed.is_main():
         metrics = {
             "evaluation": reward_model.evaluate(held, rewards.view(-1, 2)),
@@ -156,15 +161,6 @@ def main(arguments: Arguments) -> None:
         work.delete()
     distributed.barrier()
     distributed.finish()
-
-
-def init_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed join the process group, before ZeRO-3 asks it for the number of ranks."""
-    import deepspeed
-
-    if "RANK" not in os.environ:
-        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
 def read_template(arguments: Arguments) -> str:
@@ -197,8 +193,8 @@ def check_init(init: Path, lora: Lora) -> None:
         )
 
 
-def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> tuple[Any, str | None]:
-    """The manifest, and the checkpoint to go on from, if there is one of the same settings and inputs."""
+def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
+    """Open the work folder, with the checkpoints of the same settings and inputs, if any; returns the manifest."""
     settings = {
         "model": arguments.model,
         "lora": arguments.lora,
@@ -209,21 +205,7 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
     # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
     shards = [arguments.deepspeed.read_text(), distributed.world()] if arguments.deepspeed else None
     work.open(artifacts.fingerprint({**settings, "shards": shards}, inputs))
-    checkpoint = newest_checkpoint(work.path)
-    return artifacts.manifest(settings, inputs, counts), str(checkpoint) if checkpoint else None
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; those that an interruption left incomplete are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if (path / WHOLE).is_file()]
-    for path in found:
-        if path not in whole:
-            log.info("deleting %s, which is incomplete", path)
-            artifacts.remove(path)
-    if whole:
-        log.info("going on from %s", whole[-1])
-    return whole[-1] if whole else None
+    return artifacts.manifest(settings, inputs, counts)
 
 
 def training_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
@@ -258,7 +240,7 @@ def training_arguments(arguments: Arguments, folder: Path, steps: int, device: t
         remove_unused_columns=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=2,
+        save_total_limit=checkpoints.KEPT,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
@@ -296,16 +278,6 @@ def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, d
     padded = rows + [rows[-1]] * (-len(rows) % world)
     mine = reward_model.score(model, padded[distributed.rank() :: world], batch_size, device)
     return torch.stack(distributed.gather(mine), dim=1).flatten()[: len(rows)]
-
-
-def full_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Trained weights in float32, whole on every rank, where DeepSpeed shards or rounds them; else None."""
-    if not trainer.is_deepspeed_enabled:
-        return None
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    named = trainer.model.named_parameters()
-    return {name: safe_get_full_fp32_param(parameter) for name, parameter in named if parameter.requires_grad}
 
 
 if __name__ == "__main__":

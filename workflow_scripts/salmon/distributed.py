@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from salmon.errors import UserError
+
 
 def init() -> torch.device:
     """Join the process group that torchrun's variables describe, if any.
@@ -25,6 +27,15 @@ def init() -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
+
+
+def init_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed join the process group, before ZeRO-3 asks it for the number of ranks."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
 def finish() -> None:
@@ -60,6 +71,18 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def from_main(value: torch.Tensor) -> torch.Tensor:
+    """The tensor of rank 0, on every rank (of the same shape and dtype on all)."""
+    if dist.is_initialized():
+        dist.broadcast(value, 0)
+    return value
+
+
+def all_true(value: bool, device: torch.device | str) -> bool:
+    """Whether a value is true on every rank."""
+    return int(sum_over_ranks(torch.tensor(int(value), device=device)).item()) == world()
 
 
 def gather(value: Any) -> list[Any]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import templates
+from salmon import distributed, templates
 from salmon.config import PolicyPrompt
 from salmon.errors import UserError
 
 FinishReason = Literal["eos", "stop", "length"]
+Ranks = Literal["apart", "together", "in step"]
 
 _UNIT = 2.0**48  # probabilities become integers in this unit, so that their sums are exact
 
@@ -52,6 +53,7 @@ def generate(
     top_p: float = 1.0,
     stop: Sequence[str] = (),
     device: torch.device | str,
+    ranks: Ranks = "apart",
 ) -> list[Generation]:
     """Sample one response a prompt; all prompts are one batch.
 
@@ -68,6 +70,9 @@ def generate(
         top_p: the most probable tokens that together reach this probability are kept, at least one.
         stop: strings that end a response.
         device: where the model is.
+        ranks: `apart` this rank samples for itself. `together` all ranks hold parts of one model and sample the same
+            rows; what rank 0 draws counts. `in step` each rank has rows of its own, but all call the model equally
+            often, because it is gathered from all at each call (ZeRO-3); `max_new_tokens` is the same on all.
 
     Returns:
         One generation a prompt, in their order.
@@ -107,9 +112,11 @@ def generate(
             logits_to_keep=1,
         )
         cache = output.past_key_values
-        drawn = sample_tokens(output.logits[:, -1], uniforms[rows, step], temperature, top_p)
+        # Without rows of its own left, a rank only keeps step: it goes on with the last token, and reads nothing.
+        drawn = sample_tokens(output.logits[:, -1], uniforms[rows, step], temperature, top_p) if rows else ids[:, 0]
+        drawn = distributed.from_main(drawn) if ranks == "together" else drawn
         keep = []
-        for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+        for place, (row, token) in enumerate(zip(rows, drawn[: len(rows)].tolist(), strict=True)):
             if token < 0:
                 raise UserError("the model's logits are not finite; float16 overflows where bfloat16 does not")
             sampled[row].append(token)
@@ -119,13 +126,13 @@ def generate(
                 reasons[row] = "stop"
             elif len(sampled[row]) < limits[row]:
                 keep.append(place)
-        if not keep:
+        if distributed.all_true(not keep, device) if ranks == "in step" else not keep:
             break
         ids, positions = drawn[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         if len(keep) < len(rows):
             # One copy of the cache, no more than a step makes of it anyway; every later step is cheaper.
-            kept = torch.tensor(keep, device=device)
+            kept = torch.tensor(keep or [0], device=device)
             cache.batch_select_indices(kept)
             ids, positions, mask = ids[kept], positions[kept], mask[kept]
             rows = [rows[place] for place in keep]

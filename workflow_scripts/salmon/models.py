@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
+from salmon import distributed
 from salmon.artifacts import hash_path
 from salmon.config import Lora, Model, is_local
 from salmon.errors import UserError
@@ -49,13 +51,30 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     return _load_model(AutoModelForCausalLM, model, device)
 
 
-def load_initial_policy(model: Model, device: torch.device | str) -> nn.Module:
-    """The initial policy: the base model with its adapter, if it has one; in eval mode, nothing trainable."""
-    policy: nn.Module = load_base(model, device)
+def load_initial_policy(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:
+    """The initial policy: the base model with its adapter, if it has one; in eval mode, nothing trainable.
+
+    Args:
+        model: which.
+        device: of this rank.
+        together: each rank holds a part of every layer (tensor parallelism), and all have to be called together. The
+            adapter is merged into the weights. Every rank reads the whole model into its machine's memory first.
+
+    Raises:
+        UserError: where the model cannot be loaded, or 4-bit weights should be divided.
+    """
+    together = together and distributed.world() > 1
+    if together and model.quantization != "none":
+        raise UserError(
+            "tensor_parallel cannot divide 4-bit weights: set model.quantization to none, or leave tensor_parallel out"
+        )
+    policy: nn.Module = load_base(model, "cpu" if together else device)
     if model.adapter:
         policy = _load_adapter(policy, model.adapter, model.adapter_revision)
+        if together:
+            policy = policy.merge_and_unload()  # type: ignore[operator]
     policy.requires_grad_(False)
-    return policy.eval()
+    return _divide(policy).eval() if together else policy.eval()
 
 
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
@@ -132,6 +151,20 @@ def describe(model: Model) -> dict[str, str]:
             }
             identity[name] = hash_path(Path(name) / "config.json") + " " + json.dumps(sizes)
     return identity
+
+
+def _divide(policy: nn.Module) -> nn.Module:
+    """Keep this rank's part of every layer (DeepSpeed's AutoTP), on its device."""
+    import deepspeed
+
+    os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # DeepSpeed's all-reduce on a CPU crashes without it
+    divided: nn.Module = deepspeed.init_inference(
+        policy,
+        tensor_parallel={"tp_size": distributed.world()},
+        dtype=policy.dtype,
+        replace_with_kernel_inject=False,
+    ).module
+    return divided
 
 
 def _reward_base(model: Model, device: torch.device | str) -> PreTrainedModel:

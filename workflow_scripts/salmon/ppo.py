@@ -22,11 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo_math, templates
-from salmon.artifacts import WorkFolder, atomic, remove
+from salmon import checkpoints, distributed, ppo_math, stopping, templates
+from salmon.artifacts import WorkFolder, atomic
 from salmon.config import PolicyPrompt, Ppo
 from salmon.errors import UserError
 from salmon.generation import batches, encode_prompt, generate, read_preamble
+from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
@@ -34,7 +35,6 @@ from salmon.shared_base import Role, SharedBase
 
 log = logging.getLogger(__name__)
 
-KEPT_CHECKPOINTS = 2
 _NOT_YET = torch.empty(0)
 
 
@@ -110,8 +110,10 @@ def sample(
     settings: Ppo,
     policy_prompt: PolicyPrompt,
     batch_size: int,
+    *,
+    in_step: bool = False,
 ) -> list[Rollout]:
-    """This rank's rollouts of a step, sampled from the policy as it is now."""
+    """This rank's rollouts of a step, sampled from the policy as it is now (`in_step`: see `generate`)."""
     preamble = read_preamble(policy_prompt)
     rows = rows_of_step(step, len(prompts), settings)
     mine = list(range(distributed.rank(), len(rows), distributed.world()))
@@ -131,6 +133,7 @@ def sample(
                 temperature=settings.temperature,
                 stop=policy_prompt.stop,
                 device=models.device,
+                ranks="in step" if in_step else "apart",
             )
             for index, generation in zip(batch, generations, strict=True):
                 found[index] = Rollout(
@@ -239,22 +242,34 @@ def estimate_advantages(rollouts: Sequence[Rollout], settings: Ppo) -> None:
 
 
 def accumulate_gradients(
-    models: SharedBase, rollouts: Sequence[Rollout], total: float, settings: Ppo, micro_batch_size: int
+    models: SharedBase,
+    optimizer: Optimizer,
+    rollouts: Sequence[Rollout],
+    total: float,
+    settings: Ppo,
+    micro_batch_size: int,
+    *,
+    passes: int = 0,
+    spare: Rollout | None = None,
 ) -> dict[str, float]:
     """Add the gradients of one minibatch's policy and value losses; this rank's share of it.
 
     Args:
         rollouts: those of the minibatch that this rank holds; may be none.
         total: response tokens of the minibatch over all ranks.
+        passes: at least so many micro-batches, the last ones of `spare` alone and without weight.
+        spare: any rollout.
 
     Returns:
         Sums over this rank's tokens, divided by `total`.
     """
     sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl"), 0.0)
-    for batch in batches([len(r.query) + len(r.response) for r in rollouts], micro_batch_size):
-        chosen = [rollouts[index] for index in batch]
+    sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
+    parts = [(1.0, [rollouts[index] for index in batch]) for batch in batches(sizes, micro_batch_size)]
+    parts += [(0.0, [spare])] * (passes - len(parts)) if spare else []
+    for weight, chosen in parts:
         queries, responses = [r.query for r in chosen], [r.response for r in chosen]
-        mask = _pad([torch.ones(len(response)) for response in responses]).to(models.device)
+        mask = _pad([torch.full((len(response),), weight) for response in responses]).to(models.device)
         old, advantages, old_values, returns = (
             _pad([getattr(r, name) for r in chosen]).to(models.device)
             for name in ("logprobs", "advantages", "values", "returns")
@@ -262,11 +277,11 @@ def accumulate_gradients(
         with models.use("policy"):
             logprobs, _ = models.logprobs(queries, responses, settings.temperature)
             policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total)
-            policy_loss.backward()
+            optimizer.backward(policy_loss)
         with models.use("value"):
             values = models.values(queries, responses)
             value_loss = ppo_math.value_loss(values, old_values, returns, mask, settings.value_clip, total)
-            (settings.value_coefficient * value_loss).backward()
+            optimizer.backward(settings.value_coefficient * value_loss)
         sums["policy_loss"] += policy_loss.item()
         sums["value_loss"] += value_loss.item()
         sums["clip_fraction"] += clipped.item() / total
@@ -277,34 +292,39 @@ def accumulate_gradients(
 
 def update(
     models: SharedBase,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rollouts: Sequence[Rollout],
     step: int,
     settings: Ppo,
     micro_batch_size: int,
+    rate: float,
 ) -> dict[str, float]:
     """All inner epochs over the rollouts of a step; returns means over its optimiser steps."""
-    lengths = {place: length for found in distributed.gather([(r.place, len(r.response)) for r in rollouts])
-               for place, length in found}  # fmt: skip
+    held = distributed.gather([(rollout.place, len(rollout.response)) for rollout in rollouts])  # by rank
+    lengths = {place: length for found in held for place, length in found}
     mine = {rollout.place: rollout for rollout in rollouts}
     history: list[dict[str, float]] = []
     models.train()
     for epoch in range(settings.inner_epochs):
         order = rng("ppo-minibatches", settings.seed, step, epoch).permutation(len(lengths))
         for start in range(0, len(order), settings.minibatch_size):
-            places = [int(place) for place in order[start : start + settings.minibatch_size]]
+            places = {int(place) for place in order[start : start + settings.minibatch_size]}
             total = float(sum(lengths[place] for place in places))
+            passes = 0
+            if optimizer.in_step:
+                most = max(sum(place in places for place, _ in found) for found in held)
+                passes = math.ceil(most / micro_batch_size)
+            chosen = [rollout for place, rollout in mine.items() if place in places]
             sums = accumulate_gradients(
-                models, [mine[place] for place in places if place in mine], total, settings, micro_batch_size
+                *(models, optimizer, chosen, total, settings, micro_batch_size),
+                passes=passes,
+                spare=rollouts[0] if rollouts else None,
             )
-            distributed.sum_gradients(models.trained())
-            norm = torch.nn.utils.clip_grad_norm_(models.trained(), settings.max_grad_norm)
-            if not torch.isfinite(norm):
+            norm = optimizer.step(rate)
+            if not math.isfinite(norm):
                 raise UserError(f"step {step + 1}: the gradient is not finite; lower ppo.learning_rate or use bfloat16")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             joined = distributed.sum_over_ranks(torch.tensor(list(sums.values()), device=models.device).double())
-            history.append({**dict(zip(sums, joined.tolist(), strict=True)), "gradient_norm": norm.item()})
+            history.append({**dict(zip(sums, joined.tolist(), strict=True)), "gradient_norm": norm})
     models.eval()
     return {name: float(np.mean([entry[name] for entry in history])) for name in history[0]}
 
@@ -339,39 +359,20 @@ def learning_rate(step: int, steps: int, settings: Ppo) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def make_optimizer(models: SharedBase) -> torch.optim.Optimizer:
-    """AdamW without decay; paged 32-bit states on a GPU, so that they may leave its memory (QLoRA)."""
-    if models.device.type == "cuda":
-        import bitsandbytes
-
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(models.trained(), weight_decay=0.0)
-        return optimizer
-    return torch.optim.AdamW(models.trained(), weight_decay=0.0)
-
-
-def save_checkpoint(work: WorkFolder, models: SharedBase, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(work: WorkFolder, optimizer: Optimizer, step: int) -> None:
     """Write the state after `step` steps, whole or not at all, and delete all but the newest checkpoints."""
-    if not distributed.is_main():
-        return
-    with atomic(work.path / f"checkpoint-{step:06d}") as folder:
-        folder.mkdir()
-        models.save_trained(folder / "trained.safetensors")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    for old in sorted(work.path.glob("checkpoint-*"))[:-KEPT_CHECKPOINTS]:
-        remove(old)
+    folder = checkpoints.new(work.path, step)
+    optimizer.save(folder)
+    checkpoints.finish(folder)
 
 
-def load_checkpoint(work: WorkFolder, models: SharedBase, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(work: WorkFolder, optimizer: Optimizer) -> int:
     """Continue from the newest checkpoint; returns the number of steps done, 0 where there is none."""
-    found = sorted(work.path.glob("checkpoint-*"))
-    if not found:
+    found = checkpoints.newest(work.path)
+    if found is None:
         return 0
-    models.load_trained(found[-1] / "trained.safetensors")
-    state = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
-    step = int(found[-1].name.removeprefix("checkpoint-"))
-    log.info("continuing after step %d", step)
-    return step
+    optimizer.load(found)
+    return checkpoints.step_of(found)
 
 
 class Metrics:
@@ -399,6 +400,7 @@ class Metrics:
 
 def train(
     models: SharedBase,
+    optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase,
     prompts: pl.DataFrame,
     principles: Sequence[WeightedPrinciple],
@@ -417,16 +419,20 @@ def train(
         work: opened with the fingerprint of this run.
         sampling_batch_size: rollouts sampled or scored at once on a rank (hardware).
         micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
+
+    Raises:
+        Stopped: where SIGTERM asked for it; the checkpoint is written.
     """
-    optimizer = make_optimizer(models)
-    done = load_checkpoint(work, models, optimizer)
+    done = load_checkpoint(work, optimizer)
     metrics = Metrics(work.path, done)
     steps = total_steps(len(prompts), settings)
     began = time.monotonic()
     for step in range(done, steps):
         started = time.monotonic()
         # 1. Sample responses from the policy.
-        rollouts = sample(models, tokenizer, prompts, step, settings, policy_prompt, sampling_batch_size)
+        rollouts = sample(
+            models, tokenizer, prompts, step, settings, policy_prompt, sampling_batch_size, in_step=optimizer.in_step
+        )
         sampled = time.monotonic()
         # 2. Measure them: log probabilities of policy and reference, values.
         measure(models, rollouts, settings.temperature, micro_batch_size)
@@ -437,9 +443,7 @@ def train(
         measured = time.monotonic()
         # 5. Improve policy and value model.
         rate = learning_rate(step, steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses = update(models, optimizer, rollouts, step, settings, micro_batch_size)
+        losses = update(models, optimizer, rollouts, step, settings, micro_batch_size, rate)
         # 6. Report, and keep a checkpoint.
         now = time.monotonic()
         values = {
@@ -457,9 +461,11 @@ def train(
             *(step + 1, steps, values["score"], values["reward"], values["kl_sequence"], values["response_tokens"]),
             *(100 * values["finished"], now - started, left),
         )
-        if (step + 1) % settings.save_steps == 0 or step + 1 == steps:
-            save_checkpoint(work, models, optimizer, step + 1)
-            distributed.barrier()
+        stop = stopping.asked(models.device) and step + 1 < steps
+        if stop or (step + 1) % settings.save_steps == 0 or step + 1 == steps:
+            save_checkpoint(work, optimizer, step + 1)
+        if stop:
+            raise stopping.Stopped(step + 1)
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -27,7 +27,13 @@ def left_to_do(work: WorkFolder, mark: str, keys: Sequence[str], schema: Mapping
 
 
 def run_batches(
-    work: WorkFolder, lengths: Mapping[int, int], size: int, compute: Callable[[list[int]], pl.DataFrame], what: str
+    work: WorkFolder,
+    lengths: Mapping[int, int],
+    size: int,
+    compute: Callable[[list[int]], pl.DataFrame],
+    what: str,
+    *,
+    together: bool = False,
 ) -> None:
     """Compute this rank's share of what is left, keeping each batch as it is finished. All ranks call this.
 
@@ -37,12 +43,14 @@ def run_batches(
         size: rows a batch.
         compute: makes the table of a batch of rows.
         what: names the rows in the log.
+        together: all ranks hold parts of one model and compute every batch; rank 0 keeps it.
     """
     rows = list(lengths)
     batches = [[rows[place] for place in batch] for batch in generation.batches(list(lengths.values()), size)]
-    mine = batches[distributed.rank() :: distributed.world()]
+    mine = batches if together else batches[distributed.rank() :: distributed.world()]
     for table in script.progress(map(compute, mine), total=len(mine), what=f"batches of {size} {what}"):
-        work.write_part(table)
+        if not together or distributed.is_main():
+            work.write_part(table)
     distributed.barrier()
 
 

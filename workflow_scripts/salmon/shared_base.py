@@ -7,7 +7,7 @@ give zero gradients without an error, so each loss is backpropagated within its 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
@@ -47,6 +47,7 @@ class SharedBase(nn.Module):
         self.reward_head = nn.Parameter(head.clone(), requires_grad=False)
         self.value_head = nn.Parameter(head.clone())
         self.device = device
+        self.generation_config = self.lm.generation_config
         self._trained = [
             parameter
             for name, parameter in self.lm.named_parameters()
@@ -72,15 +73,31 @@ class SharedBase(nn.Module):
 
     @contextmanager
     def use(self, role: Role) -> Iterator[nn.Module]:
-        """Make one of the four models active; yields the causal language model."""
+        """Make one of the four models active; yields this module, which is then that causal language model."""
         if role == "reference" and not self.has_reference_adapter:
             with self.lm.disable_adapter():
-                yield self.lm
+                yield self
         else:
             self.lm.set_adapter(_ADAPTER[role])
             self._mark_trained()
-            yield self.lm
+            yield self
         self._mark_trained()
+
+    def forward(self, *, head: Literal["value", "reward"] | None = None, **inputs: Any) -> Any:
+        """The active model; every use of a weight is in here, because ZeRO-3 gathers weights when modules are called.
+
+        Args:
+            head: None for the causal language model's output, with logits; else no logits are computed.
+            inputs: those of the causal language model.
+
+        Returns:
+            What the language model returns, or the head's values at each token, float32 [B, T].
+        """
+        if head is None:
+            return self.lm(**inputs)
+        weight = self.value_head if head == "value" else self.reward_head
+        hidden = self.lm.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+        return (hidden.float() @ weight.float().T).squeeze(-1)
 
     def logprobs(
         self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
@@ -92,7 +109,7 @@ class SharedBase(nn.Module):
         """
         tokens, mask, position = self._batch(queries, responses)
         width = max(len(response) for response in responses)
-        logits = self.lm(
+        logits = self(
             input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=width + 1
         ).logits[:, :-1]
         return ppo_math.token_logprobs(logits, tokens[:, -width:], temperature)
@@ -101,17 +118,24 @@ class SharedBase(nn.Module):
         """Values before each response token; call within `use("value")`. float32 [B, R]."""
         tokens, mask, position = self._batch(queries, responses)
         width = max(len(response) for response in responses)
-        hidden = self._hidden(tokens, mask, position)[:, -width - 1 : -1]
-        return (hidden.float() @ self.value_head.T).squeeze(-1)
+        values: torch.Tensor = self(head="value", input_ids=tokens, attention_mask=mask, position_ids=position)
+        return values[:, -width - 1 : -1]
 
     def rewards(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Reward of tokenised reward-model texts, read at the last token; call within `use("reward")`. float32 [B]."""
         tokens, mask, position = self._batch(texts, [[]] * len(texts))
-        return (self._hidden(tokens, mask, position)[:, -1].float() @ self.reward_head.T).squeeze(-1)
+        values: torch.Tensor = self(head="reward", input_ids=tokens, attention_mask=mask, position_ids=position)
+        return values[:, -1]
 
-    def save_policy(self, folder: Path) -> None:
-        """Write the policy as a PEFT folder (safetensors) that loads on the same base model."""
-        self.lm.save_pretrained(str(folder), selected_adapters=[_ADAPTER["policy"]])
+    def save_policy(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the policy as a PEFT folder (safetensors) that loads on the same base model.
+
+        Args:
+            folder: new.
+            weights: those of `trained_names`, where DeepSpeed keeps shards of them.
+        """
+        state = weights and {name.removeprefix("lm."): value for name, value in weights.items()}
+        self.lm.save_pretrained(str(folder), selected_adapters=[_ADAPTER["policy"]], state_dict=state)
 
     def save_trained(self, file: Path) -> None:
         """Write all trained parameters, exactly, for going on later."""
@@ -123,14 +147,6 @@ class SharedBase(nn.Module):
         with torch.no_grad():
             for index, parameter in enumerate(self._trained):
                 parameter.copy_(saved[str(index)])
-
-    def _hidden(self, tokens: torch.Tensor, mask: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, H] without computing any logits."""
-        backbone = self.lm.get_base_model().base_model
-        hidden: torch.Tensor = backbone(
-            input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False
-        ).last_hidden_state
-        return hidden
 
     def _mark_trained(self) -> None:
         """Switching adapters changes which parameters want gradients; only ours do, always."""

@@ -1,0 +1,154 @@
+"""Optimisers of RL: AdamW with whole states on every rank, or sharded by DeepSpeed (ZeRO).
+
+Losses are divided by totals over all ranks, so that the gradient of a minibatch is the sum over ranks. Both kinds
+take the same steps up to rounding.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from salmon import distributed
+from salmon.errors import UserError
+from salmon.shared_base import SharedBase
+
+
+class Optimizer(Protocol):
+    """Backward passes of one minibatch, then a step."""
+
+    in_step: bool
+    """Whether all ranks have to make the same number of passes through the model."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this rank's share of a loss."""
+
+    def step(self, rate: float) -> float:
+        """Sum gradients over ranks, clip them, change the weights, forget them; returns the norm before clipping."""
+
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to go on, into a new folder. All ranks call this."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. All ranks call this."""
+
+    def trained_weights(self) -> dict[str, torch.Tensor] | None:
+        """Trained weights by name, whole, on every rank; None where the model holds them so. All ranks call this."""
+
+
+class WholeOptimizer:
+    """AdamW without decay; paged 32-bit states on a GPU, so that they may leave its memory (QLoRA)."""
+
+    in_step = False
+
+    def __init__(self, models: SharedBase, max_grad_norm: float) -> None:
+        self.models, self.max_grad_norm = models, max_grad_norm
+        if models.device.type == "cuda":
+            import bitsandbytes
+
+            self.adamw: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(models.trained(), weight_decay=0.0)
+        else:
+            self.adamw = torch.optim.AdamW(models.trained(), weight_decay=0.0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Optimizer`."""
+        loss.backward()
+
+    def step(self, rate: float) -> float:
+        """See `Optimizer`."""
+        distributed.sum_gradients(self.models.trained())
+        norm = torch.nn.utils.clip_grad_norm_(self.models.trained(), self.max_grad_norm).item()
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """See `Optimizer`; any number of ranks can read it."""
+        if distributed.is_main():
+            self.models.save_trained(folder / "trained.safetensors")
+            torch.save(self.adamw.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """See `Optimizer`."""
+        self.models.load_trained(folder / "trained.safetensors")
+        self.adamw.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+    def trained_weights(self) -> None:
+        """See `Optimizer`."""
+
+
+class ShardedOptimizer:
+    """AdamW in DeepSpeed's engine: ZeRO-2 shards gradients and states, ZeRO-3 the weights of all models as well.
+
+    DeepSpeed sums gradients during each backward pass, and gathers ZeRO-3's weights during any pass, so that all
+    ranks make the same number of passes.
+    """
+
+    in_step = True
+
+    def __init__(self, models: SharedBase, max_grad_norm: float, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.world = distributed.world()
+        self.engine, *_ = deepspeed.initialize(
+            model=models,
+            optimizer=torch.optim.AdamW(models.trained(), weight_decay=0.0),
+            config={**config, "gradient_clipping": max_grad_norm},
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Optimizer`."""
+        self.engine.backward(loss * self.world)  # which takes the mean over ranks
+
+    def step(self, rate: float) -> float:
+        """See `Optimizer`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        """See `Optimizer`; the same ZeRO on as many ranks can read it."""
+        self.engine.save_checkpoint(str(folder), tag="shards", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """See `Optimizer`."""
+        self.engine.load_checkpoint(str(folder), tag="shards", load_module_strict=False, load_lr_scheduler_states=False)
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """See `Optimizer`."""
+        return full_weights(self.engine.module)
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that DeepSpeed trains, by name: float32, whole, on every rank. All ranks call this."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named = model.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in named if parameter.requires_grad}
+
+
+def read_deepspeed(file: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration for RL, whose batches the loop makes itself.
+
+    What is `auto` in the file (transformers' Trainer fills it in) is left to DeepSpeed. The trained weights are
+    float32, and are trained as such.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no DeepSpeed configuration: {error}") from error
+    zero = {name: value for name, value in found.get("zero_optimization", {}).items() if value != "auto"}
+    if zero.get("stage") not in (2, 3):
+        raise UserError(f"{file}: zero_optimization.stage is {zero.get('stage')}; RL takes 2 or 3")
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # `step` says when a minibatch is over
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }

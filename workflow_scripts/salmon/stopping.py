@@ -1,0 +1,43 @@
+"""Stopping on request: SLURM sends SIGTERM before a job's time is up or its nodes go to another.
+
+A trainer that was asked writes a checkpoint after the step it is in, and ends with an error; started again, it goes
+on from there. Sampling and judging keep every finished batch and need no warning.
+"""
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+import torch
+
+from salmon import distributed
+from salmon.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_asked = threading.Event()
+
+
+class Stopped(UserError):
+    """The work is not done, and is kept up to here."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by SIGTERM after step {step}; a checkpoint is written: start again to go on from it")
+
+
+def listen() -> None:
+    """From now on SIGTERM is a request, which `asked` tells."""
+    _asked.clear()
+    signal.signal(signal.SIGTERM, _ask)
+
+
+def asked(device: torch.device) -> bool:
+    """Whether any rank was asked to stop. All ranks call this, and all get the same answer."""
+    return distributed.sum_over_ranks(torch.tensor(float(_asked.is_set()), device=device)).item() > 0
+
+
+def _ask(_: int, __: FrameType | None) -> None:
+    if not _asked.is_set():
+        log.warning("SIGTERM: stopping after this step, with a checkpoint")
+    _asked.set()
