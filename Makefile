@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo demo-seeds check-demo test lint unit breakages envs graph clean
+.PHONY: demo demo-seeds check-demo test lint unit test-slurm breakages envs graph clean
 
 demo: $(INSTALLED)
 	snakemake --profile profiles/demo
@@ -36,7 +36,12 @@ lint: $(INSTALLED)
 	snakemake --lint
 
 unit: $(INSTALLED)
-	python -m pytest
+	python -m pytest --ignore tests/slurm
+
+# The profile for SLURM on a SLURM that is started for it, and stopped. Needs Debian's packages, and root:
+# apt-get install slurm-wlm slurmdbd munge mariadb-server
+test-slurm: $(INSTALLED)
+	python -m pytest -s tests/slurm
 
 # Every one of a list of deliberate errors has to fail a test.
 breakages: $(INSTALLED)

@@ -123,6 +123,7 @@ def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, 
             "processes, which DeepSpeed needs here"
         )
     distributed.init_deepspeed(device)
+    log.info("ZeRO-%d on %d ranks", config["zero_optimization"]["stage"], distributed.world())
     return config, HfDeepSpeedConfig(config)
 
 

@@ -37,7 +37,11 @@ class Cluster:
         self.folder = folder
         self.host = socket.gethostname().split(".")[0]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": os.pathsep.join([str(folder / "bin"), _PATH]),
+        }
 
     def __enter__(self) -> "Cluster":
         try:
@@ -61,6 +65,7 @@ class Cluster:
         for name in ("log", "state", "database", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         self.folder.chmod(0o755)
+        self._wrap("srun", "scontrol")
         ports = dict(zip(("controller", "accounting", "database", *NODES), free_ports(3 + len(NODES)), strict=True))
         self._configure(ports)
         key = self.folder / "munge.key"
@@ -80,18 +85,43 @@ class Cluster:
                 )
             ),
         )
-        until("munged listens", (self.folder / "munge.socket").exists)
+        self._until("munged listens", (self.folder / "munge.socket").exists)
         self._start_database(ports["database"])
         self.start("slurmdbd")
-        until("slurmdbd answers", lambda: self._works("sacctmgr", "-n", "list", "cluster"))
+        self._until("slurmdbd answers", lambda: self._works("sacctmgr", "-n", "list", "cluster"))
         self.run("sacctmgr", "-i", "add", "cluster", "test")
         self.run("sacctmgr", "-i", "add", "account", "test", "Description=test", "Organization=test")
         self.run("sacctmgr", "-i", "add", "user", "root", "Account=test", "AdminLevel=Admin")
         self.start("slurmctld")
-        until("slurmctld answers", lambda: self._works("scontrol", "ping"))
+        self._until("slurmctld answers", lambda: self._works("scontrol", "ping"))
         for node in NODES:
             self.start(node)
-        until("all nodes are idle", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES))
+        self._until(
+            "all nodes are idle", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES)
+        )
+
+    def fail(self, node: str) -> None:
+        """Let a node fail: its daemon and all that runs on it are gone at once."""
+        self.kill(node)
+        mark = f"SLURMD_NODENAME={node}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:  # it has ended since
+                continue
+
+    def _until(self, what: str, true: Callable[[], object]) -> None:
+        """Wait until something is the case, and no longer than all daemons live."""
+
+        def check() -> object:
+            for name, daemon in self.daemons.items():
+                if daemon.poll() is not None:
+                    said = (self.folder / "log" / f"{name}.out").read_text()[-2000:]
+                    raise RuntimeError(f"{name} ended with status {daemon.returncode}: {said}")
+            return true()
+
+        until(what, check)
 
     def _works(self, *command: str) -> bool:
         return subprocess.run(command, env=self.environment, capture_output=True, check=False).returncode == 0
@@ -110,6 +140,16 @@ class Cluster:
         daemon = self.daemons.pop(name)
         daemon.send_signal(number)
         daemon.wait()
+
+    def _wrap(self, *programs: str) -> None:
+        """Programs that find this cluster also in jobs, out of whose variables the executor takes SLURM_CONF."""
+        (self.folder / "bin").mkdir()
+        for name in programs:
+            wrapper = self.folder / "bin" / name
+            wrapper.write_text(
+                f'#!/bin/sh\nexport SLURM_CONF={self.folder}/slurm.conf\nexec {shutil.which(name, path=_PATH)} "$@"\n'
+            )
+            wrapper.chmod(0o755)
 
     def _daemon(self, name: str, *arguments: str, program: str = "") -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
@@ -144,7 +184,7 @@ class Cluster:
             "--innodb-buffer-pool-size=32M",
             "--innodb-lock-wait-timeout=900",
         )
-        until("the database listens", where.exists)
+        self._until("the database listens", where.exists)
         self.run(
             "mariadb",
             "--no-defaults",
@@ -174,7 +214,7 @@ PidFile={folder}/slurmdbd.pid
 """)
         accounting.chmod(0o600)
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={self.host} NodeAddr=127.0.0.1 Port={ports[node]} CPUs=8 RealMemory=16000"
+            f"NodeName={node} NodeHostname={self.host} NodeAddr=127.0.0.1 Port={ports[node]} CPUs=8 RealMemory=1000000"
             + (f" Gres=gpu:{GPUS}" if node.startswith("gpu") else "")
             for node in NODES
         )
@@ -204,6 +244,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={ports["accounting"]}
 AccountingStoragePass={folder}/munge.socket
 AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_comment
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=2
 MinJobAge=300

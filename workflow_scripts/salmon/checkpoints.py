@@ -42,7 +42,7 @@ def finish(checkpoint: Path) -> None:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint; what an interruption left incomplete is deleted. All ranks call this."""
-    return distributed.broadcast(_newest(folder) if distributed.is_main() else None)  # type: ignore[no-any-return]
+    return distributed.broadcast(_newest(folder) if distributed.is_main() else None)
 
 
 def _newest(folder: Path) -> Path | None:

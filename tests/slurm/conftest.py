@@ -1,0 +1,189 @@
+"""A SLURM for these tests, the demo's configuration in small, and what the local profile makes of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.slurm.cluster import Cluster, missing_programs, until
+
+ROOT = Path(__file__).parents[2]
+
+SITE = {
+    "account": "test",
+    "cpu_partition": "cpu",
+    "gpu_partition": "gpu",
+    "qos": None,
+    "constraint": None,
+    "gres": "gpu",
+    "gpus_per_node": 2,
+    "cpus_per_gpu": 2,
+    "mem_mb_per_gpu": 2000,
+    "policy_nodes": 2,
+    "policy_deepspeed": "profiles/deepspeed/zero2.json",
+    "reward_model_micro_batch_size": 4,
+    "policy_micro_batch_size": 4,
+    "runtime": {"policy": "1h"},
+}
+"""What is swapped for this cluster; the rest is as in profiles/slurm/site.yaml."""
+
+# One run of a few steps, which take seconds.
+SMALL: dict[str, Any] = {
+    "targets": ["policies"],
+    "prompts": {"sources": {"oasst1": {"limit": 48}}},
+    "sampling": {"shards": 2},
+    "aggregation": {"passes": 2},
+    "pmp_data": {"sources": {"shp": {"limit": 80}, "hh_rlhf": {"limit": 80}}},
+    "pmp": {"eval_examples": 16, "batch_size": 16, "save_steps": 2},
+    "reward_model": {"eval_examples": 16, "batch_size": 8, "save_steps": 2},
+    "ppo": {
+        "max_steps": 6,
+        "rollout_batch_size": 16,
+        "minibatch_size": 8,
+        "response_length": 64,
+        "save_steps": 2,
+    },
+    "runs": dict.fromkeys(("concise", "comprehensive", "methodical", "control")),
+}
+
+
+@dataclass
+class Run:
+    """A Snakemake process, and where it logs."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def finish(self, seconds: float = 1200) -> None:
+        """Wait for its end, which has to be a good one."""
+        assert self.process.wait(timeout=seconds) == 0, self.log.read_text()[-6000:]
+
+
+@dataclass
+class World:
+    """A cluster, a configuration, and a folder of results."""
+
+    cluster: Cluster
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    def site(self, name: str, **changes: Any) -> str:
+        """A site file."""
+        base = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merge(base, merge(SITE, changes))))
+        return str(path)
+
+    def command(self, profile: str, results: Path, *arguments: str, **config: Any) -> list[str]:
+        """The command line of a run of the small configuration; what is added makes the tests' waiting shorter."""
+        file = self.folder / f"{results.name}.config.yaml"
+        file.write_text(yaml.safe_dump(merge(SMALL | {"pathvars": {"results": str(results)}}, config)))
+        line = [sys.executable, "-m", "snakemake", "--profile", f"profiles/{profile}", "--nolock", *arguments]
+        if profile == "slurm":
+            line += [
+                "--slurm-init-seconds-before-status-checks",
+                "3",
+                "--slurm-logdir",
+                str(results / "logs" / "slurm"),
+            ]
+        return [*line, "--configfile", "demo/config.yaml", str(file)]
+
+    @contextmanager
+    def started(self, site: str, *arguments: str, results: Path | None = None, **config: Any) -> Iterator[Run]:
+        """`snakemake --profile profiles/slurm`, started; at the end it has to be over, or is ended."""
+        log = self.folder / "snakemake.log"
+        process = subprocess.Popen(
+            self.command("slurm", results or self.results, *arguments, **config),
+            cwd=ROOT,
+            env=self.cluster.environment | {"SALMON_SITE": site},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield Run(process, log)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def run(self, site: str, *arguments: str, results: Path | None = None, **config: Any) -> None:
+        """The same, to its end."""
+        with self.started(site, *arguments, results=results, **config) as run:
+            run.finish()
+
+    def running(self, rule: str) -> str:
+        """Number of the running job of a rule; waits for it."""
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = [
+                line.split()[0]
+                for line in self.cluster.run("squeue", "-h", "-t", "RUNNING", "-o", "%i %k").splitlines()
+                if line.split()[1].startswith(f"rule_{rule}")
+            ]
+            return bool(found)
+
+        until(f"a job of {rule} runs", look, 300)
+        return found[0]
+
+    def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:
+        """Sacct's table of all jobs so far."""
+        return self.cluster.run("sacct", "-X", "-D", "-n", "-P", "-S", "now-1hours", f"--format={fields}")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """One dictionary read over another, key by key."""
+    found = dict(base)
+    for name, value in changes.items():
+        old = found.get(name)
+        found[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running SLURM; without its programs these tests fail, because to skip them would say nothing."""
+    missing = missing_programs()
+    assert not missing, f"not installed: {missing}; see docs/slurm.md"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped then, too
+    # Not among pytest's folders, which munged finds too private.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(cluster, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def local(world: World) -> Path:
+    """Results of the local profile: one process a job, no DeepSpeed."""
+    results = world.folder / "local"
+    done = subprocess.run(world.command("demo", results), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return results
+
+
+@pytest.fixture(scope="session")
+def whole(world: World) -> Path:
+    """Results of the whole DAG on SLURM."""
+    world.run(world.site("site"))
+    return world.results
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,157 @@
+"""The profile for SLURM, on a real one: the whole DAG, and what goes wrong on clusters."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from tests.slurm.cluster import until
+from tests.slurm.conftest import World
+
+# Columns that differ in their last bits between one process and several.
+TABLES: dict[str, list[str]] = {
+    "prompts/oasst1": [],
+    "responses/response0": [],
+    "responses/response1": [],
+    "preferences/preferences": ["s12", "s21"],
+    "reward_data/pmp": [],
+    "reward_data/principle_preferences": ["scores"],
+    "prompts/rl": [],
+}
+
+
+def metrics(policy: Path) -> list[dict[str, float]]:
+    """Metrics of every step."""
+    return [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluation(model: Path) -> dict[str, Any]:
+    """How a reward model did on its held-out records."""
+    found: dict[str, Any] = json.loads((model / "metrics.json").read_text())["evaluation"]
+    return found
+
+
+def contains(file: Path, pattern: str) -> bool:
+    """Whether a log has got a line like this."""
+    return file.exists() and re.search(pattern, file.read_text()) is not None
+
+
+def states(world: World, rule: str) -> list[str]:
+    """How each attempt of a rule's jobs ended, in their order."""
+    rows = (line.split("|") for line in world.jobs("Comment%80,State").splitlines())
+    return [state.split()[0] for comment, state in rows if comment.startswith(f"rule_{rule}")]
+
+
+def test_the_whole_dag(world: World, whole: Path, local: Path) -> None:
+    """Data rules on the CPU partition, one node for reward models, two nodes for PPO with ZeRO-2."""
+    print(f"\n{world.jobs()}")
+    rows = [line.split("|") for line in world.jobs("Comment%80,Partition,NNodes,State").splitlines()]
+    for comment, partition, nodes, state in rows:
+        on_gpus = re.match("rule_(sample|judge|train)", comment)
+        assert partition == ("gpu" if on_gpus else "cpu"), comment
+        assert nodes == ("2" if "train_policy" in comment else "1"), comment
+        assert state == "COMPLETED", comment
+    for name, rounded in TABLES.items():
+        found, expected = (pl.read_parquet(results / f"{name}.parquet") for results in (whole, local))
+        assert found.drop(rounded).equals(expected.drop(rounded)), name
+        for column in rounded:
+            difference = (found[column].explode() - expected[column].explode()).abs().max()
+            assert difference is not None
+            assert difference < 1e-4, (name, column)
+    for name in ("pmp", "reward_model"):
+        one, other = (evaluation(results / "models" / name) for results in (whole, local))
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02), name
+    one, other = (metrics(results / "runs" / "default" / "policy") for results in (whole, local))
+    assert len(one) == len(other) == 6
+    assert one[0]["response_tokens"] == other[0]["response_tokens"]
+    assert one[0]["score"] == pytest.approx(other[0]["score"], abs=0.05)
+
+
+def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
+    """Two nodes x two ranks again, by naming the one artifact, in results of their own that share the reward model."""
+    expected = metrics(whole / "runs" / "default" / "policy")
+    (whole / "runs" / "default").rename(whole / "runs" / "kept")
+    try:
+        world.run(world.site("zero3", policy_deepspeed="profiles/deepspeed/zero3.json"), "policy")
+        found = metrics(whole / "runs" / "default" / "policy")
+        log = (whole / "logs" / "runs" / "default" / "train_policy.log").read_text()
+    finally:
+        (whole / "runs" / "kept" / "policy").rename(whole / "runs" / "kept-policy")
+    assert "ZeRO-3 on 4 ranks" in log
+    for one, other in zip(found, expected, strict=True):
+        for name in ("score", "kl_sequence", "response_tokens", "value_loss"):
+            assert one[name] == pytest.approx(other[name], rel=1e-2, abs=1e-3), name
+
+
+def test_the_time_limit_in_ppo(world: World, whole: Path) -> None:
+    """SLURM's notice makes it write a checkpoint; the next attempt goes on from there and repeats no step."""
+    run = {"limited": {"ppo": {"max_steps": 60, "save_steps": 1000}}}
+    site = world.site("limited", runtime={"policy": "2m"}, notice=30)
+    policy = whole / "runs" / "limited" / "policy"
+    world.run(site, str(policy), runs=run)
+    assert [line["step"] for line in metrics(policy)] == list(range(1, 61))
+    log = (whole / "logs" / "runs" / "limited" / "train_policy.log").read_text()
+    stops = re.findall(r"stopped by SIGTERM after step (\d+)", log)
+    assert stops
+    assert set(stops) <= set(re.findall(r"going on after step (\d+)", log))
+    done = re.findall(r"INFO step (\d+)/60:", log)
+    print(f"\ntime limit in PPO: stopped after {sorted(set(stops))}; {len(done) - 60} of 60 steps repeated")
+    assert len(done) == 60
+
+
+def test_a_node_fails_in_reward_model_training(world: World, whole: Path) -> None:
+    """SLURM puts the job on another node, where it goes on from its last checkpoint."""
+    run = {"long": {"reward_model": {"epochs": 12.0, "save_steps": 5}}}
+    home = whole / "runs" / "long"
+    log = whole / "logs" / "runs" / "long" / "train_reward_model.log"
+    with world.started(world.site("site"), str(home / "models" / "reward_model"), runs=run) as snakemake:
+        job = world.running("train_reward_model")
+        until("a checkpoint", lambda: list(home.glob("models/.work/reward_model/checkpoint-*/whole")), 300)
+        node = world.cluster.run("squeue", "-h", "-j", job, "-o", "%N")
+        world.cluster.fail(node)
+        try:
+            until("the job runs elsewhere", lambda: contains(log, "going on after step"), 300)
+        finally:
+            world.cluster.start(node)
+        snakemake.finish()
+    said = log.read_text()
+    resumed = [int(step) for step in re.findall(r"going on after step (\d+)", said)]
+    print(f"\nnode {node} failed in RM training: resumed after step {resumed}; {states(world, 'train_reward_model')}")
+    steps = json.loads((home / "models" / "reward_model" / "metrics.json").read_text())["training"]
+    assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
+    assert min(resumed) >= 5
+
+
+def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: World, local: Path) -> None:
+    """Sampling in its own results: what was sampled is not sampled again."""
+    results = world.folder / "faulty"
+    site = world.site("small-batches", sampling_batch_size=2)
+    table = results / "responses" / "response0.parquet"
+    shards = results / "responses" / "response0.shards"
+    with world.started(site, str(table), results=results) as snakemake:
+        until("parts of a shard", lambda: list(shards.glob(".work/*/part-*.parquet")), 300)
+        job = world.running("sample_responses")
+        world.cluster.run("scancel", job)
+        world.cluster.kill("slurmdbd")
+        time.sleep(60)
+        world.cluster.start("slurmdbd")
+        snakemake.finish()
+    print(f"\nscancel of {job}, accounting gone for a minute: {states(world, 'sample_responses')}")
+    assert table.read_bytes() == (local / "responses" / "response0.parquet").read_bytes()
+
+    other = results / "responses" / "response1.parquet"
+    before = len(states(world, "sample_responses"))
+    with world.started(site, str(other), results=results) as snakemake:
+        world.running("sample_responses")
+        os.killpg(snakemake.process.pid, signal.SIGKILL)
+    until("the jobs end", lambda: world.cluster.run("squeue", "-h") == "", 300)
+    world.run(site, str(other), results=results)
+    attempts = len(states(world, "sample_responses")) - before
+    print(f"head killed and started again: {attempts} jobs for 2 shards")
+    assert attempts == 2
+    assert other.read_bytes() == (local / "responses" / "response1.parquet").read_bytes()

@@ -1,0 +1,118 @@
+"""The SLURM profile: what every rule of the paper's configuration asks SLURM for, in the executor's own words.
+
+That SLURM takes it, and what it makes of it, is tested on a real one (tests/slurm).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+ROOT = Path(__file__).parents[1]
+CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
+EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # a task a GPU: 64 CPUs on a node
+EXPECTED = {
+    "clean_prompts": CPU,
+    "clean_pmp_data": CPU,
+    "clean_rl_prompts": CPU,
+    "gather_responses": CPU,
+    "gather_preferences": CPU,
+    "aggregate_preferences": CPU,
+    "sample_responses": f"-p gpu -t 360 --mem 512000 --nodes=1 {EIGHT} --gres=gpu:8",
+    "judge_preferences": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --gres=gpu:8",
+    "train_pmp": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
+    "train_reward_model": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
+    "train_policy": f"-p gpu -t 1440 --mem 512000 --nodes=6 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
+}
+
+
+class Resources(dict[str, Any]):
+    """Resources as the executor sees them: by name, and as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def jobs(site: Path | None = None) -> Iterator[tuple[str, Resources]]:
+    """Rule and resources of every job of the paper's run, from a dry run with the profile."""
+    environment = os.environ | ({"SALMON_SITE": str(site)} if site else {})
+    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n", "policies"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
+    for rule, body in found:
+        words = re.search(r"resources: (.*)", body)
+        assert words, rule
+        pairs = (pair.split("=", 1) for pair in re.split(r", (?=\w+=)", words[1]))
+        yield rule, Resources({name: int(value) if value.lstrip("-").isdigit() else value for name, value in pairs})
+
+
+def submit_line(rule: str, resources: Resources) -> str:
+    """What the executor would call, without what it adds for itself."""
+    job = SimpleNamespace(name=rule, resources=resources, threads=1)
+    params = {
+        "run_uuid": "uuid",
+        "slurm_logfile": "log",
+        "comment_str": rule,
+        "account": f"-A {resources['slurm_account']}" if "slurm_account" in resources else "",
+        "partition": f"-p {resources['slurm_partition']}",
+        "workdir": None,
+    }
+    line = get_submit_command(job, params) + set_gres_string(job)
+    return " ".join(line.split("--comment", 1)[1].split()[1:])
+
+
+def minutes(value: Any) -> Any:
+    """Run times as the executor gets them."""
+    return int(value[:-1]) * 60 if isinstance(value, str) and value.endswith("h") else value
+
+
+def test_every_rule_asks_for_what_the_paper_ran_on() -> None:
+    seen: dict[str, str] = {}
+    for rule, resources in jobs():
+        resources["runtime"] = minutes(resources["runtime"])
+        seen[rule] = submit_line(rule, resources)
+    del seen["policies"]  # a target, which has no job of its own
+    assert seen == EXPECTED
+
+
+def test_the_site_file_is_the_only_place_to_edit(tmp_path: Path) -> None:
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    site |= {"account": "lab", "gpu_partition": "a100", "gres": "gpu:a100", "gpus_per_node": 1, "policy_nodes": 2}
+    site |= {"qos": "long", "constraint": "ib", "tensor_parallel": True, "cpu_partition": "serial"}
+    site |= {"policy_deepspeed": "profiles/deepspeed/zero3.json"}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    found = dict(jobs(tmp_path / "site.yaml"))
+    policy = found["train_policy"]
+    line = submit_line("train_policy", policy)
+    for words in (
+        "-A lab",
+        "--gres=gpu:a100:1",
+        "-p a100",
+        "-C ib",
+        "--qos=long",
+        "--nodes=2",
+        "--ntasks-per-node=2 --cpus-per-task=4",
+    ):
+        assert words in line, words
+    assert (policy["ranks"], policy["deepspeed"]) == (1, "profiles/deepspeed/zero3.json")
+    assert found["sample_responses"]["tensor_parallel"] == found["judge_preferences"]["tensor_parallel"] == "true"
+    assert "-p serial" in submit_line("clean_prompts", found["clean_prompts"])
+
+
+@pytest.mark.parametrize("nodes", ["2", "3"])
+def test_several_nodes_need_slurm(nodes: str) -> None:
+    """Rather than a run on one node that looks like one on several."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    line = ["bash", "workflow_scripts/launch.sh", nodes, "1", "1", "script.py"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{nodes} nodes need SLURM" in done.stderr
