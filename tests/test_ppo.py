@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -734,6 +735,26 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
     assert "going on after step 3" in log
     assert (output / "adapter_model.safetensors").read_bytes() == (policy / "adapter_model.safetensors").read_bytes()
     assert read_metrics(output) == read_metrics(policy)
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_half_checkpoint(world: World, policy: Path, tmp_path: Path) -> None:
+    """Files of at most 20,000 bytes stand for the full disk: weights do not fit, metrics do."""
+    output = tmp_path / "policy"
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert not output.exists()
+    assert not list((tmp_path / ".work" / "policy").glob("checkpoint-*/whole"))
+    status, log = run(world.arguments(output))  # there is room again
+    assert status == 0, log
+    assert "is incomplete" in log
+    assert (output / "adapter_model.safetensors").read_bytes() == (policy / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The script that samples responses: what it writes, and that nothing but the settings decides it."""
 
 import json
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,21 @@ def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, 
     done = subprocess.run(command(sample_responses, together, *TORCHRUN), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert pl.read_parquet(work / "two.parquet").equals(expected)
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_half_table(work: Path, model: config.Model) -> None:
+    """Files of at most 1,000 bytes stand for the full disk."""
+    done = subprocess.run(
+        command(sample_responses, options(work, model)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert not (work / "out.parquet").exists()
+    assert not list((work / ".work").rglob("part-*.parquet"))
 
 
 def test_bad_prompts(work: Path, model: config.Model) -> None:
