@@ -633,6 +633,23 @@ def test_two_ranks_of_deepspeed_train_the_policy_of_one(world: World, policy: Pa
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(world: World, tmp_path: Path) -> None:
+    """NF4 and bfloat16, as the paper's run: two ranks with shards of the model, and two that hold it whole."""
+    model = world.model.model_copy(update={"quantization": "nf4", "dtype": "bfloat16"})
+    for name, more in (("whole", {}), ("shards", {"deepspeed": SCRIPTS.parent / "profiles/deepspeed/zero3.json"})):
+        arguments = world.arguments(tmp_path / name, {"model": model.model_dump_json(), **more}, max_steps=1)
+        line = ["bash", SCRIPTS / "launch.sh", "1", "2", "2", SCRIPTS / "train_policy.py", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    (one,), (two,) = (read_metrics(tmp_path / name) for name in ("whole", "shards"))
+    for name in ("score", "response_tokens", "kl_sequence", "value_error"):  # as it was before the first update
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    # Means over four updates; in bfloat16 the second is already another one in its last bits.
+    for name in ("gradient_norm", "value_loss", "policy_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-2), name
+
+
 # Rank 1 is asked to stop in the middle of the third step.
 STOPPED = """
 import os, signal, train_policy

@@ -444,6 +444,22 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     assert metrics["evaluation"]["loss"] == pytest.approx(trained["metrics"]["evaluation"]["loss"], rel=1e-3)
 
 
+def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
+    """NF4 and bfloat16, as the paper's run."""
+    arguments = trained["arguments"] | {"micro_batch_size": 2}
+    arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
+    arguments["settings"] = arguments["settings"] | {"epochs": 0.4}
+    logged = []
+    for name, deepspeed in (("whole", {}), ("shards", {"deepspeed": str(ROOT / "profiles/deepspeed/zero3.json")})):
+        line = command(arguments | {"output": str(tmp_path / name), **deepspeed}, ranks=2)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logged.append(json.loads((tmp_path / name / "metrics.json").read_text())["training"])
+    for expected, found in zip(*logged, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
+
+
 def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 3}
     with pytest.raises(UserError, match=r"batch_size 8 .* micro_batch_size 3 x 1"):

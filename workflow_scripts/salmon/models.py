@@ -157,6 +157,8 @@ def _divide(policy: nn.Module) -> nn.Module:
     """Keep this rank's part of every layer (DeepSpeed's AutoTP), on its device."""
     import deepspeed
 
+    whole = sum(parameter.numel() for parameter in policy.parameters())
+
     os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # DeepSpeed's all-reduce on a CPU crashes without it
     divided: nn.Module = deepspeed.init_inference(
         policy,
@@ -164,6 +166,11 @@ def _divide(policy: nn.Module) -> nn.Module:
         dtype=policy.dtype,
         replace_with_kernel_inject=False,
     ).module
+    if sum(parameter.numel() for parameter in divided.parameters()) == whole:
+        raise UserError(
+            f"DeepSpeed divides no layer of a {type(policy).__name__} among {distributed.world()} GPUs: leave "
+            "tensor_parallel out, or take a number of GPUs that divides the model's attention heads"
+        )
     return divided
 
 
