@@ -60,7 +60,7 @@ class Arguments(script.Arguments):
     reward_model: Path | None = Field(None, description="folder of the reward model")
     pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
-    pairs: int = Field(150, ge=1, description="pairs of the initial policy's answers that are judged")
+    pairs: int = Field(120, ge=1, description="pairs of the initial policy's answers that are judged")
     split: world.Split = Field("held_out", description="instructions and subjects of which split")
     seed: int = 0
     threads: int = 2
@@ -308,14 +308,10 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
     if {"concise", "comprehensive"} <= set(policies):
         found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
     for dimension in STEERED:
-        gains = {
-            name: numbers["oracles"][dimension] - policies["initial"]["oracles"][dimension]
-            for name, numbers in policies.items()
-        }
-        if dimension.lower() in gains:
-            found[f"gain_{dimension.lower()}"] = gains[dimension.lower()]
-        if "control" in gains:
-            found["gain_control"] = max(found.get("gain_control", -100.0), gains["control"])
+        for run in (dimension.lower(), "control"):
+            if run in policies:
+                gain = policies[run]["oracles"][dimension] - policies["initial"]["oracles"][dimension]
+                found["gain_" + (run if run != "control" else f"control_{dimension.lower()}")] = gain
     return found
 
 

@@ -444,7 +444,7 @@ def test_sign_flips_turn_the_deciding_principle_only():
 
 def evaluation(**headline):
     numbers = {"oracles": {"Concise": 50.0}, "words": [3, 5], "mean_words": 4.0, "kl": 0.0}
-    reached = {target.name: target.bound if target.name != "gain_control" else 0.0 for target in report.TARGETS}
+    reached = {target.name: target.bound if not target.control else 0.0 for target in report.TARGETS}
     return {"headline": reached | headline, "policies": {"initial": numbers}, "judge": {"Concise": {"right": 0.9}}}
 
 
@@ -456,7 +456,7 @@ def test_report_gives_means_and_ranges_and_names_what_was_missed():
     for target in report.TARGETS:
         if not target.demand():
             continue
-        bad = 50.0 if target.name == "gain_control" else 0.0
+        bad = 50.0 if target.control else 0.0
         for loose in (False, True):
             lines = report.missed(evaluation(**{target.name: bad}), loose)
             assert [target.label in line for line in lines] == [True] * (not loose or target.loose is not None)
