@@ -136,7 +136,7 @@ class World:
             ]
             return bool(found)
 
-        until(f"a job of {rule} runs", look, 300)
+        until(f"a job of {rule} runs", look, 600)
         return found[0]
 
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:

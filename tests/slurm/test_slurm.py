@@ -111,11 +111,11 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path) -> Non
     log = whole / "logs" / "runs" / "long" / "train_reward_model.log"
     with world.started(world.site("site"), str(home / "models" / "reward_model"), runs=run) as snakemake:
         job = world.running("train_reward_model")
-        until("a checkpoint", lambda: list(home.glob("models/.work/reward_model/checkpoint-*/whole")), 300)
+        until("a checkpoint", lambda: list(home.glob("models/.work/reward_model/checkpoint-*/whole")), 600)
         node = world.cluster.run("squeue", "-h", "-j", job, "-o", "%N")
         world.cluster.fail(node)
         try:
-            until("the job runs elsewhere", lambda: contains(log, "going on after step"), 300)
+            until("the job runs elsewhere", lambda: contains(log, "going on after step"), 600)
         finally:
             world.cluster.start(node)
         snakemake.finish()
@@ -134,7 +134,7 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     table = results / "responses" / "response0.parquet"
     shards = results / "responses" / "response0.shards"
     with world.started(site, str(table), results=results) as snakemake:
-        until("parts of a shard", lambda: list(shards.glob(".work/*/part-*.parquet")), 300)
+        until("parts of a shard", lambda: list(shards.glob(".work/*/part-*.parquet")), 600)
         job = world.running("sample_responses")
         world.cluster.run("scancel", job)
         world.cluster.kill("slurmdbd")
@@ -149,7 +149,7 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     with world.started(site, str(other), results=results) as snakemake:
         world.running("sample_responses")
         os.killpg(snakemake.process.pid, signal.SIGKILL)
-    until("the jobs end", lambda: world.cluster.run("squeue", "-h") == "", 300)
+    until("the jobs end", lambda: world.cluster.run("squeue", "-h") == "", 600)
     world.run(site, str(other), results=results)
     attempts = len(states(world, "sample_responses")) - before
     print(f"head killed and started again: {attempts} jobs for 2 shards")
