@@ -15,9 +15,9 @@ if [[ $1 == --rank ]]; then # srun has started this process: one rank of a step
     head=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     # The address by which SLURM itself reaches the node; its name need not resolve.
     MASTER_ADDR=$(scontrol --oneliner show node "$head" | sed -E 's/.* NodeAddr=([^ ]+).*/\1/')
-    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs may share a node
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks
-    threads=$(nproc)
+    threads=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # of the job, not what Snakemake took for the threads
     shift 4
 else
     nodes=$1 ranks=$2 threads=$3
@@ -33,6 +33,7 @@ else
 fi
 
 export OMP_NUM_THREADS=$((threads > ranks ? threads / ranks : 1))
+export MKL_NUM_THREADS=$OMP_NUM_THREADS
 # Threads that wait spin for only a moment: with the usual 300,000 rounds, one more busy process on the machine makes
 # training of small models on a CPU up to a hundred times slower; with this number alone it is as fast as before.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}

@@ -1,7 +1,7 @@
 """Train a reward model on preference records: its pre-training (PMP), and the principle-following stage.
 
 Bradley-Terry loss on pairs, QLoRA, a linear head on the last token (paper section 3.3); see
-`salmon/reward_model.py`. Runs on one process, or on several under torchrun, with or without DeepSpeed; the
+`salmon/reward_model.py`. Runs on one process, or on several ranks, with or without DeepSpeed; the
 result is that of the global batch, however it is spread. Interrupted, it goes on from its last checkpoint.
 """
 

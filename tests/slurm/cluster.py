@@ -7,6 +7,7 @@ until it is interrupted, and says how to reach it.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sacctmgr", "sbatch")
@@ -40,6 +42,7 @@ class Cluster:
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
+            "SALMON_CLUSTER": str(folder),  # by which its jobs' processes are known
             "PATH": os.pathsep.join([str(folder / "bin"), _PATH]),
         }
 
@@ -103,13 +106,18 @@ class Cluster:
     def fail(self, node: str) -> None:
         """Let a node fail: its daemon and all that runs on it are gone at once."""
         self.kill(node)
-        mark = f"SLURMD_NODENAME={node}".encode()
+        marks = {f"SLURMD_NODENAME={node}".encode(), f"SALMON_CLUSTER={self.folder}".encode()}
+        doomed = set()
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGKILL)
-            except OSError:  # it has ended since
-                continue
+            with suppress(OSError):  # it has ended since
+                if marks <= set((process / "environ").read_bytes().split(b"\0")):
+                    parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                    doomed.add(int(process.name))
+                    if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
+                        doomed.add(int(parent))
+        for number in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
     def _until(self, what: str, true: Callable[[], object]) -> None:
         """Wait until something is the case, and no longer than all daemons live."""
@@ -247,6 +255,7 @@ AccountingStorageTRES=gres/gpu
 AccountingStoreFlags=job_comment
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=2
+FirstJobId={random.randrange(1, 12000)}
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 KillWait=5
@@ -307,6 +316,8 @@ def main() -> int:
             f"not installed: {', '.join(missing)}; apt-get install slurm-wlm slurmdbd munge mariadb-server\n"
         )
         return 1
+    if "--check" in sys.argv:
+        return 0
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)) as cluster:
         sys.stdout.write(f"{cluster.run('sinfo')}\n\nexport SLURM_CONF={folder}/slurm.conf   # Ctrl-C here stops it\n")
         sys.stdout.flush()

@@ -1,6 +1,5 @@
 """A SLURM for these tests, the demo's configuration in small, and what the local profile makes of it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -141,7 +140,7 @@ class World:
 
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:
         """Sacct's table of all jobs so far."""
-        return self.cluster.run("sacct", "-X", "-D", "-n", "-P", "-S", "now-1hours", f"--format={fields}")
+        return self.cluster.run("sacct", "-X", "-D", "-n", "-P", "-S", "now-1days", f"--format={fields}")
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +182,3 @@ def whole(world: World) -> Path:
     """Results of the whole DAG on SLURM."""
     world.run(world.site("site"))
     return world.results
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())

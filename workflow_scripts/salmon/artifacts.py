@@ -44,15 +44,21 @@ def atomic(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
+        flush(temporary)
         if temporary.is_dir():
             remove(path)
-        else:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         remove(temporary)
         raise
+
+
+def flush(path: Path) -> None:
+    """Put a file, or all files of a folder, on the disk, so that a machine that fails leaves none of them empty."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def remove(path: Path) -> None:

@@ -4,10 +4,11 @@ A file in the folder says that all have; without it the folder is what an interr
 """
 
 import logging
+import os
 from pathlib import Path
 
 from salmon import distributed
-from salmon.artifacts import remove
+from salmon.artifacts import flush, remove
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def new(folder: Path, step: int) -> Path:
 def finish(checkpoint: Path) -> None:
     """Say that a checkpoint is whole, and delete all but the newest. All ranks call this."""
     distributed.barrier()  # all have written their part
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine, whose memory may hold what is not on the disk yet
+        flush(checkpoint)
+    distributed.barrier()
     if distributed.is_main():
         (checkpoint / WHOLE).touch()
         for old in _sorted(checkpoint.parent)[:-KEPT]:

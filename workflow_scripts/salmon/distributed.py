@@ -1,4 +1,4 @@
-"""Ranks: one process a GPU (or a few on the CPU), started by `launch.sh` through torchrun."""
+"""Ranks: one process a GPU (or a few on the CPU), started by `launch.sh` through srun or torchrun."""
 
 import os
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from salmon.errors import UserError
 
 
 def init() -> torch.device:
-    """Join the process group that torchrun's variables describe, if any.
+    """Join the process group that the variables of torchrun or launch.sh describe, if any.
 
     Returns:
         The device of this rank: its own GPU, or the CPU where there is none.
@@ -21,7 +21,7 @@ def init() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # also for a group of one, which DeepSpeed needs
         # Tensors stay where they are: those on the CPU go over gloo, also where there are GPUs. Ranks wait for the
         # slowest to load its model or to sample its share, which may take longer than the usual ten minutes.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -30,11 +30,11 @@ def init() -> torch.device:
 
 
 def init_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed join the process group, before ZeRO-3 asks it for the number of ranks."""
+    """Let DeepSpeed use the process group (of `init`), before ZeRO-3 asks it for the number of ranks."""
+    if not dist.is_initialized():
+        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
     import deepspeed
 
-    if "RANK" not in os.environ:
-        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 

@@ -116,7 +116,11 @@ class ShardedOptimizer:
 
     def load(self, folder: Path) -> None:
         """See `Optimizer`."""
-        self.engine.load_checkpoint(str(folder), tag="shards", load_module_strict=False, load_lr_scheduler_states=False)
+        found, _ = self.engine.load_checkpoint(
+            str(folder), tag="shards", load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if found is None:
+            raise UserError(f"DeepSpeed cannot read {folder}; delete it, and training goes on from the one before it")
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Optimizer`."""

@@ -20,9 +20,9 @@ def left_to_do(work: WorkFolder, mark: str, keys: Sequence[str], schema: Mapping
     """Open the work folder, and find the places of the keys of which it holds no row. All ranks call this."""
     if distributed.is_main():
         work.open(mark)
-    distributed.barrier()
-    done = set(work.read_parts(schema)["prompt_id"])
-    distributed.barrier()  # before a rank that is ahead adds a part, which would form other batches elsewhere
+    # One rank looks for all: other nodes may not see yet what is in the folder, and would form other batches.
+    found = work.read_parts(schema)["prompt_id"].to_list() if distributed.is_main() else None
+    done = set(distributed.broadcast(found))
     return [place for place, key in enumerate(keys) if key not in done]
 
 
