@@ -609,15 +609,17 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
         assert found["response_tokens"] == expected["response_tokens"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_of_deepspeed_train_the_policy_of_one(world: World, policy: Path, tmp_path: Path, stage: int) -> None:
-    """ZeRO-2 and ZeRO-3 take the steps of one process; stopped and started again as well."""
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2), (2, 1)])
+def test_ranks_of_deepspeed_train_the_policy_of_one_process(
+    world: World, policy: Path, tmp_path: Path, stage: int, ranks: int
+) -> None:
+    """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well."""
     output = tmp_path / "policy"
     arguments = world.arguments(output, {"deepspeed": SCRIPTS.parent / "profiles" / "deepspeed" / f"zero{stage}.json"})
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
 
     def start(program: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-        line = ["bash", SCRIPTS / "launch.sh", "1", "2", "2", *program, *arguments]
+        line = ["bash", SCRIPTS / "launch.sh", "1", str(ranks), "2", *program, *arguments]
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
     (tmp_path / "stopped.py").write_text(STOPPED)
