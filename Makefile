@@ -24,7 +24,7 @@ SEEDS = 1 2
 demo-seeds: demo
 	$(foreach seed,$(SEEDS),snakemake --profile profiles/demo $(call FIRST,results/demo-$(seed)) \
 		--config seed=$(seed) "pathvars={results: results/demo-$(seed)}" &&) true
-	python demo/summary.py results/demo $(SEEDS:%=results/demo-%)
+	python demo/summary.py results/demo $(SEEDS:%=results/demo-%) --check
 
 # Bounds for one seed, looser than those of the table (demo/report.py).
 check-demo: demo
@@ -69,4 +69,4 @@ $(INSTALLED): $(wildcard envs/*.txt)
 	touch $@
 
 clean:
-	rm -rf results .snakemake
+	rm -rf results/demo results/demo-*

@@ -8,7 +8,7 @@ and what one reward model makes of the policies whose runs differ in their princ
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ log = logging.getLogger("salmon.evaluate_demo")
 
 BATCH = 64
 Judgements = Sequence[Sequence[tuple[float, float]] | None]
-STEERED = ("Concise", "Comprehensive", "Methodical")
 
 
 class Arguments(script.Arguments):
@@ -291,30 +290,6 @@ def describe(instructions: Sequence[str], answers: Sequence[Answer], kl: float) 
     }
 
 
-def headline(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the demo has to reach (`report.TARGETS`)."""
-    judge = [numbers["right"] for numbers in results["judge"].values()]
-    found = {"judge_mean": float(np.mean(judge)), "judge_worst": min(judge)}
-    for stage, prefix in (("pmp", "pmp"), ("reward_model", "reward")):
-        for kind in ("plain", "negated"):
-            if stage in results:
-                found[f"{prefix}_{kind}"] = float(np.mean([numbers[kind] for numbers in results[stage].values()]))
-    if "sign_flips" in results:
-        found["reward_flips"] = float(np.mean([numbers["flips"] for numbers in results["reward_model"].values()]))
-        found["drawn_flips"] = results["sign_flips"]["flips"]
-        found["summed_judgements_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
-        found["summed_oracles_flips"] = results["sign_flips"]["flips_of_summed_oracles"]
-    policies = results.get("policies", {})
-    if {"concise", "comprehensive"} <= set(policies):
-        found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
-    for dimension in STEERED:
-        for run in (dimension.lower(), "control"):
-            if run in policies:
-                gain = policies[run]["oracles"][dimension] - policies["initial"]["oracles"][dimension]
-                found["gain_" + (run if run != "control" else f"control_{dimension.lower()}")] = gain
-    return found
-
-
 def measure_judge(
     arguments: Arguments, model: torch.nn.Module, tokenizer: Any, judged: Sequence[principles.JudgedPrinciple]
 ) -> tuple[list[Pair], Judgements]:
@@ -384,7 +359,7 @@ def main(arguments: Arguments) -> None:
         results["sign_flips"] = sign_flips(reader, pairs, judgements, judged, arguments.aggregation)
         log.info("reward model, drawn records: %s", results["sign_flips"])
     results["policies"] = measure_policies(arguments, model, tokenizer)
-    results = {"headline": headline(results), **results}
+    results = {"headline": report.headline(results), **results}
     steps = {}
     for policy in arguments.policies:
         inputs[str(policy)] = artifacts.hash_path(policy)

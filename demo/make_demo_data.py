@@ -1,6 +1,6 @@
 """Write synthetic stand-ins of the public data sets, in their upstream schemas, about the world of `world.py`.
 
-Instructions are training instructions only; what the demo is measured with is in `held_out.jsonl`.
+Instructions are training instructions only; those of the measurements are in `held_out.jsonl`, for people to read.
 """
 
 import json

@@ -12,53 +12,59 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "salmon"  # so that the same numbers give the same file
 from matplotlib import pyplot  # noqa: E402
 
+STEERED = ("Concise", "Comprehensive", "Methodical")
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A number that the demo has to reach.
+    """A number that the demo measures, and what it has to reach.
 
     Attributes:
-        name: of the number, in `headline` of evaluation.json.
+        name: of the number, in `headline`.
         label: what it is.
-        bound: what it has to reach, or, for the control run, what it must stay below; means over seeds.
-        loose: the same for one seed in the tests, where chance has its part; None where it is not asserted yet.
+        bound: what its mean over seeds has to reach (for the control run: stay below, in either direction); None where
+            it is there to compare with.
+        loose: the same for one seed in the tests, where chance has its part.
         kind: how it is written: a share, a ratio, or points of 100.
     """
 
     name: str
     label: str
-    bound: float
+    bound: float | None
     loose: float | None
     kind: str = "{:.2f}"
 
     @property
     def control(self) -> bool:
-        """Whether the number is one of the control run, which has to stay below its bound."""
+        """Whether the number is one of the control run, which has to stay within its bound."""
         return self.name.startswith("gain_control")
 
     def reached(self, value: float, bound: float) -> bool:
         """Whether the value is on the right side of a bound."""
-        return value < bound if self.control else value >= bound
+        return abs(value) < bound if self.control else value >= bound
 
     def demand(self) -> str:
         """The bound in words; nothing is demanded of a number that is there to compare with."""
-        if self.bound == 0:
+        if self.bound is None:
             return ""
-        return f"{'below' if self.control else 'at least'} {self.kind.format(self.bound)}"
+        if self.control:
+            return f"within {self.bound:.0f} of 0"
+        return f"at least {self.kind.format(self.bound)}"
 
 
 RATIO, POINTS = "{:.2f} x", "{:+.0f}"
 TARGETS = (
     Target("judge_mean", "judge: right where both orders agree, mean over the dimensions", 0.90, 0.85),
     Target("judge_worst", "the same, worst dimension", 0.75, 0.70),
-    Target("pmp_plain", "reward model after PMP, before it learned principles: right by a principle", 0, None),
-    Target("pmp_negated", "the same: right by a negated principle", 0, None),
+    Target("orders_agree", "to compare: how often both orders agree, mean over the dimensions", None, None),
+    Target("pmp_plain", "reward model after PMP, before the judge's records: right by a principle", None, None),
+    Target("pmp_negated", "the same: right by a negated principle", None, None),
     Target("reward_plain", "reward model: right by a principle", 0.85, 0.80),
     Target("reward_negated", "reward model: right by a negated principle", 0.85, 0.80),
-    Target("reward_flips", "reward model: changes its mind when the deciding principle is turned round", 0.85, 0.75),
-    Target("drawn_flips", "the same, among up to two other principles that stay", 0, None),
-    Target("summed_judgements_flips", "to compare: the judge's scores of these principles, added up", 0, None),
-    Target("summed_oracles_flips", "to compare: the oracles' differences, added up", 0, None),
+    Target("reward_flips", "reward model: changes its mind when the one principle shown is turned round", 0.85, 0.75),
+    Target("drawn_flips", "the same for the deciding one, among up to two others that stay", None, None),
+    Target("summed_judgements_flips", "to compare: the judge's scores of these principles, added up", None, None),
+    Target("summed_oracles_flips", "to compare: the oracles' differences, added up", None, None),
     Target("length_ratio", "mean length, policy `comprehensive` over `concise`", 1.8, 1.5, RATIO),
     Target("gain_concise", "policy `concise`: points of conciseness won", 20, 15, POINTS),
     Target("gain_comprehensive", "policy `comprehensive`: points of comprehensiveness won", 20, 5, POINTS),
@@ -66,7 +72,39 @@ TARGETS = (
     Target("gain_control_concise", "policy `control`, no principles: points of conciseness won", 10, 25, POINTS),
     Target("gain_control_comprehensive", "the same: points of comprehensiveness won", 10, 25, POINTS),
     Target("gain_control_methodical", "the same: points of order won", 10, 25, POINTS),
+    Target("least_over_control", "least of what the three won in their own dimension over `control`", 10, 5, POINTS),
 )
+
+
+def headline(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `TARGETS`, as far as they were measured, from what `evaluate_demo` found."""
+    judge = list(results["judge"].values())
+    right = [numbers["right"] for numbers in judge]
+    found = {"judge_mean": statistics.mean(right), "judge_worst": min(right)}
+    found["orders_agree"] = statistics.mean(numbers["orders_agree"] for numbers in judge)
+    for stage, prefix in (("pmp", "pmp"), ("reward_model", "reward")):
+        for kind in ("plain", "negated"):
+            if stage in results:
+                found[f"{prefix}_{kind}"] = statistics.mean(numbers[kind] for numbers in results[stage].values())
+    if "sign_flips" in results:
+        found["reward_flips"] = statistics.mean(numbers["flips"] for numbers in results["reward_model"].values())
+        found["drawn_flips"] = results["sign_flips"]["flips"]
+        found["summed_judgements_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
+        found["summed_oracles_flips"] = results["sign_flips"]["flips_of_summed_oracles"]
+    policies = results.get("policies", {})
+    if {"concise", "comprehensive"} <= set(policies):
+        found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
+    for dimension in STEERED:
+        own = dimension.lower()
+        for run, name in ((own, f"gain_{own}"), ("control", f"gain_control_{own}")):
+            if run in policies:
+                found[name] = policies[run]["oracles"][dimension] - policies["initial"]["oracles"][dimension]
+    over = [
+        found[f"gain_{d.lower()}"] - found[f"gain_control_{d.lower()}"] for d in STEERED if f"gain_{d.lower()}" in found
+    ]
+    if "control" in policies and len(over) == len(STEERED):
+        found["least_over_control"] = min(over)
+    return found
 
 
 def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -97,14 +135,16 @@ def _spread(values: Sequence[float], kind: str) -> str:
     return f"{mean} ({kind.format(min(values))} to {kind.format(max(values))})"
 
 
-def missed(evaluation: Mapping[str, Any], loose: bool) -> list[str]:
-    """What an evaluation does not reach, a line each."""
+def missed(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not reached, a line each: by the means of several seeds, or by one seed, which has looser bounds."""
     found = []
     for target in TARGETS:
-        bound = target.loose if loose else target.bound
-        value = evaluation["headline"].get(target.name)
-        if bound is not None and (value is None or not target.reached(value, bound)):
-            found.append(f"{target.label}: {value}, but the bound is {bound:g}")
+        bound = target.bound if len(evaluations) > 1 else target.loose
+        values = [evaluation["headline"].get(target.name) for evaluation in evaluations]
+        if bound is None:
+            continue
+        if None in values or not target.reached(statistics.mean(values), bound):
+            found.append(f"{target.label}: {values}, but the bound is {bound:g}")
     return found
 
 

@@ -12,7 +12,8 @@ The split: of every group of six, the last two subjects are held out (`HELD_OUT`
 instruction the last two templates. Training instructions join training templates with training subjects;
 held-out instructions join held-out templates with held-out subjects. Answers about held-out subjects occur in
 the text the initial policy is made of (otherwise it could not know them), but only for training templates, and
-no judging, preference or RL prompt ever names a held-out subject as what is asked for.
+no judging of pairs, preference or RL prompt ever names a held-out subject as what is asked for. (Reviews of single
+answers, another of that model's lessons, do: see docs/demo.md.)
 """
 
 from collections.abc import Mapping, Sequence

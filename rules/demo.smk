@@ -40,7 +40,7 @@ rule train_demo_policy:
         "<benchmarks>/train_demo_policy.tsv"
     conda:
         "../envs/model.yaml"
-    threads: 8
+    threads: 2
     shell:
         "python demo/train_demo_policy.py --output {output:q} --threads {threads} > {log:q} 2>&1"
 

@@ -35,4 +35,4 @@ rule train_policy:
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
         " --ppo {params.ppo:q} --sampling-batch-size {resources.sampling_batch_size}"
         " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} >> {log:q} 2>&1"
+        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"

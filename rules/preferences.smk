@@ -32,7 +32,7 @@ rule sample_responses:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
-        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} >> {log:q} 2>&1"
+        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
 
 
 rule judge_preferences:
@@ -66,7 +66,7 @@ rule judge_preferences:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
         " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
-        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} >> {log:q} 2>&1"
+        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
 
 
 rule gather_responses:

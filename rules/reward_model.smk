@@ -52,7 +52,7 @@ rule train_reward_model:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
         " --lora {params.lora:q} --settings {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} >> {log:q} 2>&1"
+        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
 
 
 # The same training with other data, starting from the base model.

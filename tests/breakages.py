@@ -79,7 +79,7 @@ BREAKAGES = (
 
 
 def caught(breakage: Breakage) -> str:
-    """The first test that fails with the breakage in place; empty where none does."""
+    """The first test that fails with the breakage in place, and passes without; empty where there is none."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "results", ".snakemake", "*cache*"))
@@ -87,11 +87,15 @@ def caught(breakage: Breakage) -> str:
         text = file.read_text(encoding="utf-8")
         if text.count(breakage.right) != 1:
             raise ValueError(f"{file.name} has {text.count(breakage.right)} times: {breakage.right}")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         file.write_text(text.replace(breakage.right, breakage.wrong), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *breakage.tests]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0] if failed else ""
+        done = subprocess.run([*command, *breakage.tests], cwd=copy, capture_output=True, text=True, check=False)
+        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+        if not failed:
+            return ""
+        file.write_text(text, encoding="utf-8")
+        whole = subprocess.run([*command, failed[0]], cwd=copy, capture_output=True, check=False)
+        return failed[0] if whole.returncode == 0 else ""
 
 
 def main() -> int:

@@ -138,6 +138,10 @@ class World:
         until(f"a job of {rule} runs", look, 600)
         return found[0]
 
+    def attempts(self, log: Path) -> str:
+        """A rule's log of all attempts: of those that failed Snakemake has shown it, then it begins anew."""
+        return (self.folder / "snakemake.log").read_text() + log.read_text()
+
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:
         """Sacct's table of all jobs so far."""
         return self.cluster.run("sacct", "-X", "-D", "-n", "-P", "-S", "now-1days", f"--format={fields}")

@@ -87,18 +87,18 @@ def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
 
 def test_the_time_limit_in_ppo(world: World, whole: Path) -> None:
     """SLURM's notice makes it write a checkpoint; the next attempt goes on from there and repeats no step."""
-    run = {"limited": {"ppo": {"max_steps": 60, "save_steps": 1000}}}
+    run = {"limited": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
     site = world.site("limited", runtime={"policy": "2m"}, notice=30)
     policy = whole / "runs" / "limited" / "policy"
     world.run(site, str(policy), runs=run)
-    assert [line["step"] for line in metrics(policy)] == list(range(1, 61))
-    log = (whole / "logs" / "runs" / "limited" / "train_policy.log").read_text()
+    assert [line["step"] for line in metrics(policy)] == list(range(1, 25))
+    log = world.attempts(whole / "logs" / "runs" / "limited" / "train_policy.log")
     stops = re.findall(r"stopped by SIGTERM after step (\d+)", log)
     assert stops
     assert set(stops) <= set(re.findall(r"going on after step (\d+)", log))
-    done = re.findall(r"INFO step (\d+)/60:", log)
-    print(f"\ntime limit in PPO: stopped after {sorted(set(stops))}; {len(done) - 60} of 60 steps repeated")
-    assert len(done) == 60
+    done = re.findall(r"INFO step (\d+)/24:", log)
+    print(f"\ntime limit in PPO: stopped after {sorted(set(stops))}; {len(done) - 24} of 24 steps repeated")
+    assert len(done) == 24
 
 
 def test_a_node_fails_in_reward_model_training(world: World, whole: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path) -> Non
         finally:
             world.cluster.start(node)
         snakemake.finish()
-    said = log.read_text()
+    said = world.attempts(log)
     resumed = [int(step) for step in re.findall(r"going on after step (\d+)", said)]
     print(f"\nnode {node} failed in RM training: resumed after step {resumed}; {states(world, 'train_reward_model')}")
     steps = json.loads((home / "models" / "reward_model" / "metrics.json").read_text())["training"]
@@ -141,10 +141,10 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     ends = states(world, "sample_responses")
     print(f"\nscancel of {job}, accounting gone for a minute: {ends}")
     assert sorted(ends[-3:]) == ["CANCELLED", "COMPLETED", "COMPLETED"]
-    # Of the 24 prompts of a shard, in batches of 2 by 2 ranks, the cancelled attempt had done some.
+    # The second attempt at a shard had fewer batches to do than the one at the other shard.
     logs = (results / "logs" / "sample_responses").glob("response0.*.log")
-    totals = [[int(total) for total in re.findall(r"/(\d+) \[", log.read_text())] for log in logs]
-    assert any(len(set(found)) > 1 and min(found) < max(found) for found in totals), totals
+    totals = [int(re.findall(r"/(\d+) \[", log.read_text())[-1]) for log in logs]
+    assert min(totals) < max(totals), totals
     assert table.read_bytes() == (local / "responses" / "response0.parquet").read_bytes()
 
     other = results / "responses" / "response1.parquet"
