@@ -161,7 +161,7 @@ def cluster() -> Iterator[Cluster]:
     """A running SLURM; without its programs these tests fail, because to skip them would say nothing."""
     missing = missing_programs()
     assert not missing, f"not installed: {missing}; see docs/slurm.md"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM"))  # so that the cluster is stopped then, too
     # Not among pytest's folders, which munged finds too private.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)) as running:
         yield running
