@@ -131,8 +131,8 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     table = results / "responses" / "response0.parquet"
     shards = results / "responses" / "response0.shards"
     with world.started(site, str(table), results=results) as snakemake:
-        job = world.running("sample_responses")
-        until("parts of a shard", lambda: list(shards.glob(".work/*/part-*.parquet")), 600)
+        job = world.running("sample_responses_wildcards_0_0")
+        until("parts of the shard", lambda: list(shards.glob(".work/0.parquet/part-*.parquet")), 600)
         world.cluster.run("scancel", job)
         world.cluster.kill("slurmdbd")
         time.sleep(60)
