@@ -91,7 +91,6 @@ class Cluster:
         self._until("munged listens", (self.folder / "munge.socket").exists)
         self._start_database(ports["database"])
         self.start("slurmdbd")
-        self._until("slurmdbd answers", lambda: self._works("sacctmgr", "-n", "list", "cluster"))
         self.run("sacctmgr", "-i", "add", "cluster", "test")
         self.run("sacctmgr", "-i", "add", "account", "test", "Description=test", "Organization=test")
         self.run("sacctmgr", "-i", "add", "user", "root", "Account=test", "AdminLevel=Admin")
@@ -142,6 +141,7 @@ class Cluster:
             self._daemon(name, "-D", "-i", "-f", str(self.folder / "slurm.conf"))
         else:
             self._daemon(name, "-D")
+            self._until("slurmdbd answers", lambda: self._works("sacctmgr", "-n", "list", "cluster"))
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """End a daemon with a signal, and wait for it."""
