@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,3 +37,16 @@ def kill_at_first_part(arguments: list[str], output: Path) -> int:
     assert process.returncode == -signal.SIGKILL, said.decode()
     assert not output.exists()
     return len(list(folder.glob("part-*.parquet")))
+
+
+def on_a_full_disk(arguments: list[Any], size: int) -> str:
+    """Start a script that can write no file of more than `size` bytes and has to fail; what it says."""
+    done = subprocess.run(
+        arguments,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    return done.stderr

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pytest
 import torch
 from peft import TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.running import on_a_full_disk
 from transformers import AutoModelForCausalLM
 
 import train_policy
@@ -759,15 +759,8 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
 def test_a_full_disk_is_an_error_and_leaves_no_half_checkpoint(world: World, policy: Path, tmp_path: Path) -> None:
     """Files of at most 20,000 bytes stand for the full disk: weights do not fit, metrics do."""
     output = tmp_path / "policy"
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
+    said = on_a_full_disk([sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)], 20_000)
+    assert "File too large" in said
     assert not output.exists()
     assert not list((tmp_path / ".work" / "policy").glob("checkpoint-*/whole"))
     status, log = run(world.arguments(output))  # there is room again

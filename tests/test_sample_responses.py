@@ -1,7 +1,6 @@
 """The script that samples responses: what it writes, and that nothing but the settings decides it."""
 
 import json
-import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
-from tests.running import TORCHRUN, command, kill_at_first_part
+from tests.running import TORCHRUN, command, kill_at_first_part, on_a_full_disk
 
 import sample_responses
 from salmon import artifacts, config, generation, models, script
@@ -239,15 +238,7 @@ def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_table(work: Path, model: config.Model) -> None:
     """Files of at most 1,000 bytes stand for the full disk."""
-    done = subprocess.run(
-        command(sample_responses, options(work, model)),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
+    assert "File too large" in on_a_full_disk(command(sample_responses, options(work, model)), 1000)
     assert not (work / "out.parquet").exists()
     assert not list((work / ".work").rglob("part-*.parquet"))
 
