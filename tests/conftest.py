@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; more threads only wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ppo_world import World
 
 TEXT = """
 ### User
@@ -62,3 +66,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> "World":
+    """What PPO reads, made of the tiny model; tests that change it take a copy."""
+    from tests.ppo_world import World
+
+    found = World(tmp_path_factory.mktemp("world"), tiny_model)
+    found.build()
+    return found
+
+
+@pytest.fixture(scope="session")
+def policy(world: "World") -> Path:
+    """What an undisturbed run of PPO writes."""
+    from tests.ppo_world import run
+
+    output = world.folder / "undisturbed" / "policy"
+    status, log = run(world.arguments(output))
+    assert status == 0, log
+    return output

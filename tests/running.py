@@ -13,7 +13,20 @@ from typing import Any
 
 from salmon import artifacts
 
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "workflow_scripts"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports what the tests import."""
+    return os.environ | {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT}"}
+
+
+def launch(ranks: int, *line: Any) -> subprocess.CompletedProcess[str]:
+    """Start a script and its arguments on ranks of two threads each, as the rules do."""
+    words = ["bash", SCRIPTS / "launch.sh", "1", str(ranks), "2", *line]
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=300)
 
 
 def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The principle-following reward model: its text, loss, scores, split, training, ranks and resuming."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
+from tests.running import ROOT, environment
 from transformers import AutoTokenizer
 
 import train_reward_model
@@ -23,7 +23,6 @@ from salmon import artifacts, checkpoints, models, reward_model
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
 END = "The quality of the output is"
 WORDS = ["one", "two", "three", "list", "and"]
@@ -498,8 +497,7 @@ def killed(trained, tmp_path_factory) -> Path:
     """Folder of the same run, killed while it wrote its second checkpoint."""
     folder = tmp_path_factory.mktemp("killed")
     program = [sys.executable, "-c", KILLED, *command(trained["arguments"] | {"output": str(folder / "rm")})[2:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
-    assert subprocess.run(program, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(program, env=environment(), capture_output=True, check=False).returncode == -signal.SIGKILL
     assert not (folder / "rm").exists()
     return folder
 
@@ -535,7 +533,7 @@ def test_stopped_by_sigterm_and_started_again_gives_the_bytes_of_an_undisturbed_
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
     stopped = subprocess.run(
         [sys.executable, "-c", STOPPED, *command(arguments)[2:]],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
