@@ -28,8 +28,7 @@ def main(arguments: Arguments) -> None:
     settings, output = arguments.pmp_data, arguments.output
     counts: Counter[str] = Counter()
     work = artifacts.WorkFolder(output)
-    artifacts.remove(work.path)  # left by a run that was killed
-    work.path.mkdir(parents=True)
+    work.create()
     try:
         records = preference_data.pmp_records(settings, counts)
         files = preference_data.shuffle(records, settings.seed, work.path)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -193,6 +193,13 @@ class WorkFolder:
     def __init__(self, artifact: Path) -> None:
         self.path = artifact.parent / ".work" / artifact.name
 
+    def create(self) -> None:
+        """Create the folder, empty: what a killed run may have left in it is deleted."""
+        remove(self.path)
+        while not self.path.is_dir():
+            with suppress(FileNotFoundError):  # another job has just deleted `.work/`, which was empty
+                self.path.mkdir(parents=True)
+
     def open(self, mark: str) -> None:
         """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this."""
         marker = self.path / "fingerprint"
@@ -201,8 +208,7 @@ class WorkFolder:
             return
         if self.path.exists():
             log.info("%s belongs to other settings or inputs: starting anew", self.path)
-            remove(self.path)
-        self.path.mkdir(parents=True)
+        self.create()
         with atomic(marker) as temporary:
             temporary.write_text(mark)
 
@@ -221,6 +227,6 @@ class WorkFolder:
         """Delete the folder, once the artifact is whole."""
         started = time.monotonic()
         remove(self.path)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+        with suppress(OSError):  # work folders of other jobs are in it, or another job has deleted it
             self.path.parent.rmdir()
         log.debug("deleted %s in %.1f s", self.path, time.monotonic() - started)
