@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +33,10 @@ _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 class Cluster:
-    """A SLURM cluster of one CPU node and two nodes that claim to have GPUs (`NODES`)."""
+    """A SLURM cluster of one CPU node and two nodes that claim to have GPUs (`NODES`).
+
+    The partition `urgent` preempts jobs of `gpu`; a job that takes more memory than it asked for is killed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,22 +101,27 @@ class Cluster:
         self._until("slurmctld answers", lambda: self._works("scontrol", "ping"))
         for node in NODES:
             self.start(node)
-        self._until(
-            "all nodes are idle", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES)
-        )
+        self._until("all nodes are idle", lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"})
+
+    def processes(self, **variables: object) -> Iterator[Path]:
+        """Folders in /proc of the jobs' processes that have these variables in their environments."""
+        variables["SALMON_CLUSTER"] = self.folder
+        marks = {f"{name}={value}".encode() for name, value in variables.items()}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended since
+                if marks <= set((process / "environ").read_bytes().split(b"\0")):
+                    yield process
 
     def fail(self, node: str) -> None:
         """Let a node fail: its daemon and all that runs on it are gone at once."""
         self.kill(node)
-        marks = {f"SLURMD_NODENAME={node}".encode(), f"SALMON_CLUSTER={self.folder}".encode()}
         doomed = set()
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended since
-                if marks <= set((process / "environ").read_bytes().split(b"\0")):
-                    parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                    doomed.add(int(process.name))
-                    if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
-                        doomed.add(int(parent))
+        for process in self.processes(SLURMD_NODENAME=node):
+            with suppress(OSError):
+                parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                doomed.add(int(process.name))
+                if Path("/proc", parent, "comm").read_text().startswith("slurmstepd"):
+                    doomed.add(int(parent))
         for number in doomed:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
@@ -232,7 +240,7 @@ SlurmctldPort={ports["controller"]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=30
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -255,6 +263,9 @@ AccountingStorageTRES=gres/gpu
 AccountingStoreFlags=job_comment
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=2
+JobAcctGatherParams=OverMemoryKill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 FirstJobId={random.randrange(1, 12000)}
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
@@ -265,7 +276,8 @@ InactiveLimit=0
 OverTimeLimit=0
 {nodes}
 PartitionName=cpu Nodes=cpu1 Default=YES MaxTime=UNLIMITED OverSubscribe=NO
-PartitionName=gpu Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO
+PartitionName=gpu Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO PriorityTier=2
 """)
         devices = [folder / f"gpu{number}" for number in range(GPUS)]
         for device in devices:

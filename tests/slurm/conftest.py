@@ -45,10 +45,10 @@ SMALL: dict[str, Any] = {
     "pmp": {"eval_examples": 16, "batch_size": 16, "save_steps": 2},
     "reward_model": {"eval_examples": 16, "batch_size": 8, "save_steps": 2},
     "ppo": {
-        "max_steps": 6,
+        "max_steps": 4,
         "rollout_batch_size": 16,
         "minibatch_size": 8,
-        "response_length": 64,
+        "response_length": 48,
         "save_steps": 2,
     },
     "runs": dict.fromkeys(("concise", "comprehensive", "methodical", "control")),
