@@ -26,7 +26,7 @@ SITE = {
     "gres": "gpu",
     "gpus_per_node": 2,
     "cpus_per_gpu": 2,
-    "mem_mb_per_gpu": 2000,
+    "mem_mb_per_gpu": 4000,
     "policy_nodes": 2,
     "policy_deepspeed": "profiles/deepspeed/zero2.json",
     "reward_model_micro_batch_size": 4,

@@ -35,6 +35,9 @@ def init_deepspeed(device: torch.device) -> None:
         raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
     import deepspeed
 
+    # Compile nothing (for ranks on CPUs it would: sums in shared memory). A job that is killed while it compiles leaves
+    # a lock in the user's cache, on which every later job waits for ever.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
         if together:
             policy = policy.merge_and_unload()  # type: ignore[operator]
     policy.requires_grad_(False)
-    return _divide(policy).eval() if together else policy.eval()
+    return _divide(policy, torch.device(device)).eval() if together else policy.eval()
 
 
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
@@ -153,13 +152,12 @@ def describe(model: Model) -> dict[str, str]:
     return identity
 
 
-def _divide(policy: nn.Module) -> nn.Module:
+def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
     """Keep this rank's part of every layer (DeepSpeed's AutoTP), on its device."""
     import deepspeed
 
     whole = sum(parameter.numel() for parameter in policy.parameters())
-
-    os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # DeepSpeed's all-reduce on a CPU crashes without it
+    distributed.init_deepspeed(device)
     divided: nn.Module = deepspeed.init_inference(
         policy,
         tensor_parallel={"tp_size": distributed.world()},
