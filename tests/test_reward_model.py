@@ -563,8 +563,11 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     assert found(3, records=str(other)) is None
     assert found(4, init=str(trained["folder"])) is None
     assert found(5, lora={"r": 4, "alpha": 16}) is None
-    # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read
-    assert found(6, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json")) is None
+    assert found(6, settings=trained["arguments"]["settings"] | {"save_steps": 5}) is not None
+    # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read: they are not deleted
+    with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
+        found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
+    assert checkpoints.newest(artifacts.WorkFolder(tmp_path / "7" / "rm").path) is not None
 
 
 # --- bad inputs

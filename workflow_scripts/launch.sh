@@ -23,7 +23,7 @@ else
     nodes=$1 ranks=$2 threads=$3
     if [[ -n ${SLURM_JOB_ID-} && -z ${SLURM_STEP_ID-} ]]; then # in a job, and not in a step of it yet
         exec srun --nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --overlap --cpu-bind=none \
-            --mpi=none --kill-on-bad-exit=1 bash "$0" --rank "$@"
+            --mpi=none --kill-on-bad-exit=1 --wait=0 bash "$0" --rank "$@"
     fi
     if ((nodes > 1)); then
         echo "$0: $nodes nodes need SLURM (mpi: srun, see profiles/slurm); without it, set nodes to 1" >&2

@@ -4,6 +4,7 @@ Policy, reference, value and reward model share one base model. Each rollout is 
 for it by weight and question type. The policy is an ordinary PEFT adapter folder, with its metrics beside it.
 """
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -77,8 +78,8 @@ def main(args: Arguments) -> None:
     work = WorkFolder(args.output)
     if distributed.is_main():
         # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
-        shards = {"shards": [sharding, distributed.world()]} if args.deepspeed else {}
-        work.open(fingerprint({**settings, **shards}, inputs))
+        shards = json.dumps([sharding, distributed.world()]) if args.deepspeed else ""
+        work.open(fingerprint({**settings, "ppo": args.ppo.model_dump(exclude={"save_steps"})}, inputs), shards)
     distributed.barrier()
     if args.gradient_checkpointing:
         models.lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -203,8 +203,10 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
     paths = [arguments.records, Path(arguments.settings.template), *([arguments.init] if arguments.init else [])]
     inputs = {str(path): artifacts.hash_path(path) for path in paths} | models.describe(arguments.model)
     # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
-    shards = [arguments.deepspeed.read_text(), distributed.world()] if arguments.deepspeed else None
-    work.open(artifacts.fingerprint({**settings, "shards": shards}, inputs))
+    deepspeed = arguments.deepspeed
+    shards = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
+    same = arguments.settings.model_dump(mode="json", exclude={"init", "save_steps"})
+    work.open(artifacts.fingerprint({**settings, "settings": same}, inputs), shards)
     return artifacts.manifest(settings, inputs, counts)
 
 

@@ -298,6 +298,9 @@ PartitionName=urgent Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO PriorityT
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:

@@ -94,6 +94,8 @@ class World:
             line += [
                 "--slurm-init-seconds-before-status-checks",
                 "3",
+                "--max-jobs-per-timespan",
+                "100/1s",
                 "--slurm-logdir",
                 str(results / "logs" / "slurm"),
             ]
@@ -122,6 +124,13 @@ class World:
         """The same, to its end."""
         with self.started(site, *arguments, results=results, **config) as run:
             run.finish()
+
+    def local(self, results: Path, *arguments: str) -> Path:
+        """Results by the local profile: one process a job, no DeepSpeed."""
+        line = self.command("demo", results, *arguments)
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return results
 
     def running(self, rule: str) -> str:
         """Number of the running job of a rule; waits for it."""
@@ -175,10 +184,7 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def local(world: World) -> Path:
     """Results of the local profile: one process a job, no DeepSpeed."""
-    results = world.folder / "local"
-    done = subprocess.run(world.command("demo", results), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return results
+    return world.local(world.folder / "local")
 
 
 @pytest.fixture(scope="session")

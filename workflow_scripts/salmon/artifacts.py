@@ -200,15 +200,31 @@ class WorkFolder:
             with suppress(FileNotFoundError):  # another job has just deleted `.work/`, which was empty
                 self.path.mkdir(parents=True)
 
-    def open(self, mark: str) -> None:
-        """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this."""
-        marker = self.path / "fingerprint"
+    def open(self, mark: str, shards: str = "") -> None:
+        """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this.
+
+        Args:
+            mark: fingerprint of the settings and inputs.
+            shards: what else has to be the same for checkpoints to be read (DeepSpeed's, the number of ranks).
+
+        Raises:
+            UserError: where there are checkpoints of the same settings and inputs, but of other shards: days of work,
+                which are not to be deleted because a cluster's file has changed.
+        """
+        marker, how = self.path / "fingerprint", self.path / "shards"
         if marker.is_file() and marker.read_text() == mark:
+            if any(self.path.glob("checkpoint-*")) and how.read_text() != shards:
+                raise UserError(
+                    f"the checkpoints in {self.path} are of another number of GPUs, or of other DeepSpeed settings, "
+                    "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
+                )
+            how.write_text(shards)
             log.info("continuing from %s", self.path)
             return
         if self.path.exists():
             log.info("%s belongs to other settings or inputs: starting anew", self.path)
         self.create()
+        how.write_text(shards)
         with atomic(marker) as temporary:
             temporary.write_text(mark)
 
