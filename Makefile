@@ -10,10 +10,12 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo demo-seeds check-demo test lint unit test-slurm breakages envs graph clean
+.PHONY: install demo demo-seeds check-demo test lint unit test-slurm breakages envs graph clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
+
+install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	snakemake --profile profiles/demo $(call FIRST,results/demo)

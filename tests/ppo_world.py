@@ -246,15 +246,17 @@ def lengths(rollouts: Sequence[ppo.Rollout]) -> list[tuple[int, int]]:
 # Places of the rollouts in a minibatch; of the last one, one of two ranks holds none.
 MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [2, 4, 6]]
 
-# Rank 1 is asked to stop in the middle of the third step.
-STOPPED = """
+
+def signalled(name: str, step: int) -> str:
+    """A program: the script, whose last rank gets a signal in the middle of a step."""
+    return f"""
 import os, signal, train_policy
 from salmon import distributed, ppo, script
 measure = ppo.measure
 def ask(*arguments):
     ask.calls += 1
-    if ask.calls == 3 and distributed.rank() == distributed.world() - 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if ask.calls == {step} and distributed.rank() == distributed.world() - 1:
+        os.kill(os.getpid(), signal.{name})
     measure(*arguments)
 ask.calls = 0
 ppo.measure = ask

@@ -1,9 +1,16 @@
 """Folders of work under way."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+from tests.running import environment
+
+from salmon import checkpoints
 from salmon.artifacts import WorkFolder
+from salmon.errors import UserError
 
 
 def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
@@ -19,3 +26,19 @@ def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as jobs:
         list(jobs.map(work, range(8)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_runs_twice(tmp_path: Path) -> None:
+    """The one that opened the work folder last keeps it; the other writes nothing into it any more."""
+    folder = WorkFolder(tmp_path / "policy")
+    folder.open("mark")
+    first = checkpoints.new(folder.path, 1)
+    other = "import pathlib, sys; from salmon.artifacts import *; WorkFolder(pathlib.Path(sys.argv[1])).open('mark')"
+    subprocess.run([sys.executable, "-c", other, tmp_path / "policy"], env=environment(), check=True)
+    with pytest.raises(UserError, match="taken over by another process"):
+        checkpoints.new(folder.path, 2)
+    with pytest.raises(UserError, match="taken over by another process"):
+        checkpoints.finish(first)
+    assert not (folder.path / "checkpoint-2").exists()
+    folder.open("mark")
+    checkpoints.new(folder.path, 2)

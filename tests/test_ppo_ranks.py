@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ppo_world import MINIBATCHES, STOPPED, World, read_metrics, ready, relative, slow_gradient, weights
+from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, signalled, slow_gradient, weights
 from tests.running import ROOT, SCRIPTS, launch
 
 
@@ -48,7 +48,7 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well."""
     output = tmp_path / "policy"
     arguments = world.arguments(output, {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json"})
-    (tmp_path / "stopped.py").write_text(STOPPED)
+    (tmp_path / "stopped.py").write_text(signalled("SIGTERM", 3))
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)
     assert stopped.returncode == 1, stopped.stderr
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr

@@ -4,9 +4,9 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,12 +19,12 @@ from tests.ppo_world import (
     CHECKPOINT,
     LORA,
     STEPS,
-    STOPPED,
     World,
     read_board,
     read_metrics,
     relative,
     run,
+    signalled,
     weights,
 )
 from tests.running import SCRIPTS, environment, on_a_full_disk
@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM
 
 from salmon import ppo
 from salmon.artifacts import WorkFolder
-from salmon.checkpoints import WHOLE
 from salmon.config import Model
 from salmon.optimization import WholeOptimizer
 from salmon.principles import WeightedPrinciple
@@ -76,20 +75,17 @@ def test_hardware_settings_change_no_step(world: World, policy: Path, tmp_path: 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: Path, tmp_path: Path) -> None:
     output, work = tmp_path / "policy", tmp_path / ".work" / "policy"
-    killed = subprocess.Popen(
-        [sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)], stderr=subprocess.DEVNULL
-    )
     # After a checkpoint, in the middle of the next step but one: a step is done that no checkpoint holds.
-    metrics, checkpoint = work / "metrics.jsonl", work / f"checkpoint-{CHECKPOINT}"
-    ends = time.monotonic() + 100
-    while not ((checkpoint / WHOLE).exists() and metrics.read_text().count("\n") > CHECKPOINT):
-        assert killed.poll() is None
-        assert time.monotonic() < ends
-        time.sleep(0.002)
-    killed.kill()
-    killed.wait()
+    killed = subprocess.run(
+        [sys.executable, "-c", signalled("SIGKILL", CHECKPOINT + 2), *world.arguments(output)],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
     assert not output.exists()
-    before = metrics.read_text()
+    before = (work / "metrics.jsonl").read_text()
+    assert before.count("\n") == CHECKPOINT + 1
 
     status, log = run(world.arguments(output))
     assert status == 0, log
@@ -108,7 +104,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: P
 def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_path: Path) -> None:
     output = tmp_path / "policy"
     stopped = subprocess.run(
-        [sys.executable, "-c", STOPPED, *world.arguments(output)],
+        [sys.executable, "-c", signalled("SIGTERM", 3), *world.arguments(output)],
         env=environment(),
         capture_output=True,
         text=True,

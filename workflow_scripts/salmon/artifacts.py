@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -183,6 +184,21 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def _me() -> str:
+    """A name for this process."""
+    return f"process {os.getpid()} on {socket.gethostname()}, SLURM job {os.environ.get('SLURM_JOB_ID', 'none')}"
+
+
+def check_owner(folder: Path) -> None:
+    """Raise a UserError if another process has opened this work folder since this one did.
+
+    That happens where a cluster runs one job twice (SLURM may create a job and yet report that it could not).
+    """
+    owner = (folder / "owner").read_text() if folder.is_dir() else "nobody"
+    if owner != _me():
+        raise UserError(f"{folder} was taken over by another process ({owner}), which goes on with it; this one ends")
+
+
 class WorkFolder:
     """The undeclared folder in which a long job keeps what it needs to go on after an interruption.
 
@@ -219,12 +235,14 @@ class WorkFolder:
                     "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
                 )
             how.write_text(shards)
+            (self.path / "owner").write_text(_me())
             log.info("continuing from %s", self.path)
             return
         if self.path.exists():
             log.info("%s belongs to other settings or inputs: starting anew", self.path)
         self.create()
         how.write_text(shards)
+        (self.path / "owner").write_text(_me())
         with atomic(marker) as temporary:
             temporary.write_text(mark)
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from salmon import distributed
-from salmon.artifacts import flush, remove
+from salmon.artifacts import check_owner, flush, remove
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +22,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def new(folder: Path, step: int) -> Path:
-    """An empty folder for a checkpoint. All ranks call this."""
+    """An empty folder for a checkpoint. All ranks call this. A UserError if another job has taken the work over."""
     checkpoint = folder / f"checkpoint-{step}"
     if distributed.is_main():
+        check_owner(folder)
         remove(checkpoint)
         checkpoint.mkdir()
     distributed.barrier()
@@ -32,7 +33,9 @@ def new(folder: Path, step: int) -> Path:
 
 
 def finish(checkpoint: Path) -> None:
-    """Say that a checkpoint is whole, and delete all but the newest. All ranks call this."""
+    """Say that a checkpoint is whole, and delete all but the newest. All ranks call this. Errors as for `new`."""
+    if distributed.is_main():
+        check_owner(checkpoint.parent)
     distributed.barrier()  # all have written their part
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine, whose memory may hold what is not on the disk yet
         flush(checkpoint)
