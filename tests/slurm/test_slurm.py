@@ -190,9 +190,9 @@ def test_want_of_memory(world: World, whole: Path) -> None:
         world.site("site"), str(table), "--set-resources", "clean_pmp_data:mem_mb=150*attempt", results=table.parents[1]
     )
     ends = states(world, "clean_pmp_data")[before:]
-    said = (world.folder / "snakemake.log").read_text()
-    print(f"\nwant of memory: {ends}; {re.findall('exceeded memory limit.*', said)}")
-    assert "exceeded memory limit" in said
+    kills = re.findall(r"exceeded memory limit .*", (world.cluster.folder / "log" / "slurmd.cpu1.log").read_text())
+    print(f"\nwant of memory: {ends}; {kills[:1]}")
+    assert kills
     assert len(ends) > 1
     assert ends[-1] == "COMPLETED"
     assert table.read_bytes() == (whole / "reward_data" / "pmp.parquet").read_bytes()
