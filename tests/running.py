@@ -52,14 +52,13 @@ def kill_at_first_part(arguments: list[str], output: Path) -> int:
     return len(list(folder.glob("part-*.parquet")))
 
 
-def on_a_full_disk(arguments: list[Any], size: int) -> str:
-    """Start a script that can write no file of more than `size` bytes and has to fail; what it says."""
-    done = subprocess.run(
-        arguments,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def failing(arguments: list[Any], **more: Any) -> str:
+    """Start a script that has to end with an error; what it says."""
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=False, **more)
     assert done.returncode == 1, done.stderr
     return done.stderr
+
+
+def on_a_full_disk(arguments: list[Any], size: int) -> str:
+    """The same, where it can write no file of more than `size` bytes."""
+    return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))

@@ -229,12 +229,13 @@ class WorkFolder:
         """
         marker, how = self.path / "fingerprint", self.path / "shards"
         if marker.is_file() and marker.read_text() == mark:
-            if any(self.path.glob("checkpoint-*")) and how.read_text() != shards:
+            if not any(self.path.glob("checkpoint-*")):
+                how.write_text(shards)
+            elif how.read_text() != shards:
                 raise UserError(
                     f"the checkpoints in {self.path} are of another number of GPUs, or of other DeepSpeed settings, "
                     "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
                 )
-            how.write_text(shards)
             (self.path / "owner").write_text(_me())
             log.info("continuing from %s", self.path)
             return
