@@ -44,8 +44,7 @@ class Arguments(script.Arguments):
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
 
-    def __init__(self, every: float = 15.0) -> None:
-        self.every = every
+    def __init__(self) -> None:
         self.first_step = 0
         self.started = self.last = time.monotonic()
 
@@ -61,7 +60,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(logs["loss"]):
             raise UserError(f"the loss of step {state.global_step} is {logs['loss']}; lower settings.learning_rate")
         now = time.monotonic()
-        if now - self.last >= self.every or state.global_step == state.max_steps:
+        if now - self.last >= script.INTERVAL or state.global_step == state.max_steps:
             line = tqdm.format_meter(
                 state.global_step,
                 state.max_steps,

@@ -108,7 +108,7 @@ class World:
         process = subprocess.Popen(
             self.command("slurm", results or self.results, *arguments, **config),
             cwd=ROOT,
-            env=self.cluster.environment | {"SALMON_SITE": site},
+            env=self.cluster.environment | {"SALMON_SITE": site, "SALMON_PROGRESS_SECONDS": "0"},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -26,6 +26,20 @@ TABLES: dict[str, list[str]] = {
 }
 
 
+# Runs that last long enough for something to happen to them.
+LONG = {"reward_model": {"epochs": 12.0, "save_steps": 5}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, whole: Path) -> dict[str, Path]:
+    """A reward model and a policy of such runs to which nothing has happened."""
+    home = whole / "runs"
+    found = {"long": home / "peaceful_long" / "models" / "reward_model", "policy": home / "peaceful" / "policy"}
+    runs = {"peaceful_long": LONG, "peaceful": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
+    world.run(world.site("site"), *map(str, found.values()), runs=runs)
+    return found
+
+
 def metrics(policy: Path) -> list[dict[str, float]]:
     """Metrics of every step."""
     return [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
@@ -42,6 +56,13 @@ def evaluation(model: Path) -> dict[str, Any]:
     """How a reward model did on its held-out records."""
     found: dict[str, Any] = json.loads((model / "metrics.json").read_text())["evaluation"]
     return found
+
+
+def losses(model: Path) -> list[float]:
+    """Loss of every step of a reward model's training."""
+    steps = json.loads((model / "metrics.json").read_text())["training"]
+    assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
+    return [entry["loss"] for entry in steps]
 
 
 def contains(file: Path, pattern: str) -> bool:
@@ -93,7 +114,7 @@ def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
     agree(found, expected, 1e-2)
 
 
-def test_the_time_limit_in_ppo(world: World, whole: Path) -> None:
+def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
     """SLURM's notice makes it write a checkpoint; the next attempt goes on from there and repeats no step."""
     run = {"limited": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
     policy = whole / "runs" / "limited" / "policy"
@@ -113,32 +134,36 @@ def test_the_time_limit_in_ppo(world: World, whole: Path) -> None:
     done = re.findall(r"INFO step (\d+)/24:", said)
     print(f"\ntime limit in PPO: stopped after {sorted(set(stops))}; {len(done) - 24} of 24 steps repeated")
     assert len(done) == 24
+    agree(metrics(policy), metrics(undisturbed["policy"]), 1e-3)
 
 
-def test_a_node_fails_in_reward_model_training(world: World, whole: Path) -> None:
-    """SLURM puts the job on another node, where it goes on from its last checkpoint."""
-    run = {"long": {"reward_model": {"epochs": 12.0, "save_steps": 5}}}
-    home = whole / "runs" / "long"
+def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
+    """SLURM puts the job on another node, where it goes on from its last checkpoint, to the same reward model."""
+    model = whole / "runs" / "long" / "models" / "reward_model"
     log = whole / "logs" / "runs" / "long" / "train_reward_model.log"
-    with world.started(world.site("site"), str(home / "models" / "reward_model"), runs=run) as snakemake:
+    with world.started(world.site("site"), str(model), runs={"long": LONG}) as snakemake:
         job = world.running("train_reward_model")
-        until("a checkpoint", lambda: list(home.glob("models/.work/reward_model/checkpoint-*/whole")), 600)
+        until("a checkpoint", lambda: list(model.parent.glob(".work/reward_model/checkpoint-*/whole")), 600)
         node = world.cluster.run("squeue", "-h", "-j", job, "-o", "%N")
         world.cluster.fail(node)
+        first = log.read_text()  # the next attempt begins it anew
         try:
             until("the job runs elsewhere", lambda: contains(log, "going on after step"), 600)
         finally:
             world.cluster.start(node)
         snakemake.finish()
-    said = world.attempts(log)
-    resumed = [int(step) for step in re.findall(r"going on after step (\d+)", said)]
-    print(f"\nnode {node} failed in RM training: resumed after step {resumed}; {states(world, 'train_reward_model')}")
-    steps = json.loads((home / "models" / "reward_model" / "metrics.json").read_text())["training"]
-    assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
-    assert min(resumed) >= 5
+    (resumed,) = (int(step) for step in re.findall(r"going on after step (\d+)", world.attempts(log)))
+    expected = losses(undisturbed["long"])
+    done = [int(step) for step in re.findall(rf" (\d+)/{len(expected)} \[", first)]
+    print(f"\nnode {node} failed in RM training after step {done[-1]}: {states(world, 'train_reward_model')}")
+    print(f"resumed after step {resumed}; {done[-1] - resumed} of {len(expected)} steps repeated")
+    assert done == list(range(1, len(done) + 1))
+    assert 0 <= done[-1] - resumed <= LONG["reward_model"]["save_steps"]
+    assert losses(model) == pytest.approx(expected, rel=1e-4)
+    assert evaluation(model)["loss"] == pytest.approx(evaluation(undisturbed["long"])["loss"], rel=1e-4)
 
 
-def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path) -> None:
+def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
     """At a preemption a checkpoint is written and no step repeated; when a rank is killed, as the kernel does for want
     of memory, the job ends at once, and the next attempt goes on from the last checkpoint."""
     run = {"disturbed": {"ppo": {"max_steps": 24, "save_steps": 4}}}
@@ -178,8 +203,7 @@ def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path) -> None:
     assert sorted(set(steps)) == list(range(1, 25))
     assert {step for step in steps if steps.count(step) > 1} <= set(range(resumed[1] + 1, resumed[1] + 4))
     assert ends[-1] == "COMPLETED"
-    # The run before, with the same settings, was interrupted at another step.
-    agree(metrics(policy), metrics(whole / "runs" / "limited" / "policy"), 1e-3)
+    agree(metrics(policy), metrics(undisturbed["policy"]), 1e-3)
 
 
 def test_want_of_memory(world: World, whole: Path) -> None:

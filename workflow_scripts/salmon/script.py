@@ -64,6 +64,9 @@ class Arguments(BaseSettings):
 
 A = TypeVar("A", bound=Arguments)
 
+INTERVAL = float(os.environ.get("SALMON_PROGRESS_SECONDS", "15"))
+"""Seconds between two lines of progress."""
+
 
 def run(main: Callable[[A], None], arguments: type[A]) -> None:
     """Parse the command line, run `main`, and end with a status that says whether the artifact is whole.
@@ -123,21 +126,20 @@ def _leave(status: int) -> None:
         sys.exit(status)
 
 
-def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0, every: float = 15.0) -> Iterator[T]:
-    """Pass items on, and log one line an interval: how many of how many, rate, time left.
+def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0) -> Iterator[T]:
+    """Pass items on, and log one line every `INTERVAL` seconds: how many of how many, rate, time left.
 
     Args:
         items: passed on one by one.
         total: number of items in all, those done before included; None where nobody knows.
         what: names the items, as in `pairs`.
         done: items an earlier run finished.
-        every: seconds between two lines.
     """
     started = last = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - last >= every or done + number == total:
+        if now - last >= INTERVAL or done + number == total:
             line = tqdm.format_meter(done + number, total, now - started, unit=f" {what}", initial=done, ncols=90)
             log.info("%s", line)
             last = now
