@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo demo-seeds check-demo test lint unit test-slurm breakages envs graph clean
+.PHONY: install hooks demo demo-seeds check-demo test lint unit test-slurm breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -35,11 +35,7 @@ check-demo: demo
 test: lint unit check-demo
 
 lint: $(INSTALLED)
-	ruff check .
-	ruff format --check .
-	mypy workflow_scripts demo benchmarks
-	snakefmt --check Snakefile rules
-	snakemake --lint
+	pre-commit run --all-files
 
 unit: $(INSTALLED)
 	python -m pytest --ignore tests/slurm
@@ -53,13 +49,21 @@ test-slurm: $(INSTALLED)
 breakages: $(INSTALLED)
 	python tests/breakages.py
 
-# The picture of the rules in the README (needs graphviz), and the conda environments: written from their sources.
+# What `make lint` checks, checked at every commit.
+hooks: $(INSTALLED)
+	pre-commit install
+
+# Written from their sources: the picture of the rules in the README (needs graphviz), the conda environments, and what
+# documents repeat of the code.
 graph: $(INSTALLED)
 	snakemake --quiet all --rulegraph dot > docs/rules.dot
 	dot -Tsvg docs/rules.dot > docs/rules.svg
 
 envs: $(INSTALLED)
 	python envs/write_conda.py
+
+docs-reference: $(INSTALLED)
+	python docs/write_reference.py
 
 $(INSTALLED): $(wildcard envs/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }

@@ -20,89 +20,18 @@ include: "rules/policy.smk"
 include: "rules/demo.smk"
 
 
-localrules:
-    all,
-    prompts,
-    response0,
-    response1,
-    preferences,
-    reward_data,
-    pmp_data,
-    pmp,
-    reward_model,
-    rl_prompts,
-    policy,
-    policies,
-    demo_policy,
-    evaluation,
+for target in TARGETS:
 
-
-rule prompts:
-    input:
-        "<results>/prompts/oasst1.parquet",
-
-
-rule response0:
-    input:
-        "<results>/responses/response0.parquet",
-
-
-rule response1:
-    input:
-        "<results>/responses/response1.parquet",
-
-
-rule preferences:
-    input:
-        "<results>/preferences/preferences.parquet",
-
-
-rule reward_data:
-    input:
-        "<results>/reward_data/principle_preferences.parquet",
-
-
-rule pmp_data:
-    input:
-        "<results>/reward_data/pmp.parquet",
-
-
-rule pmp:
-    input:
-        "<results>/models/pmp",
-
-
-rule reward_model:
-    input:
-        "<results>/models/reward_model",
-
-
-rule rl_prompts:
-    input:
-        "<results>/prompts/rl.parquet",
-
-
-rule policy:
-    input:
-        "<results>/runs/default/policy",
-
-
-rule policies:
-    input:
-        expand("<results>/runs/{run}/policy", run=RUNS),
-
-
-rule demo_policy:
-    input:
-        "<results>/demo_policy",
-
-
-rule evaluation:
-    input:
-        "<results>/evaluation",
+    rule:
+        name:
+            target
+        input:
+            target_files(target),
+        localrule: True
 
 
 rule all:
     default_target: True
     input:
-        [getattr(rules, target).input for target in settings.targets],
+        [target_files(target) for target in settings.targets],
+    localrule: True

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from salmon import principles, templates  # noqa: E402
-from salmon.generation import left_pad  # noqa: E402
+from salmon.batching import left_pad  # noqa: E402
 from salmon.judging import Judge, Pair, margins  # noqa: E402
 
 CONTEXT = 1536

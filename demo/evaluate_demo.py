@@ -26,9 +26,10 @@ from demo import oracles, report, world  # noqa: E402
 from salmon import (  # noqa: E402
     aggregation,
     artifacts,
+    batching,
     config,
     distributed,
-    generation,
+    encoding,
     models,
     ppo_math,
     principles,
@@ -39,10 +40,13 @@ from salmon import (  # noqa: E402
 )
 from salmon.errors import UserError  # noqa: E402
 from salmon.judging import Judge, Pair  # noqa: E402
+from salmon.sampling import Sampler, TransformersSampler  # noqa: E402
+from salmon.tokenizers import load_tokenizer  # noqa: E402
 
 log = logging.getLogger("salmon.evaluate_demo")
 
-BATCH = 64
+BATCH = 64  # texts scored at once
+SAMPLED = 1000  # prompts sampled at once: all
 Judgements = Sequence[Sequence[tuple[float, float]] | None]
 
 
@@ -83,20 +87,17 @@ def asked(count: int, split: world.Split, seed: int) -> list[world.Instruction]:
 
 
 def sample(
-    arguments: Arguments, model: torch.nn.Module, tokenizer: Any, instructions: Sequence[str], name: str
+    arguments: Arguments, sampler: Sampler, tokenizer: Any, instructions: Sequence[str], name: str
 ) -> list[Answer]:
-    """An answer of a model to every instruction, at the temperature of RL."""
-    preamble = generation.read_preamble(arguments.policy_prompt)
-    prompts = [generation.encode_prompt(tokenizer, text, arguments.policy_prompt, preamble) for text in instructions]
-    answers = generation.generate(
-        model,
-        tokenizer,
+    """An answer to every instruction, at the temperature of RL."""
+    preamble = encoding.read_preamble(arguments.policy_prompt)
+    prompts = [encoding.encode_prompt(tokenizer, text, arguments.policy_prompt, preamble) for text in instructions]
+    answers = sampler.sample(
         prompts,
         [randomness.seed_of("demo evaluation", arguments.seed, name, row) for row in range(len(prompts))],
-        max_new_tokens=arguments.ppo.response_length,
+        max_new_tokens=[arguments.ppo.response_length] * len(prompts),
         temperature=arguments.ppo.temperature,
         stop=arguments.policy_prompt.stop,
-        device=next(model.parameters()).device,
     )
     return [
         Answer(prompt, answer.tokens, answer.text, answer.finish_reason != "length")
@@ -156,6 +157,7 @@ class RewardReader:
             query_length=self.settings.query_length,
             response_length=self.settings.response_length,
             max_length=self.settings.max_length,
+            keys="reward_model.",
         )
         first, second = reward_model.score(self.model, tokens, BATCH, self.device).view(-1, 2).T
         return [float(margin) for margin in first - second]
@@ -259,14 +261,14 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
     """Log probability of each answer, the sum over its tokens."""
     found = [0.0] * len(answers)
     device = next(model.parameters()).device
-    for batch in generation.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
+    for batch in batching.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
         chosen = [answers[index] for index in batch]
-        ids, mask = generation.left_pad([answer.prompt + answer.tokens for answer in chosen], 0)
+        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen], 0)
         width = max(len(answer.tokens) for answer in chosen)
         logits = model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            position_ids=generation.position_ids(mask).to(device),
+            position_ids=batching.position_ids(mask).to(device),
             use_cache=False,
             logits_to_keep=width + 1,
         ).logits[:, :-1]
@@ -276,7 +278,7 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
     return found
 
 
-def describe(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
+def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
     """Oracles' scores (means, of 100), words, tokens, and how many answers ended by themselves."""
     scores = [oracles.score(text, answer.text) for text, answer in zip(instructions, answers, strict=True)]
     words = [len(answer.text.split()) for answer in answers]
@@ -291,7 +293,11 @@ def describe(instructions: Sequence[str], answers: Sequence[Answer], kl: float) 
 
 
 def measure_judge(
-    arguments: Arguments, model: torch.nn.Module, tokenizer: Any, judged: Sequence[principles.JudgedPrinciple]
+    arguments: Arguments,
+    model: torch.nn.Module,
+    sampler: Sampler,
+    tokenizer: Any,
+    judged: Sequence[principles.JudgedPrinciple],
 ) -> tuple[list[Pair], Judgements]:
     """Pairs of the initial policy's own answers, and what it thinks of them."""
     judge = Judge(
@@ -303,7 +309,7 @@ def measure_judge(
         device=next(model.parameters()).device,
     )
     questions = [instruction.text for instruction in asked(arguments.pairs, arguments.split, arguments.seed)]
-    outputs = [sample(arguments, model, tokenizer, questions, name) for name in ("first", "second")]
+    outputs = [sample(arguments, sampler, tokenizer, questions, name) for name in ("first", "second")]
     pairs = [
         Pair(str(row), text, first.text, second.text)
         for row, (text, first, second) in enumerate(zip(questions, *outputs, strict=True))
@@ -311,10 +317,10 @@ def measure_judge(
     return pairs, [one for start in range(0, len(pairs), BATCH) for one in judge.judge(pairs[start : start + BATCH])]
 
 
-def measure_policies(arguments: Arguments, model: Any, tokenizer: Any) -> dict[str, Any]:
+def measure_policies(arguments: Arguments, model: Any, sampler: Sampler, tokenizer: Any) -> dict[str, Any]:
     """Answers of the initial policy and of each trained one to the same instructions; puts adapters on the model."""
     texts = [instruction.text for instruction in world.instructions(arguments.split)]
-    found = {"initial": describe(texts, sample(arguments, model, tokenizer, texts, "policies"), 0.0)}
+    summaries = {"initial": summarize(texts, sample(arguments, sampler, tokenizer, texts, "policies"), 0.0)}
     for number, folder in enumerate(arguments.policies):
         run = folder.parent.name
         if number:
@@ -322,13 +328,14 @@ def measure_policies(arguments: Arguments, model: Any, tokenizer: Any) -> dict[s
         else:
             model = PeftModel.from_pretrained(model, str(folder), adapter_name=run)
         model.set_adapter(run)
-        answers = sample(arguments, model.eval(), tokenizer, texts, "policies")
+        sampler.sync(model.eval())
+        answers = sample(arguments, sampler, tokenizer, texts, "policies")
         own = logprobs(model, answers, arguments.ppo.temperature)
         with model.disable_adapter():
             before = logprobs(model, answers, arguments.ppo.temperature)
-        found[run] = describe(texts, answers, float(np.mean(np.subtract(own, before))))
-        log.info("policy %s: %s", run, {name: value for name, value in found[run].items() if name != "words"})
-    return found
+        summaries[run] = summarize(texts, answers, float(np.mean(np.subtract(own, before))))
+        log.info("policy %s: %s", run, {name: value for name, value in summaries[run].items() if name != "words"})
+    return summaries
 
 
 def main(arguments: Arguments) -> None:
@@ -336,13 +343,14 @@ def main(arguments: Arguments) -> None:
     device = distributed.init()
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    tokenizer = models.load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     model = models.load_initial_policy(arguments.model, device)
+    sampler = TransformersSampler(tokenizer, device, batch_size=SAMPLED, model=model)
     judged = principles.read_judged(arguments.judge.principles)
-    pairs, judgements = measure_judge(arguments, model, tokenizer, judged)
+    pairs, judgements = measure_judge(arguments, model, sampler, tokenizer, judged)
     results: dict[str, Any] = {"judge": judge_accuracy(pairs, judgements, [one.dimension for one in judged])}
     log.info("judge: %s", {name: round(numbers["right"], 2) for name, numbers in results["judge"].items()})
-    inputs = models.describe(arguments.model)
+    inputs = models.identify(arguments.model)
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")
@@ -358,7 +366,7 @@ def main(arguments: Arguments) -> None:
                 log.info("%s, %s: %s", name, kind, {one: round(each[kind], 2) for one, each in results[name].items()})
         results["sign_flips"] = sign_flips(reader, pairs, judgements, judged, arguments.aggregation)
         log.info("reward model, drawn records: %s", results["sign_flips"])
-    results["policies"] = measure_policies(arguments, model, tokenizer)
+    results["policies"] = measure_policies(arguments, model, sampler, tokenizer)
     results = {"headline": report.headline(results), **results}
     steps = {}
     for policy in arguments.policies:
@@ -373,7 +381,7 @@ def main(arguments: Arguments) -> None:
         counts = {"pairs": len(pairs), "instructions": len(results["policies"]["initial"]["words"])}
         artifacts.write_json(folder / "manifest.json", artifacts.manifest(settings, inputs, counts))
     log.info("%s", results["headline"])
-    distributed.finish()
+    distributed.leave()
 
 
 if __name__ == "__main__":

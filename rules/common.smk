@@ -9,14 +9,15 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow_scripts"))
 
-from salmon.config import is_local, load, resolve_runs
+from salmon.config import is_local
+from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 
 # Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 try:
-    RUNS = resolve_runs(load(config, Path.cwd()))
+    RUNS = load(config, Path.cwd())
     settings = RUNS["default"]
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -32,19 +33,17 @@ def local_files(paths):
 
 def source_files(sources):
     """Local files of data sources."""
-    paths = [source.path for source in sources.values()]
-    return local_files(path for one in paths for path in ([one] if isinstance(one, str) else one))
+    return local_files(path for source in sources.values() for path in source.paths)
+
+
+def target_files(target):
+    """The artifacts of a target."""
+    return expand(f"<results>/{TARGETS[target].artifact}", run=RUNS)
 
 
 def initial_policy():
     """Local folders of the base model and the initial policy's adapter."""
     return local_files([settings.model.base, settings.model.adapter])
-
-
-def policy_template():
-    """The policy's template file, unless the tokenizer's own is used."""
-    template = settings.policy_prompt.template
-    return [] if template == "chat" else [template]
 
 
 # Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for

@@ -51,7 +51,7 @@ rule evaluate_demo:
         reward_model=reward_model_of,
         pmp=pmp_model,
         policies=expand("<results>/runs/{run}/policy", run=RUNS),
-        templates=[settings.judge.template, settings.reward_model.template, *policy_template()],
+        templates=[settings.judge.template, settings.reward_model.template, *settings.policy_prompt.files],
         principles=settings.judge.principles,
     output:
         directory("<results>/evaluation"),

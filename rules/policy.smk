@@ -6,7 +6,7 @@ rule train_policy:
         prompts=rl_prompts_of,
         reward_model=reward_model_of,
         principles=lambda wildcards: run_settings(wildcards).ppo.principles,
-        templates=lambda wildcards: [run_settings(wildcards).ppo.template, *policy_template()],
+        templates=lambda wildcards: [run_settings(wildcards).ppo.template, *settings.policy_prompt.files],
         model=initial_policy(),
     output:
         directory("<results>/runs/{run}/policy"),

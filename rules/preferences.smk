@@ -5,7 +5,7 @@ rule sample_responses:
     input:
         prompts=rules.clean_prompts.output.table,
         model=initial_policy(),
-        template=policy_template(),
+        template=settings.policy_prompt.files,
     output:
         table="<results>/responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",

@@ -1,6 +1,6 @@
 """Break the algorithm on purpose, one piece at a time, in a copy of the repository: every breakage must fail a test.
 
-`make breakages` runs it. It is no part of `make test`: it tests the tests.
+`make breakages` runs it. It is not part of `make test`: it tests the tests.
 """
 
 import shutil

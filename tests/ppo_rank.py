@@ -8,7 +8,7 @@ from tests.ppo_world import MINIBATCHES, World, flat_gradient, ready
 
 import train_policy
 from salmon import distributed, ppo, script
-from salmon.optimization import WholeOptimizer
+from salmon.optimization import ReplicatedOptimizer
 
 
 def be_a_rank(folder: Path, base: Path) -> None:
@@ -20,7 +20,7 @@ def be_a_rank(folder: Path, base: Path) -> None:
         mine = [rollout for rollout in rollouts if rollout.place in chosen]
         tokens = sum(len(rollout.response) for rollout in mine)
         total = float(distributed.sum_over_ranks(torch.tensor(tokens)))
-        ppo.accumulate_gradients(shared, WholeOptimizer(shared, 1.0), mine, total, world.ppo(), 2)
+        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), mine, total, world.ppo(), 2)
         distributed.sum_gradients(shared.trained())
         gradient = flat_gradient(shared)
         if distributed.is_main():

@@ -22,6 +22,7 @@ from salmon import models, ppo, script
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.shared_base import SharedBase
+from salmon.tokenizers import load_tokenizer
 
 LORA = Lora(r=4)
 STEPS = 6  # of the settings below: 2 epochs of 25 prompts in steps of 8
@@ -75,7 +76,7 @@ class World:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return models.load_tokenizer(self.model)
+        return load_tokenizer(self.model)
 
     @functools.cached_property
     def principles(self) -> list[WeightedPrinciple]:

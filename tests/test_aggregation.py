@@ -17,11 +17,12 @@ from pydantic_settings import CliApp
 
 import aggregate_preferences
 from salmon import language, randomness
-from salmon.aggregation import RECORDS, Drawn, Traits, aggregate, count_probabilities, draw_record, scaled_scores
+from salmon.aggregation import Drawn, Traits, aggregate, count_probabilities, draw_record, scaled_scores
 from salmon.artifacts import hash_path
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
+from salmon.tables import PRINCIPLE_RECORDS
 from salmon.text import cut_at_markers
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
@@ -172,7 +173,7 @@ def test_records_are_those_of_the_slow_reference(inputs: Inputs, changes: dict[s
     inputs.preferences = inputs.preferences.filter(pl.col("prompt_id") != "p007")  # too short to be judged
     expected = slow_reference(inputs, settings(**changes))
     table, counts = inputs.aggregate(**changes)
-    assert dict(table.schema) == RECORDS
+    assert dict(table.schema) == PRINCIPLE_RECORDS.schema
     found = table.to_dicts()
     assert [row["record_id"] for row in found] == [row["record_id"] for row in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -507,10 +508,10 @@ BROKEN = {
         broken_response1(lambda t: t.filter(pl.col("prompt_id") != "p005")),
         "p005 is not in .*response1",
     ),
-    "response twice": (broken_response1(lambda t: pl.concat([t, t.head(1)])), "response1.*prompt_id p000: 2 row"),
+    "response twice": (broken_response1(lambda t: pl.concat([t, t.head(1)])), "response1.*2 rows of prompt_id p000"),
     "response null": (
         broken_response1(lambda t: t.with_columns(at("p005", "response", None))),
-        "response1.*p005.*null",
+        "response1.*nulls in response.*p005",
     ),
     "key null": (
         broken_response1(lambda t: t.with_columns(at("p005", "prompt_id", None))),
@@ -523,7 +524,7 @@ BROKEN = {
     "column missing": (broken_response1(lambda t: t.drop("input")), "response1.*lacks columns: input"),
     "judged twice": (
         broken_preferences(lambda t: pl.concat([t, t.head(1)])),
-        "preferences.*prompt_id p000, dimension Clear: 2 row",
+        "preferences.*2 rows of prompt_id p000, dimension Clear",
     ),
     "judged unknown prompt": (
         broken_preferences(lambda t: t.with_columns(pl.col("prompt_id").replace("p005", "q"))),
@@ -590,7 +591,7 @@ def test_script_writes_table_and_manifest(inputs: Inputs, tmp_path: Path) -> Non
     expected, counts = inputs.aggregate()
     table = pl.read_parquet(output)
     assert table.equals(expected)
-    assert dict(table.schema) == RECORDS
+    assert dict(table.schema) == PRINCIPLE_RECORDS.schema
     assert table["record_id"].to_list() == sorted(table["record_id"])
     assert table["record_id"].is_unique().all()
     manifest = json.loads((tmp_path / "out" / "principle_preferences.manifest.json").read_text())

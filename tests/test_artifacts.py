@@ -38,7 +38,7 @@ def test_a_job_that_runs_twice(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="taken over by another process"):
         checkpoints.new(folder.path, 2)
     with pytest.raises(UserError, match="taken over by another process"):
-        checkpoints.finish(first)
+        checkpoints.seal(first)
     assert not (folder.path / "checkpoint-2").exists()
     folder.open("mark")
     checkpoints.new(folder.path, 2)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from salmon.config import check_paths, is_local, load, resolve_runs
+from salmon.config import is_local
+from salmon.configuration import check_paths, load
 from salmon.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_papers_configuration_is_valid(raw: dict[str, Any]) -> None:
-    config = load(raw, ROOT)
+    config = load(raw, ROOT)["default"]
     assert config.model.base == "meta-llama/Llama-2-70b-hf"
     assert config.ppo.rollout_batch_size == 576
 
@@ -49,7 +50,7 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
                     if isinstance(item, BaseModel):
                         compare(item, shown[name][key], f"{where}.{name}.{key}")
 
-    compare(load(raw, ROOT), raw, "config")
+    compare(load(raw, ROOT)["default"], raw, "config")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_principles_and_templates_in_the_authors_formats_work(raw: dict[str, Any
     judge = tmp_path / "judge.txt"
     judge.write_text("{UserInstruction}|{OutputA}|{OutputB}|{Dimension}: {Definition}|the more {Dimension} is Output (")
     changed = set_key(set_key(raw, "judge.principles", str(principles)), "judge.template", str(judge))
-    assert load(changed, ROOT).judge.template == str(judge)
+    assert load(changed, ROOT)["default"].judge.template == str(judge)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +138,13 @@ def test_local_paths_are_told_from_hub_ids(path: str, local: bool) -> None:
 
 
 def test_what_the_workflow_makes_need_not_exist(raw: dict[str, Any]) -> None:
-    config = load(raw, ROOT)
+    config = load(raw, ROOT)["default"]
     made = config.model_copy(update={"model": config.model.model_copy(update={"base": "results/models/mine"})})
     assert check_paths(made, ROOT) == []
 
 
 def test_a_run_is_the_configuration_with_what_it_sets_differently(raw: dict[str, Any]) -> None:
-    runs = resolve_runs(load(raw, ROOT))
+    runs = load(raw, ROOT)
     assert next(iter(runs)) == "default"
     assert runs["sum_of_principles"].aggregation.decision == "sum"
     assert runs["sum_of_principles"].aggregation.passes == runs["default"].aggregation.passes
@@ -168,13 +169,13 @@ def test_errors_of_a_run_name_it(raw: dict[str, Any], changes: dict[str, Any], s
 
 def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
     changed = set_key(set_key(raw, "rl_prompts.sources.math", None), "runs.harmless", None)
-    config = load(changed, ROOT)
+    config = load(changed, ROOT)["default"]
     assert "math" not in config.rl_prompts.sources
-    assert "harmless" not in resolve_runs(config)
+    assert "harmless" not in load(changed, ROOT)
 
 
 def test_the_harmless_run_has_red_teaming_questions(raw: dict[str, Any]) -> None:
-    runs = resolve_runs(load(raw, ROOT))
+    runs = load(raw, ROOT)
     types = {name: {s.question_type for s in run.rl_prompts.sources.values()} for name, run in runs.items()}
     assert "red_teaming" in types["harmless"]
     assert types["default"] == {"general", "reasoning"}
@@ -182,7 +183,7 @@ def test_the_harmless_run_has_red_teaming_questions(raw: dict[str, Any]) -> None
 
 def test_another_seed_moves_every_seed_of_every_run(raw: dict[str, Any]) -> None:
     changed = set_key(raw, "runs.mine", {"ppo": {"seed": 7}})
-    before, after = resolve_runs(load(changed, ROOT)), resolve_runs(load(set_key(changed, "seed", 2), ROOT))
+    before, after = load(changed, ROOT), load(set_key(changed, "seed", 2), ROOT)
     assert after["mine"].ppo.seed == 2007
     for name in before:
         one, other = before[name].model_dump(), after[name].model_dump()
@@ -198,13 +199,13 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
     changed = set_key(
         set_key(raw, "pathvars.results", "elsewhere"), "prompts.sources.oasst1.path", "<results>/a/b.json"
     )
-    config = load(changed, ROOT)
+    config = load(changed, ROOT)["default"]
     assert config.prompts.sources["oasst1"].path == "elsewhere/a/b.json"
     assert config.pathvars.logs == "elsewhere/logs"
     del changed["pathvars"]
-    assert load(changed, ROOT).prompts.sources["oasst1"].path == "results/a/b.json"
+    assert load(changed, ROOT)["default"].prompts.sources["oasst1"].path == "results/a/b.json"
 
 
 def test_targets_are_named_rules(raw: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"targets\.0: Input should be 'prompts'"):
+    with pytest.raises(UserError, match=r"targets\.0: must be one of 'prompts'"):
         load(set_key(raw, "targets", ["polices"]), ROOT)

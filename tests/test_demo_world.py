@@ -12,7 +12,8 @@ import torch
 from demo import evaluate_demo, lessons, make_demo_data, oracles, report, train_demo_policy, world
 
 from salmon import principles, templates
-from salmon.config import Aggregation, Source
+from salmon.config import Aggregation, PairSource, PromptSource
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
 from salmon.language import detect
 from salmon.sources import read_source
 
@@ -131,7 +132,8 @@ def test_answers_are_long_enough_and_english():
 
 @pytest.mark.parametrize(("name", "kind"), FORMATS.items())
 def test_data_have_the_upstream_schemas(data, name, kind):
-    rows = [row for _, row in read_source(Source(format=kind, path=str(data / name)))]
+    source, formats = (PromptSource, PROMPT_FORMATS) if kind in PROMPT_FORMATS else (PairSource, PAIR_FORMATS)
+    rows = [row for _, row in read_source(source(format=kind, path=str(data / name)), formats[kind].row)]
     assert rows
     if kind == "oasst1":
         parents = {row["parent_id"] for row in rows}

@@ -11,22 +11,30 @@ import pytest
 import gather_shards
 from salmon import artifacts
 from salmon.errors import UserError
-from salmon.shards import JUDGEMENTS, RESPONSES, in_order
+from salmon.shards import in_order
+from salmon.tables import JUDGEMENTS, RESPONSES
 
 Schema = dict[str, Any]
 
 
 def responses(rows: int = 11) -> pl.DataFrame:
     ids = [f"{number:03x}" for number in np.random.default_rng(0).permutation(4096)[:rows]]
-    values: dict[str, Any] = dict.fromkeys(RESPONSES, "text") | {"prompt_tokens": range(rows), "response_tokens": 2}
-    return pl.DataFrame(values | {"prompt_id": ids}, schema=RESPONSES)
+    values: dict[str, Any] = dict.fromkeys(RESPONSES.columns, "text") | {
+        "prompt_tokens": range(rows),
+        "response_tokens": 2,
+    }
+    return pl.DataFrame(values | {"prompt_id": ids}, schema=RESPONSES.schema)
 
 
 def judgements(rows: int = 11) -> pl.DataFrame:
     """Some prompts are left out, and the dimensions are in no alphabetical order."""
     kept = responses(rows).filter(pl.col("prompt_tokens") % 4 > 0).select("prompt_id", s12=pl.col("prompt_tokens"))
     table = kept.join(pl.DataFrame({"dimension": ["Concise", "Creative", "Candid"]}), how="cross")
-    return table.with_columns(s21=-pl.col("s12")).cast({"s12": pl.Float64, "s21": pl.Float64}).select(list(JUDGEMENTS))
+    return (
+        table.with_columns(s21=-pl.col("s12"))
+        .cast({"s12": pl.Float64, "s21": pl.Float64})
+        .select(list(JUDGEMENTS.columns))
+    )
 
 
 def write(folder: Path, table: pl.DataFrame, shards: int, **changed: Any) -> list[Path]:

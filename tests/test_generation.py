@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from salmon import generation, models
+from salmon import batching, encoding, generation, models
 from salmon.config import Model, PolicyPrompt
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
+from salmon.tokenizers import load_tokenizer
 
 LENGTHS = (3, 41, 12, 7, 25)
 
@@ -25,7 +26,7 @@ def settings(tiny_model: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def tokenizer(settings: Model) -> Any:
-    return models.load_tokenizer(settings)
+    return load_tokenizer(settings)
 
 
 @pytest.fixture(scope="module")
@@ -320,16 +321,16 @@ def test_no_prompts(model: nn.Module, tokenizer: Any) -> None:
 
 
 def test_batches_hold_every_row_once_longest_first() -> None:
-    assert generation.batches([3, 9, 9, 1, 4], 2) == [[1, 2], [4, 0], [3]]
-    assert generation.batches([], 2) == []
+    assert batching.batches([3, 9, 9, 1, 4], 2) == [[1, 2], [4, 0], [3]]
+    assert batching.batches([], 2) == []
 
 
 def test_batches_after_an_interruption_are_the_same() -> None:
     lengths = np.random.default_rng(0).integers(1, 9, 23).tolist()
-    whole = generation.batches(lengths, 4)
+    whole = batching.batches(lengths, 4)
     for done in whole:
         left = [row for row in range(23) if row not in done]
-        again = [[left[place] for place in batch] for batch in generation.batches([lengths[row] for row in left], 4)]
+        again = [[left[place] for place in batch] for batch in batching.batches([lengths[row] for row in left], 4)]
         assert again == [batch for batch in whole if batch is not done]
 
 
@@ -338,22 +339,22 @@ def prompt_settings(template: str) -> PolicyPrompt:
 
 
 def test_encode_prompt_from_a_preamble(tokenizer: Any) -> None:
-    tokens = generation.encode_prompt(tokenizer, "Why {Input}?", prompt_settings("policy.txt"), "Start.\n\n### User")
+    tokens = encoding.encode_prompt(tokenizer, "Why {Input}?", prompt_settings("policy.txt"), "Start.\n\n### User")
     assert tokens[0] == tokenizer.bos_token_id
     assert tokenizer.decode(tokens[1:]) == "Start.\n\n### User\nWhy {Input}?\n\n### Dromedary\n"
 
 
 def test_encode_prompt_as_chat(settings: Model) -> None:
-    tokenizer = models.load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings)
     with pytest.raises(UserError, match="chat template"):
-        generation.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
+        encoding.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-    tokens = generation.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
+    tokens = encoding.encode_prompt(tokenizer, "Why?", prompt_settings("chat"), "")
     assert tokens.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(tokens[1:]) == "[user] Why?\n[assistant] "
 
 
 def test_context_of_the_model(model: nn.Module) -> None:
-    generation.check_context(model, 4096, "sampling.max_length")
+    models.check_context(model, 4096, "sampling.max_length")
     with pytest.raises(UserError, match=r"sampling\.max_length is 4097, but the model reads 4096"):
-        generation.check_context(model, 4097, "sampling.max_length")
+        models.check_context(model, 4097, "sampling.max_length")

@@ -20,7 +20,8 @@ from salmon import artifacts, config, judging, models, principles, templates
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair, PairPrompts
 from salmon.principles import JudgedPrinciple
-from salmon.shards import JUDGEMENTS, RESPONSES
+from salmon.tables import JUDGEMENTS, RESPONSES
+from salmon.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (
@@ -54,7 +55,7 @@ def settings(tiny_model: Path) -> config.Model:
 
 @pytest.fixture(scope="module")
 def tokenizer(settings: config.Model) -> Any:
-    return models.load_tokenizer(settings)
+    return load_tokenizer(settings)
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +328,7 @@ def response_rows(pairs: list[Pair], which: int) -> pl.DataFrame:
             "prompt_tokens": 1,
             "response_tokens": 1,
         },
-        schema=RESPONSES,
+        schema=RESPONSES.schema,
     )
 
 
@@ -368,7 +369,7 @@ def test_script_scores_every_pair_and_principle(
 ) -> None:
     write_responses(work, PAIRS)
     table = run(work, settings)
-    assert table.schema == JUDGEMENTS
+    assert table.schema == JUDGEMENTS.schema
     assert table.select("prompt_id", "dimension").rows() == [(p.prompt_id, name) for p in PAIRS for name in DIMENSIONS]
     expected = score(make_judge(model, tokenizer), PAIRS).reshape(-1, 2)
     np.testing.assert_allclose(table.select("s12", "s21").to_numpy(), expected, atol=1e-4)
@@ -414,7 +415,7 @@ def test_a_shard_without_rows(work: Path, settings: config.Model) -> None:
     write_responses(work, PAIRS[:1])
     table = run(work, settings, shard=1, shards=2)
     assert table.height == 0
-    assert table.schema == JUDGEMENTS
+    assert table.schema == JUDGEMENTS.schema
     assert json.loads((work / "out.manifest.json").read_text())["counts"]["pairs"] == 0
     with pytest.raises(UserError, match="no shard 2 of 2"):
         run(work, settings, shard=2, shards=2)
@@ -446,7 +447,7 @@ def test_other_settings_start_anew(work: Path, settings: config.Model) -> None:
     stale = artifacts.WorkFolder(work / "out.parquet")
     stale.open("other settings")
     rows = [("p0", name, 99.0, 99.0) for name in DIMENSIONS]
-    stale.write_part(pl.DataFrame(rows, schema=JUDGEMENTS, orient="row"))
+    stale.write_part(pl.DataFrame(rows, schema=JUDGEMENTS.schema, orient="row"))
     assert 99.0 not in run(work, settings)["s12"]
 
 

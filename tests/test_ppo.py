@@ -15,9 +15,10 @@ from tests.ppo_world import STEPS, World, flat_gradient, lengths, made_up, ready
 from salmon import distributed, models, ppo, reward_model, templates
 from salmon.artifacts import WorkFolder
 from salmon.errors import UserError
-from salmon.optimization import WholeOptimizer
-from salmon.principles import draw
+from salmon.optimization import ReplicatedOptimizer
+from salmon.principles import draw_principles
 from salmon.randomness import rng
+from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
 
 
@@ -63,7 +64,9 @@ def test_learning_rate(world: World) -> None:
 
 
 def sample(world: World, shared: SharedBase, step: int = 0, **changes: Any) -> list[ppo.Rollout]:
-    return ppo.sample(shared, world.tokenizer, world.read_prompts(), step, world.ppo(**changes), world.policy_prompt, 5)
+    sampler = TransformersSampler(world.tokenizer, shared.device, batch_size=5)
+    settings = world.ppo(**changes)
+    return ppo.sample(shared, sampler, world.tokenizer, world.read_prompts(), step, settings, world.policy_prompt)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,9 @@ def test_scores_and_rewards(world: World, shared: SharedBase, rollouts: list[ppo
     alone = models.load_reward_model(world.model, world.reward_model, "cpu", trainable=False)
     sets = set()
     for rollout in mine:
-        drawn = draw(world.principles, rollout.question_type, settings, rng("ppo-principles", 42, 5, rollout.place))
+        drawn = draw_principles(
+            world.principles, rollout.question_type, settings, rng("ppo-principles", 42, 5, rollout.place)
+        )
         sets.add(tuple(principle.dimension for principle in drawn))
         text = templates.fill(
             template,
@@ -176,7 +181,7 @@ def test_a_rank_may_have_no_rollouts(world: World, shared: SharedBase) -> None:
 
 def test_metrics_are_means_over_rollouts_or_tokens(world: World, rollouts: list[ppo.Rollout]) -> None:
     ppo.estimate_advantages(rollouts, world.ppo())
-    found = ppo.describe(rollouts, world.ppo())
+    found = ppo.summarize(rollouts)
     tokens = [
         (float(kl), float(entropy), float(target), float(value - target) ** 2)
         for r in rollouts
@@ -219,7 +224,7 @@ def test_gradient_is_that_of_the_mean_over_tokens(world: World, micro_batch: int
     rollouts = ready(world, shared, range(8))
     total = float(sum(len(rollout.response) for rollout in rollouts))
     expected = slow_gradient(world, shared, rollouts)
-    sums = ppo.accumulate_gradients(shared, WholeOptimizer(shared, 1.0), rollouts, total, world.ppo(), micro_batch)
+    sums = ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, world.ppo(), micro_batch)
     assert relative(flat_gradient(shared), expected) < 1e-5
     assert 0 < sums["clip_fraction"] < 1
     # The shift that `ready` added, averaged: old minus new.
@@ -241,7 +246,7 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
             parameter.grad = torch.full_like(parameter, 100.0)
         return {"policy_loss": float(len(seen))}
 
-    optimizer = WholeOptimizer(shared, 0.5)
+    optimizer = ReplicatedOptimizer(shared, 0.5)
     optimizer.adamw = torch.optim.SGD(shared.trained(), lr=0.1)
     before = [parameter.detach().clone() for parameter in shared.trained()]
     with mock.patch.object(ppo, "accumulate_gradients", note):
@@ -269,7 +274,7 @@ def test_the_optimiser_goes_by_the_learning_rate(world: World, tmp_path: Path, w
     work.open("")
     ppo.train(
         shared,
-        WholeOptimizer(shared, settings.max_grad_norm),
+        ReplicatedOptimizer(shared, settings.max_grad_norm),
         world.tokenizer,
         world.read_prompts(),
         world.principles,
@@ -288,7 +293,7 @@ def test_gradients_that_are_not_finite_end_the_run(world: World) -> None:
     rollouts = ready(world, shared, range(8))
     rollouts[3].advantages = torch.full_like(rollouts[3].advantages, torch.inf)
     with pytest.raises(UserError, match="step 8: the gradient is not finite"):
-        ppo.update(shared, WholeOptimizer(shared, 1.0), rollouts, 7, world.ppo(), 3, 1.0)
+        ppo.update(shared, ReplicatedOptimizer(shared, 1.0), rollouts, 7, world.ppo(), 3, 1.0)
 
 
 # -- ranks

@@ -15,7 +15,8 @@ import pytest
 
 from salmon import preference_data as data
 from salmon.config import PmpData
-from salmon.errors import UserError
+from salmon.formats import Comparison
+from salmon.tables import PMP_RECORDS
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -26,9 +27,18 @@ def shp(**more: Any) -> dict[str, Any]:
     return {**row, **more}
 
 
+def taken(kind: str, row: dict[str, Any]) -> Any:
+    """Query, preferred and other of a row, or the reason why it gives nothing."""
+    counts: Counter[str] = Counter()
+    found = [tuple(comparison[:3]) for comparison in data.extract(kind, [("row 1", row)], 2.0, counts)]
+    assert counts.pop("rows") == 1
+    assert len(found) + counts.total() == 1
+    return found[0] if found else next(iter(counts))
+
+
 def test_shp_label_1_prefers_a() -> None:
-    assert data.shp_comparison(shp(labels=1), 2.0) == ("post", "a", "b")
-    assert data.shp_comparison(shp(labels=0), 2.0) == ("post", "b", "a")
+    assert taken("shp", shp(labels=1)) == ("post", "a", "b")
+    assert taken("shp", shp(labels=0)) == ("post", "b", "a")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +54,7 @@ def test_shp_label_1_prefers_a() -> None:
     ],
 )
 def test_shp_pairs_left_out(more: dict[str, Any], reason: str) -> None:
-    assert data.shp_comparison(shp(**more), 2.0) == reason
+    assert taken("shp", shp(**more)) == reason
 
 
 START = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: how?\n\nAssistant:"
@@ -76,22 +86,20 @@ QUERY = "Human: hello\n\nAssistant: hi\n\nHuman: how?"
     ],
 )
 def test_hh_rlhf_parts_at_the_last_common_assistant_turn(chosen: str, rejected: str, expected: Any) -> None:
-    assert data.hh_rlhf_comparison({"chosen": chosen, "rejected": rejected}) == expected
+    assert taken("hh_rlhf", {"chosen": chosen, "rejected": rejected}) == expected
 
 
-def test_reasons_are_counted_and_formats_checked() -> None:
+def test_reasons_are_counted() -> None:
     counts: Counter[str] = Counter()
     rows = [("a", shp()), ("b", shp(score_ratio=1.5)), ("c", shp(history=""))]
     assert len(list(data.extract("shp", rows, 2.0, counts))) == 1
     assert counts == {"rows": 3, "score ratio too small": 1, "empty query": 1}
-    with pytest.raises(UserError, match="format dolly has no preferences"):
-        list(data.extract("dolly", [], 2.0, counts))
 
 
-MANY = [data.Comparison(f"query {number // 2}", f"good {number}", f"bad {number}") for number in range(3000)]
+MANY = [Comparison(f"query {number // 2}", f"good {number}", f"bad {number}") for number in range(3000)]
 
 
-def table(comparisons: Sequence[data.Comparison], folder: Path, seed: int = 0) -> pl.DataFrame:
+def table(comparisons: Sequence[Comparison], folder: Path, seed: int = 0) -> pl.DataFrame:
     folder.mkdir()
     files = data.shuffle((data.record("it", comparison, seed) for comparison in comparisons), seed, folder)
     assert sorted(folder.iterdir()) == files  # no part is left
@@ -115,7 +123,7 @@ def test_the_table_depends_on_the_records_not_on_their_order(tmp_path: Path) -> 
     shuffled = [*MANY, *MANY[:100]]
     random.Random(5).shuffle(shuffled)
     assert table(shuffled, tmp_path / "b").equals(found)
-    assert dict(found.schema) == data.SCHEMA
+    assert dict(found.schema) == PMP_RECORDS.schema
     assert len(found) == 3000
     reseeded = table(MANY, tmp_path / "c", seed=1)
     assert set(reseeded["record_id"]) == set(found["record_id"])
@@ -135,14 +143,14 @@ def test_the_table_is_shuffled(tmp_path: Path) -> None:
 def test_a_limit_draws_distinct_records_whatever_their_order() -> None:
     records = [data.record("it", comparison, 0) for comparison in [*MANY, *MANY[:500]]]
     counts: Counter[str] = Counter()
-    found = data.draw(records, 200, 0, counts)
+    found = data.draw_records(records, 200, 0, counts)
     random.Random(7).shuffle(records)
-    assert data.draw(records, 200, 0, Counter()) == found
+    assert data.draw_records(records, 200, 0, Counter()) == found
     assert len({record["record_id"] for record in found}) == 200
     assert counts == {"over the limit": 3300}
-    assert len(data.draw(records, 5000, 0, Counter())) == 3000
+    assert len(data.draw_records(records, 5000, 0, Counter())) == 3000
     # two draws of 200 of 3000 share 200 * 200 / 3000 = 13 on average
-    other = {record["record_id"] for record in data.draw(records, 200, 1, Counter())}
+    other = {record["record_id"] for record in data.draw_records(records, 200, 1, Counter())}
     assert len(other & {record["record_id"] for record in found}) < 40
 
 
@@ -205,7 +213,7 @@ def test_the_script_writes_both_data_sets_and_a_manifest(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "secret" not in done.stdout + done.stderr
     found = pl.read_parquet(output)
-    assert dict(found.schema) == data.SCHEMA
+    assert dict(found.schema) == PMP_RECORDS.schema
     assert dict(found["source"].value_counts().iter_rows()) == {"posts": 40, "talks": 30}
     manifest = json.loads((tmp_path / "out" / "pmp.manifest.json").read_text())
     assert manifest["counts"] == {"posts: rows": 40, "talks: rows": 30, "kept": 70}

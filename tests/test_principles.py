@@ -13,6 +13,7 @@ import pytest
 
 from salmon import principles
 from salmon.config import Ppo
+from salmon.configuration import check_principles
 from salmon.errors import UserError
 from salmon.principles import WeightedPrinciple
 
@@ -124,7 +125,10 @@ def test_draw_is_weighted_and_without_replacement() -> None:
     n, total = 8000, 9.0
     rng = np.random.default_rng(0)
     seen = Counter(
-        tuple(p.dimension for p in principles.draw(weighted(**weights), "general", ppo(principles_per_rollout=2), rng))
+        tuple(
+            p.dimension
+            for p in principles.draw_principles(weighted(**weights), "general", ppo(principles_per_rollout=2), rng)
+        )
         for _ in range(n)
     )
     for first, second in permutations(weights, 2):
@@ -154,7 +158,7 @@ def test_boosts_by_question_type(question_type: str, boosted: set[str]) -> None:
         expected[[i, j, k]] += probability
     n = 3000
     rng = np.random.default_rng(1)
-    seen = Counter(p.dimension for _ in range(n) for p in principles.draw(found, question_type, ppo(), rng))
+    seen = Counter(p.dimension for _ in range(n) for p in principles.draw_principles(found, question_type, ppo(), rng))
     for principle, probability in zip(found, expected, strict=True):
         tolerance = 5 * sqrt(probability * (1 - probability) / n)
         assert abs(seen[principle.dimension] / n - probability) <= tolerance, principle.dimension
@@ -166,7 +170,7 @@ def test_draws_depend_on_their_generator_only_and_change_no_list() -> None:
     before = list(found)
 
     def draw(number: int) -> list[WeightedPrinciple]:
-        return principles.draw(found, "general", ppo(), np.random.default_rng(number))
+        return principles.draw_principles(found, "general", ppo(), np.random.default_rng(number))
 
     forward = {number: draw(number) for number in range(20)}
     backward = {number: draw(number) for number in reversed(range(20))}
@@ -177,7 +181,7 @@ def test_draws_depend_on_their_generator_only_and_change_no_list() -> None:
 
 def test_no_principles_can_be_drawn_for_a_control_run() -> None:
     found = principles.read_weighted(FILES / "rl.json")
-    assert principles.draw(found, "general", ppo(principles_per_rollout=0), np.random.default_rng(0)) == []
+    assert principles.draw_principles(found, "general", ppo(principles_per_rollout=0), np.random.default_rng(0)) == []
 
 
 def test_check_names_what_does_not_fit() -> None:
@@ -187,7 +191,7 @@ def test_check_names_what_does_not_fit() -> None:
             aggregation=SimpleNamespace(dimensions=dimensions),
             ppo=SimpleNamespace(principles=drawn, principles_per_rollout=per_rollout),
         )
-        return principles.check_principles(config, FILES)
+        return check_principles(config, FILES)
 
     assert check(JUDGED, 14) == []
     (unknown,) = check(["Concise", "Concize"], 3)

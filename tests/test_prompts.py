@@ -14,10 +14,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from salmon import prompts
+from salmon import formats, prompts
 from salmon.config import Prompts, RlPrompts
 from salmon.errors import UserError
-from salmon.prompts import Prompt
+from salmon.formats import Prompt
+from salmon.tables import PROMPTS, RL_PROMPTS
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -98,8 +99,8 @@ def test_dolly_gives_the_categories_without_context() -> None:
     def row(category: str, context: str | None = "") -> dict[str, Any]:
         return {"instruction": category, "context": context, "category": category}
 
-    assert instructions("dolly", [row(category) for category in prompts.DOLLY_CATEGORIES]) == list(
-        prompts.DOLLY_CATEGORIES
+    assert instructions("dolly", [row(category) for category in formats.DOLLY_CATEGORIES]) == list(
+        formats.DOLLY_CATEGORIES
     )
     rows = [row("closed_qa"), row("summarization"), row("information_extraction"), row("open_qa", "context")]
     found, counts = extract("dolly", rows)
@@ -116,7 +117,7 @@ def test_openorca_gives_four_families_without_inference() -> None:
     found, counts = extract("openorca", rows)
     assert [(prompt.family, prompt.instruction) for prompt in found] == [(f, f) for f in ("niv", "flan", "t0", "cot")]
     assert counts == {"other family": 3, "NLI": 5}
-    assert not prompts.is_nli("PREMISE, promises and hypothetical: It is not possible")
+    assert not formats.is_nli("PREMISE, promises and hypothetical: It is not possible")
 
 
 def test_hh_rlhf_gives_the_first_human_turn() -> None:
@@ -143,11 +144,6 @@ def test_prompt_files_keep_their_type_and_bonus() -> None:
         Prompt("c", question_type="reasoning"),
         Prompt("d"),
     ]
-
-
-def test_a_data_set_of_comparisons_is_no_source_of_prompts() -> None:
-    with pytest.raises(UserError, match="format shp is no source of prompts"):
-        extract("shp", [])
 
 
 # Cleaning
@@ -184,12 +180,12 @@ def test_a_data_set_of_comparisons_is_no_source_of_prompts() -> None:
     ],
 )
 def test_what_the_page_added_is_stripped(text: str, clean: str) -> None:
-    assert prompts.clean_web_text(text) == clean
+    assert formats.clean_web_text(text) == clean
 
 
 @pytest.mark.parametrize("piece", ["1 / 1", "1", " ", "1 / ", "Language: ", "Share Prompt", "\n"])
 def test_cleaning_takes_time_in_proportion_to_the_text(piece: str) -> None:
-    prompts.clean_web_text("x" + piece * 20_000 + "x")  # minutes, if it were quadratic
+    formats.clean_web_text("x" + piece * 20_000 + "x")  # minutes, if it were quadratic
 
 
 # Draws
@@ -197,7 +193,7 @@ def test_cleaning_takes_time_in_proportion_to_the_text(piece: str) -> None:
 
 def draw(found: Sequence[Prompt], limit: int | None, seed: int = 0, **more: Any) -> list[Prompt]:
     options: dict[str, Any] = {"reject": prompts.keep_all, "taken": set(), "counts": Counter(), **more}
-    return prompts.draw(found, name="it", limit=limit, seed=seed, **options)
+    return prompts.draw_prompts(found, name="it", limit=limit, seed=seed, **options)
 
 
 MANY = [Prompt(f"question {number % 4000}", family="ab"[number % 2]) for number in range(5000)]
@@ -257,13 +253,13 @@ def test_the_id_of_a_prompt_depends_on_its_source_and_text_only(tmp_path: Path) 
     rows = [{"instruction": "a", "input": ""}, {"instruction": "b", "input": "c"}, {"instruction": "b\n\nc"}]
     path = write_json(tmp_path / "a.json", rows)
     other = write_json(tmp_path / "b.json", [{"instruction": "z"}, *reversed(rows[:2])])
-    table, counts = prompts.read_prompts(settings(path, "prompts"))
-    assert dict(table.schema) == prompts.SCHEMA
+    table, counts = prompts.collect_prompts(settings(path, "prompts"))
+    assert dict(table.schema) == PROMPTS.schema
     assert counts == {"it: rows": 3, "it: duplicate": 1, "it: kept": 2}
-    again, _ = prompts.read_prompts(settings(other, "prompts"))
+    again, _ = prompts.collect_prompts(settings(other, "prompts"))
     assert set(table.rows()) < set(again.rows())
     assert table["prompt_id"].n_unique() == 2
-    renamed, _ = prompts.read_prompts(
+    renamed, _ = prompts.collect_prompts(
         Prompts.model_validate({"sources": {"x": {"format": "prompts", "path": str(path)}}})
     )
     assert not set(table["prompt_id"]) & set(renamed["prompt_id"])
@@ -271,9 +267,9 @@ def test_the_id_of_a_prompt_depends_on_its_source_and_text_only(tmp_path: Path) 
 
 def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [{"instruction": "a", "input": "b"}, {"instruction": "c"}])
-    table, _ = prompts.read_prompts(settings(path, "prompts"))
+    table, _ = prompts.collect_prompts(settings(path, "prompts"))
     table.write_parquet(tmp_path / "a.parquet")
-    again, _ = prompts.read_prompts(settings(tmp_path / "a.parquet", "prompts"))
+    again, _ = prompts.collect_prompts(settings(tmp_path / "a.parquet", "prompts"))
     assert again.equals(table)
 
 
@@ -300,8 +296,8 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
             },
         },
     }
-    table, counts = prompts.read_rl_prompts(RlPrompts.model_validate(raw), Words())
-    assert dict(table.schema) == prompts.RL_SCHEMA
+    table, counts = prompts.collect_rl_prompts(RlPrompts.model_validate(raw), Words())
+    assert dict(table.schema) == RL_PROMPTS.schema
     assert table.select("source", "question_type", "length_bonus").rows() == [
         *[("plain", "general", 1.0)] * 4,
         ("own", "reasoning", 0.25),
@@ -324,13 +320,13 @@ def test_real_oasst1() -> None:
         for row in rows
         if row["parent_id"] is None and any(other["parent_id"] == row["message_id"] for other in rows)
     ]
-    table, counts = prompts.read_prompts(settings(file, "oasst1"))
+    table, counts = prompts.collect_prompts(settings(file, "oasst1"))
     assert len(roots) > 100
     assert table["instruction"].to_list() == list(dict.fromkeys(roots))
     assert counts["it: rows"] == len(rows)
-    assert prompts.read_prompts(settings(file.with_suffix(".parquet"), "oasst1"))[0].equals(table)
+    assert prompts.collect_prompts(settings(file.with_suffix(".parquet"), "oasst1"))[0].equals(table)
     with pytest.raises(UserError, match="message_id occurs twice"):
-        prompts.read_prompts(settings(file.parent, "oasst1"))  # the folder has the same messages in two files
+        prompts.collect_prompts(settings(file.parent, "oasst1"))  # the folder has the same messages in two files
 
 
 @needs_data
@@ -338,7 +334,7 @@ def test_real_sharegpt() -> None:
     file = DATA / "sharegpt" / "sg_sample.json"
     talks = [talk["conversations"] for talk in json.loads(file.read_text(encoding="utf-8"))]
     first = [talk[0]["value"] for talk in talks if len(talk) > 1 and talk[0]["from"] == "human"]
-    table, _ = prompts.read_prompts(settings(file, "sharegpt"))
+    table, _ = prompts.collect_prompts(settings(file, "sharegpt"))
     assert len(first) - 20 < len(table) <= len(set(first))
     assert any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in first)
     assert not any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in table["instruction"])
@@ -352,8 +348,8 @@ def test_real_dolly_and_math() -> None:
     rows = [json.loads(line) for line in file.open(encoding="utf-8")]
     wanted = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
     asked = {row["instruction"].strip() for row in rows if row["category"] in wanted}
-    assert set(prompts.read_prompts(settings(file, "dolly"))[0]["instruction"]) == asked
-    table, _ = prompts.read_prompts(settings(DATA / "MATH", "math", limit=400))
+    assert set(prompts.collect_prompts(settings(file, "dolly"))[0]["instruction"]) == asked
+    table, _ = prompts.collect_prompts(settings(DATA / "MATH", "math", limit=400))
     assert len(table) == 400
 
 
@@ -373,7 +369,7 @@ def test_real_hh_rlhf() -> None:
     file = DATA / "hh-rlhf" / "test.jsonl.gz"
     with gzip.open(file, "rt", encoding="utf-8", newline="\n") as stream:
         turns = [re.split("\n\n(?:Human|Assistant):", json.loads(line)["chosen"])[1].strip() for line in stream]
-    table, _ = prompts.read_prompts(settings(file, "hh_rlhf"))
+    table, _ = prompts.collect_prompts(settings(file, "hh_rlhf"))
     assert table["instruction"].to_list() == list(dict.fromkeys(turns))
 
 

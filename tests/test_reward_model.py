@@ -22,6 +22,8 @@ import train_reward_model
 from salmon import artifacts, checkpoints, models, reward_model
 from salmon.config import Lora, Model
 from salmon.errors import UserError
+from salmon.tables import PREFERENCE_RECORDS
+from salmon.tokenizers import load_tokenizer
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
 END = "The quality of the output is"
@@ -38,7 +40,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return models.load_tokenizer(Model(base=str(tiny_model), quantization="none", dtype="float32"))
+    return load_tokenizer(Model(base=str(tiny_model), quantization="none", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def make_records(prompts: int, passes: int = 1, *, negate: bool = True, words: i
                     "deciding": "Creative",
                 }
             )
-    return pl.DataFrame(rows, schema=reward_model.COLUMNS)
+    return pl.DataFrame(rows, schema=PREFERENCE_RECORDS.schema)
 
 
 def make_arguments(records: Path, output: Path, model: Path, template: Path, **more: Any) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def make_arguments(records: Path, output: Path, model: Path, template: Path, **m
         "output": str(output),
         "model": {"base": str(model), "quantization": "none", "dtype": "float32"},
         "lora": {"r": 8, "alpha": 16},
-        "settings": settings,
+        "reward_model": settings,
         **more,
     }
 
@@ -128,8 +130,8 @@ def trained(tiny_model, template_file, tmp_path_factory) -> dict[str, Any]:
 # --- text
 
 
-def cut_lengths(query: int = 20, response: int = 40, maximum: int = 400) -> dict[str, int]:
-    return {"query_length": query, "response_length": response, "max_length": maximum}
+def cut_lengths(query: int = 20, response: int = 40, maximum: int = 400) -> dict[str, Any]:
+    return {"query_length": query, "response_length": response, "max_length": maximum, "keys": "pmp."}
 
 
 def test_text_has_all_parts_in_the_order_of_the_template(tokenizer):
@@ -294,7 +296,7 @@ def test_evaluate_counts_by_dimension_and_by_how_it_was_shown():
 
     records = pl.DataFrame(
         [row(1, "A", [False, True]), row(2, "A", [True, True]), row(2, "B", [False, True]), row(1, None, [True, True])],
-        schema={name: reward_model.COLUMNS[name] for name in ("preference", "deciding", "dimensions", "negated")},
+        schema=PREFERENCE_RECORDS.select("preference", "deciding", "dimensions", "negated"),
     )
     rewards = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 3.0], [1.0, 1.0]])
     found = reward_model.evaluate(records, rewards)
@@ -323,7 +325,7 @@ def test_artifact_is_a_peft_folder_that_anyone_loads_with_the_same_scores(traine
     assert not (folder.parent / ".work").exists()
     records, _ = reward_model.read_records(arguments.records)
     _, held = reward_model.split(records, arguments.settings.eval_examples, arguments.settings.seed)
-    rows = reward_model.record_tokens(tokenizer, TEMPLATE, held, arguments.settings)
+    rows = reward_model.record_tokens(tokenizer, TEMPLATE, held, arguments.settings, "reward_model")
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
     standard = AutoTokenizer.from_pretrained(tiny_model)  # everything as a stranger would do it
     with torch.no_grad():
@@ -358,7 +360,7 @@ def test_first_step_against_a_float64_reference(trained, tokenizer):
     sizes = [len(row["output_1"]) for row in train.iter_rows(named=True)]
     # Which records make the first step does not depend on the lengths, only their order in it does
     first = train[reward_model.training_order(sizes, settings.batch_size, settings.epochs, settings.seed)[:8]]
-    rows = reward_model.record_tokens(tokenizer, TEMPLATE, first, settings)
+    rows = reward_model.record_tokens(tokenizer, TEMPLATE, first, settings, "reward_model")
     model = models.new_reward_model(arguments.model, arguments.lora, "cpu", settings.seed).double()
     rewards = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows]).view(-1, 2)
     sign = torch.tensor([1.0 if p == 1 else -1.0 for p in first["preference"]], dtype=torch.float64)
@@ -372,7 +374,7 @@ def test_first_step_against_a_float64_reference(trained, tokenizer):
 
 def test_manifest_says_what_went_in(trained):
     manifest = json.loads((trained["folder"] / "manifest.json").read_text())
-    assert "init" not in manifest["settings"]["settings"]
+    assert "init" not in manifest["settings"]["reward_model"]
     assert manifest["inputs"][trained["arguments"]["records"]] == artifacts.hash_path(
         Path(trained["arguments"]["records"])
     )
@@ -399,7 +401,7 @@ def test_learns_to_follow_a_principle_and_its_negation(tiny_model, template_file
 
 def test_starts_from_another_reward_model(trained, tmp_path):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "init": str(trained["folder"])}
-    arguments["settings"] = arguments["settings"] | {"learning_rate": 1e-12, "epochs": 0.2}
+    arguments["reward_model"] = arguments["reward_model"] | {"learning_rate": 1e-12, "epochs": 0.2}
     run_here(arguments)
     before, after = weights(trained["folder"]), weights(tmp_path / "rm")
     for name, value in before.items():
@@ -411,7 +413,7 @@ def test_starts_from_another_reward_model(trained, tmp_path):
 def test_nf4_trains(trained, tmp_path):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
     arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
-    arguments["settings"] = arguments["settings"] | {"epochs": 0.4}
+    arguments["reward_model"] = arguments["reward_model"] | {"epochs": 0.4}
     metrics = run_here(arguments)
     assert all(entry["grad_norm"] > 0 for entry in metrics["training"])
     assert weights(tmp_path / "rm")["base_model.model.score.weight"].dtype == torch.float32
@@ -447,7 +449,7 @@ def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
     """NF4 and bfloat16, as the paper's run."""
     arguments = trained["arguments"] | {"micro_batch_size": 2}
     arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
-    arguments["settings"] = arguments["settings"] | {"epochs": 0.4}
+    arguments["reward_model"] = arguments["reward_model"] | {"epochs": 0.4}
     logged = []
     for name, deepspeed in (("whole", {}), ("shards", {"deepspeed": str(ROOT / "profiles/deepspeed/zero3.json")})):
         line = command(arguments | {"output": str(tmp_path / name), **deepspeed}, ranks=2)
@@ -508,7 +510,7 @@ def test_killed_and_resumed_gives_the_bytes_of_an_undisturbed_run(trained, kille
     caplog.set_level("INFO")
     metrics = run_here(trained["arguments"] | {"output": str(folder / "rm")})
     assert "checkpoint-6, which is incomplete" in caplog.text
-    assert "going on after step 3" in caplog.text
+    assert "resuming after step 3" in caplog.text
     name = "adapter_model.safetensors"
     assert (folder / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
     assert metrics["evaluation"] == trained["metrics"]["evaluation"]
@@ -552,11 +554,11 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     make_records(50, 2, seed=1).write_parquet(other)
     assert found(0) is not None
     assert found(1, micro_batch_size=4, gradient_checkpointing=False) is not None  # hardware
-    assert found(2, settings=trained["arguments"]["settings"] | {"learning_rate": 2e-3}) is None
+    assert found(2, settings=trained["arguments"]["reward_model"] | {"learning_rate": 2e-3}) is None
     assert found(3, records=str(other)) is None
     assert found(4, init=str(trained["folder"])) is None
     assert found(5, lora={"r": 4, "alpha": 16}) is None
-    assert found(6, settings=trained["arguments"]["settings"] | {"save_steps": 5}) is not None
+    assert found(6, settings=trained["arguments"]["reward_model"] | {"save_steps": 5}) is not None
     # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read: they are not deleted
     with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
         found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
@@ -589,7 +591,7 @@ def test_bad_records_say_what_is_wrong_and_leave_nothing(trained, tmp_path, chan
 def test_records_with_principles_need_a_template_that_shows_them(trained, tmp_path):
     (tmp_path / "pmp.txt").write_text("{Output}\n{Input}\nThe quality of the output is\n")
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
-    arguments["settings"] = arguments["settings"] | {"template": str(tmp_path / "pmp.txt")}
+    arguments["reward_model"] = arguments["reward_model"] | {"template": str(tmp_path / "pmp.txt")}
     with pytest.raises(UserError, match=r"1 principles, but template .* no slot"):
         run_here(arguments)
 

@@ -14,7 +14,8 @@ import sample_responses
 from salmon import artifacts, config, generation, models, script
 from salmon.errors import UserError
 from salmon.randomness import seed_of
-from salmon.shards import RESPONSES
+from salmon.tables import RESPONSES
+from salmon.tokenizers import load_tokenizer
 
 PREAMBLE = "A conversation.\n\n### User\n"
 INSTRUCTIONS = [
@@ -69,9 +70,9 @@ def counts(folder: Path, output: str = "out") -> dict[str, int]:
 
 def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: config.Model) -> None:
     found = run(work, model)
-    assert found.schema == RESPONSES
+    assert found.schema == RESPONSES.schema
     assert found.select("prompt_id", "source", "instruction", "input").equals(table(INSTRUCTIONS))
-    tokenizer, policy = models.load_tokenizer(model), models.load_initial_policy(model, "cpu")
+    tokenizer, policy = load_tokenizer(model), models.load_initial_policy(model, "cpu")
     for row in found.iter_rows(named=True):
         text = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
         prompt = tokenizer("A conversation.\n\n### User\n" + text + "\n\n### Dromedary\n")["input_ids"]
@@ -127,7 +128,7 @@ def test_neither_shards_nor_batches_nor_order_matter(work: Path, model: config.M
 def test_a_shard_without_rows(work: Path, model: config.Model) -> None:
     found = run(work, model, shard=8, shards=9)
     assert found.height == 0
-    assert found.schema == RESPONSES
+    assert found.schema == RESPONSES.schema
     assert counts(work) == {"rows": 0}
     with pytest.raises(UserError, match="no shard 9 of 9"):
         run(work, model, shard=9, shards=9)
@@ -143,7 +144,7 @@ def test_chat_template(work: Path, model: config.Model, tmp_path: Path) -> None:
     chat = config.PolicyPrompt(template="chat", stop=["\n"])
     with pytest.raises(UserError, match="has no chat template"):
         run(work, model, policy_prompt=chat)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
     with patch.object(models, "load_tokenizer", return_value=tokenizer):
         found = run(work, model, policy_prompt=chat)

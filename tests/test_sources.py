@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 
 from salmon import sources
-from salmon.config import Source
+from salmon.config import PairSource, PromptSource
 from salmon.errors import UserError
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
 
 SECRET = "tulip-7319"  # stands for the texts of a data set, which no message may quote
 ROWS = [{"problem": f"{SECRET} {number}"} for number in range(2500)]
@@ -18,7 +19,8 @@ ROWS = [{"problem": f"{SECRET} {number}"} for number in range(2500)]
 
 def read(path: Path | str | list[str], kind: str = "math", **more: Any) -> list[tuple[str, Any]]:
     found = path if isinstance(path, list) else str(path)
-    return list(sources.read_source(Source(format=kind, path=found, **more)))
+    source_type, formats = (PromptSource, PROMPT_FORMATS) if kind in PROMPT_FORMATS else (PairSource, PAIR_FORMATS)
+    return list(sources.read_source(source_type(format=kind, path=found, **more), formats[kind].row))
 
 
 def fails(path: Path | str | list[str], kind: str = "math", **more: Any) -> str:
@@ -91,10 +93,10 @@ def test_a_folder_is_read_by_name_and_a_list_in_its_order(tmp_path: Path) -> Non
 
 def test_inputs_are_described_by_hash_or_revision(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.jsonl", ROWS[:1]))
-    described = sources.describe_sources(
+    described = sources.identify_sources(
         {
-            "one": Source(format="math", path=path),
-            "two": Source(format="math", path=["owner/a", "owner/b"], revision="abc"),
+            "one": PromptSource(format="math", path=path),
+            "two": PromptSource(format="math", path=["owner/a", "owner/b"], revision="abc"),
         }
     )
     assert described["owner/a"] == described["owner/b"] == "abc"
@@ -109,8 +111,8 @@ def test_inputs_are_described_by_hash_or_revision(tmp_path: Path) -> None:
         (b'{"solution": "tulip-7319"}', "column problem is missing; format math needs problem"),
         (b'{"problem": ["tulip-7319"]}', "column problem: input should be a valid string"),
         (b'{"problem": 7319}', "column problem"),
-        (b'["tulip-7319"]', "no object with named columns"),
-        (b'"tulip-7319"', "no object with named columns"),
+        (b'["tulip-7319"]', "not an object with named columns"),
+        (b'"tulip-7319"', "not an object with named columns"),
         (b"[" * 100_000, "broken JSON"),
         (b'{"problem": ' + b"7" * 5000 + b"}", "broken JSON"),
     ],
@@ -197,7 +199,7 @@ def test_a_label_is_0_or_1(tmp_path: Path, label: Any) -> None:
 def test_missing_and_unknown_paths_are_named(tmp_path: Path) -> None:
     assert "does not exist" in fails(tmp_path / "a.jsonl")
     (tmp_path / "a.csv").write_text("problem\n")
-    assert "is of no known kind" in fails(tmp_path / "a.csv")
+    assert "has none of the known endings" in fails(tmp_path / "a.csv")
     (tmp_path / "empty").mkdir()
     assert "holds no data files" in fails(tmp_path / "empty")
 

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from salmon import templates
+from salmon.config import PolicyPrompt
+from salmon.configuration import check_templates
 from salmon.errors import UserError
+from salmon.text import join_instruction
 
 ROOT = Path(__file__).parents[1]
 OURS = ROOT / "prompts" / "templates"
@@ -22,8 +25,10 @@ FILES = {
 
 def check(root: Path = ROOT, **files: str) -> list[str]:
     """Findings for a configuration with these template files."""
-    config: Any = SimpleNamespace(**{key: SimpleNamespace(template=path) for key, path in (FILES | files).items()})
-    return templates.check_templates(config, root)
+    named = FILES | files
+    config: Any = SimpleNamespace(**{key: SimpleNamespace(template=path) for key, path in named.items()})
+    config.policy_prompt = PolicyPrompt(template=named["policy_prompt"])
+    return check_templates(config, root)
 
 
 def test_our_templates_pass() -> None:
@@ -137,7 +142,7 @@ def test_templates_in_the_authors_format_work(tmp_path: Path) -> None:
 
 
 def test_small_helpers() -> None:
-    assert templates.join_instruction("do", "") == "do"
-    assert templates.join_instruction("do", "this") == "do\n\nthis"
+    assert join_instruction("do", "") == "do"
+    assert join_instruction("do", "this") == "do\n\nthis"
     assert templates.bullets(["a", "b"]) == "- a\n- b"
     assert templates.bullets([]) == ""

@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM
 from salmon import ppo
 from salmon.artifacts import WorkFolder
 from salmon.config import Model
-from salmon.optimization import WholeOptimizer
+from salmon.optimization import ReplicatedOptimizer
 from salmon.principles import WeightedPrinciple
+from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
 
 
@@ -89,7 +90,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: P
 
     status, log = run(world.arguments(output))
     assert status == 0, log
-    assert f"going on after step {CHECKPOINT}" in log
+    assert f"resuming after step {CHECKPOINT}" in log
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (output / name).read_bytes() == (policy / name).read_bytes()
     assert read_metrics(output) == read_metrics(policy)
@@ -108,7 +109,7 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
     assert not output.exists()
     status, log = run(world.arguments(output))
     assert status == 0, log
-    assert "going on after step 3" in log
+    assert "resuming after step 3" in log
     assert (output / "adapter_model.safetensors").read_bytes() == (policy / "adapter_model.safetensors").read_bytes()
     assert read_metrics(output) == read_metrics(policy)
 
@@ -283,14 +284,15 @@ def test_it_learns_to_be_long_or_short(world: World, eager: Model, tmp_path: Pat
     shared = SharedBase(eager, LORA, world.reward_model, torch.device("cpu"), seed=1)
     ppo.train(
         shared,
-        WholeOptimizer(shared, settings.max_grad_norm),
+        ReplicatedOptimizer(shared, settings.max_grad_norm),
+        TransformersSampler(world.tokenizer, "cpu", batch_size=32),
         world.tokenizer,
         prompts,
         [WeightedPrinciple(dimension="d", definition="d", weight=1)],
         settings,
         world.policy_prompt.model_copy(update={"stop": []}),
         work,
-        sampling_batch_size=32,
+        scoring_batch_size=32,
         micro_batch_size=32,
     )
     lines = read_metrics(work.path)

@@ -39,12 +39,13 @@ def main(arguments: Arguments) -> None:
         turn_markers=arguments.turn_markers,
     )
     artifacts.write_table(table, arguments.output)
-    inputs = [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
     artifacts.write_json(
         artifacts.manifest_path(arguments.output),
         artifacts.manifest(
             {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers},
-            {str(path): artifacts.hash_path(path) for path in inputs},
+            artifacts.hash_inputs(
+                [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
+            ),
             counts,
         ),
     )

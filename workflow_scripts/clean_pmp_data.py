@@ -1,6 +1,6 @@
 """Preferences of people for pre-training the reward model (SALMON step 2, PMP): SHP and HH-RLHF, shuffled.
 
-Writes one row a pair, in the columns of the reward-model records; those of the principles are empty.
+Writes one row per pair, in the columns of the reward-model records; those of the principles are empty.
 """
 
 import logging
@@ -40,7 +40,7 @@ def main(arguments: Arguments) -> None:
         artifacts.write_table(table, output)
     finally:
         work.delete()
-    manifest = artifacts.manifest({"pmp_data": settings}, sources.describe_sources(settings.sources), counts)
+    manifest = artifacts.manifest({"pmp_data": settings}, sources.identify_sources(settings.sources), counts)
     artifacts.write_json(artifacts.manifest_path(output), manifest)
 
 

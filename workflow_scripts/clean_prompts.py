@@ -1,6 +1,6 @@
 """Prompts of the synthetic preferences (SALMON step 1): the root messages of OASST1, or of the sources set.
 
-Writes one row a prompt: prompt_id, source, instruction, input.
+Writes the table `tables.PROMPTS`.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
-    table, counts = prompts.read_prompts(arguments.prompts)
+    table, counts = prompts.collect_prompts(arguments.prompts)
     artifacts.write_table(table, arguments.output)
     manifest = artifacts.manifest(
-        {"prompts": arguments.prompts}, sources.describe_sources(arguments.prompts.sources), counts
+        {"prompts": arguments.prompts}, sources.identify_sources(arguments.prompts.sources), counts
     )
     artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
 

@@ -10,12 +10,13 @@ from typing import Any
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, config, distributed, generation, models, principles, resuming, script, shards, templates
+from salmon import artifacts, config, distributed, models, principles, resuming, script, shards, tables, templates
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair
-from salmon.shards import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
-from salmon.text import cut_at_markers
+from salmon.tables import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
+from salmon.text import cut_at_markers, join_instruction
+from salmon.tokenizers import load_tokenizer
 
 
 class Arguments(script.Arguments):
@@ -42,15 +43,15 @@ def main(arguments: Arguments) -> None:
     pairs, counts = select_pairs(table, arguments.judge)
 
     work = artifacts.WorkFolder(arguments.output)
-    mark = artifacts.fingerprint(settings, inputs)
-    left = resuming.left_to_do(work, mark, [pair.prompt_id for pair in pairs], JUDGEMENTS)
+    fingerprint = artifacts.fingerprint(settings, inputs)
+    left = resuming.left_to_do(work, fingerprint, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
     if left:
         # The judge says token by token what may be seen, which flash attention does not take.
         attention = "eager" if arguments.model.attention == "eager" else "sdpa"
         judging = arguments.model.model_copy(update={"attention": attention})
         model = models.load_initial_policy(judging, device, together=arguments.tensor_parallel)
-        generation.check_context(model, arguments.judge.max_length, "judge.max_length")
-        tokenizer = models.load_tokenizer(arguments.model)
+        models.check_context(model, arguments.judge.max_length, "judge.max_length")
+        tokenizer = load_tokenizer(arguments.model)
         judge = Judge(
             model,
             tokenizer,
@@ -69,18 +70,18 @@ def main(arguments: Arguments) -> None:
             for pair, scores in zip(batch, judge.judge(batch), strict=True)
             for principle, score in zip(judged, scores or unfit, strict=True)
         ]
-        return pl.DataFrame(lines, schema=JUDGEMENTS, orient="row")
+        return pl.DataFrame(lines, schema=JUDGEMENTS.schema, orient="row")
 
     lengths = {row: sum(map(len, (pairs[row].instruction, pairs[row].output_1, pairs[row].output_2))) for row in left}
     resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs", together=arguments.tensor_parallel)
     if distributed.is_main():
-        judgements = in_order(work.read_parts(JUDGEMENTS), pairs, [principle.dimension for principle in judged])
+        judgements = in_order(work.read_parts(JUDGEMENTS.schema), pairs, [principle.dimension for principle in judged])
         whole = judgements.drop_nulls()
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
         counts["rows"] = whole.height
-        resuming.finish(work, whole, arguments.output, artifacts.manifest(settings, inputs, counts))
-    distributed.finish()
+        resuming.write_shard(work, whole, arguments.output, artifacts.manifest(settings, inputs, counts))
+    distributed.leave()
 
 
 def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
@@ -90,25 +91,22 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; build it first, or correct its name")
-    return settings, {
-        **{str(file): artifacts.hash_path(file) for file in files},
-        **models.describe(arguments.model),
-    }
+    return settings, artifacts.hash_inputs(files) | models.identify(arguments.model)
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:
     """The rows of response0 that belong to the shard, each with its partner of response1.
 
     Returns:
-        Schema RESPONSES, in the order of response0, and response_1 and finish_reason_1.
+        The table RESPONSES, in the order of response0, and response_1 and finish_reason_1.
 
     Raises:
         UserError: where the two files are not of the same prompts.
     """
-    first = artifacts.read_table(arguments.response0, RESPONSES)
-    second = artifacts.read_table(arguments.response1, RESPONSES)
+    first = tables.read(arguments.response0, RESPONSES)
+    second = tables.read(arguments.response1, RESPONSES)
     for table, path in ((first, arguments.response0), (second, arguments.response1)):
-        shards.check_unique(table, ["prompt_id"], path)
+        tables.check_rows(table, RESPONSES, path)
     key = ["prompt_id", "instruction", "input"]
     for one, other, here, there in (
         (first, second, arguments.response0, arguments.response1),
@@ -137,7 +135,7 @@ def select_pairs(table: pl.DataFrame, judge: config.Judge) -> tuple[list[Pair], 
         if min(map(len, outputs)) < judge.min_characters:
             counts["too_short"] += 1
             continue
-        instruction = templates.join_instruction(row["instruction"], row["input"])
+        instruction = join_instruction(row["instruction"], row["input"])
         pairs.append(Pair(row["prompt_id"], instruction, *outputs))
     return pairs, counts
 
@@ -146,7 +144,7 @@ def in_order(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str])
     """The judgements in the order of the pairs and, within a pair, of the principles."""
     keys = pl.DataFrame(
         [(pair.prompt_id, dimension) for pair in pairs for dimension in dimensions],
-        schema={name: JUDGEMENTS[name] for name in ("prompt_id", "dimension")},
+        schema=JUDGEMENTS.select("prompt_id", "dimension"),
         orient="row",
     )
     return shards.in_order(judgements, keys)

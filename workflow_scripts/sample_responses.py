@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, distributed, generation, models, resuming, script, shards, templates
+from salmon import artifacts, distributed, encoding, models, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
+from salmon.generation import Ranks
 from salmon.randomness import seed_of
-from salmon.shards import PROMPT_TOO_LONG, RESPONSES
+from salmon.sampling import Sampler, TransformersSampler
+from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
+from salmon.text import join_instruction
+from salmon.tokenizers import load_tokenizer
 
 
 class Arguments(script.Arguments):
@@ -39,38 +44,33 @@ def main(arguments: Arguments) -> None:
     device = distributed.init()
     sampling = arguments.sampling
     table = read_shard(arguments)
-    tokenizer = models.load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
 
     settings, inputs = identify(arguments)
     work = artifacts.WorkFolder(arguments.output)
-    mark = artifacts.fingerprint(settings, inputs)
-    left = resuming.left_to_do(work, mark, table["prompt_id"].to_list(), RESPONSES)
+    fingerprint = artifacts.fingerprint(settings, inputs)
+    left = resuming.left_to_do(work, fingerprint, table["prompt_id"].to_list(), RESPONSES.schema)
     left = [row for row in left if len(prompts[row]) < sampling.max_length]
     if left:
-        model = models.load_initial_policy(arguments.model, device, together=arguments.tensor_parallel)
-        generation.check_context(model, sampling.max_length, "sampling.max_length")
+        sampler = load_sampler(arguments, tokenizer, device)
 
     def sample(rows: list[int]) -> pl.DataFrame:
         batch = table[rows]
-        found = generation.generate(
-            model,
-            tokenizer,
+        generations = sampler.sample(
             [prompts[row] for row in rows],
             [seed_of("response", settings["seed"], prompt_id) for prompt_id in batch["prompt_id"]],
             max_new_tokens=[sampling.max_length - len(prompts[row]) for row in rows],
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop=arguments.policy_prompt.stop,
-            device=device,
-            ranks="together" if arguments.tensor_parallel else "apart",
         )
         return batch.with_columns(
-            pl.Series("response", [each.text for each in found], pl.String),
-            pl.Series("finish_reason", [each.finish_reason for each in found], pl.String),
-            pl.Series("response_tokens", [len(each.tokens) for each in found], pl.Int32),
-        ).select(list(RESPONSES))
+            pl.Series("response", [each.text for each in generations], pl.String),
+            pl.Series("finish_reason", [each.finish_reason for each in generations], pl.String),
+            pl.Series("response_tokens", [len(each.tokens) for each in generations], pl.Int32),
+        ).select(list(RESPONSES.columns))
 
     resuming.run_batches(
         work,
@@ -81,25 +81,33 @@ def main(arguments: Arguments) -> None:
         together=arguments.tensor_parallel,
     )
     if distributed.is_main():
-        responses = join(table, work.read_parts(RESPONSES), sampling.max_length)
+        responses = join(table, work.read_parts(RESPONSES.schema), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
-        resuming.finish(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
-    distributed.finish()
+        resuming.write_shard(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
+    distributed.leave()
+
+
+def load_sampler(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Sampler:
+    """What samples from the initial policy."""
+    together = arguments.tensor_parallel
+    model = models.load_initial_policy(arguments.model, device, together=together)
+    models.check_context(model, arguments.sampling.max_length, "sampling.max_length")
+    ranks: Ranks = "together" if together else "apart"
+    return TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=model)
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:
     """The prompts of the shard: prompt_id, source, instruction, input."""
-    columns = {name: RESPONSES[name] for name in ("prompt_id", "source", "instruction", "input")}
-    whole = artifacts.read_table(arguments.prompts, columns).select(list(columns))
-    shards.check_unique(whole, ["prompt_id"], arguments.prompts)
+    whole = tables.read(arguments.prompts, PROMPTS)
+    tables.check_rows(whole, PROMPTS, arguments.prompts)
     return shards.rows_of(whole, arguments.shard, arguments.sampling.shards).collect()
 
 
 def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt) -> list[list[int]]:
     """Token ids of every row's prompt."""
-    preamble = generation.read_preamble(prompt)
+    preamble = encoding.read_preamble(prompt)
     return [
-        generation.encode_prompt(tokenizer, templates.join_instruction(*row), prompt, preamble)
+        encoding.encode_prompt(tokenizer, join_instruction(*row), prompt, preamble)
         for row in table.select("instruction", "input").iter_rows()
     ]
 
@@ -113,13 +121,8 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
         "seed": arguments.sampling.seeds[arguments.index],
         "shard": arguments.shard,
     }
-    files = [arguments.prompts]
-    if arguments.policy_prompt.template != "chat":
-        files.append(Path(arguments.policy_prompt.template))
-    return settings, {
-        **{str(file): artifacts.hash_path(file) for file in files},
-        **models.describe(arguments.model),
-    }
+    inputs = artifacts.hash_inputs([arguments.prompts, *arguments.policy_prompt.files])
+    return settings, inputs | models.identify(arguments.model)
 
 
 def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:
@@ -127,13 +130,13 @@ def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.Data
 
     Args:
         table: prompt_id, source, instruction, input, prompt_tokens.
-        sampled: schema RESPONSES, one row for each prompt of fewer than `max_length` tokens.
+        sampled: RESPONSES, one row for each prompt of fewer than `max_length` tokens.
         max_length: tokens of prompt and response.
     """
     skipped = table.filter(pl.col("prompt_tokens") >= max_length).with_columns(
         response=pl.lit(""), finish_reason=pl.lit(PROMPT_TOO_LONG), response_tokens=pl.lit(0, pl.Int32)
     )
-    rows = pl.concat([sampled, skipped.select(list(RESPONSES))])
+    rows = pl.concat([sampled, skipped.select(list(RESPONSES.columns))])
     return shards.in_order(rows, table.select("prompt_id"))
 
 

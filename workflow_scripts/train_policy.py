@@ -15,25 +15,20 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo, script, stopping, templates
-from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_path, manifest, manifest_path, read_table, write_json
+from salmon import distributed, ppo, script, stopping, tables, templates
+from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_inputs, manifest, manifest_path, write_json
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
+from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.generation import check_context, encode_prompt, read_preamble
-from salmon.models import describe, load_tokenizer
-from salmon.optimization import Optimizer, ShardedOptimizer, WholeOptimizer, read_deepspeed
+from salmon.models import check_context, identify
+from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
+from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
+from salmon.tables import RL_PROMPTS
+from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
-
-COLUMNS = {
-    "prompt_id": pl.String,
-    "instruction": pl.String,
-    "input": pl.String,
-    "question_type": pl.String,
-    "length_bonus": pl.Float64,
-}
 
 
 class Arguments(script.Arguments):
@@ -53,63 +48,74 @@ class Arguments(script.Arguments):
 
 
 def main(args: Arguments) -> None:
-    """Train, or go on training, and write the policy."""
+    """Train, or resume training, and write the policy."""
     device = distributed.init()
     stopping.listen()
     tokenizer = load_tokenizer(args.model)
     prompts, counts = read_prompts(args, tokenizer)
     principles = read_principles(args)
     settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
-    files = [args.prompts, args.reward_model, Path(args.ppo.principles), Path(args.ppo.template)]
-    if args.policy_prompt.template != "chat":
-        files.append(Path(args.policy_prompt.template))
-    inputs = {str(path): hash_path(path) for path in files} | describe(args.model)
+    files: list[Path | str] = [
+        args.prompts,
+        args.reward_model,
+        args.ppo.principles,
+        args.ppo.template,
+        *args.policy_prompt.files,
+    ]
+    inputs = hash_inputs(files) | identify(args.model)
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
     if args.deepspeed:
         sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
-    models = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
+    shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
     around = len(encode_prompt(tokenizer, "", args.policy_prompt, read_preamble(args.policy_prompt)))
     longest = around + args.ppo.query_length + args.ppo.response_length
-    check_context(models.lm, longest, "policy template + ppo.query_length + ppo.response_length")
-    check_context(models.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
+    check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+    check_context(shared.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
 
     work = WorkFolder(args.output)
     if distributed.is_main():
-        # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
-        shards = json.dumps([sharding, distributed.world()]) if args.deepspeed else ""
-        work.open(fingerprint({**settings, "ppo": args.ppo.model_dump(exclude={"save_steps"})}, inputs), shards)
+        # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
+        layout = json.dumps([sharding, distributed.world()]) if args.deepspeed else ""
+        work.open(fingerprint({**settings, "ppo": args.ppo.model_dump(exclude={"save_steps"})}, inputs), layout)
     distributed.barrier()
     if args.gradient_checkpointing:
-        models.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer: Optimizer = (
-        ShardedOptimizer(models, args.ppo.max_grad_norm, sharding)
+        ShardedOptimizer(shared, args.ppo.max_grad_norm, sharding)
         if args.deepspeed
-        else WholeOptimizer(models, args.ppo.max_grad_norm)
+        else ReplicatedOptimizer(shared, args.ppo.max_grad_norm)
+    )
+    sampler = TransformersSampler(
+        tokenizer,
+        device,
+        batch_size=args.sampling_batch_size,
+        ranks="lockstep" if optimizer.lockstep else "apart",
     )
     ppo.train(
-        models,
+        shared,
         optimizer,
+        sampler,
         tokenizer,
         prompts,
         principles,
         args.ppo,
         args.policy_prompt,
         work,
-        sampling_batch_size=args.sampling_batch_size,
+        scoring_batch_size=args.sampling_batch_size,
         micro_batch_size=args.micro_batch_size,
     )
     weights = optimizer.trained_weights()
     if distributed.is_main():
         with atomic(args.output) as folder:
-            models.save_policy(folder, weights)
+            shared.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
             write_json(manifest_path(folder), manifest(settings, inputs, counts))
         work.delete()
     distributed.barrier()
-    distributed.finish()
+    distributed.leave()
 
 
 def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, Any], object]:
@@ -120,7 +126,7 @@ def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, 
     config = read_deepspeed(args.deepspeed)
     if args.ppo.rollout_batch_size % distributed.world():
         raise UserError(
-            f"ppo.rollout_batch_size {args.ppo.rollout_batch_size} is no multiple of the {distributed.world()} "
+            f"ppo.rollout_batch_size {args.ppo.rollout_batch_size} is not a multiple of the {distributed.world()} "
             "processes, which DeepSpeed needs here"
         )
     distributed.init_deepspeed(device)
@@ -130,10 +136,9 @@ def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, 
 
 def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[pl.DataFrame, dict[str, int]]:
     """The prompts that are used, and the counts of those in the table, used and left out."""
-    table = read_table(args.prompts, COLUMNS).select(*COLUMNS).collect()
-    nulls = [name for name in COLUMNS if table[name].null_count()]
-    if nulls:
-        raise UserError(f"{args.prompts} has nulls in {', '.join(nulls)}; build it again")
+    rows = tables.read(args.prompts, RL_PROMPTS, ("prompt_id", "instruction", "input", "question_type", "length_bonus"))
+    tables.check_rows(rows, RL_PROMPTS, args.prompts)
+    table = rows.collect()
     used = ppo.within_query_length(table, tokenizer, args.ppo)
     left_out = len(table) - len(used)
     if left_out:

@@ -2,7 +2,7 @@
 
 Bradley-Terry loss on pairs, QLoRA, a linear head on the last token (paper section 3.3); see
 `salmon/reward_model.py`. Runs on one process, or on several ranks, with or without DeepSpeed; the
-result is that of the global batch, however it is spread. Interrupted, it goes on from its last checkpoint.
+result is that of the global batch, however it is spread. Interrupted, it resumes from its last checkpoint.
 """
 
 import json
@@ -10,19 +10,20 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 import torch
 from peft import PeftConfig, PeftModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from salmon import artifacts, checkpoints, distributed, models, optimization, reward_model, script, stopping, templates
-from salmon.config import Lora, Model, RewardModel
+from salmon.config import Lora, Model, RewardModel, RewardTraining
 from salmon.errors import UserError
-from salmon.generation import check_context
+from salmon.models import check_context
+from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger("salmon.train_reward_model")
 
@@ -35,21 +36,41 @@ class Arguments(script.Arguments):
     init: Path | None = Field(None, description="reward model to start from; without it, a fresh adapter and head")
     model: Model = Field(description="section of the configuration")
     lora: Lora = Field(Lora(), description="section of the configuration")
-    settings: RewardModel = Field(description="section pmp or reward_model; its `init` is what --init is")
+    pmp: RewardTraining | None = Field(None, description="section of the configuration; or")
+    reward_model: RewardModel | None = Field(None, description="that of the principle-following stage")
     micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> Self:
+        if (self.pmp is None) == (self.reward_model is None):
+            raise ValueError("give one of --pmp and --reward-model, the settings of the stage")
+        return self
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage's section in the configuration."""
+        return "pmp" if self.pmp else "reward_model"
+
+    @property
+    def settings(self) -> RewardTraining:
+        """The stage's section."""
+        settings = self.pmp or self.reward_model
+        assert settings is not None
+        return settings
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.first_step = 0
         self.started = self.last = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from where the run begins or goes on."""
+        """Count from where the run begins or resumes."""
         self.first_step = state.global_step
         self.started = self.last = time.monotonic()
 
@@ -58,7 +79,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise UserError(f"the loss of step {state.global_step} is {logs['loss']}; lower settings.learning_rate")
+            raise UserError(f"the loss of step {state.global_step} is {logs['loss']}; lower {self.stage}.learning_rate")
         now = time.monotonic()
         if now - self.last >= script.INTERVAL or state.global_step == state.max_steps:
             line = tqdm.format_meter(
@@ -75,12 +96,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint and an end, where any rank was asked to stop and steps are left."""
-        if stopping.asked(args.device) and state.global_step < state.max_steps:
+        if stopping.stop_requested(args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint after the last rank has written its part."""
-        checkpoints.finish(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def main(arguments: Arguments) -> None:
@@ -89,9 +110,9 @@ def main(arguments: Arguments) -> None:
     stopping.listen()
     if arguments.deepspeed:
         distributed.init_deepspeed(device)
-    settings = arguments.settings
+    settings, stage = arguments.settings, arguments.stage
     template = read_template(arguments)
-    tokenizer = models.load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     records, counts = reward_model.read_records(arguments.records)
     check_slots(arguments, template, records)
     train, held = reward_model.split(records, settings.eval_examples, settings.seed)
@@ -103,8 +124,8 @@ def main(arguments: Arguments) -> None:
     if not order or len(held) < settings.eval_examples:
         raise UserError(
             f"{arguments.records} has {len(records)} usable records, too few to hold out {settings.eval_examples} "
-            f"(settings.eval_examples) and train a batch of {settings.batch_size} (settings.batch_size) in "
-            f"{settings.epochs:g} epochs"
+            f"({stage}.eval_examples) and train a batch of {settings.batch_size} ({stage}.batch_size) in "
+            f"{settings.epochs:g} epochs ({stage}.epochs)"
         )
     counts |= {"trained_on": len(set(order)), "held_out": len(held), "steps": len(order) // settings.batch_size}
     counts["left_out_of_last_batch"] = len(train) - counts["trained_on"]
@@ -117,15 +138,15 @@ def main(arguments: Arguments) -> None:
     manifest = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
     checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
-    check_context(model, settings.max_length, "settings.max_length")
+    check_context(model, settings.max_length, f"{stage}.max_length")
     pad = reward_model.padding_id(
-        (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings)),
+        (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings, stage)),
         tokenizer.pad_token_id,
     )
 
     def batch(indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = train[indices]
-        rows = reward_model.record_tokens(tokenizer, template, chosen, settings)
+        rows = reward_model.record_tokens(tokenizer, template, chosen, settings, stage)
         return {**reward_model.collate(rows, pad), "labels": torch.tensor(chosen["preference"].to_list())}
 
     trainer = Trainer(
@@ -134,7 +155,7 @@ def main(arguments: Arguments) -> None:
         data_collator=batch,
         train_dataset=order,
         compute_loss_func=batch_loss,
-        callbacks=[Reporter()],
+        callbacks=[Reporter(arguments.stage)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
@@ -143,7 +164,7 @@ def main(arguments: Arguments) -> None:
     if trainer.state.global_step < trainer.state.max_steps:
         raise stopping.Stopped(trainer.state.global_step)
 
-    rows = reward_model.record_tokens(tokenizer, template, held, settings)
+    rows = reward_model.record_tokens(tokenizer, template, held, settings, stage)
     rewards = score_over_ranks(trainer.model, rows, 2 * arguments.micro_batch_size, device)
     # DeepSpeed shards or rounds what it trains.
     weights = optimization.full_weights(trainer.model) if trainer.is_deepspeed_enabled else None
@@ -159,7 +180,7 @@ def main(arguments: Arguments) -> None:
         log.info("held out: %s", json.dumps(metrics["evaluation"]))
         work.delete()
     distributed.barrier()
-    distributed.finish()
+    distributed.leave()
 
 
 def read_template(arguments: Arguments) -> str:
@@ -167,7 +188,7 @@ def read_template(arguments: Arguments) -> str:
     template = templates.read(arguments.settings.template)
     missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template)]
     if missing:
-        raise UserError(f"template {arguments.settings.template} has no slot {{{missing[0]}}}")
+        raise UserError(f"{arguments.stage}.template {arguments.settings.template} has no slot {{{missing[0]}}}")
     return template
 
 
@@ -176,8 +197,9 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
     has_slot = "Dimensions" in templates.slots(template)
     for row in records.filter((pl.col("definitions").list.len() > 0) != has_slot).iter_rows(named=True):
         raise UserError(
-            f"record {row['record_id']} of {arguments.records} has {len(row['definitions'])} principles, but template "
-            f"{arguments.settings.template} has {'a' if has_slot else 'no'} slot {{Dimensions}}"
+            f"record {row['record_id']} of {arguments.records} has {len(row['definitions'])} principles, but "
+            f"{arguments.stage}.template {arguments.settings.template} has {'a' if has_slot else 'no'} slot "
+            "{Dimensions}"
         )
 
 
@@ -197,15 +219,19 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
     settings = {
         "model": arguments.model,
         "lora": arguments.lora,
-        "settings": arguments.settings.model_dump(mode="json", exclude={"init"}),
+        arguments.stage: arguments.settings.model_dump(mode="json", exclude={"init"}),
     }
-    paths = [arguments.records, Path(arguments.settings.template), *([arguments.init] if arguments.init else [])]
-    inputs = {str(path): artifacts.hash_path(path) for path in paths} | models.describe(arguments.model)
-    # Other hardware may go on with a checkpoint, but for the shards of DeepSpeed.
+    paths: list[Path | str] = [
+        arguments.records,
+        arguments.settings.template,
+        *([arguments.init] if arguments.init else []),
+    ]
+    inputs = artifacts.hash_inputs(paths) | models.identify(arguments.model)
+    # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
-    shards = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
+    layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
     same = arguments.settings.model_dump(mode="json", exclude={"init", "save_steps"})
-    work.open(artifacts.fingerprint({**settings, "settings": same}, inputs), shards)
+    work.open(artifacts.fingerprint({**settings, arguments.stage: same}, inputs), layout)
     return artifacts.manifest(settings, inputs, counts)
 
 
@@ -214,7 +240,7 @@ def training_arguments(arguments: Arguments, folder: Path, steps: int, device: t
     settings, world = arguments.settings, distributed.world()
     if settings.batch_size % (arguments.micro_batch_size * world):
         raise UserError(
-            f"settings.batch_size {settings.batch_size} is no multiple of micro_batch_size "
+            f"{arguments.stage}.batch_size {settings.batch_size} is not a multiple of micro_batch_size "
             f"{arguments.micro_batch_size} x {world} processes"
         )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed

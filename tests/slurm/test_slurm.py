@@ -130,7 +130,7 @@ def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str,
     said = world.attempts(log)
     stops = re.findall(r"stopped by SIGTERM after step (\d+)", said)
     assert stops
-    assert set(stops) <= set(re.findall(r"going on after step (\d+)", said))
+    assert set(stops) <= set(re.findall(r"resuming after step (\d+)", said))
     done = re.findall(r"INFO step (\d+)/24:", said)
     print(f"\ntime limit in PPO: stopped after {sorted(set(stops))}; {len(done) - 24} of 24 steps repeated")
     assert len(done) == 24
@@ -148,11 +148,11 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undist
         world.cluster.fail(node)
         first = log.read_text()  # the next attempt begins it anew
         try:
-            until("the job runs elsewhere", lambda: contains(log, "going on after step"), 600)
+            until("the job runs elsewhere", lambda: contains(log, "resuming after step"), 600)
         finally:
             world.cluster.start(node)
         snakemake.finish()
-    (resumed,) = (int(step) for step in re.findall(r"going on after step (\d+)", world.attempts(log)))
+    (resumed,) = (int(step) for step in re.findall(r"resuming after step (\d+)", world.attempts(log)))
     expected = losses(undisturbed["long"])
     done = [int(step) for step in re.findall(rf" (\d+)/{len(expected)} \[", first)]
     print(f"\nnode {node} failed in RM training after step {done[-1]}: {states(world, 'train_reward_model')}")
@@ -176,7 +176,7 @@ def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undistur
         other = world.cluster.run(*urgent, "--output=/dev/null", "--wrap=sleep 10")
         until("the job stops", lambda: contains(log, "stopped by SIGTERM after step"), 120)
         first = log.read_text()
-        until("it goes on", lambda: contains(log, "going on after step"), 600)
+        until("it goes on", lambda: contains(log, "resuming after step"), 600)
         assert world.cluster.run("sacct", "-X", "-n", "-P", "-j", other, "--format=State") == "COMPLETED"
         # Two steps or so after a checkpoint.
         until("a checkpoint and a step", lambda: contains(log, r"INFO step (9|13|17|21)/24"), 600)
@@ -192,7 +192,7 @@ def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undistur
     said = "\n".join(dict.fromkeys((first + world.attempts(log)).splitlines()))
     stopped, resumed, steps = (
         [int(step) for step in re.findall(rf"\] \w+ {what} (\d+)", said)]
-        for what in ("stopped by SIGTERM after step", "going on after step", "step")
+        for what in ("stopped by SIGTERM after step", "resuming after step", "step")
     )
     ends = states(world, "train_policy")[before:]
     print(f"\npreemption in PPO: stopped after {set(stopped)}, a rank killed: resumed after {resumed}; {ends}")

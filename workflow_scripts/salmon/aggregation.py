@@ -9,53 +9,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from salmon import artifacts, language, randomness
+from salmon import language, randomness, tables
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
+from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
 from salmon.text import cut_at_markers
 
 log = logging.getLogger(__name__)
 
-PREFERENCES: dict[str, Any] = {"prompt_id": pl.String, "dimension": pl.String, "s12": pl.Float64, "s21": pl.Float64}
-RESPONSES: dict[str, Any] = dict.fromkeys(("prompt_id", "instruction", "input", "response"), pl.String)
 _ANSWERS = ("response0", "response1")
-_DRAWN: dict[str, Any] = {
-    "record_id": pl.String,
-    "prompt_id": pl.String,
-    "preference": pl.Int8,
-    "dimensions": pl.List(pl.String),
-    "negated": pl.List(pl.Boolean),
-    "definitions": pl.List(pl.String),
-    "scores": pl.List(pl.Float64),
-    "deciding": pl.String,
-    "rule": pl.String,
-    "flipped": pl.Boolean,
-    "swapped": pl.Boolean,
-    "instruction_language": pl.String,
-    "output_1_language": pl.String,
-    "output_2_language": pl.String,
-}
 _TEXTS = ("instruction", "input", "output_1", "output_2")
-RECORDS: dict[str, Any] = {
-    **{name: _DRAWN[name] for name in ("record_id", "prompt_id")},
-    **dict.fromkeys(_TEXTS, pl.String),
-    **{name: kind for name, kind in _DRAWN.items() if name not in ("record_id", "prompt_id")},
-}
-"""Columns of the reward-model records.
-
-`preference` says which output is better, after rules and noise. `definitions` are the texts to show: negative
-ones where `negated`. `scores` are those of the principles shown, after negation; above 0 they favour the
-record's `output_1`. `deciding` is the principle that decided: null where a rule did (`rule`: refusal or
-language) and where the sum of all does. `flipped`: by label noise. `swapped`: `output_1` is response1. The
-languages are null where unknown.
-"""
+_DRAWN = {name: kind for name, kind in PRINCIPLE_RECORDS.schema.items() if name not in _TEXTS}
 
 
 @dataclass(frozen=True)
@@ -69,7 +39,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A record but for its texts; see `RECORDS`."""
+    """A record but for its texts; see `PRINCIPLE_RECORDS`."""
 
     record_id: str
     prompt_id: str
@@ -163,7 +133,7 @@ def draw_record(
     if settings.language_rule:
         wanted = traits.instruction_language
         # An unknown language matches every other: it is no evidence against an answer.
-        matches = [wanted is None or found is None or found == wanted for found in traits.languages]
+        matches = [wanted is None or spoken is None or spoken == wanted for spoken in traits.languages]
         if not any(matches):
             return "language"
         if not all(matches):
@@ -204,8 +174,8 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
         UserError: for keys that are null or there twice, scores that are no finite numbers, pairs that were not
             judged by every principle, principles that were not judged at all or judge all pairs alike.
     """
-    rows = artifacts.read_table(path, PREFERENCES)
-    _check_keys(rows, path, ["prompt_id", "dimension"])
+    rows = tables.read(path, JUDGEMENTS)
+    tables.check_rows(rows.select(list(JUDGEMENTS.key)), JUDGEMENTS, path)
     rows = rows.filter(pl.col("dimension").is_in(list(dimensions)))
     broken = rows.filter(~(pl.col("s12").is_finite() & pl.col("s21").is_finite()).fill_null(False)).head(1).collect()
     if broken.height:
@@ -250,17 +220,14 @@ def join_responses(response0: Path, response1: Path, turn_markers: Sequence[str]
     Raises:
         UserError: where the tables are not about the same prompts, or a value is null.
     """
-    tables = []
+    both = []
     for path in (response0, response1):
-        table = artifacts.read_table(path, RESPONSES).select(list(RESPONSES))
-        _check_keys(table, path, ["prompt_id"])
+        table = tables.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
+        tables.check_rows(table, RESPONSES, path)
         # Hashes stand for the texts, so that checking needs no memory for them.
         same = pl.concat_str(pl.col("instruction").hash(0), pl.col("input").hash(0), separator=" ").alias(str(path))
-        nulls = table.filter(pl.any_horizontal(pl.col("instruction", "input", "response").is_null()))
-        if (first := nulls.select("prompt_id").head(1).collect()).height:
-            raise UserError(f"{path}: prompt_id {first.item()} has an empty (null) text; sample the responses again")
-        tables.append((table, table.select("prompt_id", same)))
-    (table0, texts0), (table1, texts1) = tables
+        both.append((table, table.select("prompt_id", same)))
+    (table0, texts0), (table1, texts1) = both
     texts = texts0.join(texts1, on="prompt_id", how="full", coalesce=True).sort("prompt_id")
     differing = texts.filter(pl.col(str(response0)).ne_missing(pl.col(str(response1)))).head(1).collect()
     if differing.height:
@@ -324,15 +291,15 @@ def aggregate(
     The order of rows in the inputs changes nothing. Another pair changes a record only through the variances.
 
     Args:
-        preferences: Parquet file with the columns `PREFERENCES`, one row a pair and principle.
-        response0: Parquet file with the columns `RESPONSES`; output 1 of the judging.
+        preferences: the judgements (Parquet).
+        response0: responses (Parquet); output 1 of the judging.
         response1: the same, output 2 of the judging.
         principles: with the texts to show; `settings.dimensions` picks some of them.
         settings: passes, draws and rules.
         turn_markers: where responses are cut.
 
     Returns:
-        The records, columns `RECORDS`, sorted by prompt_id and pass, not yet materialised; and how many there
+        The records (`PRINCIPLE_RECORDS`), sorted by prompt_id and pass, not yet materialised; and how many there
         are and were left out, by reason.
 
     Raises:
@@ -384,22 +351,6 @@ def aggregate(
             output_1=pl.when("swapped").then(second).otherwise(first),
             output_2=pl.when("swapped").then(first).otherwise(second),
         )
-        .select(list(RECORDS))
+        .select(list(PRINCIPLE_RECORDS.columns))
     )
     return table, dict(counts)
-
-
-def _check_keys(table: pl.LazyFrame, path: Path, keys: list[str]) -> None:
-    """Refuse null and duplicate keys, naming the first of them."""
-    wrong = (
-        table.group_by(keys)
-        .len()
-        .filter((pl.col("len") > 1) | pl.any_horizontal(pl.col(keys).is_null()))
-        .sort(keys)
-        .head(1)
-        .collect()
-    )
-    if wrong.height:
-        *key, number = wrong.row(0)
-        named = ", ".join(f"{name} {value}" for name, value in zip(keys, key, strict=True))
-        raise UserError(f"{path}: {named}: {number} row(s), where one with a key is wanted; make the file anew")

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -85,27 +85,6 @@ def write_table(table: pl.LazyFrame | pl.DataFrame, path: Path) -> None:
             table.write_parquet(temporary, compression="zstd")
 
 
-def read_table(path: Path, columns: Mapping[str, Any]) -> pl.LazyFrame:
-    """Open a Parquet file of ours, checking that it is whole and has the columns, of the types, it must have.
-
-    Args:
-        columns: name -> polars type; others may be there too.
-
-    Raises:
-        UserError: naming the file and what is missing or of another type.
-    """
-    try:
-        table = pl.scan_parquet(path)
-        schema = table.collect_schema()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as Parquet ({reason}); delete it and run again") from None
-    wrong = [f"{name} ({kind}, found {schema.get(name)})" for name, kind in columns.items() if schema.get(name) != kind]
-    if wrong:
-        raise UserError(f"{path} lacks columns: {', '.join(wrong)}; it was written by another version or tool")
-    return table
-
-
 def hash_path(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files in a folder.
 
@@ -124,6 +103,15 @@ def hash_path(path: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
+    """Path -> SHA-256 of input files and folders, for manifests and fingerprints.
+
+    Raises:
+        UserError: where one does not exist.
+    """
+    return {str(file): hash_path(Path(file)) for file in files}
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -174,14 +162,14 @@ def _plain(value: Any) -> Any:
 def _git_commit() -> str | None:
     """Commit of the workflow, with `-dirty` where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
-    found = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
         cwd=here,
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def _me() -> str:
@@ -216,22 +204,22 @@ class WorkFolder:
             with suppress(FileNotFoundError):  # another job has just deleted `.work/`, which was empty
                 self.path.mkdir(parents=True)
 
-    def open(self, mark: str, shards: str = "") -> None:
+    def open(self, fingerprint: str, layout: str = "") -> None:
         """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this.
 
         Args:
-            mark: fingerprint of the settings and inputs.
-            shards: what else has to be the same for checkpoints to be read (DeepSpeed's, the number of ranks).
+            fingerprint: of the settings and inputs.
+            layout: what else has to be the same for checkpoints to be read (DeepSpeed's sharding, the number of ranks).
 
         Raises:
-            UserError: where there are checkpoints of the same settings and inputs, but of other shards: days of work,
+            UserError: where there are checkpoints of the same settings and inputs, but of another layout: days of work,
                 which are not to be deleted because a cluster's file has changed.
         """
-        marker, how = self.path / "fingerprint", self.path / "shards"
-        if marker.is_file() and marker.read_text() == mark:
+        fingerprint_file, layout_file = self.path / "fingerprint", self.path / "layout"
+        if fingerprint_file.is_file() and fingerprint_file.read_text() == fingerprint:
             if not any(self.path.glob("checkpoint-*")):
-                how.write_text(shards)
-            elif how.read_text() != shards:
+                layout_file.write_text(layout)
+            elif layout_file.read_text() != layout:
                 raise UserError(
                     f"the checkpoints in {self.path} are of another number of GPUs, or of other DeepSpeed settings, "
                     "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
@@ -242,10 +230,10 @@ class WorkFolder:
         if self.path.exists():
             log.info("%s belongs to other settings or inputs: starting anew", self.path)
         self.create()
-        how.write_text(shards)
+        layout_file.write_text(layout)
         (self.path / "owner").write_text(_me())
-        with atomic(marker) as temporary:
-            temporary.write_text(mark)
+        with atomic(fingerprint_file) as temporary:
+            temporary.write_text(fingerprint)
 
     def write_part(self, table: pl.DataFrame) -> None:
         """Keep a finished batch of rows; parts are whole or absent, and any rank may write them."""

@@ -32,7 +32,7 @@ def new(folder: Path, step: int) -> Path:
     return checkpoint
 
 
-def finish(checkpoint: Path) -> None:
+def seal(checkpoint: Path) -> None:
     """Say that a checkpoint is whole, and delete all but the newest. All ranks call this. Errors as for `new`."""
     if distributed.is_main():
         check_owner(checkpoint.parent)
@@ -57,11 +57,11 @@ def _newest(folder: Path) -> Path | None:
         if not (checkpoint / WHOLE).is_file():
             log.info("deleting %s, which is incomplete", checkpoint)
             remove(checkpoint)
-    found = _sorted(folder)
-    if not found:
+    whole = _sorted(folder)
+    if not whole:
         return None
-    log.info("going on after step %d", step_of(found[-1]))
-    return found[-1]
+    log.info("resuming after step %d", step_of(whole[-1]))
+    return whole[-1]
 
 
 def _sorted(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ def init_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
-def finish() -> None:
+def leave() -> None:
     """Leave the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, templates
-from salmon.config import PolicyPrompt
+from salmon import distributed
+from salmon.batching import left_pad, position_ids
 from salmon.errors import UserError
 
 FinishReason = Literal["eos", "stop", "length"]
-Ranks = Literal["apart", "together", "in step"]
+Ranks = Literal["apart", "together", "lockstep"]
 
 _UNIT = 2.0**48  # probabilities become integers in this unit, so that their sums are exact
 
@@ -34,11 +34,14 @@ class Generation:
         tokens: as sampled, with the end token or the tokens that made up the stop string at the end.
         text: without special tokens, cut before the stop string.
         finish_reason: `eos` the model ended its turn, `stop` a stop string appeared, `length` no room was left.
+        logprobs: log probability of each token under the distribution it was drawn from, in nats; None where the
+            engine does not tell.
     """
 
     tokens: list[int]
     text: str
     finish_reason: FinishReason
+    logprobs: list[float] | None = None
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def generate(
         stop: strings that end a response.
         device: where the model is.
         ranks: `apart` this rank samples for itself. `together` all ranks hold parts of one model and sample the same
-            rows; what rank 0 draws counts. `in step` each rank has rows of its own, but all call the model equally
+            rows; what rank 0 draws counts. `lockstep` each rank has rows of its own, but all call the model equally
             often, because it is gathered from all at each call (ZeRO-3); `max_new_tokens` is the same on all.
 
     Returns:
@@ -126,7 +129,7 @@ def generate(
                 reasons[row] = "stop"
             elif len(sampled[row]) < limits[row]:
                 keep.append(place)
-        if distributed.all_true(not keep, device) if ranks == "in step" else not keep:
+        if distributed.all_true(not keep, device) if ranks == "lockstep" else not keep:
             break
         ids, positions = drawn[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -179,73 +182,11 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(weights).scatter(-1, order, kept)
 
 
-def left_pad(sequences: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Token ids as a rectangle, padded on the left.
-
-    Returns:
-        ids and mask (1 token, 0 padding), int64 on the CPU, shape [sequences, longest].
-    """
-    width = max(map(len, sequences))
-    ids = [[fill] * (width - len(sequence)) + list(sequence) for sequence in sequences]
-    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count tokens and not paddings (int64, [rows, length], as the mask)."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of rows, longest first, in batches of `size`: little padding, and too little memory shows at once.
-
-    The rows that an interruption between two batches left over form the same batches again.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more = named if isinstance(named, list) else [named]
     return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str
-) -> list[int]:
-    """Token ids of what the policy continues, special tokens included.
-
-    Args:
-        tokenizer: of the policy.
-        instruction: with its input, if any (`templates.join_instruction`).
-        prompt: names the assistant's turn marker, or `chat`.
-        preamble: text of the template file (see `read_preamble`).
-    """
-    if prompt.template != "chat":
-        text = templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
-        return list(tokenizer(text)["input_ids"])
-    if not tokenizer.chat_template:
-        raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
-    turns = [{"role": "user", "content": instruction}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-
-
-def read_preamble(prompt: PolicyPrompt) -> str:
-    """Text of the policy's template file; empty for `chat`."""
-    return "" if prompt.template == "chat" else templates.read(prompt.template)
-
-
-def check_context(model: nn.Module, length: int, key: str) -> None:
-    """Refuse a setting of more tokens than the model has positions.
-
-    Raises:
-        UserError: naming the setting and both numbers.
-    """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise UserError(f"{key} is {length}, but the model reads {positions} tokens at most; set it to that or less")
 
 
 class _StopStrings:
@@ -277,13 +218,13 @@ class _StopStrings:
 
     def _find(self, lead: str, text: str) -> int | None:
         """Where in `text` the first stop string begins; 0 also where it begins in `lead` and ends in `text`."""
-        found = []
+        places = []
         for string in self.stop:
             before = lead[max(0, len(lead) - len(string) + 1) :]
             place = (before + text).find(string)
             if place >= 0:
-                found.append(max(0, place - len(before)))
-        return min(found, default=None)
+                places.append(max(0, place - len(before)))
+        return min(places, default=None)
 
     def _can_complete(self, token: int) -> bool:
         """Whether a token may hold the last character of a stop string; remembered, most tokens come often."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from salmon.batching import left_pad, position_ids
 from salmon.errors import UserError
-from salmon.generation import left_pad, position_ids
 from salmon.principles import JudgedPrinciple
 from salmon.templates import fill
 
@@ -149,11 +149,11 @@ class Judge:
         """`margins` as lists, checked."""
         if not prompts:
             return []
-        found = margins(self.model, prompts, self.options, self.tokenizer.pad_token_id or 0, self.device)
-        if not found.isfinite().all():
+        scores = margins(self.model, prompts, self.options, self.tokenizer.pad_token_id or 0, self.device)
+        if not scores.isfinite().all():
             raise UserError("the judge's logits are not finite; float16 overflows where bfloat16 does not")
-        scores: list[list[float]] = found.tolist()
-        return scores
+        as_lists: list[list[float]] = scores.tolist()
+        return as_lists
 
 
 @torch.no_grad()
@@ -256,12 +256,12 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     Raises:
         UserError: where there is no such token, or the prompts differ in it.
     """
-    found = {tuple(_continuation(tokenizer, prompt, letter) for letter in OPTIONS) for prompt in prompts}
-    first, second = next(iter(found))
-    if len(found) > 1 or None in (first, second) or first == second:
+    answers = {tuple(_continuation(tokenizer, prompt, letter) for letter in OPTIONS) for prompt in prompts}
+    first, second = next(iter(answers))
+    if len(answers) > 1 or None in (first, second) or first == second:
         raise UserError(
             "the tokenizer has no single token for the options `a` and `b` after the judge's template "
-            f"(found {sorted(map(str, found))}); end the template with ` (`, or another mark that stays a token"
+            f"(found {sorted(map(str, answers))}); end the template with ` (`, or another mark that stays a token"
         )
     assert first is not None
     assert second is not None

@@ -29,5 +29,5 @@ def detect(texts: Sequence[str]) -> list[str | None]:
         ISO 639 codes, as `en`, in the order of the texts; None for texts without language (numbers, markup,
         code), too short or too mixed to tell.
     """
-    found = [_identifier().classify(text) for text in texts]
-    return [code if confidence >= MIN_CONFIDENCE and code != _NO_LANGUAGE else None for code, confidence in found]
+    guesses = [_identifier().classify(text) for text in texts]
+    return [code if confidence >= MIN_CONFIDENCE and code != _NO_LANGUAGE else None for code, confidence in guesses]

@@ -11,10 +11,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
@@ -23,26 +21,12 @@ from salmon import distributed
 from salmon.artifacts import hash_path
 from salmon.config import Lora, Model, is_local
 from salmon.errors import UserError
+from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 # Their bars and reports are made for a terminal; what a script's log should say, the script says.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model, padding on the left, with a padding token in any case.
-
-    Where a model has none, its unknown token pads (Llama-2), else its end token; masks, never token ids,
-    decide what counts, so a padding token that also has a meaning is harmless.
-    """
-    tokenizer = _load(AutoTokenizer, model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model.base} has no end token; without one no response can end")
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
@@ -94,8 +78,8 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
     base = _reward_base(model, device)
     if trainable:
         base = prepare(base, model)
-    found = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    return found if trainable else found.eval()
+    loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    return loaded if trainable else loaded.eval()
 
 
 def lora_config(lora: Lora, task: TaskType) -> LoraConfig:
@@ -127,7 +111,7 @@ def read_head(folder: Path) -> torch.Tensor:
     return head
 
 
-def describe(model: Model) -> dict[str, str]:
+def identify(model: Model) -> dict[str, str]:
     """Identity of a model for manifests and fingerprints: revision of a hub model, hash of a local folder.
 
     Of a local base model the configuration and the names and sizes of its files are hashed, not its weights,
@@ -150,6 +134,17 @@ def describe(model: Model) -> dict[str, str]:
             }
             identity[name] = hash_path(Path(name) / "config.json") + " " + json.dumps(sizes)
     return identity
+
+
+def check_context(model: nn.Module, length: int, key: str) -> None:
+    """Refuse a setting of more tokens than the model has positions.
+
+    Raises:
+        UserError: naming the setting and both numbers.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(f"{key} is {length}, but the model reads {positions} tokens at most; set it to that or less")
 
 
 def _divide(policy: nn.Module, device: torch.device) -> nn.Module:

@@ -18,7 +18,7 @@ from salmon.shared_base import SharedBase
 class Optimizer(Protocol):
     """Backward passes of one minibatch, then a step."""
 
-    in_step: bool
+    lockstep: bool
     """Whether all ranks have to make the same number of passes through the model."""
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -37,19 +37,19 @@ class Optimizer(Protocol):
         """Trained weights by name, whole, on every rank; None where the model holds them so. All ranks call this."""
 
 
-class WholeOptimizer:
-    """AdamW without decay; paged 32-bit states on a GPU, so that they may leave its memory (QLoRA)."""
+class ReplicatedOptimizer:
+    """AdamW without decay, the same on every rank; on a GPU with paged 32-bit states, which may leave its memory."""
 
-    in_step = False
+    lockstep = False
 
-    def __init__(self, models: SharedBase, max_grad_norm: float) -> None:
-        self.models, self.max_grad_norm = models, max_grad_norm
-        if models.device.type == "cuda":
+    def __init__(self, shared: SharedBase, max_grad_norm: float) -> None:
+        self.shared, self.max_grad_norm = shared, max_grad_norm
+        if shared.device.type == "cuda":
             import bitsandbytes
 
-            self.adamw: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(models.trained(), weight_decay=0.0)
+            self.adamw: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(shared.trained(), weight_decay=0.0)
         else:
-            self.adamw = torch.optim.AdamW(models.trained(), weight_decay=0.0)
+            self.adamw = torch.optim.AdamW(shared.trained(), weight_decay=0.0)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Optimizer`."""
@@ -57,8 +57,8 @@ class WholeOptimizer:
 
     def step(self, rate: float) -> float:
         """See `Optimizer`."""
-        distributed.sum_gradients(self.models.trained())
-        norm = torch.nn.utils.clip_grad_norm_(self.models.trained(), self.max_grad_norm).item()
+        distributed.sum_gradients(self.shared.trained())
+        norm = torch.nn.utils.clip_grad_norm_(self.shared.trained(), self.max_grad_norm).item()
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
@@ -68,12 +68,12 @@ class WholeOptimizer:
     def save(self, folder: Path) -> None:
         """See `Optimizer`; any number of ranks can read it."""
         if distributed.is_main():
-            self.models.save_trained(folder / "trained.safetensors")
+            self.shared.save_trained(folder / "trained.safetensors")
             torch.save(self.adamw.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
         """See `Optimizer`."""
-        self.models.load_trained(folder / "trained.safetensors")
+        self.shared.load_trained(folder / "trained.safetensors")
         self.adamw.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def trained_weights(self) -> None:
@@ -87,15 +87,15 @@ class ShardedOptimizer:
     ranks make the same number of passes.
     """
 
-    in_step = True
+    lockstep = True
 
-    def __init__(self, models: SharedBase, max_grad_norm: float, config: dict[str, Any]) -> None:
+    def __init__(self, shared: SharedBase, max_grad_norm: float, config: dict[str, Any]) -> None:
         import deepspeed
 
         self.world = distributed.world()
         self.engine, *_ = deepspeed.initialize(
-            model=models,
-            optimizer=torch.optim.AdamW(models.trained(), weight_decay=0.0),
+            model=shared,
+            optimizer=torch.optim.AdamW(shared.trained(), weight_decay=0.0),
             config={**config, "gradient_clipping": max_grad_norm},
         )
 
@@ -116,11 +116,11 @@ class ShardedOptimizer:
 
     def load(self, folder: Path) -> None:
         """See `Optimizer`."""
-        found, _ = self.engine.load_checkpoint(
+        loaded, _ = self.engine.load_checkpoint(
             str(folder), tag="shards", load_module_strict=False, load_lr_scheduler_states=False
         )
-        if found is None:
-            raise UserError(f"DeepSpeed cannot read {folder}; delete it, and training goes on from the one before it")
+        if loaded is None:
+            raise UserError(f"DeepSpeed cannot read {folder}; delete it, and training resumes from the one before it")
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Optimizer`."""
@@ -142,10 +142,10 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
     float32, and are trained as such.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no DeepSpeed configuration: {error}") from error
-    zero = {name: value for name, value in found.get("zero_optimization", {}).items() if value != "auto"}
+        raise UserError(f"{file} is not a DeepSpeed configuration: {error}") from error
+    zero = {name: value for name, value in raw.get("zero_optimization", {}).items() if value != "auto"}
     if zero.get("stage") not in (2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {zero.get('stage')}; RL takes 2 or 3")
     return {

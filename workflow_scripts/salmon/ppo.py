@@ -24,18 +24,21 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import checkpoints, distributed, ppo_math, stopping, templates
 from salmon.artifacts import WorkFolder, atomic
+from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo
+from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.generation import batches, encode_prompt, generate, read_preamble
 from salmon.optimization import Optimizer
-from salmon.principles import WeightedPrinciple, draw
+from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
+from salmon.sampling import Sampler
 from salmon.shared_base import Role, SharedBase
+from salmon.text import join_instruction
 
 log = logging.getLogger(__name__)
 
-_NOT_YET = torch.empty(0)
+_UNSET = torch.empty(0)
 
 
 @dataclass(slots=True)
@@ -55,12 +58,12 @@ class Rollout:
     finished: bool
     score: float = 0.0
     reward: float = 0.0
-    logprobs: torch.Tensor = _NOT_YET
-    reference: torch.Tensor = _NOT_YET
-    values: torch.Tensor = _NOT_YET
-    entropy: torch.Tensor = _NOT_YET
-    advantages: torch.Tensor = _NOT_YET
-    returns: torch.Tensor = _NOT_YET
+    logprobs: torch.Tensor = _UNSET
+    reference: torch.Tensor = _UNSET
+    values: torch.Tensor = _UNSET
+    entropy: torch.Tensor = _UNSET
+    advantages: torch.Tensor = _UNSET
+    returns: torch.Tensor = _UNSET
 
 
 def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo) -> pl.DataFrame:
@@ -70,7 +73,7 @@ def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBas
     """
     fits: list[bool] = []
     for part in prompts.iter_slices(4096):
-        texts = [templates.join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
+        texts = [join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         fits += [len(row) <= settings.query_length for row in ids]
     return prompts.filter(pl.Series(fits, dtype=pl.Boolean))
@@ -103,69 +106,65 @@ def rows_of_step(step: int, prompts: int, settings: Ppo) -> list[int]:
 
 
 def sample(
-    models: SharedBase,
+    shared: SharedBase,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     prompts: pl.DataFrame,
     step: int,
     settings: Ppo,
     policy_prompt: PolicyPrompt,
-    batch_size: int,
-    *,
-    in_step: bool = False,
 ) -> list[Rollout]:
-    """This rank's rollouts of a step, sampled from the policy as it is now (`in_step`: see `generate`)."""
+    """This rank's rollouts of a step, sampled from the policy as it is now."""
     preamble = read_preamble(policy_prompt)
     rows = rows_of_step(step, len(prompts), settings)
-    mine = list(range(distributed.rank(), len(rows), distributed.world()))
-    records = prompts[[rows[place] for place in mine]].to_dicts()
-    instructions = [templates.join_instruction(record["instruction"], record["input"]) for record in records]
+    places = list(range(distributed.rank(), len(rows), distributed.world()))
+    records = prompts[[rows[place] for place in places]].to_dicts()
+    instructions = [join_instruction(record["instruction"], record["input"]) for record in records]
     queries = [encode_prompt(tokenizer, instruction, policy_prompt, preamble) for instruction in instructions]
-    found: list[Rollout | None] = [None] * len(mine)
-    models.eval()
-    with models.use("policy") as policy:
-        for batch in batches([len(query) for query in queries], batch_size):
-            generations = generate(
-                policy,
-                tokenizer,
-                [queries[index] for index in batch],
-                [seed_of("ppo-sample", settings.seed, step, mine[index]) for index in batch],
-                max_new_tokens=settings.response_length,
-                temperature=settings.temperature,
-                stop=policy_prompt.stop,
-                device=models.device,
-                ranks="in step" if in_step else "apart",
-            )
-            for index, generation in zip(batch, generations, strict=True):
-                found[index] = Rollout(
-                    place=mine[index],
-                    query=queries[index],
-                    instruction=instructions[index],
-                    question_type=records[index]["question_type"],
-                    length_bonus=records[index]["length_bonus"],
-                    response=generation.tokens,
-                    text=generation.text,
-                    finished=generation.finish_reason != "length",
-                )
-    return [rollout for rollout in found if rollout is not None]
+    shared.eval()
+    with shared.use("policy") as policy:
+        sampler.sync(policy)
+        generations = sampler.sample(
+            queries,
+            [seed_of("ppo-sample", settings.seed, step, place) for place in places],
+            max_new_tokens=[settings.response_length] * len(queries),
+            temperature=settings.temperature,
+            stop=policy_prompt.stop,
+        )
+    return [
+        Rollout(
+            place=place,
+            query=query,
+            instruction=instruction,
+            question_type=record["question_type"],
+            length_bonus=record["length_bonus"],
+            response=generation.tokens,
+            text=generation.text,
+            finished=generation.finish_reason != "length",
+        )
+        for place, query, instruction, record, generation in zip(
+            places, queries, instructions, records, generations, strict=True
+        )
+    ]
 
 
 @torch.no_grad()
-def measure(models: SharedBase, rollouts: Sequence[Rollout], temperature: float, batch_size: int) -> None:
+def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float, batch_size: int) -> None:
     """Log probabilities under policy and reference, and values: one forward pass a model and rollout."""
-    models.eval()
+    shared.eval()
     sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
     role: Role
     for role in ("policy", "reference", "value"):
-        with models.use(role):
+        with shared.use(role):
             for batch in batches(sizes, batch_size):
                 chosen = [rollouts[index] for index in batch]
                 queries, responses = [r.query for r in chosen], [r.response for r in chosen]
                 if role == "value":
-                    values = models.values(queries, responses).cpu()
+                    values = shared.values(queries, responses).cpu()
                     for rollout, value in zip(chosen, values, strict=True):
                         rollout.values = value[: len(rollout.response)]
                     continue
-                logprobs, entropies = (tensor.cpu() for tensor in models.logprobs(queries, responses, temperature))
+                logprobs, entropies = (tensor.cpu() for tensor in shared.logprobs(queries, responses, temperature))
                 for rollout, logprob, entropy in zip(chosen, logprobs, entropies, strict=True):
                     length = len(rollout.response)
                     if role == "policy":
@@ -176,7 +175,7 @@ def measure(models: SharedBase, rollouts: Sequence[Rollout], temperature: float,
 
 @torch.no_grad()
 def score(
-    models: SharedBase,
+    shared: SharedBase,
     tokenizer: PreTrainedTokenizerBase,
     rollouts: Sequence[Rollout],
     principles: Sequence[WeightedPrinciple],
@@ -189,7 +188,12 @@ def score(
         return
     template = templates.read(settings.template)
     drawn = [
-        draw(principles, rollout.question_type, settings, rng("ppo-principles", settings.seed, step, rollout.place))
+        draw_principles(
+            principles,
+            rollout.question_type,
+            settings,
+            rng("ppo-principles", settings.seed, step, rollout.place),
+        )
         for rollout in rollouts
     ]
     texts = reward_text_tokens(
@@ -201,11 +205,12 @@ def score(
         query_length=settings.reward_query_length,
         response_length=settings.reward_response_length,
         max_length=settings.reward_max_length,
+        keys="ppo.reward_",
     )
-    models.eval()
-    with models.use("reward"):
+    shared.eval()
+    with shared.use("reward"):
         for batch in batches([len(text) for text in texts], batch_size):
-            for index, value in zip(batch, models.rewards([texts[index] for index in batch]).tolist(), strict=True):
+            for index, value in zip(batch, shared.rewards([texts[index] for index in batch]).tolist(), strict=True):
                 rollouts[index].score = value
     rewards = ppo_math.sequence_rewards(
         torch.tensor([rollout.score for rollout in rollouts]),
@@ -242,23 +247,23 @@ def estimate_advantages(rollouts: Sequence[Rollout], settings: Ppo) -> None:
 
 
 def accumulate_gradients(
-    models: SharedBase,
+    shared: SharedBase,
     optimizer: Optimizer,
     rollouts: Sequence[Rollout],
     total: float,
     settings: Ppo,
     micro_batch_size: int,
     *,
-    passes: int = 0,
-    spare: Rollout | None = None,
+    min_passes: int = 0,
+    filler: Rollout | None = None,
 ) -> dict[str, float]:
     """Add the gradients of one minibatch's policy and value losses; this rank's share of it.
 
     Args:
         rollouts: those of the minibatch that this rank holds; may be none.
         total: response tokens of the minibatch over all ranks.
-        passes: at least so many micro-batches, the last ones of `spare` alone and without weight.
-        spare: any rollout.
+        min_passes: at least so many micro-batches, the last ones of `filler` alone and without weight.
+        filler: any rollout.
 
     Returns:
         Sums over this rank's tokens, divided by `total`.
@@ -266,20 +271,20 @@ def accumulate_gradients(
     sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl"), 0.0)
     sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
     parts = [(1.0, [rollouts[index] for index in batch]) for batch in batches(sizes, micro_batch_size)]
-    parts += [(0.0, [spare])] * (passes - len(parts)) if spare else []
+    parts += [(0.0, [filler])] * (min_passes - len(parts)) if filler else []
     for weight, chosen in parts:
         queries, responses = [r.query for r in chosen], [r.response for r in chosen]
-        mask = _pad([torch.full((len(response),), weight) for response in responses]).to(models.device)
+        mask = _pad([torch.full((len(response),), weight) for response in responses]).to(shared.device)
         old, advantages, old_values, returns = (
-            _pad([getattr(r, name) for r in chosen]).to(models.device)
+            _pad([getattr(r, name) for r in chosen]).to(shared.device)
             for name in ("logprobs", "advantages", "values", "returns")
         )
-        with models.use("policy"):
-            logprobs, _ = models.logprobs(queries, responses, settings.temperature)
+        with shared.use("policy"):
+            logprobs, _ = shared.logprobs(queries, responses, settings.temperature)
             policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total)
             optimizer.backward(policy_loss)
-        with models.use("value"):
-            values = models.values(queries, responses)
+        with shared.use("value"):
+            values = shared.values(queries, responses)
             value_loss = ppo_math.value_loss(values, old_values, returns, mask, settings.value_clip, total)
             optimizer.backward(settings.value_coefficient * value_loss)
         sums["policy_loss"] += policy_loss.item()
@@ -291,7 +296,7 @@ def accumulate_gradients(
 
 
 def update(
-    models: SharedBase,
+    shared: SharedBase,
     optimizer: Optimizer,
     rollouts: Sequence[Rollout],
     step: int,
@@ -301,35 +306,39 @@ def update(
 ) -> dict[str, float]:
     """All inner epochs over the rollouts of a step; returns means over its optimiser steps."""
     held = distributed.gather([(rollout.place, len(rollout.response)) for rollout in rollouts])  # by rank
-    lengths = {place: length for found in held for place, length in found}
+    lengths = {place: length for of_rank in held for place, length in of_rank}
     mine = {rollout.place: rollout for rollout in rollouts}
     history: list[dict[str, float]] = []
-    models.train()
+    shared.train()
     for epoch in range(settings.inner_epochs):
         order = rng("ppo-minibatches", settings.seed, step, epoch).permutation(len(lengths))
         for start in range(0, len(order), settings.minibatch_size):
             places = {int(place) for place in order[start : start + settings.minibatch_size]}
             total = float(sum(lengths[place] for place in places))
-            passes = 0
-            if optimizer.in_step:
-                most = max(sum(place in places for place, _ in found) for found in held)
-                passes = math.ceil(most / micro_batch_size)
-            chosen = [rollout for place, rollout in mine.items() if place in places]
+            min_passes = 0
+            if optimizer.lockstep:
+                most = max(sum(place in places for place, _ in of_rank) for of_rank in held)
+                min_passes = math.ceil(most / micro_batch_size)
             sums = accumulate_gradients(
-                *(models, optimizer, chosen, total, settings, micro_batch_size),
-                passes=passes,
-                spare=rollouts[0] if rollouts else None,
+                shared,
+                optimizer,
+                [rollout for place, rollout in mine.items() if place in places],
+                total,
+                settings,
+                micro_batch_size,
+                min_passes=min_passes,
+                filler=rollouts[0] if rollouts else None,
             )
             norm = optimizer.step(rate)
             if not math.isfinite(norm):
                 raise UserError(f"step {step + 1}: the gradient is not finite; lower ppo.learning_rate or use bfloat16")
-            joined = distributed.sum_over_ranks(torch.tensor(list(sums.values()), device=models.device).double())
+            joined = distributed.sum_over_ranks(torch.tensor(list(sums.values()), device=shared.device).double())
             history.append({**dict(zip(sums, joined.tolist(), strict=True)), "gradient_norm": norm})
-    models.eval()
+    shared.eval()
     return {name: float(np.mean([entry[name] for entry in history])) for name in history[0]}
 
 
-def describe(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, float]:
+def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Means over the rollouts of all ranks; those per token are weighted by tokens."""
     per_rollout = {
         "score": [r.score for r in rollouts],
@@ -363,16 +372,16 @@ def save_checkpoint(work: WorkFolder, optimizer: Optimizer, step: int) -> None:
     """Write the state after `step` steps, whole or not at all, and delete all but the newest checkpoints."""
     folder = checkpoints.new(work.path, step)
     optimizer.save(folder)
-    checkpoints.finish(folder)
+    checkpoints.seal(folder)
 
 
 def load_checkpoint(work: WorkFolder, optimizer: Optimizer) -> int:
     """Continue from the newest checkpoint; returns the number of steps done, 0 where there is none."""
-    found = checkpoints.newest(work.path)
-    if found is None:
+    newest = checkpoints.newest(work.path)
+    if newest is None:
         return 0
-    optimizer.load(found)
-    return checkpoints.step_of(found)
+    optimizer.load(newest)
+    return checkpoints.step_of(newest)
 
 
 class Metrics:
@@ -399,8 +408,9 @@ class Metrics:
 
 
 def train(
-    models: SharedBase,
+    shared: SharedBase,
     optimizer: Optimizer,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     prompts: pl.DataFrame,
     principles: Sequence[WeightedPrinciple],
@@ -408,16 +418,20 @@ def train(
     policy_prompt: PolicyPrompt,
     work: WorkFolder,
     *,
-    sampling_batch_size: int,
+    scoring_batch_size: int,
     micro_batch_size: int,
 ) -> None:
-    """Train the policy in `models`, continuing from `work` and leaving checkpoints and metrics there.
+    """Train the policy in `shared`, continuing from `work` and leaving checkpoints and metrics there.
 
     Args:
+        shared: policy, reference, value and reward model.
+        optimizer: of what `shared` trains.
+        sampler: of rollouts; it is given the policy anew before every step.
+        tokenizer: of all models.
         prompts: prompt_id, instruction, input, question_type, length_bonus.
         principles: to draw from, with their weights.
         work: opened with the fingerprint of this run.
-        sampling_batch_size: rollouts sampled or scored at once on a rank (hardware).
+        scoring_batch_size: rollouts scored at once on a rank (hardware).
         micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
 
     Raises:
@@ -430,24 +444,22 @@ def train(
     for step in range(done, steps):
         started = time.monotonic()
         # 1. Sample responses from the policy.
-        rollouts = sample(
-            models, tokenizer, prompts, step, settings, policy_prompt, sampling_batch_size, in_step=optimizer.in_step
-        )
+        rollouts = sample(shared, sampler, tokenizer, prompts, step, settings, policy_prompt)
         sampled = time.monotonic()
         # 2. Measure them: log probabilities of policy and reference, values.
-        measure(models, rollouts, settings.temperature, micro_batch_size)
+        measure(shared, rollouts, settings.temperature, micro_batch_size)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
-        score(models, tokenizer, rollouts, principles, step, settings, sampling_batch_size)
+        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size)
         # 4. Advantages and returns.
         estimate_advantages(rollouts, settings)
         measured = time.monotonic()
         # 5. Improve policy and value model.
         rate = learning_rate(step, steps, settings)
-        losses = update(models, optimizer, rollouts, step, settings, micro_batch_size, rate)
+        losses = update(shared, optimizer, rollouts, step, settings, micro_batch_size, rate)
         # 6. Report, and keep a checkpoint.
         now = time.monotonic()
         values = {
-            **describe(rollouts, settings),
+            **summarize(rollouts),
             **losses,
             "learning_rate": rate,
             "seconds_sampling": sampled - started,
@@ -458,10 +470,17 @@ def train(
         left = (now - began) / (step + 1 - done) * (steps - step - 1)
         log.info(
             "step %d/%d: score %.3f, reward %.3f, KL %.3f, %.0f tokens, %.0f %% finished; %.1f s, %.0f s left",
-            *(step + 1, steps, values["score"], values["reward"], values["kl_sequence"], values["response_tokens"]),
-            *(100 * values["finished"], now - started, left),
+            step + 1,
+            steps,
+            values["score"],
+            values["reward"],
+            values["kl_sequence"],
+            values["response_tokens"],
+            100 * values["finished"],
+            now - started,
+            left,
         )
-        stop = stopping.asked(models.device) and step + 1 < steps
+        stop = stopping.stop_requested(shared.device) and step + 1 < steps
         if stop or (step + 1) % settings.save_steps == 0 or step + 1 == steps:
             save_checkpoint(work, optimizer, step + 1)
         if stop:

@@ -52,10 +52,10 @@ def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: str)
     Returns:
         [B, R], in nats.
     """
-    log_ratio = logprobs - reference
+    log_ratio = logprobs - reference  # log pi(r_t) - log pi_ref(r_t)
     if estimator == "k1":
         return log_ratio
-    return torch.expm1(-log_ratio) + log_ratio
+    return torch.expm1(-log_ratio) + log_ratio  # exp(-log_ratio) - 1 + log_ratio
 
 
 def sequence_rewards(
@@ -84,6 +84,7 @@ def sequence_rewards(
     Returns:
         float32 [B].
     """
+    # R = score + stop_penalty [not finished] + length_reward * min(length / max_length * bonus, cap)
     share = (lengths.float() / max_length * length_bonus.float()).clamp(max=length_reward_cap)
     return scores.float() + stop_penalty * (~finished).float() + length_reward * share
 
@@ -102,6 +103,7 @@ def token_rewards(
     Returns:
         float32 [B, R], 0 at masked positions.
     """
+    # r_t = -kl_coefficient * KL_t + R [t is the last token]
     rewards = torch.where(mask.bool(), -kl_coefficient * kl.float(), 0.0)
     last = mask.sum(-1).long() - 1
     rewards[torch.arange(len(last), device=last.device), last] += sequence_reward.float()
@@ -130,7 +132,8 @@ def advantages_and_returns(
     running = torch.zeros_like(rewards[:, 0])
     after = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        error = rewards[:, t] + gamma * after - values[:, t]
+        error = rewards[:, t] + gamma * after - values[:, t]  # delta_t = r_t + gamma V_{t+1} - V_t
+        # A_t = delta_t + gamma lambda A_{t+1}
         running = (error + gamma * lam * running) * keep[:, t]
         advantages[:, t] = running
         after = values[:, t]
@@ -177,6 +180,7 @@ def policy_loss(
     Returns:
         The loss (scalar), and the number of tokens at which the clipped term was the larger loss.
     """
+    # max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = pi(r_t) / pi_old(r_t)
     ratio = torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, 0.0))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -205,6 +209,7 @@ def value_loss(
     Returns:
         The loss (scalar).
     """
+    # 0.5 max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (torch.where(mask.bool(), worse, 0.0)).sum() / total

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from salmon.errors import UserError
-
-if TYPE_CHECKING:
-    from salmon.config import Config, Ppo
+from salmon.config import Ppo
+from salmon.errors import UserError, describe_errors
 
 
 class _Principle(BaseModel):
@@ -35,10 +33,8 @@ class WeightedPrinciple(_Principle):
 
 def _read(path: str | Path, kind: Any) -> Any:
     """Read a JSON list of principles in the authors' format, refusing duplicates."""
-    from salmon.config import describe_errors
-
     try:
-        found = TypeAdapter(list[kind]).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
+        principles = TypeAdapter(list[kind]).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"principles {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -47,13 +43,13 @@ def _read(path: str | Path, kind: Any) -> Any:
         raise UserError(f"principles {path} are not JSON: {error.msg} in line {error.lineno}") from None
     except ValidationError as error:
         raise UserError(describe_errors(error, f"principles {path}")) from None
-    names = [principle.dimension for principle in found]
+    names = [principle.dimension for principle in principles]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"principles {path} define {', '.join(twice)} twice")
     if not names:
         raise UserError(f"principles {path} are an empty list")
-    return found
+    return principles
 
 
 def read_judged(path: str | Path) -> list[JudgedPrinciple]:
@@ -68,8 +64,8 @@ def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
     return principles
 
 
-def draw(
-    principles: Sequence[WeightedPrinciple], question_type: str, settings: "Ppo", rng: np.random.Generator
+def draw_principles(
+    principles: Sequence[WeightedPrinciple], question_type: str, settings: Ppo, rng: np.random.Generator
 ) -> list[WeightedPrinciple]:
     """Draw the principles of one rollout, without replacement, in proportion to their weights.
 
@@ -90,28 +86,3 @@ def draw(
     )
     chosen = rng.choice(len(principles), size=settings.principles_per_rollout, replace=False, p=weights / weights.sum())
     return [principles[index] for index in chosen]
-
-
-def check_principles(config: "Config", root: Path) -> list[str]:
-    """Findings about the principles a configuration names: missing files, unknown names, too few to draw."""
-    findings = []
-    try:
-        known = [principle.dimension for principle in read_judged(root / config.judge.principles)]
-        unknown = [name for name in config.aggregation.dimensions if name not in known]
-        if unknown:
-            findings.append(
-                f"aggregation.dimensions: {', '.join(unknown)} not in {config.judge.principles}, which defines "
-                + ", ".join(known)
-            )
-    except UserError as error:
-        findings.append(f"judge.principles: {error}")
-    try:
-        drawable = sum(principle.weight > 0 for principle in read_weighted(root / config.ppo.principles))
-        if drawable < config.ppo.principles_per_rollout:
-            findings.append(
-                f"ppo.principles_per_rollout: {config.ppo.principles_per_rollout}, but {config.ppo.principles} has "
-                f"{drawable} principles with a weight above 0"
-            )
-    except UserError as error:
-        findings.append(f"ppo.principles: {error}")
-    return findings

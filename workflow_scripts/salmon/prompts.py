@@ -1,233 +1,47 @@
-r"""Public data sets to prompts: what is asked in each, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
+"""Public data sets to prompts: what is asked in each, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
 
-The functions of one row return a `Prompt`, or the reason why the row gives none, which is counted. A draw under a
-limit takes the prompts of smallest hash of (seed, source, text): it depends on the seed and on what the data set
-holds, not on the order of its rows. At most what the result needs is kept in memory.
+`formats` says what a row gives. A draw under a limit takes the prompts of smallest hash of (seed, source, text): it
+depends on the seed and on what the data set holds, not on the order of its rows. At most what the result needs is kept
+in memory.
 """
 
-import hashlib
-import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from salmon.config import Prompts, QuestionType, RlPrompts, Source, SourceFormat
+from salmon.config import Prompts, RlPrompts, Source
 from salmon.errors import UserError
-from salmon.randomness import seed_of
+from salmon.formats import PROMPT_FORMATS, QUESTION_TYPES, Located, Prompt, QuestionType
+from salmon.randomness import digest, seed_of
 from salmon.script import progress
-from salmon.sources import Located, read_source
-from salmon.templates import join_instruction
+from salmon.sources import read_source
+from salmon.tables import PROMPTS, RL_PROMPTS
 
 log = logging.getLogger(__name__)
 
-# The tables of prompts, in the order of the sources and, within one, of first appearance; prompt_id is unique,
-# and so is the text that instruction and input make together.
-SCHEMA: dict[str, Any] = {
-    "prompt_id": pl.String,  # hash of source, instruction and input
-    "source": pl.String,  # name of the source in the configuration
-    "instruction": pl.String,
-    "input": pl.String,  # "" where there is none
-}
-RL_SCHEMA: dict[str, Any] = {
-    **SCHEMA,
-    "question_type": pl.String,  # general, reasoning or red_teaming
-    "length_bonus": pl.Float64,  # factor of the length reward
-}
-
-QUESTION_TYPES: tuple[QuestionType, ...] = ("general", "reasoning", "red_teaming")  # 0, 1, 2 in the authors' files
-DOLLY_CATEGORIES = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
-OPENORCA_FAMILIES = ("niv", "flan", "t0", "cot")
 BATCH = 1000
 
-HUMAN_TURN = "\n\nHuman:"
-ASSISTANT_TURN = "\n\nAssistant:"
-
-_NLI = re.compile(r"[Pp]remise|[Hh]ypothesis|it is not possible to tell")
-_COUNTER_AT_END = re.compile(r"(\d{1,3}) / (\d{1,3})$")
-_COUNTER_AT_START = re.compile(r"(\d{1,3}) / (\d{1,3})(?!\d)")
-_FIRST_OF_ONE = re.compile(r"(?<!\d)1 / 1(?!\d)")
-_LABEL_AT_END = re.compile(r"(?:Share Prompt|Translate now|지금 번역하기|Language: ?[^\W\d_]+)$")
-_BING = "Bing is powered by AI"
-
-
-class Prompt(NamedTuple):
-    """What is asked; type and bonus where a row has its own."""
-
-    instruction: str
-    input: str = ""
-    family: str = ""  # a limit holds for each family of a source
-    question_type: QuestionType | None = None
-    length_bonus: float | None = None
-
-    @property
-    def text(self) -> str:
-        """What the policy reads, and what makes two prompts the same."""
-        return join_instruction(self.instruction, self.input)
-
-
-Skipped = Literal[
-    "fewer than two turns",
-    "no human turn first",
-    "other category",
-    "with context",
-    "other family",
-    "NLI",
-]
 Reject = Callable[[Sequence[str]], Sequence[str | None]]  # texts -> for each, the reason to leave it out, or None
 
 
-def digest(*parts: Any) -> str:
-    """An id made of strings: 20 hexadecimal digits, the same on every machine."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def oasst1_prompts(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
-    """Root messages that have at least one reply, in the order in which they appear.
-
-    Replies may come before their root, and messages whose parent is absent are no trouble. Memory: the roots and
-    the ids of all messages.
-
-    Raises:
-        UserError: where two messages have the same id.
-    """
-    roots: dict[str, str] = {}
-    ids: set[str] = set()
-    parents: set[str] = set()
-    for place, row in rows:
-        if row["message_id"] in ids:
-            raise UserError(f"{place}: message_id occurs twice; take out one of the files or rows that hold it")
-        ids.add(row["message_id"])
-        if row["parent_id"]:
-            parents.add(row["parent_id"])
-            counts["no root of a tree"] += 1
-        else:
-            roots[row["message_id"]] = row["text"] or ""
-    for root, text in roots.items():
-        if root in parents:
-            yield Prompt(text)
-        else:
-            counts["root without a reply"] += 1
-
-
-def sharegpt_prompt(row: Any) -> Prompt | Skipped:
-    """The first turn, if a human's, of a conversation of two turns or more, without what the web page added."""
-    turns = row["conversations"]
-    if len(turns) < 2:
-        return "fewer than two turns"
-    if turns[0]["from"] not in ("human", "user"):
-        return "no human turn first"
-    return Prompt(clean_web_text(turns[0].get("markdown") or turns[0]["value"] or ""))
-
-
-def dolly_prompt(row: Any) -> Prompt | Skipped:
-    """The instruction, in the categories that need no context."""
-    if row["category"] not in DOLLY_CATEGORIES:
-        return "other category"
-    return "with context" if (row["context"] or "").strip() else Prompt(row["instruction"] or "")
-
-
-def openorca_prompt(row: Any) -> Prompt | Skipped:
-    """The question, of the four families and not of natural language inference."""
-    family = row["id"].partition(".")[0]
-    if family not in OPENORCA_FAMILIES:
-        return "other family"
-    question = row["question"] or ""
-    return "NLI" if is_nli(question) else Prompt(question, family=family)
-
-
-def math_prompt(row: Any) -> Prompt | Skipped:
-    """The problem."""
-    return Prompt(row["problem"] or "")
-
-
-def hh_rlhf_prompt(row: Any) -> Prompt | Skipped:
-    """The first human turn of the dialogue, which both sides share."""
-    before, marker, after = (row["chosen"] or "").partition(HUMAN_TURN)
-    if before or not marker:
-        return "no human turn first"
-    return Prompt(after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0])
-
-
-def written_prompt(row: Any) -> Prompt | Skipped:
-    """A row of a prompt file, the authors' or ours, with type and bonus if it has them."""
-    kind = row.get("question_type")
-    return Prompt(
-        row["instruction"] or "",
-        row.get("input") or "",
-        question_type=QUESTION_TYPES[kind] if isinstance(kind, int) else kind,
-        length_bonus=row.get("length_bonus"),
-    )
-
-
-_OF_ONE_ROW: dict[SourceFormat, Callable[[Any], Prompt | Skipped]] = {
-    "sharegpt": sharegpt_prompt,
-    "dolly": dolly_prompt,
-    "openorca": openorca_prompt,
-    "math": math_prompt,
-    "hh_rlhf": hh_rlhf_prompt,
-    "prompts": written_prompt,
-}
-
-
-def extract(kind: SourceFormat, rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
+def extract(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
     """The prompts of a data set, stripped of white space at both ends, empty ones left out.
 
     Args:
-        kind: format of the rows.
+        format_name: of the rows, one of `PROMPT_FORMATS`.
         rows: as `read_source` yields them.
         counts: gains the number of rows left out by reason.
     """
-    found: Iterable[Prompt | Skipped]
-    if kind == "oasst1":
-        found = oasst1_prompts(rows, counts)
-    elif kind in _OF_ONE_ROW:
-        found = (_OF_ONE_ROW[kind](row) for _, row in rows)
-    else:
-        raise UserError(f"format {kind} is no source of prompts; use one of oasst1, {', '.join(_OF_ONE_ROW)}")
-    for prompt in found:
-        if isinstance(prompt, str):
-            counts[prompt] += 1
-            continue
+    for prompt in PROMPT_FORMATS[format_name].extract(rows, counts):
         stripped = prompt._replace(instruction=prompt.instruction.strip(), input=prompt.input.strip())
         if stripped.instruction:
             yield stripped
         else:
             counts["empty"] += 1
-
-
-def is_nli(question: str) -> bool:
-    """Whether a question is a task of natural language inference (reference: step 3)."""
-    return _NLI.search(question) is not None
-
-
-def clean_web_text(text: str) -> str:
-    """A prompt as it was typed, without what a scraped chat page put around it (reference: step 3, "Cleaning").
-
-    Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions; at the start:
-    page counters, everything up to a counter `1 / 1`, and a line with Bing's disclaimer.
-    """
-    previous = None
-    while text != previous:
-        previous = text
-        text = _LABEL_AT_END.sub("", text.strip()).rstrip()
-        if (counter := _COUNTER_AT_END.search(text)) and (page := _page(counter)):
-            text = text[: counter.end(1) - len(page)]
-        elif (counter := _COUNTER_AT_START.match(text)) and int(counter[1]) <= int(counter[2]):
-            text = text[counter.end() :]
-    *_, text = _FIRST_OF_ONE.split(text)
-    first, line_break, rest = text.lstrip().partition("\n")
-    return (rest if line_break and _BING in first else text).strip()
-
-
-def _page(counter: re.Match[str]) -> str:
-    """The digits of a counter's first number, which may be glued to digits of the text: as many as give n <= m."""
-    digits = counter[1]
-    return next((digits[start:] for start in range(len(digits)) if int(digits[start:]) <= int(counter[2])), "")
 
 
 def keep_all(texts: Sequence[str]) -> list[None]:
@@ -267,7 +81,7 @@ class _Candidate(NamedTuple):
     prompt: Prompt
 
 
-def draw(
+def draw_prompts(
     prompts: Iterable[Prompt],
     *,
     name: str,
@@ -311,9 +125,9 @@ def draw(
                 counts[reason] += 1
             else:
                 families.setdefault(candidate.prompt.family, {})[candidate.key] = candidate
-        for family, found in families.items():
-            if limit and len(found) >= 2 * limit:
-                families[family] = _smallest(found, limit, counts)
+        for family, candidates in families.items():
+            if limit and len(candidates) >= 2 * limit:
+                families[family] = _smallest(candidates, limit, counts)
                 cutoffs[family] = max(candidate.rank for candidate in families[family].values())
     smallest = [_smallest(families[family], limit, counts) for family in sorted(families)]
     kept = _merge(smallest, taken, counts)
@@ -333,16 +147,16 @@ def _merge(
                 yield candidate
 
 
-def _smallest(found: dict[str, _Candidate], limit: int | None, counts: Counter[str]) -> dict[str, _Candidate]:
+def _smallest(candidates: dict[str, _Candidate], limit: int | None, counts: Counter[str]) -> dict[str, _Candidate]:
     """The `limit` candidates of smallest rank, or all."""
     if limit is None:
-        return found
-    ranked = sorted(found.values())
+        return candidates
+    ranked = sorted(candidates.values())
     counts["over the limit"] += len(ranked[limit:])
     return {candidate.key: candidate for candidate in ranked[:limit]}
 
 
-def read_prompts(
+def collect_prompts(
     settings: Prompts, reject: Reject = keep_all, bonuses: dict[QuestionType, float] | None = None
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """The prompts of all sources.
@@ -353,7 +167,7 @@ def read_prompts(
         bonuses: length bonus of a question type, for the columns of the RL stage; None for a table without them.
 
     Returns:
-        A table of `SCHEMA`, or with `bonuses` of `RL_SCHEMA`; and numbers of rows: read, kept and left out by
+        The table `PROMPTS`, or with `bonuses` `RL_PROMPTS`; and numbers of rows: read, kept and left out by
         reason, for every source (`name: reason`).
 
     Raises:
@@ -367,8 +181,10 @@ def read_prompts(
     totals: dict[str, int] = {}
     for name, source in settings.sources.items():
         counts: Counter[str] = Counter()
-        rows = _counted(progress(read_source(source), total=None, what=f"rows of {name}"), counts)
-        prompts = draw(
+        rows = _counted(
+            progress(read_source(source, PROMPT_FORMATS[source.format].row), total=None, what=f"rows of {name}"), counts
+        )
+        prompts = draw_prompts(
             extract(source.format, rows, counts),
             name=name,
             limit=source.limit,
@@ -384,13 +200,13 @@ def read_prompts(
     if not records:
         counted = ", ".join(f"{what} {number}" for what, number in totals.items())
         raise UserError(f"no prompt is left of all sources ({counted}); check the sources and the limits")
-    schema = SCHEMA if bonuses is None else RL_SCHEMA
-    return pl.DataFrame(records, schema=schema, orient="row"), totals
+    table = PROMPTS if bonuses is None else RL_PROMPTS
+    return pl.DataFrame(records, schema=table.schema, orient="row"), totals
 
 
-def read_rl_prompts(settings: RlPrompts, tokenizer: Any) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The prompts of the RL stage: a table of `RL_SCHEMA`, of texts whose number of tokens is within the limits."""
-    return read_prompts(
+def collect_rl_prompts(settings: RlPrompts, tokenizer: Any) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The prompts of the RL stage: the table `RL_PROMPTS`, of texts whose number of tokens is within the limits."""
+    return collect_prompts(
         settings, token_limits(tokenizer, settings.min_tokens, settings.max_tokens), settings.length_bonus
     )
 

@@ -1,10 +1,11 @@
-"""Random draws that depend on a key, and on nothing else.
+"""Random draws and ids that depend on a key, and on nothing else.
 
 A draw for a row comes from a generator that is seeded by a hash of what names the row (purpose, seed, id), so
 that no order of rows, no sharding, no rank and no earlier draw can change it.
 """
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -30,3 +31,8 @@ def seed_of(*key: object) -> int:
 def rng(*key: object) -> np.random.Generator:
     """The generator of a key, as `rng("purpose", seed, row_id)`: start the key with what the draws are for."""
     return np.random.default_rng(seed_of(*key))
+
+
+def digest(*parts: str | float | list[tuple[str, int]] | None) -> str:
+    """An id made of strings: 20 hexadecimal digits, the same on every machine."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -10,19 +10,20 @@ from typing import Any
 
 import polars as pl
 
-from salmon import artifacts, distributed, generation, script
+from salmon import artifacts, distributed, script
 from salmon.artifacts import WorkFolder
+from salmon.batching import batches
 
 log = logging.getLogger(__name__)
 
 
-def left_to_do(work: WorkFolder, mark: str, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
+def left_to_do(work: WorkFolder, fingerprint: str, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
     """Open the work folder, and find the places of the keys of which it holds no row. All ranks call this."""
     if distributed.is_main():
-        work.open(mark)
+        work.open(fingerprint)
     # One rank looks for all: other nodes may not see yet what is in the folder, and would form other batches.
-    found = work.read_parts(schema)["prompt_id"].to_list() if distributed.is_main() else None
-    done = set(distributed.broadcast(found))
+    kept = work.read_parts(schema)["prompt_id"].to_list() if distributed.is_main() else None
+    done = set(distributed.broadcast(kept))
     return [place for place, key in enumerate(keys) if key not in done]
 
 
@@ -38,7 +39,7 @@ def run_batches(
     """Compute this rank's share of what is left, keeping each batch as it is finished. All ranks call this.
 
     Args:
-        work: keeps a part of at least one row a batch.
+        work: keeps a part of at least one row per batch.
         lengths: row that is left -> its length, the same on all ranks; batch i belongs to rank i % world.
         size: rows a batch.
         compute: makes the table of a batch of rows.
@@ -46,15 +47,15 @@ def run_batches(
         together: all ranks hold parts of one model and compute every batch; rank 0 keeps it.
     """
     rows = list(lengths)
-    batches = [[rows[place] for place in batch] for batch in generation.batches(list(lengths.values()), size)]
-    mine = batches if together else batches[distributed.rank() :: distributed.world()]
+    parts = [[rows[place] for place in batch] for batch in batches(list(lengths.values()), size)]
+    mine = parts if together else parts[distributed.rank() :: distributed.world()]
     for table in script.progress(map(compute, mine), total=len(mine), what=f"batches of {size} {what}"):
         if not together or distributed.is_main():
             work.write_part(table)
     distributed.barrier()
 
 
-def finish(work: WorkFolder, table: pl.DataFrame, output: Path, manifest: Mapping[str, Any]) -> None:
+def write_shard(work: WorkFolder, table: pl.DataFrame, output: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a shard and then its table, whose presence says that both are whole."""
     artifacts.write_json(artifacts.manifest_path(output), manifest)
     artifacts.write_table(table, output)

@@ -22,34 +22,26 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, templates
+from salmon import tables, templates
 from salmon.config import RewardTraining
 from salmon.errors import UserError
 from salmon.randomness import rng, seed_of
-
-COLUMNS = {
-    **dict.fromkeys(("record_id", "prompt_id", "instruction", "input", "output_1", "output_2"), pl.String()),
-    "preference": pl.Int8(),
-    "definitions": pl.List(pl.String()),
-    "dimensions": pl.List(pl.String()),
-    "negated": pl.List(pl.Boolean()),
-    "deciding": pl.String(),
-}
+from salmon.tables import PREFERENCE_RECORDS
+from salmon.text import join_instruction
 
 
 def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     """Read preference records, sorted by `record_id`, and leave out pairs with an empty output.
 
     Returns:
-        The records (`COLUMNS`; `deciding` may be null, nothing else is), and the counts of rows.
+        The records (`PREFERENCE_RECORDS`), and the counts of rows.
 
     Raises:
         UserError: for an unreadable file, missing columns, nulls, doubled ids, a preference that is not 1 or 2.
     """
-    table = artifacts.read_table(path, COLUMNS).select(list(COLUMNS)).sort("record_id").collect()
-    nulls = [name for name in COLUMNS if name != "deciding" and table[name].null_count()]
-    if nulls:
-        raise UserError(f"{path} has nulls in {', '.join(nulls)}; build it again")
+    rows = tables.read(path, PREFERENCE_RECORDS)
+    tables.check_rows(rows, PREFERENCE_RECORDS, path)
+    table = rows.sort("record_id").collect()
     wrong = table.filter(~pl.col("preference").is_in([1, 2]))
     if len(wrong):
         first = wrong.row(0, named=True)
@@ -57,9 +49,6 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
             f"{path}: {len(wrong)} records have a preference that is neither 1 nor 2, the first is record "
             f"{first['record_id']} with {first['preference']}"
         )
-    twice = table.filter(pl.col("record_id").is_duplicated())
-    if len(twice):
-        raise UserError(f"{path}: record_id {twice['record_id'][0]} occurs more than once")
     whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
     return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}
 
@@ -112,6 +101,7 @@ def reward_text_tokens(
     query_length: int,
     response_length: int,
     max_length: int,
+    keys: str,
 ) -> list[list[int]]:
     """Token ids of reward-model texts, as trained on and as scored at RL time (reference, step 2).
 
@@ -123,10 +113,11 @@ def reward_text_tokens(
     Args:
         tokenizer: a fast one (with offsets).
         template: text with {Output}, {Input} and, for principles, {Dimensions}.
-        instructions: joined with their input (`templates.join_instruction`), one a text.
+        instructions: joined with their input (`text.join_instruction`), one a text.
         outputs: one a text.
         definitions: the sentences of the principles, one list a text; empty lists for a template without the slot.
         query_length: in tokens; likewise the other two.
+        keys: what the names of these three begin with in the configuration, for messages.
 
     Returns:
         One list of ids a text, each of 1..max_length.
@@ -160,18 +151,26 @@ def reward_text_tokens(
         for index in todo:
             if keep[index] == 0:
                 raise UserError(
-                    f"a reward-model text has {len(rows[index])} tokens without any output, but max_length is "
-                    f"{max_length}: template, instruction (query_length {query_length}) and "
-                    f"{len(definitions[index])} principles need more; raise max_length or lower query_length"
+                    f"a reward-model text has {len(rows[index])} tokens without any output, but {keys}max_length is "
+                    f"{max_length}: template, instruction ({keys}query_length {query_length}) and "
+                    f"{len(definitions[index])} principles need more; raise {keys}max_length or lower "
+                    f"{keys}query_length"
                 )
             keep[index] = max(0, keep[index] - (len(rows[index]) - max_length))
     return rows
 
 
 def record_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str, records: pl.DataFrame, settings: RewardTraining
+    tokenizer: PreTrainedTokenizerBase, template: str, records: pl.DataFrame, settings: RewardTraining, stage: str
 ) -> list[list[int]]:
     """Token ids of both texts of each record: output_1 and output_2 of the first, of the second, and so on.
+
+    Args:
+        tokenizer: a fast one.
+        template: of the stage.
+        records: `PREFERENCE_RECORDS`.
+        settings: of the stage.
+        stage: name of its section in the configuration.
 
     Returns:
         2 N lists for N records; see `reward_text_tokens`.
@@ -181,12 +180,13 @@ def record_tokens(
     return reward_text_tokens(
         tokenizer,
         template,
-        [templates.join_instruction(row[0], row[1]) for row in rows for _ in range(2)],
+        [join_instruction(row[0], row[1]) for row in rows for _ in range(2)],
         [output for row in rows for output in row[2:4]],
         [row[4] for row in rows for _ in range(2)],
         query_length=settings.query_length,
         response_length=settings.response_length,
         max_length=settings.max_length,
+        keys=f"{stage}.",
     )
 
 

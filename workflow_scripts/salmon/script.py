@@ -24,8 +24,7 @@ from pydantic_settings import (
 )
 from tqdm import tqdm
 
-from salmon.config import describe_errors
-from salmon.errors import UserError
+from salmon.errors import UserError, describe_errors
 
 log = logging.getLogger("salmon")
 
@@ -100,18 +99,18 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         main(parsed)
     except UserError as error:
         log.error("%s", error)
-        _leave(1)
+        _exit(1)
     except OSError as error:
         log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error, exc_info=True)
-        _leave(1)
+        _exit(1)
     except Exception:
         log.exception("unexpected error; please report it with the lines above and below")
-        _leave(1)
+        _exit(1)
     log.info("done in %.0f s", time.monotonic() - started)
-    _leave(0)
+    _exit(0)
 
 
-def _leave(status: int) -> None:
+def _exit(status: int) -> None:
     """End with a status; several ranks end at once, without what the interpreter would do for them.
 
     After an error the communication that is under way might keep a rank from ending, and so the others. And under

@@ -12,31 +12,9 @@ from typing import Any
 
 import polars as pl
 
-from salmon import artifacts
+from salmon import artifacts, tables
 from salmon.errors import UserError
-
-RESPONSES = {
-    "prompt_id": pl.String(),
-    "source": pl.String(),
-    "instruction": pl.String(),
-    "input": pl.String(),
-    "response": pl.String(),
-    "finish_reason": pl.String(),  # a generation.FinishReason, or PROMPT_TOO_LONG
-    "prompt_tokens": pl.Int32(),
-    "response_tokens": pl.Int32(),
-}
-"""Schema of the responses: one row a prompt."""
-
-PROMPT_TOO_LONG = "prompt_too_long"
-"""The finish reason of a row that was not sampled, because its prompt leaves no room for a response."""
-
-JUDGEMENTS = {
-    "prompt_id": pl.String(),
-    "dimension": pl.String(),
-    "s12": pl.Float64(),  # logit(a) - logit(b) with output_1 as (a): positive where output_1 is preferred
-    "s21": pl.Float64(),  # logit(b) - logit(a) with output_2 as (a): positive where output_1 is preferred
-}
-"""Schema of the judgements: one row a pair and principle."""
+from salmon.tables import JUDGEMENTS, RESPONSES, Table
 
 
 def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
@@ -48,18 +26,6 @@ def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
     if not 0 <= shard < shards:
         raise UserError(f"there is no shard {shard} of {shards}; they are counted from 0")
     return table.gather_every(shards, offset=shard)
-
-
-def check_unique(table: pl.LazyFrame, key: Sequence[str], where: object) -> None:
-    """Refuse a table with two rows of one key.
-
-    Raises:
-        UserError: naming the file and the first such key.
-    """
-    twice = table.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
-    if twice.height:
-        named = ", ".join(f"{column} {twice[column][0]}" for column in key)
-        raise UserError(f"{where} has {twice['len'][0]} rows of {named}; delete the file and build it again")
 
 
 def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
@@ -92,30 +58,29 @@ def gather(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
     """
     manifests = [_manifest(shard) for shard in shards]
     _check_whole(shards, manifests)
-    schema = _schema(shards[0])
-    table = pl.concat([artifacts.read_table(shard, schema).select(list(schema)) for shard in shards])
-    key = [column for column in ("prompt_id", "dimension") if column in schema]
-    if table.select(pl.len()).collect().item() == 0:
+    table = _table(shards[0])
+    rows = pl.concat([tables.read(shard, table) for shard in shards])
+    if rows.select(pl.len()).collect().item() == 0:
         raise UserError(
             f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
         )
-    check_unique(table, key, f"the table of {len(shards)} shards in {shards[0].parent}")
+    tables.check_rows(rows, table, f"the table of {len(shards)} shards in {shards[0].parent}")
     counts: Counter[str] = Counter()
-    for manifest in manifests:
-        counts.update(manifest["counts"])
+    for each in manifests:
+        counts.update(each["counts"])
     settings = {name: value for name, value in manifests[0]["settings"].items() if name not in ("shard", "shards")}
-    inputs = {str(shard): artifacts.hash_path(shard) for shard in shards}
-    return table.sort("prompt_id", maintain_order=True), artifacts.manifest(settings, inputs, counts)
+    manifest = artifacts.manifest(settings, artifacts.hash_inputs(shards), counts)
+    return rows.sort("prompt_id", maintain_order=True), manifest
 
 
 def _manifest(shard: Path) -> dict[str, Any]:
     """Manifest of a shard."""
     path = artifacts.manifest_path(shard)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete {shard} and build it again") from None
-    return found
+    return manifest
 
 
 def _check_whole(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
@@ -132,10 +97,10 @@ def _check_whole(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]])
                 raise UserError(f"{shard} and {shards[0]} were made with other {part} ({other}); build both again")
 
 
-def _schema(shard: Path) -> Mapping[str, Any]:
-    """Which schema a shard has."""
-    columns = artifacts.read_table(shard, {}).collect_schema()
-    for schema in (RESPONSES, JUDGEMENTS):
-        if all(columns.get(name) == kind for name, kind in schema.items()):
-            return schema
+def _table(shard: Path) -> Table:
+    """Which table a shard is a part of."""
+    columns = tables.schema_of(shard)
+    for table in (RESPONSES, JUDGEMENTS):
+        if all(columns.get(name) == kind for name, kind in table.schema.items()):
+            return table
     raise UserError(f"{shard} has columns {', '.join(columns)}: neither responses nor judgements")

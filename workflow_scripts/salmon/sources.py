@@ -10,116 +10,38 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, NotRequired
+from typing import IO, Any
 
 import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from salmon.artifacts import hash_path
-from salmon.config import QuestionType, Source, SourceFormat, is_local
+from salmon.config import Source, is_local
 from salmon.errors import UserError
+from salmon.formats import Located
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 BATCH_ROWS = 1000
 _BOM = b"\xef\xbb\xbf"
 
-# A text may be null where its row is then left out and counted; a column that decides something may not.
 
-
-class Oasst1Row(TypedDict):
-    """One message of a tree (`OpenAssistant/oasst1`); a root has no parent."""
-
-    message_id: str
-    parent_id: str | None
-    text: str | None
-
-
-class ShpRow(TypedDict):
-    """Two answers to a post (`stanfordnlp/SHP`); label 1: A is preferred."""
-
-    history: str | None
-    human_ref_A: str | None
-    human_ref_B: str | None
-    labels: Literal[0, 1]
-    score_ratio: float
-
-
-class HhRlhfRow(TypedDict):
-    """Two dialogues with a common beginning (`Anthropic/hh-rlhf`)."""
-
-    chosen: str | None
-    rejected: str | None
-
-
-class OpenOrcaRow(TypedDict):
-    """A question of FLAN (`Open-Orca/OpenOrca`); its id begins with the family."""
-
-    id: str
-    question: str | None
-
-
-# A turn of a conversation; `zetavg/ShareGPT-Processed` has its text as markdown, too.
-ShareGptTurn = TypedDict("ShareGptTurn", {"from": str, "value": str | None, "markdown": NotRequired[str | None]})
-
-
-class ShareGptRow(TypedDict):
-    """A conversation (`zetavg/ShareGPT-Processed`, the sg_90k files)."""
-
-    conversations: list[ShareGptTurn]
-
-
-class DollyRow(TypedDict):
-    """An instruction (`databricks/databricks-dolly-15k`)."""
-
-    instruction: str | None
-    context: str | None
-    category: str
-
-
-class MathRow(TypedDict):
-    """A problem of MATH (`hendrycks/competition_math`)."""
-
-    problem: str | None
-
-
-class PromptRow(TypedDict):
-    """A prompt in the authors' format, whose question types are numbers, or in ours."""
-
-    instruction: str | None
-    input: NotRequired[str | None]
-    question_type: NotRequired[Literal[0, 1, 2] | QuestionType | None]
-    length_bonus: NotRequired[float | None]
-
-
-SCHEMAS: dict[SourceFormat, Any] = {
-    "oasst1": Oasst1Row,
-    "shp": ShpRow,
-    "hh_rlhf": HhRlhfRow,
-    "openorca": OpenOrcaRow,
-    "sharegpt": ShareGptRow,
-    "dolly": DollyRow,
-    "math": MathRow,
-    "prompts": PromptRow,
-}
-
-Located = tuple[str, Any]  # where a row stands, for messages; and the row
-
-
-def read_source(source: Source) -> Iterator[Located]:
+def read_source(source: Source, schema: Any) -> Iterator[Located]:
     """Rows of a data set, file by file in the order of the configuration, each with the place where it stands.
 
+    Args:
+        source: which.
+        schema: `TypedDict` of the columns that are needed (`formats`).
+
     Yields:
-        (place, row): row is a dict of the columns of the format's schema in `SCHEMAS`; other columns are left out.
+        (place, row): row is a dict of the schema's columns; other columns are left out.
 
     Raises:
         UserError: where a file, folder or hub data set is missing, damaged, empty or not of the format.
     """
-    schema = SCHEMAS[source.format]
     check = TypeAdapter(schema).validate_python
-    for path in source_paths(source):
+    for path in source.paths:
         parts: list[tuple[str, Iterator[Located]]]
         if is_local(path):
             parts = [(str(file), _read_file(file, schema)) for file in local_files(path)]
@@ -131,22 +53,17 @@ def read_source(source: Source) -> Iterator[Located]:
                 try:
                     yield place, check(row, strict=True)
                 except ValidationError as error:
-                    raise UserError(f"{place}: {_finding(error)}; {_needs(source.format)}") from None
+                    raise UserError(f"{place}: {_finding(error)}; {_needs(source.format, schema)}") from None
             if not place:
                 raise UserError(f"{name} holds no rows; fetch it again or take it out of the sources")
 
 
-def source_paths(source: Source) -> list[str]:
-    """The paths of a source, as a list."""
-    return [source.path] if isinstance(source.path, str) else source.path
-
-
-def describe_sources(sources: Mapping[str, Source]) -> dict[str, str]:
+def identify_sources(sources: Mapping[str, Source]) -> dict[str, str]:
     """Identity of the data for a manifest: the hash of what is local, the revision of what is on the hub."""
     return {
         path: hash_path(Path(path).expanduser()) if is_local(path) else source.revision or "main"
         for source in sources.values()
-        for path in source_paths(source)
+        for path in source.paths
     }
 
 
@@ -172,7 +89,7 @@ def local_files(path: str) -> list[Path]:
     if not found.exists():
         raise UserError(f"{path} does not exist (local file or folder; a hub id has the form owner/name)")
     if not found.name.endswith(ENDINGS):
-        raise UserError(f"{path} is of no known kind; files end with {', '.join(ENDINGS)}")
+        raise UserError(f"{path} has none of the known endings: files end with {', '.join(ENDINGS)}")
     return [found]
 
 
@@ -183,13 +100,13 @@ def _finding(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"column {column} is missing"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"column {column}: {message}" if column else "the row is no object with named columns"
+    return f"column {column}: {message}" if column else "the row is not an object with named columns"
 
 
-def _needs(kind: SourceFormat) -> str:
+def _needs(name: str, schema: Any) -> str:
     """What a format wants, and what to do."""
     return (
-        f"format {kind} needs {', '.join(sorted(SCHEMAS[kind].__required_keys__))}: "
+        f"format {name} needs {', '.join(sorted(schema.__required_keys__))}: "
         "mend the file, or set the format that it has"
     )
 
@@ -266,7 +183,7 @@ def _read_json_list(path: Path) -> Iterator[Located]:
     with _open(path) as stream:
         start = stream.peek(1 << 12).lstrip()[:1]  # type: ignore[attr-defined]
         if start not in (b"[", b""):
-            raise UserError(f"{path} is no JSON list; JSON lines belong in a file that ends with .jsonl")
+            raise UserError(f"{path} is not a JSON list; JSON lines belong in a file that ends with .jsonl")
         if not start:
             return
         try:

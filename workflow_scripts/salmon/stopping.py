@@ -16,7 +16,7 @@ from salmon.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_asked = threading.Event()
+_requested = threading.Event()
 
 
 class Stopped(UserError):
@@ -27,17 +27,17 @@ class Stopped(UserError):
 
 
 def listen() -> None:
-    """From now on SIGTERM is a request, which `asked` tells."""
-    _asked.clear()
+    """From now on SIGTERM is a request, which `stop_requested` tells."""
+    _requested.clear()
     signal.signal(signal.SIGTERM, _ask)
 
 
-def asked(device: torch.device) -> bool:
+def stop_requested(device: torch.device) -> bool:
     """Whether any rank was asked to stop. All ranks call this, and all get the same answer."""
-    return distributed.sum_over_ranks(torch.tensor(float(_asked.is_set()), device=device)).item() > 0
+    return distributed.sum_over_ranks(torch.tensor(float(_requested.is_set()), device=device)).item() > 0
 
 
 def _ask(_: int, __: FrameType | None) -> None:
-    if not _asked.is_set():
+    if not _requested.is_set():
         log.warning("SIGTERM: stopping after this step, with a checkpoint")
-    _asked.set()
+    _requested.set()

@@ -7,12 +7,8 @@ in one pass over the template, and what stands in the values is left alone.
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from salmon.errors import UserError
-
-if TYPE_CHECKING:
-    from salmon.config import Config
 
 JUDGE_SLOTS = ("UserInstruction", "OutputA", "OutputB", "Dimension", "Definition")
 PMP_SLOTS = ("Output", "Input")
@@ -44,11 +40,6 @@ def slots(template: str) -> set[str]:
     return {match[1] for match in _SLOT.finditer(template)}
 
 
-def join_instruction(instruction: str, extra: str) -> str:
-    """The instruction and, after a blank line, its input if it has one."""
-    return f"{instruction}\n\n{extra}" if extra else instruction
-
-
 def bullets(definitions: Iterable[str]) -> str:
     """Principles as the bullet list that a reward model reads."""
     return "\n".join(f"- {definition}" for definition in definitions)
@@ -57,32 +48,3 @@ def bullets(definitions: Iterable[str]) -> str:
 def policy_prompt(preamble: str, assistant_marker: str, instruction: str) -> str:
     """Preamble, instruction, blank line, assistant's turn marker: what the policy continues."""
     return f"{preamble}\n{instruction}\n\n{assistant_marker}\n"
-
-
-def check_templates(config: "Config", root: Path) -> list[str]:
-    """Findings about the templates a configuration names: missing files, missing slots."""
-    wanted = [
-        ("judge.template", config.judge.template, JUDGE_SLOTS),
-        ("pmp.template", config.pmp.template, PMP_SLOTS),
-        ("reward_model.template", config.reward_model.template, REWARD_SLOTS),
-        ("ppo.template", config.ppo.template, REWARD_SLOTS),
-    ]
-    if config.policy_prompt.template != "chat":
-        wanted.append(("policy_prompt.template", config.policy_prompt.template, ()))
-    findings = []
-    for key, path, needed in wanted:
-        try:
-            found = slots(read(root / path))
-        except UserError as error:
-            findings.append(f"{key}: {error}")
-            continue
-        missing = [f"{{{slot}}}" for slot in needed if slot not in found]
-        if missing:
-            findings.append(
-                f"{key}: {path} has no slot {', '.join(missing)}; it needs all of "
-                + ", ".join(f"{{{slot}}}" for slot in needed)
-            )
-        extra = sorted(found - set(needed))
-        if extra:
-            findings.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
-    return findings

@@ -4,6 +4,11 @@ import re
 from collections.abc import Sequence
 
 
+def join_instruction(instruction: str, extra: str) -> str:
+    """The instruction and, after a blank line, its input if it has one."""
+    return f"{instruction}\n\n{extra}" if extra else instruction
+
+
 def cut_at_markers(text: str, markers: Sequence[str]) -> str:
     """The text before the first turn marker in it; the whole text where there is none.
 

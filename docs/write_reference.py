@@ -1,0 +1,188 @@
+"""Write what documents repeat of the code: `make docs-reference`; a test fails where one has drifted.
+
+config.schema.json     the configuration as a JSON schema, for editors
+docs/configuration.md  its keys as tables
+docs/tables.md         the tables' columns
+README.md              the targets, between two marks
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow_scripts"))
+
+from salmon import tables  # noqa: E402
+from salmon.configuration import TARGETS, Config  # noqa: E402
+
+TARGETS_MARK = "<!-- targets: written by `make docs-reference` -->"
+
+
+def schema() -> str:
+    """The JSON schema of config.yaml, and of any file that is laid over it.
+
+    Such a file sets some keys only and removes entries of mappings with null, so nothing is required and every entry of
+    a mapping may be null; whether a whole configuration is complete, Snakemake says when it starts.
+    """
+    found = Config.model_json_schema()
+    found |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "config.yaml of the SALMON workflow"}
+
+    def relax(part: Any) -> None:
+        if isinstance(part, list):
+            for item in part:
+                relax(item)
+        if not isinstance(part, dict):
+            return
+        part.pop("required", None)
+        if part.get("type") == "object" and isinstance(entry := part.get("additionalProperties"), dict):
+            part["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}
+        for item in part.values():
+            relax(item)
+
+    relax(found)
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+def configuration() -> str:
+    """The keys of the configuration, one table per section."""
+    lines = [
+        "# The configuration",
+        "",
+        "Every key of `config.yaml`, written by `make docs-reference` from the models that validate it",
+        "(`workflow_scripts/salmon/config.py`). A default is what a script takes that is started by hand;",
+        "`config.yaml` sets every key to the paper's value. An editor that reads `config.schema.json` completes and checks the keys",
+        "while you type: begin your own file with `# yaml-language-server: $schema=PATH/config.schema.json`.",
+        "",
+    ]
+    lines += _section("config.yaml", Config, "")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(title: str, model: type[BaseModel], prefix: str) -> list[str]:
+    """One section, and those below it."""
+    lines = [f"## {title}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
+    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    below: list[str] = []
+    properties = model.model_json_schema()["properties"]
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        lines.append(
+            f"| `{key}` | {_type(field, properties[name])} | {_default(field)} | {_escape(field.description or '')} |"
+        )
+        section = _model_in(field.annotation)
+        if section is not None:
+            entries = field.annotation is not section  # a mapping of names to sections
+            below += _section(f"{key}.*" if entries else key, section, f"{key}.{'NAME.' if entries else ''}")
+    return [*lines, "", *below]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation holds, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+
+
+def _type(field: FieldInfo, schema: dict[str, Any]) -> str:
+    """What values a field takes, from its JSON schema."""
+    if _model_in(field.annotation):
+        return "section" if field.annotation is _model_in(field.annotation) else "name: section"
+    return _escape(_words(schema))
+
+
+def _words(part: dict[str, Any]) -> str:
+    """A JSON schema in a few words."""
+    if "enum" in part:
+        return ", ".join(f"`{value}`" for value in part["enum"])
+    if "const" in part:
+        return f"`{part['const']}`"
+    if "anyOf" in part:
+        return " or ".join(_words(item) for item in part["anyOf"])
+    kind = part.get("type", "any")
+    if kind == "array":
+        items = part.get("items") or {}
+        return f"list of {_words(items)}" if items else "list"
+    if kind == "object":
+        return "mapping"
+    bounds = [
+        f"{sign} {part[name]:g}"
+        for name, sign in (
+            ("minimum", "≥"),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "≤"),
+            ("exclusiveMaximum", "<"),
+        )
+        if name in part
+    ]
+    return " ".join([{"boolean": "true or false", "string": "text"}.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _default(field: FieldInfo) -> str:
+    """The default of a field."""
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, BaseModel):
+        return ""
+    return f"`{_escape(json.dumps(value))}`"
+
+
+def _escape(text: str) -> str:
+    """Text of a table's cell."""
+    return text.replace("|", "\\|")
+
+
+def table_page() -> str:
+    """The tables and their columns."""
+    lines = [
+        "# Tables",
+        "",
+        "Every table of the workflow, written by `make docs-reference` from `workflow_scripts/salmon/tables.py`. All",
+        "are Parquet (zstd), below the results' folder, each with a manifest beside it. A column is never null unless",
+        "it says so.",
+        "",
+    ]
+    for table in tables.TABLES:
+        keys = ", ".join(f"`{name}`" for name in table.key)
+        lines += [f"## {table.name[0].upper()}{table.name[1:]}: `{table.files}`", ""]
+        lines += [table.meaning, "", f"Key: {keys}.", "", "| column | type | meaning |", "| --- | --- | --- |"]
+        lines += [
+            f"| `{name}` | {column.type}{', may be null' if column.nullable else ''} | {_escape(column.meaning)} |"
+            for name, column in table.columns.items()
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme() -> str:
+    """README.md with its table of targets."""
+    rows = [f"| `{name}` | `results/{target.artifact}` | {target.meaning} |" for name, target in TARGETS.items()]
+    rows = [TARGETS_MARK, "", "| target | artifact | made by |", "| --- | --- | --- |", *rows, "", TARGETS_MARK]
+    mark = re.escape(TARGETS_MARK)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(f"{mark}.*{mark}", lambda _: "\n".join(rows), text, flags=re.DOTALL)
+
+
+PAGES = {
+    "config.schema.json": schema,
+    "docs/configuration.md": configuration,
+    "docs/tables.md": table_page,
+    "README.md": readme,
+}
+
+
+def main() -> None:
+    """Write all of them."""
+    for name, write in PAGES.items():
+        (ROOT / name).write_text(write(), encoding="utf-8")
+    sys.stdout.write(f"wrote {', '.join(PAGES)}\n")
+
+
+if __name__ == "__main__":
+    main()

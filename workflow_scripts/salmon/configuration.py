@@ -1,0 +1,268 @@
+"""The whole of a configuration: its sections together, its runs, its targets, and all that it points to.
+
+Only the Snakefile loads one; a script receives the sections it needs (`config`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from salmon import principles, templates
+from salmon.config import (
+    Aggregation,
+    Judge,
+    Lora,
+    Model,
+    OneOf,
+    PathVars,
+    PmpData,
+    PolicyPrompt,
+    Ppo,
+    Prompts,
+    RewardModel,
+    RewardTraining,
+    RlPrompts,
+    Sampling,
+    Section,
+    is_local,
+)
+from salmon.errors import UserError, describe_errors
+
+SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
+RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A name that people type for artifacts.
+
+    Attributes:
+        artifact: path below the results; with `{run}`, of every run.
+        meaning: what it is and how it is made, for documents.
+    """
+
+    artifact: str
+    meaning: str
+
+
+TARGETS = {
+    "prompts": Target("prompts/oasst1.parquet", "`clean_prompts`, from OASST1"),
+    "response0": Target(
+        "responses/response0.parquet", "`sample_responses`, one answer per prompt, scattered over shards"
+    ),
+    "response1": Target("responses/response1.parquet", "the same with another seed"),
+    "preferences": Target(
+        "preferences/preferences.parquet",
+        "`judge_preferences`, both orders of each pair under each principle, scattered over shards",
+    ),
+    "reward_data": Target(
+        "reward_data/principle_preferences.parquet", "`aggregate_preferences`, principles drawn and negated at random"
+    ),
+    "pmp_data": Target("reward_data/pmp.parquet", "`clean_pmp_data`, from SHP and HH-RLHF"),
+    "pmp": Target("models/pmp", "`train_pmp`, the reward model before it knows principles"),
+    "reward_model": Target("models/reward_model", "`train_reward_model`, starting from `pmp`"),
+    "rl_prompts": Target("prompts/rl.parquet", "`clean_rl_prompts`, from ShareGPT, Dolly, OASST1, OpenOrca and MATH"),
+    "policy": Target("runs/default/policy", "`train_policy`, PPO"),
+    "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
+    "evaluation": Target("evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
+    "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
+}
+"""What can be named on the command line of Snakemake and in `targets`."""
+
+
+class Config(Section):
+    """The whole of `config.yaml`."""
+
+    pathvars: PathVars = Field(PathVars(), description="where things go")
+    targets: list[Annotated[str, OneOf(TARGETS)]] = Field(
+        ["policy"], min_length=1, description="what is built where no target is named"
+    )
+    seed: int = Field(0, ge=0, description=f"{SEED_STEP} times this is added to every seed of the sections")
+    model: Model = Field(description="the initial policy")
+    policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
+    prompts: Prompts = Field(description="prompts of the synthetic preferences")
+    sampling: Sampling = Field(description="response0 and response1")
+    judge: Judge = Field(description="the judging of the responses")
+    aggregation: Aggregation = Field(description="judgements to reward-model records")
+    pmp_data: PmpData = Field(description="human preferences for pre-training")
+    lora: Lora = Field(description="every adapter that is trained")
+    pmp: RewardTraining = Field(description="pre-training of the reward model")
+    reward_model: RewardModel = Field(description="the reward model's principle-following stage")
+    rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
+    ppo: Ppo = Field(description="RL")
+    runs: dict[Annotated[str, Field(pattern=r"^\w+$")], dict[RunSection, dict[str, Any]]] = Field(
+        {"default": {}}, description="policies: name -> the settings that differ from the sections above"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_and_remove(cls, raw: Any) -> Any:
+        """Fill in `<results>`; what a configuration that is read over another one sets to null is removed."""
+        if not isinstance(raw, dict):
+            return raw
+        pathvars = raw.get("pathvars")
+        results = pathvars.get("results") if isinstance(pathvars, dict) else None
+        raw = _fill_results(raw, results if isinstance(results, str) else PathVars().results)
+        for name in ("prompts", "pmp_data", "rl_prompts"):
+            section = raw.get(name)
+            if isinstance(section, dict) and isinstance(section.get("sources"), dict):
+                raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
+        if isinstance(raw.get("runs"), dict):
+            raw["runs"] = {key: value for key, value in raw["runs"].items() if value is not None}
+        return raw
+
+    @field_validator("runs")
+    @classmethod
+    def _default_is_plain(cls, runs: dict[str, Any]) -> dict[str, Any]:
+        if runs.get("default") != {}:
+            raise ValueError("there must be a run `default: {}`; what it should do is set in the sections above")
+        return runs
+
+
+def load(raw: dict[str, Any], root: Path, where: str = "the configuration") -> dict[str, Config]:
+    """Validate a raw configuration and everything it points to that can be checked before any job.
+
+    Args:
+        raw: the merged configuration, as Snakemake holds it.
+        root: folder that relative paths start from.
+        where: name of the configuration in error messages.
+
+    Returns:
+        The configuration of every run (see `resolve_runs`).
+
+    Raises:
+        UserError: with one line for every finding: key, value, what is allowed.
+    """
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, where)) from None
+    findings: list[str] = []
+    runs = resolve_runs(config)
+    for name, run in runs.items():
+        of_run = "" if name == "default" else f"runs.{name}: "
+        for check in (check_templates, check_principles, check_paths):
+            findings += [f"{of_run}{finding}" for finding in check(run, root) if finding not in findings]
+    if findings:
+        raise UserError(f"{where} is not valid:\n" + "\n".join(f"  {finding}" for finding in findings))
+    return runs
+
+
+def resolve_runs(config: Config) -> dict[str, Config]:
+    """The configuration of every run: the sections, with what the run sets differently. `default` comes first.
+
+    `seed` is worked into the seeds of the sections.
+
+    Raises:
+        UserError: with one line for every finding, as `load` does.
+    """
+    resolved = {"default": config}
+    for name, changes in config.runs.items():
+        raw = _merge(config.model_dump(mode="json"), changes)
+        try:
+            resolved[name] = Config.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, f"run {name}")) from None
+    return {name: _shift_seeds(run) for name, run in resolved.items()}
+
+
+def _shift_seeds(config: Config) -> Config:
+    """Add to every seed of the sections what `seed` says."""
+    step = SEED_STEP * config.seed
+    raw = config.model_dump(mode="json")
+    for section in raw.values():
+        if isinstance(section, dict) and "seed" in section:
+            section["seed"] += step
+    raw["sampling"]["seeds"] = [seed + step for seed in raw["sampling"]["seeds"]]
+    return Config.model_validate(raw)
+
+
+def _fill_results(raw: Any, results: str) -> Any:
+    """Put the results' folder where a text of the configuration has `<results>`."""
+    if isinstance(raw, dict):
+        return {key: _fill_results(value, results) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_fill_results(value, results) for value in raw]
+    return raw.replace("<results>", results) if isinstance(raw, str) else raw
+
+
+def _merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
+    """Mappings key by key, to any depth; everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def check_templates(config: Config, root: Path) -> list[str]:
+    """Findings about the templates a configuration names: missing files, missing slots."""
+    wanted = [
+        ("judge.template", config.judge.template, templates.JUDGE_SLOTS),
+        ("pmp.template", config.pmp.template, templates.PMP_SLOTS),
+        ("reward_model.template", config.reward_model.template, templates.REWARD_SLOTS),
+        ("ppo.template", config.ppo.template, templates.REWARD_SLOTS),
+        *(("policy_prompt.template", file, ()) for file in config.policy_prompt.files),
+    ]
+    findings = []
+    for key, path, needed in wanted:
+        try:
+            slots = templates.slots(templates.read(root / path))
+        except UserError as error:
+            findings.append(f"{key}: {error}")
+            continue
+        if missing := [f"{{{slot}}}" for slot in needed if slot not in slots]:
+            findings.append(
+                f"{key}: {path} has no slot {', '.join(missing)}; it needs all of "
+                + ", ".join(f"{{{slot}}}" for slot in needed)
+            )
+        if extra := sorted(slots - set(needed)):
+            findings.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
+    return findings
+
+
+def check_principles(config: Config, root: Path) -> list[str]:
+    """Findings about the principles a configuration names: missing files, unknown names, too few to draw."""
+    findings = []
+    try:
+        known = [principle.dimension for principle in principles.read_judged(root / config.judge.principles)]
+        unknown = [name for name in config.aggregation.dimensions if name not in known]
+        if unknown:
+            findings.append(
+                f"aggregation.dimensions: {', '.join(unknown)} not in {config.judge.principles}, which defines "
+                + ", ".join(known)
+            )
+    except UserError as error:
+        findings.append(f"judge.principles: {error}")
+    try:
+        drawable = sum(principle.weight > 0 for principle in principles.read_weighted(root / config.ppo.principles))
+        if drawable < config.ppo.principles_per_rollout:
+            findings.append(
+                f"ppo.principles_per_rollout: {config.ppo.principles_per_rollout}, but {config.ppo.principles} has "
+                f"{drawable} principles with a weight above 0"
+            )
+    except UserError as error:
+        findings.append(f"ppo.principles: {error}")
+    return findings
+
+
+def check_paths(config: Config, root: Path) -> list[str]:
+    """Findings about local files and folders that the configuration names and that do not exist.
+
+    Files below the results are made by the workflow and are not looked for.
+    """
+    results = config.pathvars.results
+    named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
+    for section in ("prompts", "pmp_data", "rl_prompts"):
+        for name, source in getattr(config, section).sources.items():
+            named += [(f"{section}.sources.{name}.path", path) for path in source.paths]
+    return [
+        f"{key}: {path} does not exist (local file or folder; a hub id has the form owner/name)"
+        for key, path in named
+        if path
+        and is_local(path)
+        and not path.startswith(f"{results}/")
+        and not (root / Path(path).expanduser()).exists()
+    ]

@@ -1,0 +1,348 @@
+r"""The upstream schemas of public data sets, and what is taken from a row of each: prompts, comparisons, or both.
+
+A format is one entry here: a `TypedDict` of the columns that are needed, and a function of a row of this type under
+`@prompts_from("NAME")` or `@comparisons_from("NAME")`. The schema is read off the function's annotation, the
+configuration accepts what is registered, and docs/configuration.md lists it. A function returns what it found, or
+`Skipped` with the reason why the row gives nothing, which is counted (reference: steps 1 to 3).
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NotRequired, TypeVar, get_args, get_type_hints
+
+from typing_extensions import TypedDict, is_typeddict
+
+from salmon.errors import UserError
+from salmon.text import join_instruction
+
+QuestionType = Literal["general", "reasoning", "red_teaming"]
+QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)  # 0, 1, 2 in the authors' files
+DOLLY_CATEGORIES = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
+OPENORCA_FAMILIES = ("niv", "flan", "t0", "cot")
+HUMAN_TURN = "\n\nHuman:"
+ASSISTANT_TURN = "\n\nAssistant:"
+
+_NLI = re.compile(r"[Pp]remise|[Hh]ypothesis|it is not possible to tell")
+_COUNTER_AT_END = re.compile(r"(\d{1,3}) / (\d{1,3})$")
+_COUNTER_AT_START = re.compile(r"(\d{1,3}) / (\d{1,3})(?!\d)")
+_FIRST_OF_ONE = re.compile(r"(?<!\d)1 / 1(?!\d)")
+_LABEL_AT_END = re.compile(r"(?:Share Prompt|Translate now|지금 번역하기|Language: ?[^\W\d_]+)$")
+_BING = "Bing is powered by AI"
+
+
+class Prompt(NamedTuple):
+    """What is asked; type and bonus where a row has its own."""
+
+    instruction: str
+    input: str = ""
+    family: str = ""  # a limit holds for each family of a source
+    question_type: QuestionType | None = None
+    length_bonus: float | None = None
+
+    @property
+    def text(self) -> str:
+        """What the policy reads, and what makes two prompts the same."""
+        return join_instruction(self.instruction, self.input)
+
+
+class Comparison(NamedTuple):
+    """Two answers to a query, of which a person preferred one; by how much, where that is known."""
+
+    query: str
+    preferred: str
+    other: str
+    score_ratio: float | None = None
+
+
+class Skipped(str):
+    """The reason why a row gives nothing."""
+
+    __slots__ = ()
+
+
+Located = tuple[str, Any]
+"""Where a row stands, for messages; and the row."""
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """A schema that prompts are taken from.
+
+    Attributes:
+        row: a `TypedDict`; columns that it does not have are left out.
+        extract: prompts of the rows of a data set; what is left out is counted by reason.
+    """
+
+    row: Any
+    extract: Callable[[Iterable[Located], Counter[str]], Iterator[Prompt]]
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """A schema of human preferences: `row` as in `PromptFormat`, `compare` of one row."""
+
+    row: Any
+    compare: Callable[[Any], Comparison | Skipped]
+
+
+PROMPT_FORMATS: dict[str, PromptFormat] = {}
+PAIR_FORMATS: dict[str, PairFormat] = {}
+
+
+def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Callable[[Row], Prompt | Skipped]]:
+    """Register a function of one row as a format of prompts."""
+
+    def register(function: Callable[[Row], Prompt | Skipped]) -> Callable[[Row], Prompt | Skipped]:
+        def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
+            for _, row in rows:
+                found = function(row)
+                if isinstance(found, Skipped):
+                    counts[found] += 1
+                else:
+                    yield found
+
+        _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), extract))
+        return function
+
+    return register
+
+
+def comparisons_from(
+    name: str,
+) -> Callable[[Callable[[Row], Comparison | Skipped]], Callable[[Row], Comparison | Skipped]]:
+    """Register a function of one row as a format of human preferences."""
+
+    def register(function: Callable[[Row], Comparison | Skipped]) -> Callable[[Row], Comparison | Skipped]:
+        _add(PAIR_FORMATS, name, PairFormat(_schema(function), function))
+        return function
+
+    return register
+
+
+def _schema(function: Callable[..., Any]) -> Any:
+    """The `TypedDict` that a function's `row` is annotated with."""
+    schema = get_type_hints(function).get("row")
+    if not is_typeddict(schema):
+        raise TypeError(f"{function.__name__}: annotate its parameter `row` with the TypedDict of the columns it needs")
+    return schema
+
+
+def _add(formats: dict[str, Any], name: str, entry: Any) -> None:
+    """Put an entry into a register, once."""
+    if name in formats:
+        raise TypeError(f"format {name} is registered twice")
+    formats[name] = entry
+
+
+# ---- The formats. A text may be null where its row is then left out and counted; a column that decides may not. ----
+
+
+class Oasst1Row(TypedDict):
+    """One message of a tree (`OpenAssistant/oasst1`); a root has no parent."""
+
+    message_id: str
+    parent_id: str | None
+    text: str | None
+
+
+def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -> Iterator[Prompt]:
+    """Root messages that have at least one reply, in the order in which they appear.
+
+    Replies may come before their root, and messages whose parent is absent are no trouble. Memory: the roots and
+    the ids of all messages.
+
+    Raises:
+        UserError: where two messages have the same id.
+    """
+    roots: dict[str, str] = {}
+    ids: set[str] = set()
+    parents: set[str] = set()
+    for place, row in rows:
+        if row["message_id"] in ids:
+            raise UserError(f"{place}: message_id occurs twice; take out one of the files or rows that hold it")
+        ids.add(row["message_id"])
+        if row["parent_id"]:
+            parents.add(row["parent_id"])
+            counts["no root of a tree"] += 1
+        else:
+            roots[row["message_id"]] = row["text"] or ""
+    for root, text in roots.items():
+        if root in parents:
+            yield Prompt(text)
+        else:
+            counts["root without a reply"] += 1
+
+
+# The one format whose prompts depend on more than their own rows.
+_add(PROMPT_FORMATS, "oasst1", PromptFormat(Oasst1Row, oasst1_prompts))
+
+
+class ShpRow(TypedDict):
+    """Two answers to a post (`stanfordnlp/SHP`); label 1: A is preferred."""
+
+    history: str | None
+    human_ref_A: str | None
+    human_ref_B: str | None
+    labels: Literal[0, 1]
+    score_ratio: float
+
+
+@comparisons_from("shp")
+def shp_comparison(row: ShpRow) -> Comparison | Skipped:
+    """Two answers to a post."""
+    a, b = row["human_ref_A"] or "", row["human_ref_B"] or ""
+    preferred, other = (a, b) if row["labels"] == 1 else (b, a)
+    return Comparison(row["history"] or "", preferred, other, row["score_ratio"])
+
+
+class HhRlhfRow(TypedDict):
+    """Two dialogues with a common beginning (`Anthropic/hh-rlhf`)."""
+
+    chosen: str | None
+    rejected: str | None
+
+
+@comparisons_from("hh_rlhf")
+def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
+    r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
+
+    The query keeps the names of the speakers. A dialogue that is a beginning of the other one is no special case:
+    the turn of the assistant that one ends and the other goes on with begins after the query.
+    """
+    preferred, other = row["chosen"] or "", row["rejected"] or ""
+    shared = os.path.commonprefix([preferred, other])  # noqa: RUF071 (character by character is what we want)
+    query, marker, _ = shared.rpartition(ASSISTANT_TURN)
+    if not marker:
+        return Skipped("no assistant turn in common")
+    start = len(query) + len(marker)
+    return Comparison(query, preferred[start:], other[start:])
+
+
+@prompts_from("hh_rlhf")
+def hh_rlhf_prompt(row: HhRlhfRow) -> Prompt | Skipped:
+    """The first human turn of the dialogue, which both sides share."""
+    before, marker, after = (row["chosen"] or "").partition(HUMAN_TURN)
+    if before or not marker:
+        return Skipped("no human turn first")
+    return Prompt(after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0])
+
+
+class OpenOrcaRow(TypedDict):
+    """A question of FLAN (`Open-Orca/OpenOrca`); its id begins with the family."""
+
+    id: str
+    question: str | None
+
+
+@prompts_from("openorca")
+def openorca_prompt(row: OpenOrcaRow) -> Prompt | Skipped:
+    """The question, of the four families and not of natural language inference."""
+    family = row["id"].partition(".")[0]
+    if family not in OPENORCA_FAMILIES:
+        return Skipped("other family")
+    question = row["question"] or ""
+    return Skipped("NLI") if is_nli(question) else Prompt(question, family=family)
+
+
+def is_nli(question: str) -> bool:
+    """Whether a question is a task of natural language inference (reference: step 3)."""
+    return _NLI.search(question) is not None
+
+
+# A turn of a conversation; `zetavg/ShareGPT-Processed` has its text as markdown, too.
+ShareGptTurn = TypedDict("ShareGptTurn", {"from": str, "value": str | None, "markdown": NotRequired[str | None]})
+
+
+class ShareGptRow(TypedDict):
+    """A conversation (`zetavg/ShareGPT-Processed`, the sg_90k files)."""
+
+    conversations: list[ShareGptTurn]
+
+
+@prompts_from("sharegpt")
+def sharegpt_prompt(row: ShareGptRow) -> Prompt | Skipped:
+    """The first turn, if a human's, of a conversation of two turns or more, without what the web page added."""
+    turns = row["conversations"]
+    if len(turns) < 2:
+        return Skipped("fewer than two turns")
+    if turns[0]["from"] not in ("human", "user"):
+        return Skipped("no human turn first")
+    return Prompt(clean_web_text(turns[0].get("markdown") or turns[0]["value"] or ""))
+
+
+def clean_web_text(text: str) -> str:
+    """A prompt as it was typed, without what a scraped chat page put around it (reference: step 3, "Cleaning").
+
+    Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions; at the start:
+    page counters, everything up to a counter `1 / 1`, and a line with Bing's disclaimer.
+    """
+    previous = None
+    while text != previous:
+        previous = text
+        text = _LABEL_AT_END.sub("", text.strip()).rstrip()
+        if (counter := _COUNTER_AT_END.search(text)) and (page := _page(counter)):
+            text = text[: counter.end(1) - len(page)]
+        elif (counter := _COUNTER_AT_START.match(text)) and int(counter[1]) <= int(counter[2]):
+            text = text[counter.end() :]
+    *_, text = _FIRST_OF_ONE.split(text)
+    first, line_break, rest = text.lstrip().partition("\n")
+    return (rest if line_break and _BING in first else text).strip()
+
+
+def _page(counter: re.Match[str]) -> str:
+    """The digits of a counter's first number, which may be glued to digits of the text: as many as give n <= m."""
+    digits = counter[1]
+    return next((digits[start:] for start in range(len(digits)) if int(digits[start:]) <= int(counter[2])), "")
+
+
+class DollyRow(TypedDict):
+    """An instruction (`databricks/databricks-dolly-15k`)."""
+
+    instruction: str | None
+    context: str | None
+    category: str
+
+
+@prompts_from("dolly")
+def dolly_prompt(row: DollyRow) -> Prompt | Skipped:
+    """The instruction, in the categories that need no context."""
+    if row["category"] not in DOLLY_CATEGORIES:
+        return Skipped("other category")
+    return Skipped("with context") if (row["context"] or "").strip() else Prompt(row["instruction"] or "")
+
+
+class MathRow(TypedDict):
+    """A problem of MATH (`hendrycks/competition_math`)."""
+
+    problem: str | None
+
+
+@prompts_from("math")
+def math_prompt(row: MathRow) -> Prompt | Skipped:
+    """The problem."""
+    return Prompt(row["problem"] or "")
+
+
+class PromptRow(TypedDict):
+    """A prompt in the authors' format, whose question types are numbers, or in ours."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    question_type: NotRequired[Literal[0, 1, 2] | QuestionType | None]
+    length_bonus: NotRequired[float | None]
+
+
+@prompts_from("prompts")
+def written_prompt(row: PromptRow) -> Prompt | Skipped:
+    """A row of a prompt file, the authors' or ours, with type and bonus if it has them."""
+    kind = row.get("question_type")
+    return Prompt(
+        row["instruction"] or "",
+        row.get("input") or "",
+        question_type=QUESTION_TYPES[kind] if isinstance(kind, int) else kind,
+        length_bonus=row.get("length_bonus"),
+    )

@@ -1,0 +1,120 @@
+"""The seam between what is sampled and what samples it: `Sampler`, and the engines behind it.
+
+The stages ask a sampler for responses to prompts, each with a seed of its own, and never call a model's generation
+themselves. `TransformersSampler`, our own loop, is the reference; another engine is another class here.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon.batching import batches
+from salmon.generation import Generation, Ranks, generate
+
+
+class Sampler(Protocol):
+    """Samples responses from the model it was given last."""
+
+    def sync(self, policy: nn.Module) -> None:
+        """Sample from this policy, as it is now, from here on. All ranks call this.
+
+        Args:
+            policy: a causal language model, which the caller keeps active until the next `sync`. In RL it is a
+                `SharedBase` with the policy's adapter active; an engine of its own takes its adapter from there.
+        """
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """Sample one response per prompt.
+
+        What a row draws depends on its prompt, seed and limit, and not on the rows around it, as far as the engine's
+        arithmetic leaves their logits equal.
+
+        Args:
+            prompts: token ids, at least one a prompt, special tokens included; may be none at all.
+            seeds: one for each prompt, 0 or more.
+            max_new_tokens: at least 1 for each prompt.
+            temperature: logits are divided by it; 0 takes the most probable token.
+            top_p: the most probable tokens that together reach this probability are kept, at least one.
+            stop: strings that end a response. One may begin with the last characters of the prompt.
+
+        Returns:
+            One generation per prompt, in their order: the tokens as sampled, the text up to the stop string, why it
+            ended, and the log probability of each token where the engine knows it.
+
+        Raises:
+            UserError: where the model's logits are not finite, or the engine fails.
+        """
+
+
+class TransformersSampler:
+    """Samples with our own loop around a model of transformers (`generation.generate`).
+
+    Args:
+        tokenizer: of the model.
+        device: where the model is.
+        batch_size: prompts sampled at once; only speed and memory depend on it.
+        ranks: how the ranks work together (see `generate`). In `lockstep` each has equally many prompts, and
+            `max_new_tokens` is the same on all.
+        model: what is sampled from until the first `sync`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str,
+        *,
+        batch_size: int,
+        ranks: Ranks = "apart",
+        model: nn.Module | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.device = device
+        self.batch_size = batch_size
+        self.ranks = ranks
+        self.model = model
+
+    def sync(self, policy: nn.Module) -> None:
+        """See `Sampler`; the policy's weights are used where they are."""
+        self.model = policy
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """See `Sampler`; prompts of about the same length are one batch."""
+        if self.model is None:
+            raise ValueError("there is no model to sample from yet; call sync")
+        generations: dict[int, Generation] = {}
+        for batch in batches([len(prompt) for prompt in prompts], self.batch_size):
+            sampled = generate(
+                self.model,
+                self.tokenizer,
+                [prompts[row] for row in batch],
+                [seeds[row] for row in batch],
+                max_new_tokens=[max_new_tokens[row] for row in batch],
+                temperature=temperature,
+                top_p=top_p,
+                stop=stop,
+                device=self.device,
+                ranks=self.ranks,
+            )
+            generations.update(zip(batch, sampled, strict=True))
+        return [generations[row] for row in range(len(prompts))]

@@ -1,0 +1,229 @@
+"""Every table of the workflow: its columns, their types, which may be null, and what each means.
+
+Writers build their rows with a table's `schema`, readers open a file with `read`, and docs/tables.md is written from
+here (`make docs-reference`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from salmon.errors import UserError
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its type, what it holds, and whether that may be missing."""
+
+    type: pl.DataType
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One kind of table, stored as Parquet.
+
+    Attributes:
+        name: as in messages and documents.
+        files: where the workflow writes it, below the results.
+        meaning: what one row is, and how the rows are ordered.
+        key: columns that no two rows have in common.
+        columns: by name, in their order.
+    """
+
+    name: str
+    files: str
+    meaning: str
+    key: tuple[str, ...]
+    columns: Mapping[str, Column]
+
+    @property
+    def schema(self) -> dict[str, pl.DataType]:
+        """Name -> polars type, in the order of the columns."""
+        return {name: column.type for name, column in self.columns.items()}
+
+    def select(self, *names: str) -> dict[str, pl.DataType]:
+        """The part of the schema with these columns."""
+        return {name: self.columns[name].type for name in names}
+
+
+_STRING, _BOOL, _REAL = pl.String(), pl.Boolean(), pl.Float64()
+_PROMPT = {
+    "prompt_id": Column(_STRING, "hash of source, instruction and input: 20 hexadecimal digits"),
+    "source": Column(_STRING, "name of the source in the configuration"),
+    "instruction": Column(_STRING, "what is asked"),
+    "input": Column(_STRING, "what it is asked about; empty where there is none"),
+}
+
+PROMPTS = Table(
+    "prompts",
+    "prompts/oasst1.parquet",
+    "One prompt, in the order of the sources and, within one, of first appearance. No two have the same text.",
+    ("prompt_id",),
+    _PROMPT,
+)
+
+RL_PROMPTS = Table(
+    "RL prompts",
+    "prompts/rl.parquet",
+    "One prompt of the RL stage, ordered and distinct as the prompts are.",
+    ("prompt_id",),
+    {
+        **_PROMPT,
+        "question_type": Column(_STRING, "`general`, `reasoning` or `red_teaming`"),
+        "length_bonus": Column(_REAL, "factor of the length reward"),
+    },
+)
+
+PROMPT_TOO_LONG = "prompt_too_long"
+"""The finish reason of a prompt that leaves no room for a response, and was not sampled."""
+
+RESPONSES = Table(
+    "responses",
+    "responses/response{0,1}.parquet",
+    "One prompt and the initial policy's response to it, ordered by prompt_id.",
+    ("prompt_id",),
+    {
+        **_PROMPT,
+        "response": Column(_STRING, "text without special tokens, up to the stop string; may be empty"),
+        "finish_reason": Column(
+            _STRING,
+            "`eos` the policy ended its turn, `stop` a stop string appeared, `length` no room was left, "
+            f"`{PROMPT_TOO_LONG}` there was none to begin with",
+        ),
+        "prompt_tokens": Column(pl.Int32(), "tokens of the whole prompt"),
+        "response_tokens": Column(pl.Int32(), "tokens sampled, those of the end included"),
+    },
+)
+
+JUDGEMENTS = Table(
+    "judgements",
+    "preferences/preferences.parquet",
+    "One pair of responses under one principle, ordered by prompt_id and then as the principles are. "
+    "Output 1 is response0, output 2 is response1.",
+    ("prompt_id", "dimension"),
+    {
+        "prompt_id": _PROMPT["prompt_id"],
+        "dimension": Column(_STRING, "name of the principle"),
+        "s12": Column(_REAL, "logit(a) - logit(b) with output 1 as (a): positive where output 1 is preferred"),
+        "s21": Column(_REAL, "logit(b) - logit(a) with output 2 as (a): positive where output 1 is preferred"),
+    },
+)
+
+_RECORD = {
+    "record_id": Column(_STRING, "names the record: prompt_id and pass, or a hash of source, query and outputs"),
+    "prompt_id": Column(_STRING, "names the prompt; a prompt may give several records"),
+    "source": _PROMPT["source"],
+    "instruction": _PROMPT["instruction"],
+    "input": _PROMPT["input"],
+    "output_1": Column(_STRING, "one output, in an order drawn at random"),
+    "output_2": Column(_STRING, "the other output"),
+    "preference": Column(pl.Int8(), "which output is better, 1 or 2, after rules and label noise"),
+    "dimensions": Column(pl.List(_STRING), "names of the principles shown; empty where there are none"),
+    "negated": Column(pl.List(_BOOL), "which of them are shown negated"),
+    "definitions": Column(pl.List(_STRING), "their texts as shown: the negative definition where negated"),
+    "scores": Column(pl.List(_REAL), "their scores after negation; above 0 they favour output_1"),
+    "deciding": Column(
+        _STRING, "the principle that decided; null where a rule, the sum of all or a person did", nullable=True
+    ),
+    "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null where none did", nullable=True),
+    "flipped": Column(_BOOL, "whether label noise turned the preference"),
+    "swapped": Column(_BOOL, "whether output_1 is response1"),
+    "instruction_language": Column(_STRING, "ISO 639 code; null where unknown", nullable=True),
+    "output_1_language": Column(_STRING, "the same of output_1", nullable=True),
+    "output_2_language": Column(_STRING, "the same of output_2", nullable=True),
+}
+_TEXTS = ("instruction", "input", "output_1", "output_2")
+
+
+def _records(name: str, files: str, meaning: str, *columns: str) -> Table:
+    """A table of preference records."""
+    return Table(name, files, meaning, ("record_id",), {column: _RECORD[column] for column in columns})
+
+
+PREFERENCE_RECORDS = _records(
+    "preference records",
+    "reward_data/*.parquet",
+    "What the training of a reward model reads of a preference record, whether a person or the judge preferred.",
+    *("record_id", "prompt_id", *_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
+)
+PMP_RECORDS = _records(
+    "PMP records",
+    "reward_data/pmp.parquet",
+    "One pair of answers of which a person preferred one, shuffled; no principle is shown.",
+    *("record_id", "prompt_id", "source", *_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
+)
+PRINCIPLE_RECORDS = _records(
+    "principle records",
+    "reward_data/principle_preferences.parquet",
+    "One pair of responses with the principles drawn for it, ordered by prompt_id and pass.",
+    *("record_id", "prompt_id", *_TEXTS, "preference", "dimensions", "negated", "definitions", "scores", "deciding"),
+    *("rule", "flipped", "swapped", "instruction_language", "output_1_language", "output_2_language"),
+)
+
+TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
+
+
+def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+    """Open a Parquet file of ours, checking that it is whole and has the columns it must have, of their types.
+
+    Args:
+        path: of the file.
+        table: what it should be.
+        columns: those that are wanted; None for all. Others may be there too, and are left out.
+
+    Raises:
+        UserError: naming the file and what is missing or of another type.
+    """
+    wanted = table.select(*(columns or table.columns))
+    schema = schema_of(path)
+    wrong = [f"{name} ({kind}, found {schema.get(name)})" for name, kind in wanted.items() if schema.get(name) != kind]
+    if wrong:
+        raise UserError(
+            f"{path} lacks columns: {', '.join(wrong)}; as a table of {table.name} it needs them: build it again, or "
+            "name the right file"
+        )
+    return pl.scan_parquet(path).select(list(wanted))
+
+
+def schema_of(path: Path) -> pl.Schema:
+    """The columns of a Parquet file.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        return pl.scan_parquet(path).collect_schema()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as Parquet ({reason}); delete it and run again") from None
+
+
+def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
+    """Refuse nulls where the table has none, and two rows of one key.
+
+    Args:
+        rows: some or all columns of the table, those of its key among them.
+        table: what they are rows of.
+        where: the file, for messages.
+
+    Raises:
+        UserError: naming the file, the columns and the first such row.
+    """
+    key = list(table.key)
+    whole = [name for name in rows.collect_schema().names() if not table.columns[name].nullable]
+    empty = rows.filter(pl.any_horizontal(pl.col(whole).is_null())).head(1).collect()
+    if empty.height:
+        row = empty.row(0, named=True)
+        named = ", ".join(f"{column} {row[column]}" for column in key)
+        raise UserError(
+            f"{where} has nulls in {', '.join(name for name in whole if row[name] is None)}, first in the row of "
+            f"{named}; delete the file and build it again"
+        )
+    doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
+    if doubled.height:
+        named = ", ".join(f"{column} {doubled[column][0]}" for column in key)
+        raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; delete the file and build it again")
