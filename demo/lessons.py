@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
 from demo import oracles, world  # noqa: E402
-
 from salmon import principles, randomness, templates  # noqa: E402
 from salmon.judging import common_prefix, option_tokens  # noqa: E402
 

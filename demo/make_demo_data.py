@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
 from demo import oracles, world  # noqa: E402
-
 from salmon import artifacts, randomness, script  # noqa: E402
 
 log = logging.getLogger("salmon.make_demo_data")

@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
 from demo import lessons, oracles  # noqa: E402
-
 from salmon import artifacts, randomness, script  # noqa: E402
 
 log = logging.getLogger("salmon.train_demo_policy")

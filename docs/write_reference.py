@@ -56,8 +56,9 @@ def configuration() -> str:
         "",
         "Every key of `config.yaml`, written by `make docs-reference` from the models that validate it",
         "(`workflow_scripts/salmon/config.py`). A default is what a script takes that is started by hand;",
-        "`config.yaml` sets every key to the paper's value. An editor that reads `config.schema.json` completes and checks the keys",
-        "while you type: begin your own file with `# yaml-language-server: $schema=PATH/config.schema.json`.",
+        "`config.yaml` sets every key to the paper's value. An editor that reads `config.schema.json` completes and",
+        "checks the keys while you type: begin your own file with",
+        "`# yaml-language-server: $schema=PATH/config.schema.json`.",
         "",
     ]
     lines += _section("config.yaml", Config, "")

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.ppo_world import MINIBATCHES, World, flat_gradient, ready
 
 import train_policy
 from salmon import distributed, ppo, script
 from salmon.optimization import ReplicatedOptimizer
+from tests.ppo_world import MINIBATCHES, World, flat_gradient, ready
 
 
 def be_a_rank(folder: Path, base: Path) -> None:

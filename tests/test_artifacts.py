@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.running import environment
 
 from salmon import checkpoints
 from salmon.artifacts import WorkFolder
 from salmon.errors import UserError
+from tests.running import environment
 
 
 def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:

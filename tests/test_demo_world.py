@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from demo import evaluate_demo, lessons, make_demo_data, oracles, report, train_demo_policy, world
 
+from demo import evaluate_demo, lessons, make_demo_data, oracles, report, train_demo_policy, world
 from salmon import principles, templates
 from salmon.config import Aggregation, PairSource, PromptSource
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS

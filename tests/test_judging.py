@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.running import TORCHRUN, command, kill_at_first_part
 from torch import nn
 
 import judge_preferences
@@ -22,6 +21,7 @@ from salmon.judging import Judge, Pair, PairPrompts
 from salmon.principles import JudgedPrinciple
 from salmon.tables import JUDGEMENTS, RESPONSES
 from salmon.tokenizers import load_tokenizer
+from tests.running import TORCHRUN, command, kill_at_first_part
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (

@@ -1,8 +1,8 @@
 """The whole DAG, from real public data to a policy, as a user runs it.
 
-The data are samples of the real data sets in their upstream schemas (`../shared/data`); of SHP and OpenOrca there is
-none, so theirs are made up here. The model is the demo's: what it says to such prompts is of no interest, every stage
-does its work all the same.
+The data are samples of the real data sets in their upstream schemas (`tests/data`), and made-up rows of those that no
+licence lets us ship (`tests/synthetic.py`). The model is the demo's: what it says to such prompts is of no interest,
+every stage does its work all the same.
 """
 
 import json
@@ -17,9 +17,10 @@ import yaml
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests import synthetic
+
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+DATA = ROOT / "tests" / "data"
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,72 +28,33 @@ def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
-def synthetic_shp(path: Path) -> None:
-    """Made-up rows in the schema of stanfordnlp/SHP."""
-    rows = [
-        {
-            "post_id": f"p{number}",
-            "domain": "synthetic_train",
-            "upvote_ratio": 0.9,
-            "history": f"How do I keep plant {number} alive?",
-            "c_root_id_A": f"a{number}",
-            "c_root_id_B": f"b{number}",
-            "created_at_utc_A": 1,
-            "created_at_utc_B": 2,
-            "score_A": 10 + number,
-            "score_B": 2,
-            "human_ref_A": "Water it twice a week and keep it near a window." if number % 2 else "No idea, sorry.",
-            "human_ref_B": "No idea, sorry." if number % 2 else "Water it twice a week and keep it near a window.",
-            "labels": number % 2,
-            "seconds_difference": 1.0,
-            "score_ratio": 1.0 + number % 4,
-        }
-        for number in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def synthetic_openorca(path: Path) -> None:
-    """Made-up rows in the schema of Open-Orca's 1M-GPT4-Augmented.parquet."""
-    rows = [
-        {
-            "id": f"{family}.{number}",
-            "system_prompt": "",
-            "question": f"{family}: what is {number} + 2?",
-            "response": "?",
-        }
-        for family in ("niv", "flan", "t0", "cot")
-        for number in range(8)
-    ]
-    pl.DataFrame(rows).write_parquet(path)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The demo's configuration with the real samples as its sources, and little of everything."""
     folder = tmp_path_factory.mktemp("pipeline")
-    synthetic_shp(folder / "shp.jsonl")
-    synthetic_openorca(folder / "openorca.parquet")
+    (folder / "shp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic.shp()))
+    (folder / "sharegpt.json").write_text(json.dumps(synthetic.sharegpt()))
+    pl.DataFrame(synthetic.openorca()).write_parquet(folder / "openorca.parquet")
     raw = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text())
     results = str(folder / "results")
     raw["pathvars"] = {"results": results, "logs": f"{results}/logs", "benchmarks": f"{results}/benchmarks"}
-    trees = str(SHARED / "oasst1" / "open_assistant_en_100_trees_flattened.jsonl")
+    trees = str(DATA / "oasst1")
     raw["prompts"]["sources"] = {"oasst1": {"path": trees, "limit": 40}}
     raw["pmp_data"]["sources"] = {
         "shp": {"path": str(folder / "shp.jsonl")},
-        "hh_rlhf": {"path": [str(SHARED / "hh-rlhf" / "test.jsonl.gz")], "limit": 60},
+        "hh_rlhf": {"path": [str(DATA / "hh-rlhf" / "helpful_test_sample.jsonl.gz")], "limit": 60},
     }
     raw["pmp_data"]["min_score_ratio"] = 2.0
     raw["rl_prompts"]["sources"] = {
-        "sharegpt": {"path": str(SHARED / "sharegpt" / "sg_sample.json"), "limit": 20},
+        "sharegpt": {"path": str(folder / "sharegpt.json"), "limit": 20},
         "sharegpt_90k": None,
-        "dolly": {"path": str(SHARED / "databricks-dolly-15k"), "limit": 20},
-        "oasst1": {"path": str(SHARED / "oasst1" / "oasst1_en_validation_sample.parquet"), "limit": 20},
+        "dolly": {"path": str(DATA / "databricks-dolly-15k"), "limit": 20},
+        "oasst1": {"path": trees, "limit": 20},
         "openorca": {"path": str(folder / "openorca.parquet"), "data_files": None, "limit": 5},
-        "math": {"path": str(SHARED / "MATH" / "competition_math_sample.jsonl"), "limit": 20},
-        "hh_red_team": {
+        "math": {"path": str(DATA / "MATH" / "test_sample.jsonl.gz"), "limit": 20},
+        "hh_red_team": {  # only the type is red teaming: the dialogues are of the helpful part
             "format": "hh_rlhf",
-            "path": str(SHARED / "hh-rlhf" / "train.jsonl.gz"),
+            "path": str(DATA / "hh-rlhf"),
             "limit": 10,
             "question_type": "red_teaming",
         },

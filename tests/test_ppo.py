@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tests.ppo_world import STEPS, World, flat_gradient, lengths, made_up, ready, relative, slow_gradient
 
 from salmon import distributed, models, ppo, reward_model, templates
 from salmon.artifacts import WorkFolder
@@ -20,6 +19,7 @@ from salmon.principles import draw_principles
 from salmon.randomness import rng
 from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
+from tests.ppo_world import STEPS, World, flat_gradient, lengths, made_up, ready, relative, slow_gradient
 
 
 @pytest.fixture(scope="module")

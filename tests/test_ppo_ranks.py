@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, signalled, slow_gradient, weights
 from tests.running import ROOT, SCRIPTS, launch
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,10 +20,10 @@ from salmon.config import Prompts, RlPrompts
 from salmon.errors import UserError
 from salmon.formats import Prompt
 from salmon.tables import PROMPTS, RL_PROMPTS
+from tests import synthetic
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="the samples of real data are not here")
+DATA = ROOT / "tests" / "data"
 
 
 def extract(kind: Any, rows: Sequence[Any]) -> tuple[list[Prompt], Counter[str]]:
@@ -42,6 +43,11 @@ def settings(path: Path | list[Path], kind: str, **more: Any) -> Prompts:
 def write_json(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def message(name: str, parent: str | None, text: str | None = "text") -> dict[str, Any]:
@@ -308,13 +314,12 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
         RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}})
 
 
-# Real data
+# Real data, and made-up data where no licence lets us ship real ones
 
 
-@needs_data
-def test_real_oasst1() -> None:
-    file = DATA / "oasst1" / "oasst1_en_validation_sample.jsonl"
-    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+def test_real_oasst1(tmp_path: Path) -> None:
+    file = DATA / "oasst1" / "validation_sample.parquet"
+    rows = pl.read_parquet(file).to_dicts()
     roots = [
         row["text"].strip()
         for row in rows
@@ -324,52 +329,67 @@ def test_real_oasst1() -> None:
     assert len(roots) > 100
     assert table["instruction"].to_list() == list(dict.fromkeys(roots))
     assert counts["it: rows"] == len(rows)
-    assert prompts.collect_prompts(settings(file.with_suffix(".parquet"), "oasst1"))[0].equals(table)
+    lines = tmp_path / "sample.jsonl"
+    lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert prompts.collect_prompts(settings(lines, "oasst1"))[0].equals(table)
+    shutil.copy(file, tmp_path)
     with pytest.raises(UserError, match="message_id occurs twice"):
-        prompts.collect_prompts(settings(file.parent, "oasst1"))  # the folder has the same messages in two files
+        prompts.collect_prompts(settings(tmp_path, "oasst1"))  # the folder has the same messages in two files
 
 
-@needs_data
-def test_real_sharegpt() -> None:
-    file = DATA / "sharegpt" / "sg_sample.json"
-    talks = [talk["conversations"] for talk in json.loads(file.read_text(encoding="utf-8"))]
+def test_synthetic_sharegpt(tmp_path: Path) -> None:
+    rows = synthetic.sharegpt()
+    talks = [row["conversations"] for row in rows]
     first = [talk[0]["value"] for talk in talks if len(talk) > 1 and talk[0]["from"] == "human"]
-    table, _ = prompts.collect_prompts(settings(file, "sharegpt"))
+    table, counts = prompts.collect_prompts(settings(write_json(tmp_path / "sg.json", rows), "sharegpt"))
     assert len(first) - 20 < len(table) <= len(set(first))
+    typed = [row["typed"] for row in rows if row["typed"]]
+    assert table["instruction"].to_list() == list(dict.fromkeys(typed))
+    assert counts == {
+        "it: rows": len(rows),
+        "it: fewer than two turns": sum(len(talk) < 2 for talk in talks),
+        "it: no human turn first": sum(len(talk) > 1 and talk[0]["from"] != "human" for talk in talks),
+        "it: empty": len(first) - len(typed),
+        "it: duplicate": len(typed) - len(set(typed)),
+        "it: kept": len(set(typed)),
+    }
+    assert min(counts.values()) > 0
     assert any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in first)
     assert not any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in table["instruction"])
-    untouched = {text.strip() for text in first if not re.search(r"\d / \d|Prompt|번역|Language", text)}
+    untouched = {text.strip() for text in first if not re.search(r"\d / \d|Prompt|번역|Translate|Language|Bing", text)}
+    assert untouched
     assert untouched <= {*table["instruction"], ""}
 
 
-@needs_data
 def test_real_dolly_and_math() -> None:
-    file = DATA / "databricks-dolly-15k" / "databricks-dolly-15k.jsonl"
-    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+    folder = DATA / "databricks-dolly-15k"
+    rows = read_lines(folder / "sample.jsonl.gz")
     wanted = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
     asked = {row["instruction"].strip() for row in rows if row["category"] in wanted}
-    assert set(prompts.collect_prompts(settings(file, "dolly"))[0]["instruction"]) == asked
-    table, _ = prompts.collect_prompts(settings(DATA / "MATH", "math", limit=400))
-    assert len(table) == 400
+    assert 0 < len(asked) < len(rows)
+    assert set(prompts.collect_prompts(settings(folder, "dolly"))[0]["instruction"]) == asked
+    problems = {row["problem"].strip() for row in read_lines(DATA / "MATH" / "test_sample.jsonl.gz")}
+    table, _ = prompts.collect_prompts(settings(DATA / "MATH", "math", limit=len(problems) // 2))
+    assert len(table) == len(set(table["instruction"]) & problems) == len(problems) // 2
 
 
-@needs_data
-def test_real_questions_of_openorca() -> None:
-    file = DATA / "orca_dpo_pairs" / "validation_sample.jsonl"
-    asked = [json.loads(line)["input"]["messages"][1]["content"] for line in file.open(encoding="utf-8")]
-    families = ("niv", "flan", "t0", "cot")
-    rows = [{"id": f"{families[n % 4]}.{n}", "question": text} for n, text in enumerate(asked)]
+def test_synthetic_questions_of_openorca() -> None:
+    rows = synthetic.openorca()
     found, counts = extract("openorca", rows)
-    assert len(found) + counts["NLI"] == len(rows)
-    assert 0 < counts["NLI"] < 40
+    families = [row["id"].partition(".")[0] for row in rows]
+    expected = [(family, row["question"]) for family, row in zip(families, rows, strict=True) if row["kept"]]
+    assert [(prompt.family, prompt.instruction) for prompt in found] == expected
+    assert len(found) + sum(counts.values()) == len(rows)
+    assert counts["other family"] == families.count("dialog")
+    assert 0 < counts["NLI"] < len(rows) // 5
 
 
-@needs_data
 def test_real_hh_rlhf() -> None:
-    file = DATA / "hh-rlhf" / "test.jsonl.gz"
-    with gzip.open(file, "rt", encoding="utf-8", newline="\n") as stream:
-        turns = [re.split("\n\n(?:Human|Assistant):", json.loads(line)["chosen"])[1].strip() for line in stream]
-    table, _ = prompts.collect_prompts(settings(file, "hh_rlhf"))
+    folder = DATA / "hh-rlhf"
+    rows = read_lines(folder / "helpful_test_sample.jsonl.gz")
+    turns = [re.split("\n\n(?:Human|Assistant):", row["chosen"])[1].strip() for row in rows]
+    table, _ = prompts.collect_prompts(settings(folder, "hh_rlhf"))
+    assert len(set(turns)) < len(turns)
     assert table["instruction"].to_list() == list(dict.fromkeys(turns))
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
-from tests.running import ROOT, environment, failing
 from transformers import AutoTokenizer
 
 import train_reward_model
@@ -24,6 +23,7 @@ from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
+from tests.running import ROOT, environment, failing
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
 END = "The quality of the output is"

@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
-from tests.running import TORCHRUN, command, kill_at_first_part, on_a_full_disk
 
 import sample_responses
 from salmon import artifacts, config, generation, models, script
@@ -16,6 +15,7 @@ from salmon.errors import UserError
 from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
+from tests.running import TORCHRUN, command, kill_at_first_part, on_a_full_disk
 
 PREAMBLE = "A conversation.\n\n### User\n"
 INSTRUCTIONS = [

@@ -15,6 +15,15 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from salmon import ppo
+from salmon.artifacts import WorkFolder
+from salmon.config import Model
+from salmon.optimization import ReplicatedOptimizer
+from salmon.principles import WeightedPrinciple
+from salmon.sampling import TransformersSampler
+from salmon.shared_base import SharedBase
 from tests.ppo_world import (
     CHECKPOINT,
     LORA,
@@ -28,15 +37,6 @@ from tests.ppo_world import (
     weights,
 )
 from tests.running import SCRIPTS, environment, failing, on_a_full_disk
-from transformers import AutoModelForCausalLM
-
-from salmon import ppo
-from salmon.artifacts import WorkFolder
-from salmon.config import Model
-from salmon.optimization import ReplicatedOptimizer
-from salmon.principles import WeightedPrinciple
-from salmon.sampling import TransformersSampler
-from salmon.shared_base import SharedBase
 
 
 def test_what_a_run_writes(world: World, policy: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from tests.slurm.cluster import Cluster, missing_programs, until
 
 ROOT = Path(__file__).parents[2]

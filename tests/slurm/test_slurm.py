@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+
 from tests.slurm.cluster import until
 from tests.slurm.conftest import World
 
