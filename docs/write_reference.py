@@ -40,8 +40,10 @@ def schema() -> str:
         if not isinstance(part, dict):
             return
         part.pop("required", None)
-        if part.get("type") == "object" and isinstance(entry := part.get("additionalProperties"), dict):
+        if isinstance(entry := part.get("additionalProperties"), dict):
             part["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}
+        for pattern, entry in part.get("patternProperties", {}).items():
+            part["patternProperties"][pattern] = {"anyOf": [entry, {"type": "null"}]}
         for item in part.values():
             relax(item)
 

@@ -275,13 +275,14 @@ def test_the_optimiser_goes_by_the_learning_rate(world: World, tmp_path: Path, w
     ppo.train(
         shared,
         ReplicatedOptimizer(shared, settings.max_grad_norm),
+        TransformersSampler(world.tokenizer, "cpu", batch_size=2),
         world.tokenizer,
         world.read_prompts(),
         world.principles,
         settings,
         world.policy_prompt,
         work,
-        sampling_batch_size=2,
+        scoring_batch_size=2,
         micro_batch_size=2,
     )
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(shared.trained(), before, strict=True)]

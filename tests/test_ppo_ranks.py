@@ -46,9 +46,13 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
 def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     world: World, policy: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:
-    """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well."""
+    """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well.
+
+    A rollout a pass: the gradients of a minibatch are those of all its passes.
+    """
     output = tmp_path / "policy"
-    arguments = world.arguments(output, {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json"})
+    options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "micro-batch-size": 1}
+    arguments = world.arguments(output, options)
     (tmp_path / "stopped.py").write_text(signalled("SIGTERM", 3))
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)
     assert stopped.returncode == 1, stopped.stderr

@@ -163,7 +163,6 @@ def test_real_hh_rlhf() -> None:
             if isinstance(found, str):
                 skipped += 1
                 continue
-            query, preferred, other = found
             prefixes += chosen.startswith(rejected) or rejected.startswith(chosen)
             # every turn of the assistant at which both could be cut; the last of them is the one
             cuts = [
@@ -172,9 +171,7 @@ def test_real_hh_rlhf() -> None:
                 if chosen[:end].endswith(marker) and rejected.startswith(chosen[:end])
             ]
             expected = cuts[-1].removesuffix(marker), chosen.removeprefix(cuts[-1]), rejected.removeprefix(cuts[-1])
-            assert (query == expected[0].strip(), preferred == expected[1].strip(), other == expected[2].strip()) == (
-                (True,) * 3
-            )
+            assert [part == text.strip() for part, text in zip(found, expected, strict=True)] == [True] * 3
             assert all(map(len, found))
     assert skipped < 10
     assert prefixes

@@ -554,11 +554,11 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     make_records(50, 2, seed=1).write_parquet(other)
     assert found(0) is not None
     assert found(1, micro_batch_size=4, gradient_checkpointing=False) is not None  # hardware
-    assert found(2, settings=trained["arguments"]["reward_model"] | {"learning_rate": 2e-3}) is None
+    assert found(2, reward_model=trained["arguments"]["reward_model"] | {"learning_rate": 2e-3}) is None
     assert found(3, records=str(other)) is None
     assert found(4, init=str(trained["folder"])) is None
     assert found(5, lora={"r": 4, "alpha": 16}) is None
-    assert found(6, settings=trained["arguments"]["reward_model"] | {"save_steps": 5}) is not None
+    assert found(6, reward_model=trained["arguments"]["reward_model"] | {"save_steps": 5}) is not None
     # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read: they are not deleted
     with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
         found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
@@ -576,8 +576,11 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         (lambda table: table.with_columns(preference=pl.lit(3, pl.Int8)), "neither 1 nor 2.*0000-0 with 3"),
         (lambda table: table.drop("negated"), "lacks columns: negated"),
         (lambda table: table.with_columns(instruction=pl.lit(None, pl.String)), "nulls in instruction"),
-        (lambda table: pl.concat([table, table]), "0000-0 occurs more than once"),
-        (lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))), "0 principles, but template"),
+        (lambda table: pl.concat([table, table]), "2 rows of record_id 0000-0"),
+        (
+            lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))),
+            "0 principles, but reward_model.template",
+        ),
     ],
 )
 def test_bad_records_say_what_is_wrong_and_leave_nothing(trained, tmp_path, change, message):
@@ -592,7 +595,7 @@ def test_records_with_principles_need_a_template_that_shows_them(trained, tmp_pa
     (tmp_path / "pmp.txt").write_text("{Output}\n{Input}\nThe quality of the output is\n")
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
     arguments["reward_model"] = arguments["reward_model"] | {"template": str(tmp_path / "pmp.txt")}
-    with pytest.raises(UserError, match=r"1 principles, but template .* no slot"):
+    with pytest.raises(UserError, match=r"1 principles, but reward_model.template .* no slot"):
         run_here(arguments)
 
 

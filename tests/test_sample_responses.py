@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 import sample_responses
-from salmon import artifacts, config, generation, models, script
+from salmon import artifacts, config, models, sampling, script
 from salmon.errors import UserError
+from salmon.generation import generate
 from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
@@ -80,7 +81,7 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
         if len(prompt) >= 100:
             assert (row["response"], row["finish_reason"], row["response_tokens"]) == ("", "prompt_too_long", 0)
             continue
-        (alone,) = generation.generate(
+        (alone,) = generate(
             policy,
             tokenizer,
             [prompt],
@@ -146,7 +147,7 @@ def test_chat_template(work: Path, model: config.Model, tmp_path: Path) -> None:
         run(work, model, policy_prompt=chat)
     tokenizer = load_tokenizer(model)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
-    with patch.object(models, "load_tokenizer", return_value=tokenizer):
+    with patch.object(sample_responses, "load_tokenizer", return_value=tokenizer):
         found = run(work, model, policy_prompt=chat)
     length = len(tokenizer("[user] one[assistant]", add_special_tokens=False)["input_ids"])
     assert found.filter(instruction="one")["prompt_tokens"].to_list() == [length]
@@ -163,8 +164,7 @@ def test_killed_and_resumed(work: Path, model: config.Model) -> None:
     run(work, model, "expected.parquet", batch_size=1, max_length=150)
     resumed = options(work, model, "resumed.parquet", batch_size=1, max_length=150)
     parts = kill_at_first_part(command(sample_responses, resumed), work / "resumed.parquet")
-    original = generation.generate
-    with patch.object(generation, "generate", side_effect=original) as again:
+    with patch.object(sampling, "generate", side_effect=generate) as again:
         sample_responses.main(sample_responses.Arguments(**resumed))
     assert again.call_count == 20 - parts
     assert (work / "resumed.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
@@ -191,7 +191,7 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
     with patch.object(artifacts, "WorkFolder", Interrupted), pytest.raises(KeyboardInterrupt):
         run(work, model)
     assert not (work / "out.parquet").exists()
-    with patch.object(generation, "generate", side_effect=generation.generate) as again:
+    with patch.object(sampling, "generate", side_effect=generate) as again:
         run(work, model)
     assert again.call_count == 3 - len(done)
     assert (work / "out.parquet").read_bytes() == (work / "expected.parquet").read_bytes()

@@ -172,7 +172,7 @@ class Sampling(Section):
 
     seeds: tuple[int, int] = Field((42, 43), description="of response0 and response1")
     temperature: float = Field(0.7, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="the most probable tokens that reach this share are drawn from")
     max_length: Count = Field(768, description="tokens of prompt and response together")
     shards: Count = Field(4, description="jobs each response table is scattered over")
 

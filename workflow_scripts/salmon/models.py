@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
 from salmon.artifacts import hash_path
-from salmon.config import Lora, Model, is_local
+from salmon.config import Lora, Model
 from salmon.errors import UserError
-from salmon.tokenizers import load_tokenizer
+from salmon.tokenizers import check_folder, load_tokenizer
 
 log = logging.getLogger(__name__)
 # Their bars and reports are made for a terminal; what a script's log should say, the script says.
@@ -226,8 +226,7 @@ def _load_adapter(base: nn.Module, adapter: str, revision: str | None) -> nn.Mod
 
 def _load(kind: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` with errors that say what to do."""
-    if is_local(name) and not Path(name).is_dir():
-        raise UserError(f"model folder {name} does not exist (model.base)")
+    check_folder(name, "model.base")
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:

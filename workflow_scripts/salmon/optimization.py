@@ -98,9 +98,17 @@ class ShardedOptimizer:
             optimizer=torch.optim.AdamW(shared.trained(), weight_decay=0.0),
             config={**config, "gradient_clipping": max_grad_norm},
         )
+        # ZeRO-3 adds a pass's gradients to those kept, but for the first pass of a minibatch, whose gradients replace
+        # them. It counts passes where the engine is called for them; we call the model, so that each pass would be the
+        # first. And what a first pass does not reach (the value model) would keep its gradients of the step before.
+        self.kept_gradients: torch.Tensor | None = None
+        if config["zero_optimization"]["stage"] == 3:
+            self.kept_gradients = self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Optimizer`."""
+        if self.kept_gradients is not None:
+            self.engine.optimizer.micro_step_id = 1  # always add; `step` sets them to zero
         self.engine.backward(loss * self.world)  # which takes the mean over ranks
 
     def step(self, rate: float) -> float:
@@ -108,6 +116,8 @@ class ShardedOptimizer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
+        if self.kept_gradients is not None:
+            self.kept_gradients.zero_()
         return float(self.engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:

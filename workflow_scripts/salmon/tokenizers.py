@@ -1,11 +1,18 @@
 """The model's tokenizer. Apart from `models`, because the data rules do without torch."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from salmon.config import Model
+from salmon.config import Model, is_local
 from salmon.errors import UserError
+
+
+def check_folder(name: str, key: str) -> None:
+    """Refuse a local model folder that is not there, which libraries would look for on the hub."""
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"model folder {name} does not exist ({key})")
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -17,6 +24,7 @@ def load_tokenizer(model: Model) -> Any:
     Raises:
         UserError: where it cannot be loaded, or has no end token.
     """
+    check_folder(model.base, "model.base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -1,0 +1,75 @@
+"""A source format is one entry: a schema and a function, neither of which can be forgotten."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typing_extensions import TypedDict
+
+from salmon import formats, prompts
+from salmon.config import PairSource, Prompts, PromptSource
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, Comparison, Prompt, Skipped
+
+
+class ChatRow(TypedDict):
+    """A made-up format."""
+
+    turns: list[str]
+
+
+def first_turn(row: ChatRow) -> Prompt | Skipped:
+    return Prompt(row["turns"][0]) if row["turns"] else Skipped("no turn")
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROMPT_FORMATS, "chat", None)
+    del PROMPT_FORMATS["chat"]
+    formats.prompts_from("chat")(first_turn)
+
+
+@pytest.mark.usefixtures("chat")
+def test_one_entry_is_all_that_a_format_needs(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    rows: list[dict[str, Any]] = [{"turns": ["Why?", "So."], "more": 1}, {"turns": []}, {"turns": ["How?"]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Prompts.model_validate({"sources": {"it": {"format": "chat", "path": str(file)}}})
+    table, counts = prompts.collect_prompts(settings)
+    assert table["instruction"].to_list() == ["Why?", "How?"]
+    assert counts == {"it: rows": 3, "it: no turn": 1, "it: kept": 2}
+
+
+def test_half_an_entry_is_refused() -> None:
+    def without_a_schema(row: Any) -> Prompt:
+        raise NotImplementedError
+
+    for register in (formats.prompts_from, formats.comparisons_from):
+        with pytest.raises(TypeError, match="annotate its parameter `row`"):
+            register("half")(without_a_schema)  # type: ignore[operator]
+    assert "half" not in {**PROMPT_FORMATS, **PAIR_FORMATS}
+    with pytest.raises(TypeError, match="dolly is registered twice"):
+        formats.prompts_from("dolly")(first_turn)
+
+
+def test_the_configuration_takes_what_is_registered_and_no_other() -> None:
+    for name in PROMPT_FORMATS:
+        assert PromptSource(format=name, path="a/b").format == name
+    for name in PAIR_FORMATS:
+        assert PairSource(format=name, path="a/b").format == name
+    with pytest.raises(ValueError, match="must be one of 'shp'"):
+        PairSource(format="dolly", path="a/b")
+    with pytest.raises(ValueError, match="must be one of 'oasst1'"):
+        PromptSource(format="shp", path="a/b")
+
+
+def test_rows_of_the_schemas_are_what_the_functions_take() -> None:
+    """Each function gets by on a row with no more than the columns that its schema demands."""
+    values: dict[str, Any] = {"category": "open_qa", "labels": 1, "score_ratio": 3.0, "id": "t0.1", "conversations": []}
+    for name, entry in PROMPT_FORMATS.items():
+        row = {column: values.get(column, "text") for column in entry.row.__required_keys__}
+        list(entry.extract([("here", row)], formats.Counter()))
+        assert entry.row.__required_keys__, name
+    for entry in PAIR_FORMATS.values():
+        row = {column: values.get(column, "text") for column in entry.row.__required_keys__}
+        assert isinstance(entry.compare(row), Comparison | Skipped)

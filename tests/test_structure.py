@@ -1,0 +1,180 @@
+"""The house: layers, seams and single places, each held by a test that fails when somebody goes around it."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from docs import write_reference
+from salmon.config import RewardTraining
+from salmon.configuration import TARGETS, Config
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
+from salmon.tables import TABLES
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "workflow_scripts"
+RULES = "".join(path.read_text() for path in sorted((ROOT / "rules").glob("*.smk")))
+BLOCKS = re.split(r"^(?=rule |use rule )", RULES, flags=re.M)[1:]
+
+
+# ---- Layers
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{folder / 'workflow_scripts'}{os.pathsep}{folder}"}
+    line = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "named"),
+    [
+        (None, "", ""),
+        ("salmon/text.py", "from salmon import ppo", "salmon.text -> salmon.ppo"),
+        ("salmon/config.py", "from salmon.principles import read_judged", "salmon.config -> salmon.principles"),
+        ("salmon/artifacts.py", "import snakemake", "salmon.artifacts -> snakemake"),
+        ("salmon/newcomer.py", "x = 1", "newcomer"),
+    ],
+)
+def test_an_import_that_points_upwards_fails_lint(tmp_path: Path, file: str | None, line: str, named: str) -> None:
+    for name in ("workflow_scripts/salmon", "demo"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("model", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    if file:
+        with (tmp_path / "workflow_scripts" / file).open("a") as stream:
+            stream.write(f"\n{line}\n")
+    done = lint_imports(tmp_path)
+    assert (done.returncode == 0) == (file is None), done.stdout
+    assert named in done.stdout
+
+
+# ---- One place for each thing
+
+
+@pytest.mark.parametrize("page", write_reference.PAGES)
+def test_what_documents_repeat_is_what_the_code_says(page: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == write_reference.PAGES[page](), "run `make docs-reference`"
+
+
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the configuration, with its field."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        if (below := write_reference._model_in(field.annotation)) is not None:
+            yield from sections(below, f"{prefix}{name}.")
+
+
+def test_every_key_is_described() -> None:
+    assert [key for key, field in sections(Config) if not field.description] == []
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "demo/config.yaml"])
+def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
+    text = (ROOT / file).read_text()
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert named
+    schema = json.loads(((ROOT / file).parent / named[1]).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(text), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"ppo": {"clipp": 0.2}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"prompts": {"sources": {"mine": {"format": "parquet"}}}}, schema)
+
+
+def test_the_lists_of_targets_are_one() -> None:
+    """A rule with the name of a target would be a second place for it; what a target names, a rule makes."""
+    rules = {match[1] for block in BLOCKS if (match := re.match(r"(?:use rule \w+ as|rule) (\w+)", block))}
+    assert rules.isdisjoint(TARGETS)
+    made = re.findall(r'"<results>/(?:\{home\})?([^"]+)"', RULES)
+    for target in TARGETS.values():
+        pattern = target.artifact.replace("runs/default/", "runs/{run}/").replace("response0", "response{index}")
+        assert pattern.replace("response1", "response{index}") in made, target
+
+
+def test_tables_name_each_column_once_with_one_meaning() -> None:
+    for table in TABLES:
+        assert set(table.key) <= set(table.columns)
+        assert not any(table.columns[name].nullable for name in table.key)
+
+
+# ---- A rule that needs a GPU
+
+
+def rules_with_a_model() -> set[str]:
+    """Rules whose environment is the model's, those that another rule is made of included."""
+    found: set[str] = set()
+    for block in BLOCKS:
+        heading = re.match(r"(?:use rule (\w+) as|rule) (\w+)", block)
+        assert heading
+        if "envs/model.yaml" in block or heading[1] in found:
+            found.add(heading[2])
+    return found
+
+
+@pytest.mark.parametrize("profile", ["slurm", "local"])
+def test_every_rule_with_a_model_has_its_resources_in_the_profile(profile: str) -> None:
+    """Or it would silently run on a CPU partition, or beside others on one GPU."""
+    wanted = rules_with_a_model()
+    assert {"sample_responses", "train_pmp", "train_policy"} <= wanted
+    text = (ROOT / "profiles" / profile / "profile.yaml").read_text()
+    listed = set(re.findall(r"^  (\w+):", text.split("set-resources:", 1)[1], flags=re.M))
+    assert wanted - listed == set(), f"name their GPUs in profiles/{profile}/profile.yaml, set-resources"
+
+
+# ---- Errors name what the user can set
+
+OTHERS_KEYS = {"score.weight", "zero_optimization.stage"}  # of a model's file, of DeepSpeed's
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """The texts in an expression, with a § where a value is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        yield "".join(str(part.value) if isinstance(part, ast.Constant) else "§" for part in node.values)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def error_texts() -> Iterator[tuple[str, str]]:
+    """Every text in a `UserError`, and its file."""
+    for path in sorted(SCRIPTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+                yield from ((path.name, text) for text in texts(node))
+
+
+def test_errors_name_keys_of_the_configuration_or_options_of_the_profile() -> None:
+    keys = {key for key, _ in sections(Config)} | OTHERS_KEYS
+    stages = set(RewardTraining.model_fields)  # `§.name`, or `§name` where the beginning is filled in
+    columns = {name for table in TABLES for name in table.columns}
+    columns |= {
+        name for each in (*PROMPT_FORMATS.values(), *PAIR_FORMATS.values()) for name in each.row.__annotations__
+    }
+    resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)\}", block)}
+    source = {key.rsplit(".", 1)[1] for key in keys if key.startswith("prompts.sources.")}
+    seen = 0
+    for file, text in error_texts():
+        for word in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text):
+            seen += 1
+            assert word in keys, f"{file}: {word} is not a key of the configuration"
+        for name in re.findall(r"§\.?([a-z]+_[a-z_]+)", text):
+            seen += 1
+            assert name in stages, f"{file}: §.{name}"
+        for name in re.findall(r"(?<![\w.§{])[a-z]+(?:_[a-z]+)+\b(?![.\w])", text):
+            seen += 1
+            assert name in columns | resources | source, f"{file}: {name} is nothing that a user can set"
+    assert seen > 30
