@@ -11,7 +11,7 @@ sentinels is encoded by the tokenizer as it is.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +30,7 @@ class _Traits:
     """What has to be known of a tokenizer.
 
     Attributes:
+        special: tokens that decoding drops, by their text.
         control: matches the first character of a control token's text; None where there is no such token.
         first_characters: of those texts.
         prefix: number of special tokens put before a text.
@@ -37,6 +38,7 @@ class _Traits:
         is_spaced: whether a text is encoded as if a space came before it (SentencePiece).
     """
 
+    special: Mapping[str, int]
     control: re.Pattern[str] | None
     first_characters: frozenset[str]
     prefix: int
@@ -118,6 +120,13 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     return rows
 
 
+def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
+    """The first special token that a text names, and at which character it begins; None where it names none."""
+    special = _traits(tokenizer).special
+    found = [(place, -len(name), name) for name in special if name and (place := text.find(name)) >= 0]
+    return (special[min(found)[2]], min(found)[0]) if found else None
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str
 ) -> list[int]:
@@ -163,17 +172,17 @@ def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
 @lru_cache(maxsize=8)
 def _find_traits(tokenizer: PreTrainedTokenizerBase, state: tuple[object, ...]) -> _Traits:
     """See `_traits`."""
-    control = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if len(token.content) > 1 and (token.special or _is_marked(token.content))
-    }
-    control |= {text for text in tokenizer.all_special_tokens if len(text) > 1}
+    added = tokenizer.added_tokens_decoder
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special |= {token.content: number for number, token in added.items() if token.special}
+    control = {*special, *(token.content for token in added.values() if _is_marked(token.content))}
+    control = {text for text in control if len(text) > 1}
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
     places = [place for place in range(len(full)) if bare and full[place : place + len(bare)] == bare]
     prefix, suffix = (places[-1], len(full) - len(bare) - places[-1]) if places else (0, 0)
     return _Traits(
+        special=special,
         control=re.compile(rf"(?={_alternatives(control)})(?s:.)") if control else None,
         first_characters=frozenset(text[0] for text in control),
         prefix=prefix,
