@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -120,6 +121,20 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     return rows
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """The tokens that decoding drops, by their text."""
+    return _traits(tokenizer).special
+
+
+def begins_thinking(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> bool:
+    """Whether the policy's prompt ends inside of thinking, which the response then goes on with."""
+    if prompt.thinking is None:
+        return False
+    opening, closing = prompt.thinking
+    text = _prompt_text(tokenizer, "", prompt, preamble)
+    return text.rfind(opening) > text.rfind(closing)
+
+
 def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
     """The first special token that a text names, and at which character it begins; None where it names none."""
     special = _traits(tokenizer).special
@@ -157,8 +172,32 @@ def _prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: P
         return templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
     if not tokenizer.chat_template:
         raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
-    turns = [{"role": "user", "content": instruction}]
-    text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    try:
+        return _render(tokenizer, {"user": instruction}, prompt.template_variables)
+    except _RefusedError as error:
+        raise UserError(
+            f"the tokenizer's chat template refuses a prompt of one user turn ({error}); check "
+            "policy_prompt.template_variables, or name a file in policy_prompt.template"
+        ) from None
+
+
+class _RefusedError(Exception):
+    """A chat template did not take turns."""
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variables: Mapping[str, Any]) -> str:
+    """The text that the chat template makes of turns (role -> text), with the assistant's turn begun.
+
+    Raises:
+        _RefusedError: where the template does.
+    """
+    from jinja2 import TemplateError  # which only chat templates need
+
+    messages = [{"role": role, "content": text} for role, text in turns.items()]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+    except TemplateError as error:
+        raise _RefusedError(str(error)) from error
     return text
 
 

@@ -26,8 +26,9 @@ from salmon import checkpoints, distributed, ppo_math, stopping, templates
 from salmon.artifacts import WorkFolder, atomic
 from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo
-from salmon.encoding import count_tokens, encode_prompt, read_preamble
+from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble
 from salmon.errors import UserError
+from salmon.generation import without_thinking
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
@@ -45,6 +46,8 @@ _UNSET = torch.empty(0)
 class Rollout:
     """One prompt, the response that the policy sampled, and what was measured on it.
 
+    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking.
+
     Tensors are float32 [R] on the CPU, R the tokens of the response.
     """
 
@@ -56,6 +59,7 @@ class Rollout:
     response: list[int]
     text: str
     finished: bool
+    thinking_cut: bool = False
     score: float = 0.0
     reward: float = 0.0
     logprobs: torch.Tensor = _UNSET
@@ -120,6 +124,7 @@ def sample(
     records = prompts[[rows[place] for place in places]].to_dicts()
     instructions = [join_instruction(record["instruction"], record["input"]) for record in records]
     queries = [encode_prompt(tokenizer, instruction, policy_prompt, preamble) for instruction in instructions]
+    begun = begins_thinking(tokenizer, policy_prompt, preamble)
     shared.eval()
     with shared.use("policy") as policy:
         sampler.sync(policy)
@@ -130,6 +135,7 @@ def sample(
             temperature=settings.temperature,
             stop=policy_prompt.stop,
         )
+    answers = [without_thinking(tokenizer, each, policy_prompt.thinking, begun=begun) for each in generations]
     return [
         Rollout(
             place=place,
@@ -138,11 +144,12 @@ def sample(
             question_type=record["question_type"],
             length_bonus=record["length_bonus"],
             response=generation.tokens,
-            text=generation.text,
+            text=text,
             finished=generation.finish_reason != "length",
+            thinking_cut=cut,
         )
-        for place, query, instruction, record, generation in zip(
-            places, queries, instructions, records, generations, strict=True
+        for place, query, instruction, record, generation, (text, cut) in zip(
+            places, queries, instructions, records, generations, answers, strict=True
         )
     ]
 
@@ -344,6 +351,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "reward": [r.reward for r in rollouts],
         "response_tokens": [float(len(r.response)) for r in rollouts],
         "finished": [float(r.finished) for r in rollouts],
+        "thinking_cut": [float(r.thinking_cut) for r in rollouts],
         "kl_sequence": [float((r.logprobs - r.reference).sum()) for r in rollouts],
     }
     per_token = {
