@@ -262,7 +262,7 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
     device = next(model.parameters()).device
     for batch in batching.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
         chosen = [answers[index] for index in batch]
-        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen], 0)
+        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen])
         width = max(len(answer.tokens) for answer in chosen)
         logits = model(
             input_ids=ids.to(device),

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,28 +140,23 @@ def main(arguments: Arguments) -> None:
     checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
-    pad = reward_model.padding_id(
-        (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings, stage)),
-        tokenizer.pad_token_id,
-    )
 
     def batch(indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = train[indices]
         rows = reward_model.record_tokens(tokenizer, template, chosen, settings, stage)
-        return {**reward_model.collate(rows, pad), "labels": torch.tensor(chosen["preference"].to_list())}
+        return {**reward_model.collate(rows), "labels": torch.tensor(chosen["preference"].to_list())}
 
     trainer = Trainer(
         model=model,
         args=training,
         data_collator=batch,
         train_dataset=order,
-        compute_loss_func=batch_loss,
+        compute_loss_func=partial(batch_loss, batch_size=settings.batch_size),
         callbacks=[Reporter(arguments.stage)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
-    with reward_model.padding(model, pad):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise stopping.Stopped(trainer.state.global_step)
 
@@ -292,9 +288,13 @@ def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
     return model
 
 
-def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Share of a micro-batch in the mean loss of the global batch, whose number of pairs the Trainer counts."""
-    return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / num_items_in_batch
+def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, batch_size: int) -> torch.Tensor:
+    """Share of a micro-batch in the mean loss of the global batch.
+
+    Its size is the setting, since steps are whole. The Trainer's count is not used: for a causal language model it
+    counts labels as those of next tokens, one less per row.
+    """
+    return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / batch_size
 
 
 def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:

@@ -185,8 +185,9 @@ class Sampling(Section):
 
 
 class Judge(Section):
-    """The initial policy as judge of its own responses (paper section 3.2)."""
+    """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
+    model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")
     template: str = Field(description="file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}")
     principles: str = Field(description="JSON list of dimension, definition, negative_definition")
     max_length: Count = Field(1536, description="tokens; longer prompts are shortened in the responses")
