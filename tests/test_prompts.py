@@ -456,5 +456,5 @@ def test_the_rl_script_counts_tokens_with_the_models_tokenizer(tmp_path: Path, t
     output.unlink()
     done = run("clean_rl_prompts", output, "--rl-prompts", json.dumps(raw), "--model.base", str(tmp_path / "no"))
     assert done.returncode == 1
-    assert "tokenizer of" in done.stderr
+    assert "does not exist (model.base)" in done.stderr
     assert not output.exists()
