@@ -10,7 +10,19 @@ from typing import Any
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, config, distributed, models, principles, resuming, script, shards, tables, templates
+from salmon import (
+    artifacts,
+    config,
+    distributed,
+    identity,
+    models,
+    principles,
+    resuming,
+    script,
+    shards,
+    tables,
+    templates,
+)
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair
@@ -91,7 +103,7 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; build it first, or correct its name")
-    return settings, artifacts.hash_inputs(files) | models.identify(arguments.model)
+    return settings, artifacts.hash_inputs(files) | identity.identify(arguments.model)
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:

@@ -1,6 +1,5 @@
 """Loading models: base, quantisation, adapters, heads. The only place that knows how."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
-from salmon.artifacts import hash_path
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tokenizers import check_folder, load_tokenizer
@@ -109,31 +107,6 @@ def read_head(folder: Path) -> torch.Tensor:
             raise UserError(f"{file} holds no head (score.weight): it is no reward model, or a damaged one")
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
     return head
-
-
-def identify(model: Model) -> dict[str, str]:
-    """Identity of a model for manifests and fingerprints: revision of a hub model, hash of a local folder.
-
-    Of a local base model the configuration and the names and sizes of its files are hashed, not its weights,
-    which may be 140 GB; adapters are hashed whole.
-    """
-    identity = {}
-    for name, revision, whole in (
-        (model.base, model.revision, False),
-        (model.adapter, model.adapter_revision, True),
-    ):
-        if name is None:
-            continue
-        if not Path(name).is_dir():
-            identity[name] = revision or "main"
-        elif whole:
-            identity[name] = hash_path(Path(name))
-        else:
-            sizes = {
-                file.name: file.stat().st_size for file in sorted(Path(name).iterdir()) if "manifest" not in file.name
-            }
-            identity[name] = hash_path(Path(name) / "config.json") + " " + json.dumps(sizes)
-    return identity
 
 
 def check_context(model: nn.Module, length: int, key: str) -> None:
