@@ -25,7 +25,7 @@ rule train_reward_model:
         records=reward_data,
         init=pmp_model,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
-        model=local_files([settings.model.base]),
+        model=files_of(settings.model.base),
     output:
         directory("<results>/{home}models/reward_model"),
     log:
@@ -62,7 +62,7 @@ use rule train_reward_model as train_pmp with:
         records=rules.clean_pmp_data.output.table,
         init=[],
         template=lambda wildcards: run_settings(wildcards).pmp.template,
-        model=local_files([settings.model.base]),
+        model=files_of(settings.model.base),
     output:
         directory("<results>/{home}models/pmp"),
     log:
