@@ -29,6 +29,7 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
+    identity,
     models,
     ppo_math,
     principles,
@@ -349,7 +350,7 @@ def main(arguments: Arguments) -> None:
     pairs, judgements = measure_judge(arguments, model, sampler, tokenizer, judged)
     results: dict[str, Any] = {"judge": judge_accuracy(pairs, judgements, [one.dimension for one in judged])}
     log.info("judge: %s", {name: round(numbers["right"], 2) for name, numbers in results["judge"].items()})
-    inputs = models.identify(arguments.model)
+    inputs = identity.identify(arguments.model)
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")

@@ -1,6 +1,7 @@
 """The script that samples responses: what it writes, and that nothing but the settings decides it."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import sample_responses
 from salmon import artifacts, config, models, sampling, script
@@ -169,6 +172,26 @@ def test_killed_and_resumed(work: Path, model: config.Model) -> None:
     assert again.call_count == 20 - parts
     assert (work / "resumed.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
     assert not (work / ".work").exists()
+
+
+def test_killed_and_started_with_other_weights(work: Path, tiny_model: Path) -> None:
+    """Of the same size, under the same name: nothing of the killed run is kept."""
+    table([(f"Which of the planets has rings, {row}?", "") for row in range(20)]).write_parquet(
+        work / "prompts.parquet"
+    )
+    folder = shutil.copytree(tiny_model, work / "model")
+    model = config.Model(base=str(folder), quantization="none", dtype="float32")
+    resumed = options(work, model, "resumed.parquet", batch_size=1, max_length=150)
+    assert kill_at_first_part(command(sample_responses, resumed), work / "resumed.parquet")
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor) / 5 for name, tensor in load_file(file).items()}
+    save_file(other, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
+    with patch.object(sampling, "generate", side_effect=generate) as again:
+        sample_responses.main(sample_responses.Arguments(**resumed))
+    assert again.call_count == 20
 
 
 @pytest.mark.parametrize("done", [{0, 1}, {2}])

@@ -5,10 +5,12 @@ text; LoRA where it should be; the way in which the judge computes its prompts. 
 """
 
 from pathlib import Path
+from typing import Literal
 
+import torch
 from pydantic import Field
 
-from salmon import artifacts, checking, config, distributed, models, script
+from salmon import artifacts, checking, config, distributed, identity, models, script
 from salmon.errors import UserError
 from salmon.tokenizers import load_tokenizer
 
@@ -41,11 +43,16 @@ class Arguments(script.Arguments):
     ppo: config.Ppo = config.Ppo(
         template="prompts/templates/reward_model_rl.txt", principles="prompts/principles/rl.json"
     )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="hardware: the GPU, if there is one; or the CPU, for a model that does not fit one GPU"
+    )
 
 
 def main(arguments: Arguments) -> None:
     """Check, and write the report."""
     device = distributed.init()
+    if arguments.device == "cpu":
+        device = torch.device("cpu")
     names = checking.Settings.__dataclass_fields__
     settings = checking.Settings(**{name: getattr(arguments, name) for name in names})
     report = checking.check_model(settings, load_tokenizer(arguments.model), device)
@@ -67,7 +74,7 @@ def main(arguments: Arguments) -> None:
         pages = [each.markdown(name) for name, each in reports.items()]
         (folder / "report.md").write_text("\n".join(pages), encoding="utf-8")
         settings_json = {name: getattr(arguments, name) for name in names}
-        manifest = artifacts.manifest(settings_json, models.identify(arguments.model), {})
+        manifest = artifacts.manifest(settings_json, identity.identify(arguments.model), {})
         artifacts.write_json(artifacts.manifest_path(folder), manifest)
     distributed.leave()
 

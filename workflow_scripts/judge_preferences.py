@@ -15,6 +15,7 @@ from salmon import (
     artifacts,
     config,
     distributed,
+    identity,
     judging,
     models,
     principles,
@@ -109,7 +110,7 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; build it first, or correct its name")
-    return settings, artifacts.hash_inputs(files) | models.identify(arguments.model)
+    return settings, artifacts.hash_inputs(files) | identity.identify(arguments.model)
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, distributed, encoding, models, resuming, script, shards, tables
+from salmon import artifacts, distributed, encoding, identity, models, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.generation import Ranks
 from salmon.randomness import seed_of
@@ -122,7 +122,7 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
         "shard": arguments.shard,
     }
     inputs = artifacts.hash_inputs([arguments.prompts, *arguments.policy_prompt.files])
-    return settings, inputs | models.identify(arguments.model)
+    return settings, inputs | identity.identify(arguments.model)
 
 
 def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:

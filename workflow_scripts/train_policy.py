@@ -20,7 +20,8 @@ from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_inputs, manif
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.models import check_context, identify
+from salmon.identity import identify
+from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.sampling import TransformersSampler

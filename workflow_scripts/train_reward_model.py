@@ -20,7 +20,18 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from salmon import artifacts, checkpoints, distributed, models, optimization, reward_model, script, stopping, templates
+from salmon import (
+    artifacts,
+    checkpoints,
+    distributed,
+    identity,
+    models,
+    optimization,
+    reward_model,
+    script,
+    stopping,
+    templates,
+)
 from salmon.config import Lora, Model, RewardModel, RewardTraining
 from salmon.errors import UserError
 from salmon.models import check_context
@@ -222,7 +233,7 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
         arguments.settings.template,
         *([arguments.init] if arguments.init else []),
     ]
-    inputs = artifacts.hash_inputs(paths) | models.identify(arguments.model)
+    inputs = artifacts.hash_inputs(paths) | identity.identify(arguments.model)
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
     layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""

@@ -5,7 +5,6 @@ missing, whichever class loads it, or loading ends in a `UserError` that names w
 what is missing with random numbers, or leave an adapter out, with no more than a warning.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
 from salmon.adapters import HEAD, add_lora, load_adapter, some
-from salmon.artifacts import hash_path
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tokenizers import check_folder
@@ -154,31 +152,6 @@ def read_head(folder: Path) -> torch.Tensor:
             raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
     return head
-
-
-def identify(model: Model) -> dict[str, str]:
-    """Identity of a model for manifests and fingerprints: revision of a hub model, hash of a local folder.
-
-    Of a local base model the configuration and the names and sizes of its files are hashed, not its weights,
-    which may be 140 GB; adapters are hashed whole.
-    """
-    identity = {}
-    for name, revision, whole in (
-        (model.base, model.revision, False),
-        (model.adapter, model.adapter_revision, True),
-    ):
-        if name is None:
-            continue
-        if not Path(name).is_dir():
-            identity[name] = revision or "main"
-        elif whole:
-            identity[name] = hash_path(Path(name))
-        else:
-            sizes = {
-                file.name: file.stat().st_size for file in sorted(Path(name).iterdir()) if "manifest" not in file.name
-            }
-            identity[name] = hash_path(Path(name) / "config.json") + " " + json.dumps(sizes)
-    return identity
 
 
 def check_context(model: nn.Module, length: int, key: str) -> None:
