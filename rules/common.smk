@@ -43,7 +43,7 @@ def target_files(target):
 
 
 def files_of(model, files=model_files):
-    """Inputs of a rule that reads a model: of a local folder the files that matter, of a hub model none.
+    """What has to be there to read a model: of a local folder the files that matter, of a hub model nothing.
 
     The folder itself would not do: its time stays the same when a file in it is overwritten, and changes with a new
     README. Only a folder that a rule makes, or that is not there yet, is an input as a whole.

@@ -185,8 +185,8 @@ def sampling(
     limit = tolerance(settings.model, max(spread))
     if regret > limit:
         raise UserError(
-            f"{_name(model)}: a batch samples other tokens than each prompt alone (by {regret:.2g} in the logits, where "
-            f"rounding explains {limit:.2g}); this architecture is not supported, see docs/models.md"
+            f"{_name(model)}: a batch samples other tokens than each prompt alone (by {regret:.2g} in the logits, "
+            f"where rounding explains {limit:.2g}); this architecture is not supported, see docs/models.md"
         )
     return {"largest difference to single prompts": f"{regret:.1e} in the logits", "rounding explains": f"{limit:.1e}"}
 
