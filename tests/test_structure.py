@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+import yte
 from pydantic import BaseModel
 
 from docs import write_reference
@@ -116,25 +117,45 @@ def test_tables_name_each_column_once_with_one_meaning() -> None:
 # ---- A rule that needs a GPU
 
 
-def rules_with_a_model() -> set[str]:
-    """Rules whose environment is the model's, those that another rule is made of included."""
-    found: set[str] = set()
-    for block in BLOCKS:
-        heading = re.match(r"(?:use rule (\w+) as|rule) (\w+)", block)
-        assert heading
-        if "envs/model.yaml" in block or heading[1] in found:
-            found.add(heading[2])
-    return found
+def rules_with_a_model(blocks: list[str]) -> set[str]:
+    """Rules whose environment is the model's, and those that are made of such a rule and keep its environment."""
+    headings = [re.match(r"(?:use rule (\w+) as|rule) (\w+)", block) for block in blocks]
+    with_model: set[str] = set()
+    before = None
+    while before != with_model:  # the rule that another one is made of may come later, in another file
+        before = set(with_model)
+        for heading, block in zip(headings, blocks, strict=True):
+            assert heading
+            if "envs/model.yaml" in block or (heading[1] in with_model and "conda:" not in block):
+                with_model.add(heading[2])
+    return with_model
 
 
-@pytest.mark.parametrize("profile", ["slurm", "local"])
-def test_every_rule_with_a_model_has_its_resources_in_the_profile(profile: str) -> None:
+def set_resources(profile: str) -> dict[str, dict[str, Any]]:
+    """The resources of every rule, as Snakemake reads them from the profile."""
+    rendered = yte.process_yaml((ROOT / "profiles" / profile / "profile.yaml").read_text(), require_use_yte=True)
+    resources: dict[str, dict[str, Any]] = rendered["set-resources"]
+    return resources
+
+
+def test_rules_with_a_model_are_found_in_any_order() -> None:
+    blocks = ["use rule b as c with:\n", "use rule a as b with:\n", "rule a:\n conda: envs/model.yaml\n", "rule d:\n"]
+    assert rules_with_a_model(blocks) == {"a", "b", "c"}
+    assert rules_with_a_model([*blocks, "use rule a as e with:\n    conda: envs/data.yaml\n"]) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("rule", sorted(rules_with_a_model(BLOCKS)))
+def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would silently run on a CPU partition, or beside others on one GPU."""
-    wanted = rules_with_a_model()
-    assert {"sample_responses", "train_pmp", "train_policy"} <= wanted
-    text = (ROOT / "profiles" / profile / "profile.yaml").read_text()
-    listed = set(re.findall(r"^  (\w+):", text.split("set-resources:", 1)[1], flags=re.M))
-    assert wanted - listed == set(), f"name their GPUs in profiles/{profile}/profile.yaml, set-resources"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("SALMON_SITE", raising=False)
+    assert set_resources("local").get(rule, {}).get("gpu", 0) >= 1, "profiles/local/profile.yaml, set-resources"
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    asked = set_resources("slurm").get(rule, {})
+    assert asked.get("slurm_partition") == site["gpu_partition"], "profiles/slurm/profile.yaml, set-resources"
+    assert re.fullmatch(rf"{site['gres']}:[1-9]\d*", asked.get("gres", "")), (
+        "profiles/slurm/profile.yaml, set-resources"
+    )
 
 
 # ---- Errors name what the user can set
