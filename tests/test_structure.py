@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
         ("salmon/text.py", "from salmon import ppo", "salmon.text -> salmon.ppo"),
         ("salmon/config.py", "from salmon.principles import read_judged", "salmon.config -> salmon.principles"),
         ("salmon/artifacts.py", "import snakemake", "salmon.artifacts -> snakemake"),
+        ("salmon/ppo.py", "import train_policy", "salmon.ppo -> train_policy"),
+        ("salmon/sampling.py", "import salmon.shared_base", "salmon.sampling -> salmon.shared_base"),
         ("salmon/newcomer.py", "x = 1", "newcomer"),
     ],
 )
@@ -58,6 +61,34 @@ def test_an_import_that_points_upwards_fails_lint(tmp_path: Path, file: str | No
     done = lint_imports(tmp_path)
     assert (done.returncode == 0) == (file is None), done.stdout
     assert named in done.stdout
+
+
+def test_the_contract_of_the_library_names_every_script() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (library,) = (contract for contract in contracts if contract["id"] == "library")
+    scripts = {path.stem for path in SCRIPTS.glob("*.py")}
+    assert set(library["forbidden_modules"]) == {"snakemake", "demo", *scripts}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports: modules, and names out of modules as `module.name`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_only_the_sampler_knows_the_loop_behind_it() -> None:
+    """Whoever imported `generate` would sample past the seam, and no other engine would be asked."""
+    users = {
+        path.name
+        for folder in (SCRIPTS, ROOT / "demo")
+        for path in folder.rglob("*.py")
+        for name in imported(path)
+        if f"{name}.".startswith("salmon.generation.")
+    }
+    assert users == {"sampling.py"}
 
 
 # ---- One place for each thing
