@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample_responses
 from salmon import artifacts, config, models, sampling, script
 from salmon.errors import UserError
-from salmon.generation import generate
+from salmon.generation import Generation, generate
 from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
@@ -101,6 +101,27 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
     assert reasons["prompt_too_long"] == 1
     assert counts(work) == {"rows": 7, **reasons}
     assert not (work / ".work").exists()
+
+
+class Canned:
+    """A sampler without a model."""
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], **options: Any) -> list[Generation]:
+        assert (options["temperature"], options["top_p"], options["stop"]) == (1.0, 1.0, ["\n### User\n", "st"])
+        assert all(len(prompt) + limit == 100 for prompt, limit in zip(prompts, options["max_new_tokens"], strict=True))
+        return [Generation([7] * (1 + seed % 3), f"seed {seed}", "stop") for seed in seeds]
+
+
+def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model) -> None:
+    with (
+        patch.object(sample_responses, "load_sampler", return_value=Canned()),
+        patch.object(models, "load_initial_policy", side_effect=AssertionError("the model was loaded")),
+    ):
+        sampled = run(work, model)
+    for row in sampled.filter(finish_reason="stop").iter_rows(named=True):
+        seed = seed_of("response", 42, row["prompt_id"])
+        assert (row["response"], row["response_tokens"]) == (f"seed {seed}", 1 + seed % 3)
+    assert counts(work) == {"rows": 7, "stop": 6, "prompt_too_long": 1}
 
 
 def test_the_responses_differ_and_the_runs_do_not(work: Path, model: config.Model) -> None:

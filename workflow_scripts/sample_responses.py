@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import artifacts, distributed, encoding, identity, models, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
-from salmon.generation import Ranks
 from salmon.randomness import seed_of
-from salmon.sampling import Sampler, TransformersSampler
+from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer

@@ -248,7 +248,8 @@ def training_arguments(arguments: Arguments, folder: Path, steps: int, device: t
     if settings.batch_size % (arguments.micro_batch_size * world):
         raise UserError(
             f"{arguments.stage}.batch_size {settings.batch_size} is not a multiple of micro_batch_size "
-            f"{arguments.micro_batch_size} x {world} processes"
+            f"{arguments.micro_batch_size} x {world} processes (on SLURM, site.yaml sets micro_batch_size as "
+            "reward_model_micro_batch_size)"
         )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(

@@ -169,7 +169,9 @@ class Judge:
             return []
         scores = margins(self.model, prompts, self.options, self.device, self.way)
         if not scores.isfinite().all():
-            raise UserError("the judge's logits are not finite; float16 overflows where bfloat16 does not")
+            raise UserError(
+                "the judge's logits are not finite; float16 overflows: set model.dtype to bfloat16 or float32"
+            )
         as_lists: list[list[float]] = scores.tolist()
         return as_lists
 
@@ -436,8 +438,8 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     first, second = next(iter(answers))
     if len(answers) > 1 or None in (first, second) or first == second:
         raise UserError(
-            "the tokenizer has no single token for the options `a` and `b` after the judge's template "
-            f"(found {sorted(map(str, answers))}); end the template with ` (`, or another mark that stays a token"
+            "the tokenizer has no single token for the options `a` and `b` after judge.template (it continues with "
+            f"{sorted(map(str, answers))}); end judge.template with ` (`, or another mark that stays a token"
         )
     assert first is not None
     assert second is not None
