@@ -15,6 +15,7 @@ from salmon.config import Model, PolicyPrompt
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
 from salmon.tokenizers import load_tokenizer
+from tests.small_models import CHATML_TOKENS, byte_tokenizer
 
 LENGTHS = (3, 41, 12, 7, 25)
 
@@ -246,6 +247,44 @@ def test_stop_strings(tokenizer: Any, said: str, stop: str, text: str, reason: s
         assert found[0].tokens == spoken[: len(found[0].tokens)]
         assert stop in "Hi\n" + tokenizer.decode(found[0].tokens)
         assert stop not in "Hi\n" + tokenizer.decode(found[0].tokens[:-1])
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "reason"),
+    [
+        ("Yes<|im_end|>\nmore", "<|im_end|>", "Yes", "stop"),
+        ("<|im_end|>x", "<|im_end|>", "", "stop"),
+        ("Yes<|im_end|>", "<|im_end|>\n", "Yes", "eos"),
+        ("Yes<|im_end|>\nmore", "<|im_end|>\n", "Yes", "stop"),
+        ("Yes.<|im_end|>", "s.<|im_end|>", "Ye", "stop"),
+        ("No<|im_end|>", "s<|im_end|>", "No", "eos"),
+        ("<|im_end|>", "\n<|im_end|>", "", "stop"),  # the line break is the prompt's
+        ("A<|im_end|>\n<|im_start|>user\nB", "<|im_end|>\n<|im_start|>user", "A", "stop"),
+        ("A<|im_end|><|im_end|>B", "<|im_end|>B", "A", "stop"),
+        ("A<|im_start|>B<|im_end|>C", "<|im_end|>", "AB", "stop"),
+        ("東京🙂<|im_end|>", "<|im_end|>", "東京🙂", "stop"),
+    ],
+)
+def test_stop_strings_with_special_tokens(said: str, stop: str, text: str, reason: str) -> None:
+    tokenizer = byte_tokenizer(special=CHATML_TOKENS)
+    found = say(tokenizer, said, "C", "Go on.STOP.", stop=["STOP", stop])
+    assert (found[0].text, found[0].finish_reason) == (text, reason)
+    assert [(each.text, each.finish_reason) for each in found[1:]] == [("C", "eos"), ("Go on.", "stop")]
+    spoken = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert found[0].tokens == (spoken[: len(found[0].tokens)] if reason == "stop" else [*spoken, 2])
+    if reason == "stop":
+        assert stop in "Hi\n" + tokenizer.decode(found[0].tokens)
+        assert stop not in "Hi\n" + tokenizer.decode(found[0].tokens[:-1])
+
+
+def test_a_stop_string_spelled_out_stops_too() -> None:
+    tokenizer = byte_tokenizer(special=CHATML_TOKENS)
+    spelled = [
+        token for letter in "Yes<|im_end|>" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]
+    ]
+    model = Scripted(len(tokenizer), {10: [*spelled, 9, 9]})
+    options: Any = {"max_new_tokens": len(spelled) + 1, "temperature": 0.0, "stop": ["<|im_end|>"], "device": "cpu"}
+    assert generate(model, tokenizer, [[10]], [0], **options) == [Generation(spelled, "Yes", "stop")]
 
 
 def test_first_of_several_stop_strings(tokenizer: Any) -> None:

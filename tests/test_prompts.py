@@ -14,6 +14,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from salmon import formats, prompts
 from salmon.config import Prompts, RlPrompts
@@ -279,12 +281,12 @@ def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
     assert again.equals(table)
 
 
-class Words:
-    """A tokenizer: a token a word."""
-
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        assert options["add_special_tokens"] is False
-        return {"input_ids": [[0] * len(text.split()) for text in texts]}
+def word_tokenizer() -> Any:
+    """A tokenizer: a token a word, and one in front that does not count."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
 
 
 def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
             },
         },
     }
-    table, counts = prompts.collect_rl_prompts(RlPrompts.model_validate(raw), Words())
+    table, counts = prompts.collect_rl_prompts(RlPrompts.model_validate(raw), word_tokenizer())
     assert dict(table.schema) == RL_PROMPTS.schema
     assert table.select("source", "question_type", "length_bonus").rows() == [
         *[("plain", "general", 1.0)] * 4,

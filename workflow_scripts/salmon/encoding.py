@@ -1,10 +1,130 @@
-"""Texts to the token ids that models read: the prompts of the policy."""
+"""Texts to the token ids that models read. Every stage makes the ids of what a model continues or scores here.
+
+A prompt is a template, ours or the tokenizer's, with values from data. In a template the text of a special token is
+that token. In a value it is text, whatever a user or a model wrote: else an answer's `<|im_end|>` would end a turn, and
+what comes after it would speak for somebody else. So values are guarded before they are put into a template:
+
+    value "Say </s> now."  guard ->  "Say <|/s> now."  tokenize ->  [Say] [ <] + [/] [s] [>] [ now] [.]
+
+where | is a character that no text has (`SENTINEL`). A text is encoded piece by piece between sentinels; one without
+sentinels is encoded by the tokenizer as it is.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
 from salmon.config import PolicyPrompt
 from salmon.errors import UserError
+
+SENTINEL = "\ufdd0"
+"""A noncharacter, which Unicode keeps out of texts that are interchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What has to be known of a tokenizer.
+
+    Attributes:
+        special: tokens that decoding drops, by their text.
+        control: matches the first character of a control token's text; None where there is no such token.
+        first_characters: of those texts.
+        prefix: number of special tokens put before a text.
+        suffix: number of special tokens put after it.
+        is_spaced: whether a text is encoded as if a space came before it (SentencePiece).
+    """
+
+    special: Mapping[str, int]
+    control: re.Pattern[str] | None
+    first_characters: frozenset[str]
+    prefix: int
+    suffix: int
+    is_spaced: bool
+
+
+def guard(tokenizer: PreTrainedTokenizerBase, value: str) -> str:
+    """A value from data, marked so that `tokenize` encodes the control tokens that it spells as plain text.
+
+    Control tokens are the special tokens, and those added tokens that begin and end with a mark as `<think>` and
+    `[INST]` do: they steer the model as well. Added words and white space are ordinary text. A token of a single
+    character is left alone, because there is no other way to write it.
+    """
+    traits = _traits(tokenizer)
+    value = value.replace(SENTINEL, "")
+    if traits.control is None or traits.first_characters.isdisjoint(value):
+        return value
+    return traits.control.sub(rf"\g<0>{SENTINEL}", value)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of texts that a model continues or scores.
+
+    An end token that the tokenizer appends is taken off again: nothing comes after it that is meant. A text that
+    begins with the token that the tokenizer puts in front gets it once.
+
+    Args:
+        tokenizer: of the model.
+        texts: filled templates, their values guarded (see `guard`).
+        add_special_tokens: whether the tokenizer puts its own tokens in front; a chat template brings them itself.
+
+    Returns:
+        One list of ids a text.
+    """
+    whole = iter(_encode(tokenizer, [text for text in texts if SENTINEL not in text], add_special_tokens))
+    rows = []
+    for text in texts:
+        if SENTINEL not in text:
+            rows.append(next(whole))
+            continue
+        first, *others = text.split(SENTINEL)
+        [row] = _encode(tokenizer, [first], add_special_tokens)
+        rows.append(row + [token for piece in others for token, _ in _continue(tokenizer, piece)])
+    return rows
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, values: Sequence[str]) -> list[int]:
+    """Number of tokens of each of some values from data, as they are encoded inside a template."""
+    return list(map(len, tokenize(tokenizer, [guard(tokenizer, value) for value in values], add_special_tokens=False)))
+
+
+def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """First and past-the-last character of every token of each text, guarded or not, without special tokens.
+
+    Raises:
+        UserError: where the tokenizer gives no offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} gives no offsets of tokens; use a fast tokenizer")
+    plain = [text for text in texts if SENTINEL not in text]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": True}
+    found = iter(tokenizer(plain, **options)["offset_mapping"] if plain else [])
+    rows = []
+    for text in texts:
+        if SENTINEL not in text:
+            rows.append(next(found))
+            continue
+        first, *others = text.split(SENTINEL)
+        spans = list(tokenizer(first, **options)["offset_mapping"])
+        start = len(first)
+        for piece in others:
+            start += len(SENTINEL)
+            spans += [(start + begin, start + end) for _, (begin, end) in _continue(tokenizer, piece)]
+            start += len(piece)
+        rows.append(spans)
+    return rows
+
+
+def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
+    """The first special token that a text names, and at which character it begins; None where it names none."""
+    special = _traits(tokenizer).special
+    found = [(place, -len(name), name) for name in special if name and (place := text.find(name)) >= 0]
+    return (special[min(found)[2]], min(found)[0]) if found else None
 
 
 def encode_prompt(
@@ -17,16 +137,99 @@ def encode_prompt(
         instruction: with its input, if any (`text.join_instruction`).
         prompt: names the assistant's turn marker, or `chat`.
         preamble: text of the template file (see `read_preamble`).
+
+    Raises:
+        UserError: where the tokenizer has no chat template, or it refuses the prompt.
     """
-    if not prompt.is_chat:
-        text = templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
-        return list(tokenizer(text)["input_ids"])
-    if not tokenizer.chat_template:
-        raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
-    turns = [{"role": "user", "content": instruction}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    text = _prompt_text(tokenizer, instruction, prompt, preamble)
+    return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
 def read_preamble(prompt: PolicyPrompt) -> str:
     """Text of the policy's template file; empty for `chat`."""
     return "" if prompt.is_chat else templates.read(prompt.template)
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str) -> str:
+    """The text of the policy's prompt, the instruction guarded."""
+    instruction = guard(tokenizer, instruction)
+    if not prompt.is_chat:
+        return templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
+    if not tokenizer.chat_template:
+        raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
+    turns = [{"role": "user", "content": instruction}]
+    text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
+    """What has to be known of a tokenizer, found once for each that is in use."""
+    # A tokenizer can be changed; then it mostly has more tokens, or other settings of the two that matter.
+    state = (len(tokenizer), *(getattr(tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")))
+    return _find_traits(tokenizer, state)
+
+
+@lru_cache(maxsize=8)
+def _find_traits(tokenizer: PreTrainedTokenizerBase, state: tuple[object, ...]) -> _Traits:
+    """See `_traits`."""
+    added = tokenizer.added_tokens_decoder
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special |= {token.content: number for number, token in added.items() if token.special}
+    control = {*special, *(token.content for token in added.values() if _is_marked(token.content))}
+    control = {text for text in control if len(text) > 1}
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    places = [place for place in range(len(full)) if bare and full[place : place + len(bare)] == bare]
+    prefix, suffix = (places[-1], len(full) - len(bare) - places[-1]) if places else (0, 0)
+    return _Traits(
+        special=special,
+        control=re.compile(rf"(?={_alternatives(control)})(?s:.)") if control else None,
+        first_characters=frozenset(text[0] for text in control),
+        prefix=prefix,
+        suffix=suffix,
+        is_spaced=bool(bare) and str(tokenizer.convert_ids_to_tokens(bare[0])).startswith(("▁", "Ġ")),
+    )
+
+
+def _is_marked(text: str) -> bool:
+    """Whether a text begins and ends with a mark: no letter, digit or space (which SentencePiece writes as ▁)."""
+    return not any(end.isalnum() or end.isspace() or end == "▁" for end in (text[0], text[-1]))
+
+
+def _alternatives(texts: Iterable[str]) -> str:
+    """A pattern that matches any of the texts."""
+    return "|".join(map(re.escape, sorted(texts)))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of texts without sentinels, as the tokenizer makes them but for its end token and doubled ones."""
+    if not texts:  # which the tokenizer refuses
+        return []
+    rows: list[list[int]] = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    if not add_special_tokens:
+        return rows
+    traits = _traits(tokenizer)
+    if traits.suffix:
+        rows = [row[: -traits.suffix] for row in rows]
+    if traits.prefix:
+        bos = tokenizer.bos_token_id
+        rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]
+    return rows
+
+
+def _continue(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[tuple[int, tuple[int, int]]]:
+    """Tokens of a piece that goes on after another one, with their places in it (0, 0 where they are not known)."""
+    if not piece:
+        return []
+    if not tokenizer.is_fast:
+        return [(token, (0, 0)) for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    # Where a text gets a space in front, a line break takes it, and is taken off again, if it is a token of its own.
+    for lead in ("\n", "") if _traits(tokenizer).is_spaced else ("",):
+        found = tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        own = [(token, (begin - len(lead), end - len(lead))) for token, (begin, end) in tokens if end > len(lead)]
+        if not lead or (own and own[0][1][0] == 0):
+            break
+    return own

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import batching, distributed
 from salmon.batching import left_pad, position_ids
+from salmon.encoding import first_special_token
 from salmon.errors import UserError
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -190,7 +191,11 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
 
 
 class _StopStrings:
-    """Finds stop strings in tokens, decoding only where one can have been completed."""
+    """Finds stop strings in tokens, decoding only where one can have been completed.
+
+    A text has no special tokens. So a stop string that names one is also looked for around that token: what stands
+    before it in the stop string ends the text before the token, and the rest begins at the token.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self.tokenizer = tokenizer
@@ -199,6 +204,11 @@ class _StopStrings:
         # A token holds a byte at least; the first character of a tail may be broken, which takes up to 3 more.
         self.reach = max((len(string.encode()) for string in self.stop), default=0) + 3
         self.completing: dict[int, bool] = {}
+        self.special: dict[int, list[tuple[str, str]]] = {}  # token -> the stop string before it, and from it on
+        for string in self.stop:
+            if found := first_special_token(tokenizer, string):
+                token, place = found
+                self.special.setdefault(token, []).append((string[:place], string[place:]))
 
     def lead(self, prompt: Sequence[int]) -> str:
         """The end of a prompt, in which a stop string may begin."""
@@ -209,12 +219,17 @@ class _StopStrings:
         if not self._can_complete(tokens[-1]):
             return False
         tail = self._decode(tokens[-self.reach :])
-        return self._find(lead if len(tokens) <= self.reach else "", tail) is not None
+        if self._find(lead if len(tokens) <= self.reach else "", tail) is not None:
+            return True
+        return self._find_special(lead, tokens) is not None
 
     def text(self, lead: str, tokens: Sequence[int], reason: FinishReason) -> str:
         """Text of a finished response."""
         text = self._decode(tokens[:-1] if reason == "eos" else tokens)
-        return text[: self._find(lead, text)] if reason == "stop" else text
+        if reason != "stop":
+            return text
+        before = self._find_special(lead, tokens)
+        return min((text[: self._find(lead, text)], *([] if before is None else [before])), key=len)
 
     def _find(self, lead: str, text: str) -> int | None:
         """Where in `text` the first stop string begins; 0 also where it begins in `lead` and ends in `text`."""
@@ -226,17 +241,29 @@ class _StopStrings:
                 places.append(max(0, place - len(before)))
         return min(places, default=None)
 
+    def _find_special(self, lead: str, tokens: Sequence[int]) -> str | None:
+        """The text before the first stop string that names a special token, which is one of the last tokens."""
+        for place in range(max(0, len(tokens) - self.reach), len(tokens)):
+            for before, rest in self.special.get(tokens[place], ()):
+                text = self._decode(tokens[:place])
+                ends = self._decode(tokens[place:], skip_special_tokens=False)
+                if (lead + text).endswith(before) and ends.startswith(rest):
+                    return text[: max(0, len(text) - len(before))]
+        return None
+
     def _can_complete(self, token: int) -> bool:
         """Whether a token may hold the last character of a stop string; remembered, most tokens come often."""
         if token not in self.completing:
             piece = self._decode([token])
             # A part of a character decodes to U+FFFD alone; a space at the beginning may be stripped.
-            self.completing[token] = bool(self.last) and (
-                not self.last.isdisjoint(piece) or "\ufffd" in piece or " " in self.last
+            self.completing[token] = token in self.special or (
+                bool(self.last) and (not self.last.isdisjoint(piece) or "\ufffd" in piece or " " in self.last)
             )
         return self.completing[token]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens as they stand: no special tokens, no beautified spaces."""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of tokens as they stand: no special tokens but on demand, no beautified spaces."""
+        text: str = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from salmon import distributed
 from salmon.batching import batches, left_pad, position_ids, select_rows
+from salmon.encoding import guard, token_spans, tokenize
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
 from salmon.templates import fill
@@ -117,51 +118,47 @@ class Judge:
         Returns:
             None where the prompts are too long even with empty outputs.
         """
-        outputs = pair.output_1, pair.output_2
-        ends = None  # of the outputs' tokens, as characters; most pairs never need them
+        instruction, *whole = (guard(self.tokenizer, text) for text in (pair.instruction, pair.output_1, pair.output_2))
+        outputs = list(whole)
+        ends: list[list[int]] | None = None  # of the outputs' tokens, as characters; most pairs never need them
         budget = 0
         while True:
-            prompts = self._encode(pair.instruction, *outputs)
+            prompts = self._encode(instruction, *outputs)
             excess = max(map(len, prompts.order_12 + prompts.order_21)) - self.max_length
             if excess <= 0:
                 return prompts
             if ends is None:
-                ends = [self._token_ends(output) for output in outputs]
+                ends = [[end for _, end in spans] for spans in token_spans(self.tokenizer, whole)]
                 budget = sum(map(len, ends))
             if budget == 0:
                 return None
             # Cutting can change how the rest is tokenised, so that another round may be needed.
             budget = max(0, budget - excess)
             kept = share(len(ends[0]), len(ends[1]), budget)
-            outputs = (
-                pair.output_1[: ends[0][kept[0] - 1] if kept[0] else 0],
-                pair.output_2[: ends[1][kept[1] - 1] if kept[1] else 0],
-            )
+            outputs = [
+                output[: places[number - 1] if number else 0]
+                for output, places, number in zip(whole, ends, kept, strict=True)
+            ]
 
     def _encode(self, instruction: str, output_1: str, output_2: str) -> PairPrompts:
-        """Token ids of the prompts, whatever their length."""
+        """Token ids of the prompts, whatever their length; the three texts are guarded."""
         texts = self._texts(instruction, output_1, output_2) + self._texts(instruction, output_2, output_1)
-        tokens = self.tokenizer(texts)["input_ids"]
+        tokens = tokenize(self.tokenizer, texts)
         return PairPrompts(tokens[: len(self.principles)], tokens[len(self.principles) :])
 
     def _texts(self, instruction: str, output_a: str, output_b: str) -> list[str]:
-        """The filled template, one text a principle."""
+        """The template filled with guarded texts, one text a principle."""
         return [
             fill(
                 self.template,
                 UserInstruction=instruction,
                 OutputA=output_a,
                 OutputB=output_b,
-                Dimension=principle.dimension,
-                Definition=principle.definition,
+                Dimension=guard(self.tokenizer, principle.dimension),
+                Definition=guard(self.tokenizer, principle.definition),
             )
             for principle in self.principles
         ]
-
-    def _token_ends(self, text: str) -> list[int]:
-        """Where each token of a text ends, in characters."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [end for _, end in encoded["offset_mapping"]]
 
     def _margins(self, prompts: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         """`margins` as lists, checked."""
@@ -448,8 +445,7 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int | None:
     """The token that continues a prompt by one letter."""
-    before: list[int] = tokenizer(prompt)["input_ids"]
-    after: list[int] = tokenizer(prompt + letter)["input_ids"]
+    before, after = tokenize(tokenizer, [prompt, prompt + letter])
     if after[:-1] == before:
         return None if after[-1] == tokenizer.unk_token_id else after[-1]
     token = tokenizer.convert_tokens_to_ids(letter)

@@ -26,7 +26,7 @@ from salmon import checkpoints, distributed, ppo_math, stopping, templates
 from salmon.artifacts import WorkFolder, atomic
 from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo
-from salmon.encoding import encode_prompt, read_preamble
+from salmon.encoding import count_tokens, encode_prompt, read_preamble
 from salmon.errors import UserError
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
@@ -74,8 +74,7 @@ def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBas
     fits: list[bool] = []
     for part in prompts.iter_slices(4096):
         texts = [join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        fits += [len(row) <= settings.query_length for row in ids]
+        fits += [number <= settings.query_length for number in count_tokens(tokenizer, texts)]
     return prompts.filter(pl.Series(fits, dtype=pl.Boolean))
 
 

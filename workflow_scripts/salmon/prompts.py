@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from salmon.config import Prompts, RlPrompts, Source
+from salmon.encoding import count_tokens
 from salmon.errors import UserError
 from salmon.formats import PROMPT_FORMATS, Located, Prompt, QuestionType
 from salmon.randomness import digest, seed_of
@@ -59,16 +60,13 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
     """
 
     def reject(texts: Sequence[str]) -> list[str | None]:
-        if not texts:  # which the tokenizer refuses
-            return []
-        ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [
             f"fewer than {minimum} tokens"
-            if len(tokens) < minimum
+            if number < minimum
             else f"more than {maximum} tokens"
-            if len(tokens) > maximum
+            if number > maximum
             else None
-            for tokens in ids
+            for number in count_tokens(tokenizer, texts)
         ]
 
     return reject

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import tables, templates
 from salmon.config import RewardTraining
+from salmon.encoding import guard, token_spans, tokenize
 from salmon.errors import UserError
 from salmon.randomness import rng, seed_of
 from salmon.tables import PREFERENCE_RECORDS
@@ -106,7 +107,7 @@ def reward_text_tokens(
 
     An instruction is cut on its left to `query_length` tokens, an output on its right to `response_length`
     tokens, both between characters of the text. The template is then filled once and the whole is tokenised
-    with the tokenizer's special tokens. A whole longer than `max_length` is shortened in its output only: the
+    (`encoding.tokenize`; the values are guarded). A whole longer than `max_length` is shortened in its output only: the
     principles and the end, where the reward is read, always stay.
 
     Args:
@@ -126,11 +127,12 @@ def reward_text_tokens(
     """
     if not instructions:
         return []
+    instructions, outputs = ([guard(tokenizer, text) for text in texts] for texts in (instructions, outputs))
     queries = [
         text[spans[-query_length][0] :] if len(spans) > query_length else text
-        for text, spans in zip(instructions, _token_spans(tokenizer, instructions), strict=True)
+        for text, spans in zip(instructions, token_spans(tokenizer, instructions), strict=True)
     ]
-    output_spans = _token_spans(tokenizer, outputs)
+    output_spans = token_spans(tokenizer, outputs)
     keep = [min(len(spans), response_length) for spans in output_spans]
     rows: list[list[int]] = [[] for _ in queries]
     todo = list(range(len(queries)))
@@ -140,11 +142,11 @@ def reward_text_tokens(
                 template,
                 Output=_head(outputs[index], output_spans[index], keep[index]),
                 Input=queries[index],
-                Dimensions=templates.bullets(definitions[index]),
+                Dimensions=templates.bullets(guard(tokenizer, definition) for definition in definitions[index]),
             )
             for index in todo
         ]
-        for index, ids in zip(todo, tokenizer(texts, return_attention_mask=False)["input_ids"], strict=True):
+        for index, ids in zip(todo, tokenize(tokenizer, texts), strict=True):
             rows[index] = ids
         todo = [index for index in todo if len(rows[index]) > max_length]
         for index in todo:
@@ -295,16 +297,6 @@ def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
         "by_deciding_dimension": {name: summary(chosen) for name, chosen in sorted(by_dimension.items())},
         "by_deciding_shown": {name: summary(chosen) for name, chosen in shown.items()},
     }
-
-
-def _token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """First and past-the-last character of every token of each text, without special tokens."""
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no offsets of tokens; use a fast tokenizer")
-    spans: list[list[tuple[int, int]]] = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True
-    )["offset_mapping"]
-    return spans
 
 
 def _head(text: str, spans: Sequence[tuple[int, int]], keep: int) -> str:
