@@ -13,6 +13,7 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/model.smk"
 include: "rules/prompts.smk"
 include: "rules/preferences.smk"
 include: "rules/reward_model.smk"

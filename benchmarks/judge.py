@@ -66,7 +66,7 @@ def main() -> None:
         padded = padded_margins(model, prompts, judge.options)
         times["padded"][-1] += time.perf_counter()
         times["shared"].append(-time.perf_counter())
-        shared = margins(model, prompts, judge.options, 0, "cpu")
+        shared = margins(model, prompts, judge.options, "cpu")
         times["shared"][-1] += time.perf_counter()
     largest = float((padded - shared).abs().max())
     for name, seconds in times.items():
@@ -86,7 +86,7 @@ def padded_margins(model: torch.nn.Module, prompts: list[list[list[int]]], optio
     found = []
     for start in range(0, len(rows), 4):
         # A row of the whole context makes the rectangle as wide as that, and is left out again.
-        ids, mask = (tensor[1:] for tensor in left_pad([[0] * CONTEXT, *rows[start : start + 4]], 0))
+        ids, mask = (tensor[1:] for tensor in left_pad([[0] * CONTEXT, *rows[start : start + 4]]))
         logits = model(input_ids=ids, attention_mask=mask).logits
         found.append((logits[:, -1, options[0]] - logits[:, -1, options[1]]).double())
     return torch.cat(found).view(len(prompts), -1)

@@ -29,6 +29,7 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
+    identity,
     models,
     ppo_math,
     principles,
@@ -262,7 +263,7 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
     device = next(model.parameters()).device
     for batch in batching.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
         chosen = [answers[index] for index in batch]
-        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen], 0)
+        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen])
         width = max(len(answer.tokens) for answer in chosen)
         logits = model(
             input_ids=ids.to(device),
@@ -349,7 +350,7 @@ def main(arguments: Arguments) -> None:
     pairs, judgements = measure_judge(arguments, model, sampler, tokenizer, judged)
     results: dict[str, Any] = {"judge": judge_accuracy(pairs, judgements, [one.dimension for one in judged])}
     log.info("judge: %s", {name: round(numbers["right"], 2) for name, numbers in results["judge"].items()})
-    inputs = models.identify(arguments.model)
+    inputs = identity.identify(arguments.model)
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from salmon import tables  # noqa: E402
-from salmon.configuration import TARGETS, Config  # noqa: E402
+from salmon.configuration import TARGETS, Config, RunSection  # noqa: E402
 
 TARGETS_MARK = "<!-- targets: written by `make docs-reference` -->"
 
@@ -30,8 +30,13 @@ def schema() -> str:
     Such a file sets some keys only and removes entries of mappings with null, so nothing is required and every entry of
     a mapping may be null; whether a whole configuration is complete, Snakemake says when it starts.
     """
-    found = Config.model_json_schema()
-    found |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "config.yaml of the SALMON workflow"}
+    whole = Config.model_json_schema()
+    whole |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "config.yaml of the SALMON workflow"}
+    # A run is merged into its sections before it is checked, so its type has plain mappings in their places.
+    (pattern,) = whole["properties"]["runs"]["patternProperties"]
+    sections = {name: {"$ref": whole["properties"][name]["$ref"]} for name in get_args(RunSection)}
+    run = {"type": "object", "properties": sections, "additionalProperties": False}
+    whole["properties"]["runs"]["patternProperties"][pattern] = run
 
     def relax(part: Any) -> None:
         if isinstance(part, list):
@@ -47,8 +52,8 @@ def schema() -> str:
         for item in part.values():
             relax(item)
 
-    relax(found)
-    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    relax(whole)
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
 
 def configuration() -> str:
@@ -108,11 +113,8 @@ def _words(part: dict[str, Any]) -> str:
     if "anyOf" in part:
         return " or ".join(_words(item) for item in part["anyOf"])
     kind = part.get("type", "any")
-    if kind == "array":
-        items = part.get("items") or {}
-        return f"list of {_words(items)}" if items else "list"
-    if kind == "object":
-        return "mapping"
+    if kind in ("array", "object"):
+        return _container(part)
     bounds = [
         f"{sign} {part[name]:g}"
         for name, sign in (
@@ -124,6 +126,19 @@ def _words(part: dict[str, Any]) -> str:
         if name in part
     ]
     return " ".join([{"boolean": "true or false", "string": "text"}.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _container(part: dict[str, Any]) -> str:
+    """A JSON schema of a list or mapping in a few words."""
+    if fixed := part.get("prefixItems"):
+        return f"list of {len(fixed)}: {', '.join(map(_words, fixed))}"
+    if part["type"] == "array":
+        return f"list of {_words(part['items'])}" if part.get("items") else "list"
+    names = part.get("propertyNames")
+    entry = next(iter(part.get("patternProperties", {}).values()), part.get("additionalProperties"))
+    if not isinstance(entry, dict):
+        return "mapping"
+    return f"mapping of {_words(names) if names else 'names'} to {_words(entry)}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow_scripts"))
 from salmon.config import is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
+from salmon.identity import model_files, tokenizer_files
 
 # Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
@@ -41,9 +42,41 @@ def target_files(target):
     return expand(f"<results>/{TARGETS[target].artifact}", run=RUNS)
 
 
+def files_of(model, files=model_files):
+    """What has to be there to read a model: of a local folder the files that matter, of a hub model nothing.
+
+    The folder itself would not do: its time stays the same when a file in it is overwritten, and changes with a new
+    README. Only a folder that a rule makes, or that is not there yet, is an input as a whole.
+
+    Args:
+        model: hub id or folder, or null.
+        files: lists the files of a folder.
+    """
+    if not model or not Path(model).is_dir():
+        return local_files([model])
+    if model.startswith(f"{settings.pathvars.results}/") and Path(model, ".snakemake_timestamp").exists():
+        return [model]
+    # A link that is set to another folder, whose files may be old, gives other inputs.
+    folder = Path(model).resolve() if Path(model).is_symlink() else Path(model)
+    return [str(file) for file in files(folder)] or [model]
+
+
 def initial_policy():
-    """Local folders of the base model and the initial policy's adapter."""
-    return local_files([settings.model.base, settings.model.adapter])
+    """Files of the base model and the initial policy's adapter."""
+    return files_of(settings.model.base) + files_of(settings.model.adapter)
+
+
+# The model that judges, and its files.
+JUDGE_MODEL = settings.judge.model or settings.model
+
+
+def judge_model():
+    """Files of the model that judges."""
+    return files_of(JUDGE_MODEL.base) + files_of(JUDGE_MODEL.adapter)
+
+
+# A job that uses the model waits for this one, and is not run again because this one was.
+CHECKED = ancient("<results>/check_model")
 
 
 # Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for

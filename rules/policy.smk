@@ -8,6 +8,7 @@ rule train_policy:
         principles=lambda wildcards: run_settings(wildcards).ppo.principles,
         templates=lambda wildcards: [run_settings(wildcards).ppo.template, *settings.policy_prompt.files],
         model=initial_policy(),
+        checked=CHECKED,
     output:
         directory("<results>/runs/{run}/policy"),
     log:

@@ -6,6 +6,7 @@ rule sample_responses:
         prompts=rules.clean_prompts.output.table,
         model=initial_policy(),
         template=settings.policy_prompt.files,
+        checked=CHECKED,
     output:
         table="<results>/responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
@@ -41,7 +42,8 @@ rule judge_preferences:
         response1="<results>/responses/response1.parquet",
         principles=settings.judge.principles,
         template=settings.judge.template,
-        model=initial_policy(),
+        model=judge_model(),
+        checked=CHECKED,
     output:
         table="<results>/preferences/preferences.shards/{shard}.parquet",
         manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",
@@ -60,8 +62,8 @@ rule judge_preferences:
         batch_size=4,
         tensor_parallel="false",
     params:
-        model=settings.model.model_dump_json(),
-        judge=settings.judge.model_dump_json(),
+        model=JUDGE_MODEL.model_dump_json(),
+        judge=settings.judge.model_dump_json(exclude={"model"}),
     shell:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"

@@ -23,7 +23,7 @@ rule clean_prompts:
 rule clean_rl_prompts:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).rl_prompts.sources),
-        tokenizer=local_files([settings.model.base]),
+        tokenizer=files_of(settings.model.base, tokenizer_files),
     output:
         table="<results>/{home}prompts/rl.parquet",
         manifest="<results>/{home}prompts/rl.manifest.json",

@@ -25,7 +25,8 @@ rule train_reward_model:
         records=reward_data,
         init=pmp_model,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
-        model=local_files([settings.model.base]),
+        model=files_of(settings.model.base),
+        checked=CHECKED,
     output:
         directory("<results>/{home}models/reward_model"),
     log:
@@ -62,7 +63,8 @@ use rule train_reward_model as train_pmp with:
         records=rules.clean_pmp_data.output.table,
         init=[],
         template=lambda wildcards: run_settings(wildcards).pmp.template,
-        model=local_files([settings.model.base]),
+        model=files_of(settings.model.base),
+        checked=CHECKED,
     output:
         directory("<results>/{home}models/pmp"),
     log:

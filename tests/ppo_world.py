@@ -14,11 +14,11 @@ from unittest import mock
 import numpy as np
 import polars as pl
 import torch
-from peft import TaskType, get_peft_model
+from peft import TaskType
 from safetensors.torch import load_file
 
 import train_policy
-from salmon import models, ppo, script
+from salmon import adapters, models, ppo, script
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.shared_base import SharedBase
@@ -63,7 +63,7 @@ class World:
         (self.folder / "principles.json").write_text(json.dumps(principles))
         bare = self.model.model_copy(update={"adapter": None})
         torch.manual_seed(3)
-        policy = get_peft_model(models.load_base(bare, "cpu"), models.lora_config(LORA, TaskType.CAUSAL_LM))
+        policy = adapters.add_lora(models.load_base(bare, "cpu"), LORA, TaskType.CAUSAL_LM)
         for model, folder in (
             (models.new_reward_model(bare, LORA, "cpu", 3), self.reward_model),
             (policy, self.adapter),

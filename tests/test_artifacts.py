@@ -42,3 +42,37 @@ def test_a_job_that_runs_twice(tmp_path: Path) -> None:
     assert not (folder.path / "checkpoint-2").exists()
     folder.open("mark")
     checkpoints.new(folder.path, 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "kept", "layout", "resumed"),
+    [
+        ("layout", "ZeRO-2, 8", "ZeRO-2, 8", True),
+        ("layout", "ZeRO-2, 8", "ZeRO-2, 4", False),
+        ("layout", "ZeRO-2, 8", "", False),
+        ("shards", "ZeRO-2, 8", "ZeRO-2, 8", True),  # the name of the file in version 0.1.0
+        ("shards", "ZeRO-2, 8", "", False),
+        ("shards", "", "", True),
+        (None, "", "", True),
+        (None, "", "ZeRO-2, 8", False),
+    ],
+)
+def test_checkpoints_of_another_layout_are_refused_and_kept(
+    tmp_path: Path, file: str | None, kept: str, layout: str, resumed: bool
+) -> None:
+    """Also in the work folders of earlier versions, which called the layout's file otherwise or had none."""
+    folder = WorkFolder(tmp_path / "policy")
+    folder.open("mark", kept)
+    (folder.path / "checkpoint-1").mkdir()
+    (folder.path / "layout").unlink()
+    if file:
+        (folder.path / file).write_text(kept)
+    if resumed:
+        folder.open("mark", layout)
+    else:
+        with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
+            folder.open("mark", layout)
+    assert (folder.path / "checkpoint-1").is_dir()
+    folder.open("another mark", layout)
+    assert not (folder.path / "checkpoint-1").exists()
+    assert (folder.path / "layout").read_text() == layout

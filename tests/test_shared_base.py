@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from salmon import models, reward_model
+from salmon import adapters, models, reward_model
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.shared_base import Role, SharedBase
@@ -41,11 +41,11 @@ def reward_folder(plain: Model, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def adapter_folder(plain: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of an initial policy, as a fine-tuning leaves it."""
-    from peft import TaskType, get_peft_model
+    from peft import TaskType
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(5)
-    model = get_peft_model(models.load_base(plain, "cpu"), models.lora_config(LORA, TaskType.CAUSAL_LM))
+    model = adapters.add_lora(models.load_base(plain, "cpu"), LORA, TaskType.CAUSAL_LM)
     return save_randomised(model, folder)
 
 

@@ -20,6 +20,7 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 ROOT = Path(__file__).parents[1]
 CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
 EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # a task a GPU: 64 CPUs on a node
+ONE = "-p gpu -t 360 --mem 64000 --cpus-per-task=8 --gres=gpu:1"  # and one task, SLURM's default
 EXPECTED = {
     "clean_prompts": CPU,
     "clean_pmp_data": CPU,
@@ -32,7 +33,10 @@ EXPECTED = {
     "train_pmp": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
     "train_reward_model": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
     "train_policy": f"-p gpu -t 1440 --mem 512000 --nodes=6 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
+    "train_demo_policy": ONE,
+    "evaluate_demo": ONE,
 }
+TARGETS = ("policies", "evaluation", "demo_policy")
 
 
 class Resources(dict[str, Any]):
@@ -42,9 +46,9 @@ class Resources(dict[str, Any]):
 
 
 def jobs(site: Path | None = None) -> Iterator[tuple[str, Resources]]:
-    """Rule and resources of every job of the paper's run, from a dry run with the profile."""
+    """Rule and resources of every job of the paper's runs and of the demo's rules, from a dry run with the profile."""
     environment = os.environ | ({"SALMON_SITE": str(site)} if site else {})
-    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n", "policies"]
+    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n", *TARGETS]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     found = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
@@ -80,7 +84,8 @@ def test_every_rule_asks_for_what_the_paper_ran_on() -> None:
     for rule, resources in jobs():
         resources["runtime"] = minutes(resources["runtime"])
         seen[rule] = submit_line(rule, resources)
-    del seen["policies"]  # a target, which has no job of its own
+    for target in TARGETS:  # they have no job of their own
+        del seen[target]
     assert seen == EXPECTED
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+import yte
 from pydantic import BaseModel
 
 from docs import write_reference
@@ -44,6 +46,8 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
         ("salmon/text.py", "from salmon import ppo", "salmon.text -> salmon.ppo"),
         ("salmon/config.py", "from salmon.principles import read_judged", "salmon.config -> salmon.principles"),
         ("salmon/artifacts.py", "import snakemake", "salmon.artifacts -> snakemake"),
+        ("salmon/ppo.py", "import train_policy", "salmon.ppo -> train_policy"),
+        ("salmon/sampling.py", "import salmon.shared_base", "salmon.sampling -> salmon.shared_base"),
         ("salmon/newcomer.py", "x = 1", "newcomer"),
     ],
 )
@@ -57,6 +61,34 @@ def test_an_import_that_points_upwards_fails_lint(tmp_path: Path, file: str | No
     done = lint_imports(tmp_path)
     assert (done.returncode == 0) == (file is None), done.stdout
     assert named in done.stdout
+
+
+def test_the_contract_of_the_library_names_every_script() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (library,) = (contract for contract in contracts if contract["id"] == "library")
+    scripts = {path.stem for path in SCRIPTS.glob("*.py")}
+    assert set(library["forbidden_modules"]) == {"snakemake", "demo", *scripts}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports: modules, and names out of modules as `module.name`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_only_the_sampler_knows_the_loop_behind_it() -> None:
+    """Whoever imported `generate` would sample past the seam, and no other engine would be asked."""
+    users = {
+        path.name
+        for folder in (SCRIPTS, ROOT / "demo")
+        for path in folder.rglob("*.py")
+        for name in imported(path)
+        if f"{name}.".startswith("salmon.generation.")
+    }
+    assert users == {"sampling.py"}
 
 
 # ---- One place for each thing
@@ -91,6 +123,10 @@ def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
         jsonschema.validate({"ppo": {"clipp": 0.2}}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"prompts": {"sources": {"mine": {"format": "parquet"}}}}, schema)
+    jsonschema.validate({"runs": {"mine": {"ppo": {"clip": 0.1}}, "other": None}}, schema)
+    for changes in ({"ppo": {"clipp": 0.2}}, {"judge": {}}, {"rl_prompts": {"sources": {"mine": {"limit": 0}}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"runs": {"mine": changes}}, schema)
 
 
 def test_the_lists_of_targets_are_one() -> None:
@@ -112,25 +148,45 @@ def test_tables_name_each_column_once_with_one_meaning() -> None:
 # ---- A rule that needs a GPU
 
 
-def rules_with_a_model() -> set[str]:
-    """Rules whose environment is the model's, those that another rule is made of included."""
-    found: set[str] = set()
-    for block in BLOCKS:
-        heading = re.match(r"(?:use rule (\w+) as|rule) (\w+)", block)
-        assert heading
-        if "envs/model.yaml" in block or heading[1] in found:
-            found.add(heading[2])
-    return found
+def rules_with_a_model(blocks: list[str]) -> set[str]:
+    """Rules whose environment is the model's, and those that are made of such a rule and keep its environment."""
+    headings = [re.match(r"(?:use rule (\w+) as|rule) (\w+)", block) for block in blocks]
+    with_model: set[str] = set()
+    before = None
+    while before != with_model:  # the rule that another one is made of may come later, in another file
+        before = set(with_model)
+        for heading, block in zip(headings, blocks, strict=True):
+            assert heading
+            if "envs/model.yaml" in block or (heading[1] in with_model and "conda:" not in block):
+                with_model.add(heading[2])
+    return with_model
 
 
-@pytest.mark.parametrize("profile", ["slurm", "local"])
-def test_every_rule_with_a_model_has_its_resources_in_the_profile(profile: str) -> None:
+def set_resources(profile: str) -> dict[str, dict[str, Any]]:
+    """The resources of every rule, as Snakemake reads them from the profile."""
+    rendered = yte.process_yaml((ROOT / "profiles" / profile / "profile.yaml").read_text(), require_use_yte=True)
+    resources: dict[str, dict[str, Any]] = rendered["set-resources"]
+    return resources
+
+
+def test_rules_with_a_model_are_found_in_any_order() -> None:
+    blocks = ["use rule b as c with:\n", "use rule a as b with:\n", "rule a:\n conda: envs/model.yaml\n", "rule d:\n"]
+    assert rules_with_a_model(blocks) == {"a", "b", "c"}
+    assert rules_with_a_model([*blocks, "use rule a as e with:\n    conda: envs/data.yaml\n"]) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("rule", sorted(rules_with_a_model(BLOCKS)))
+def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would silently run on a CPU partition, or beside others on one GPU."""
-    wanted = rules_with_a_model()
-    assert {"sample_responses", "train_pmp", "train_policy"} <= wanted
-    text = (ROOT / "profiles" / profile / "profile.yaml").read_text()
-    listed = set(re.findall(r"^  (\w+):", text.split("set-resources:", 1)[1], flags=re.M))
-    assert wanted - listed == set(), f"name their GPUs in profiles/{profile}/profile.yaml, set-resources"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("SALMON_SITE", raising=False)
+    assert set_resources("local").get(rule, {}).get("gpu", 0) >= 1, "profiles/local/profile.yaml, set-resources"
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    asked = set_resources("slurm").get(rule, {})
+    assert asked.get("slurm_partition") == site["gpu_partition"], "profiles/slurm/profile.yaml, set-resources"
+    assert re.fullmatch(rf"{site['gres']}:[1-9]\d*", asked.get("gres", "")), (
+        "profiles/slurm/profile.yaml, set-resources"
+    )
 
 
 # ---- Errors name what the user can set
@@ -149,32 +205,91 @@ def texts(node: ast.AST) -> Iterator[str]:
             yield from texts(child)
 
 
+TREES = {path.name: ast.parse(path.read_text()) for path in sorted(SCRIPTS.rglob("*.py"))}
+NODES = [(file, node) for file, tree in TREES.items() for node in ast.walk(tree)]
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def arguments_named(*names: str) -> Iterator[tuple[str, str]]:
+    """Every text that is passed to a function of ours as a parameter of one of these names, and the caller's file."""
+    places = {
+        node.name: place
+        for _, node in NODES
+        if isinstance(node, ast.FunctionDef)
+        for place, parameter in enumerate(node.args.args)
+        if parameter.arg in names
+    }
+    for file, node in NODES:
+        if isinstance(node, ast.Call):
+            given = [keyword.value for keyword in node.keywords if keyword.arg in names]
+            given += node.args[places.get(name_of(node), len(node.args)) :][:1]
+            for value in given:
+                if isinstance(value, ast.Constant | ast.JoinedStr):
+                    yield from ((file, text) for text in texts(value))
+
+
 def error_texts() -> Iterator[tuple[str, str]]:
-    """Every text in a `UserError`, and its file."""
-    for path in sorted(SCRIPTS.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
-                yield from ((path.name, text) for text in texts(node))
+    """Every text in a `UserError`, every key that is passed on to be named in one, and its file."""
+    for file, node in NODES:
+        if isinstance(node, ast.Call) and name_of(node) == "UserError":
+            yield from ((file, text) for text in texts(node))
+    yield from arguments_named("key")
 
 
-def test_errors_name_keys_of_the_configuration_or_options_of_the_profile() -> None:
-    keys = {key for key, _ in sections(Config)} | OTHERS_KEYS
-    stages = set(RewardTraining.model_fields)  # `§.name`, or `§name` where the beginning is filled in
+STAGES = [name for name, field in Config.model_fields.items() if issubclass(field.annotation or int, RewardTraining)]
+KEYS = {key for key, _ in sections(Config)} | OTHERS_KEYS
+# What `reward_text_tokens` puts before names of settings: the beginnings of their keys.
+BEGINNINGS = {text.replace("§", stage) for _, text in arguments_named("keys") for stage in STAGES}
+
+
+def unknown_names(text: str) -> list[str]:
+    """Names in the text of an error that are nothing a user can set: no keys, columns, or options of the profile."""
     columns = {name for table in TABLES for name in table.columns}
     columns |= {
         name for each in (*PROMPT_FORMATS.values(), *PAIR_FORMATS.values()) for name in each.row.__annotations__
     }
     resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)\}", block)}
-    source = {key.rsplit(".", 1)[1] for key in keys if key.startswith("prompts.sources.")}
-    seen = 0
-    for file, text in error_texts():
-        for word in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text):
-            seen += 1
-            assert word in keys, f"{file}: {word} is not a key of the configuration"
-        for name in re.findall(r"§\.?([a-z]+_[a-z_]+)", text):
-            seen += 1
-            assert name in stages, f"{file}: §.{name}"
-        for name in re.findall(r"(?<![\w.§{])[a-z]+(?:_[a-z]+)+\b(?![.\w])", text):
-            seen += 1
-            assert name in columns | resources | source, f"{file}: {name} is nothing that a user can set"
-    assert seen > 30
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    source = {key.rsplit(".", 1)[1] for key in KEYS if key.startswith("prompts.sources.")}
+    files = {"site.yaml"}
+    dotted = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text)
+    wrong = [word for word in dotted if word not in KEYS | files]
+    wrong += [
+        f"§.{name}" for name in re.findall(r"§\.([a-z_]+)", text) if not all(f"{s}.{name}" in KEYS for s in STAGES)
+    ]
+    joined = re.findall(r"§([a-z]+_[a-z_]+)", text)
+    wrong += [f"§{name}" for name in joined if not all(begin + name in KEYS for begin in BEGINNINGS)]
+    single = re.findall(r"(?<![\w.§{])[a-z]+(?:_[a-z]+)+\b(?![.\w])", text)
+    return wrong + [name for name in single if name not in columns | resources | source | set(site)]
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("ppo.clip is §, micro_batch_size §; see column s12 of prompt_id", []),
+        ("ppo.clipp is §", ["ppo.clipp"]),
+        ("lower settings.batch_size", ["settings.batch_size"]),
+        ("§.batch_size is no multiple of §.init", ["§.init"]),  # which pmp has not
+        ("raise §max_length or §batch_size", ["§batch_size"]),  # ppo.reward_batch_size
+        ("raise batch_sizes", ["batch_sizes"]),
+    ],
+)
+def test_the_names_in_an_error_are_found(text: str, unknown: list[str]) -> None:
+    assert STAGES == ["pmp", "reward_model"]
+    assert {"pmp.", "reward_model.", "ppo.reward_"} == BEGINNINGS
+    assert unknown_names(text) == unknown
+
+
+def test_errors_name_keys_of_the_configuration_or_options_of_the_profile() -> None:
+    named = list(error_texts())
+    assert {("train_reward_model.py", "§.max_length"), ("sample_responses.py", "sampling.max_length")} <= set(named)
+    assert [(file, name) for file, text in named for name in unknown_names(text)] == []
+
+
+def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
+    """The settings of one stage are those of the other: errors name them by the section that was given."""
+    for name in ("max_length", "query_length", "response_length"):
+        assert {f"{begin}{name}" for begin in BEGINNINGS} <= KEYS

@@ -17,7 +17,7 @@ from salmon import ppo
 from salmon.config import Model, PolicyPrompt, Ppo, Sampling
 from salmon.encoding import begins_thinking, encode_prompt
 from salmon.errors import UserError
-from salmon.generation import Generation, without_thinking
+from salmon.sampling import Generation, without_thinking
 from salmon.text import cut_thinking
 from tests.small_models import CHATML, CHATML_TOKENS, byte_tokenizer, save_markov
 

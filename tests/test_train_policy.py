@@ -227,7 +227,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no head": (lambda w: ({"reward-model": without_head(w)}, {}), "holds no head"),
     "unknown key": (lambda w: ({}, {"temprature": 1.0}), "ppo.temprature: unknown key"),
     "value out of range": (lambda w: ({}, {"temperature": 0}), "ppo.temperature: .*greater than 0"),
-    "batches do not divide": (lambda w: ({}, {"minibatch_size": 3}), "not a multiple of minibatch_size 3"),
+    "batches do not divide": (
+        lambda w: ({}, {"minibatch_size": 3}),
+        r"ppo\.rollout_batch_size: \d+ is not a multiple of ppo\.minibatch_size 3",
+    ),
     "option missing": (lambda w: ({"prompts": None}, {}), "prompts: required"),
     "no such principles": (lambda w: ({}, {"principles": "none.json"}), "principles none.json cannot be read"),
     "too few principles": (lambda w: ({}, {"principles_per_rollout": 6}), "principles_per_rollout is 6.* 5 principles"),

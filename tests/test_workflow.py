@@ -1,8 +1,12 @@
 """The DAG: dry runs of the paper's configuration, seen as a user sees them."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,9 +52,9 @@ FILES = {
 }
 
 
-def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
+def snakemake(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def elsewhere(folder: Path) -> list[str]:
@@ -145,6 +149,123 @@ def test_hardware_reruns_nothing_and_settings_do(tmp_path: Path) -> None:
     assert "--micro-batch-size 1" in text
     params = (ROOT / "rules" / "policy.smk").read_text()
     assert "micro_batch_size" not in params.split("params:")[1].split("shell:")[0]
+
+
+# ---- A local model that changes
+
+
+ADAPTER = "models/sft"
+BASE = "demo/model"
+
+
+def pretend(folder: Path, *arguments: str) -> None:
+    """Put something in the place of every output of the demo, so that all of it is up to date."""
+    listed = snakemake("--profile", "profiles/demo", "--summary", "evaluation", *arguments, folder=folder)
+    assert listed.returncode == 0, listed.stderr
+    for line in listed.stdout.splitlines()[1:]:
+        output = folder / line.split("\t")[0]
+        (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
+        if output.suffix:
+            output.write_text(output.name)
+    touched = snakemake("--profile", "profiles/demo", "--touch", "--forceall", "evaluation", *arguments, folder=folder)
+    assert touched.returncode == 0, touched.stderr
+
+
+def reruns(folder: Path, *arguments: str) -> set[str]:
+    """Rules that a dry run of the demo lists."""
+    run = snakemake("--profile", "profiles/demo", "-n", "evaluation", *arguments, folder=folder)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout + run.stderr
+    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation"}
+
+
+@contextmanager
+def overwritten(file: Path) -> Iterator[None]:
+    """Within the block, a file has other contents, of now; a new file is empty."""
+    before = (file.read_bytes(), file.stat().st_mtime) if file.exists() else None
+    with file.open("r+b" if before else "wb") as stream:
+        stream.write(before[0].swapcase() if before else b"")
+    try:
+        yield
+    finally:
+        if before:
+            file.write_bytes(before[0])
+            os.utime(file, (before[1], before[1]))
+        else:
+            file.unlink()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with an adapter, and in the place of all results something up to date."""
+    folder = tmp_path_factory.mktemp("built") / "copy"
+    folder.mkdir()
+    for name in ("Snakefile", "config.yaml", "rules", "workflow_scripts", "demo", "prompts", "profiles", "envs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    (folder / ADAPTER).mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / ADAPTER / name).write_text(name)
+    pretend(folder, "--config", f"model={{adapter: {ADAPTER}}}")
+    return folder
+
+
+# What reads the base model's weights, and what reads the initial policy only.
+POLICY = {*PARENTS} - {"clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"} | {"evaluate_demo"}
+WEIGHTS = POLICY | {"train_pmp"}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([f"{BASE}/README.md", f"{BASE}/manifest.json", f"{BASE}/pytorch_model.bin", f"{ADAPTER}/README.md"], set()),
+        ([f"{BASE}/model.safetensors"], WEIGHTS),
+        ([f"{BASE}/generation_config.json"], WEIGHTS),
+        ([f"{BASE}/tokenizer.json"], WEIGHTS | {"clean_rl_prompts"}),
+        ([f"{BASE}/chat_template.jinja"], WEIGHTS | {"clean_rl_prompts"}),
+        ([f"{ADAPTER}/adapter_model.safetensors"], POLICY),
+    ],
+)
+def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str], expected: set[str]) -> None:
+    """What reads the file is run again, and what rests on that; another file in the folder makes no difference."""
+    with ExitStack() as changes:
+        for name in names:
+            changes.enter_context(overwritten(built / name))
+        assert reruns(built, "--config", f"model={{adapter: {ADAPTER}}}") == expected
+
+
+def test_a_link_that_is_set_to_another_model(built: Path) -> None:
+    """All of whose files are older than the results."""
+    own = ("--config", "model={base: models/current}", "pathvars={results: results/link}")
+    shutil.copytree(built / BASE, built / "models" / "other")
+    link = built / "models" / "current"
+    link.symlink_to(built / BASE)
+    pretend(built, *own)
+    link.unlink()
+    link.symlink_to("other")
+    assert reruns(built, *own) == WEIGHTS | {"clean_rl_prompts"}
+
+
+def test_a_model_that_a_rule_makes(built: Path) -> None:
+    """Its folder is the input: before it is there, and when it is."""
+    own = ("--config", "model={base: <results>/demo_policy}", "pathvars={results: results/own}")
+    assert "train_demo_policy" in reruns(built, *own)
+    pretend(built, *own)
+    model = built / "results" / "own" / "demo_policy"
+    shutil.copytree(built / BASE, model, dirs_exist_ok=True)
+    assert reruns(built, *own) == set()
+    (model / ".snakemake_timestamp").touch()
+    assert reruns(built, *own) == WEIGHTS | {"clean_rl_prompts"}
+
+
+def test_a_model_among_the_results_that_no_rule_makes(built: Path) -> None:
+    """It is as any other."""
+    own = ("--config", "model={base: <results>/mine}", "pathvars={results: results/other}")
+    model = shutil.copytree(built / BASE, built / "results" / "other" / "mine")
+    pretend(built, *own)
+    with overwritten(model / "README.md"):
+        assert reruns(built, *own) == set()
+    with overwritten(model / "tokenizer.json"):
+        assert reruns(built, *own) == WEIGHTS | {"clean_rl_prompts"}
 
 
 def test_every_rule_has_a_log_a_benchmark_and_a_script_of_its_name() -> None:

@@ -5,8 +5,8 @@ Writes the table `tables.RL_PROMPTS`.
 
 from pathlib import Path
 
-from salmon import artifacts, prompts, randomness, script, sources
-from salmon.config import Model, RlPrompts, is_local
+from salmon import artifacts, identity, prompts, script, sources
+from salmon.config import Model, RlPrompts
 from salmon.tokenizers import load_tokenizer
 
 
@@ -24,11 +24,7 @@ def main(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
     artifacts.write_table(table, arguments.output)
-    vocabulary = randomness.digest(sorted(tokenizer.get_vocab().items()))
-    inputs = {
-        **sources.identify_sources(settings.sources),
-        model.base: f"vocabulary {vocabulary}" if is_local(model.base) else model.revision or "main",
-    }
+    inputs = sources.identify_sources(settings.sources) | identity.identify_tokenizer(model)
     manifest = artifacts.manifest({"rl_prompts": settings, "model": model}, inputs, counts)
     artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
 

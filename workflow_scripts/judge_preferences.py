@@ -3,6 +3,7 @@
 Reference step 1, paper section 3.2; what the judge computes is in `salmon/judging.py`. response0 is output_1.
 """
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,28 @@ from typing import Any
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, config, distributed, models, principles, resuming, script, shards, tables, templates
+from salmon import (
+    artifacts,
+    config,
+    distributed,
+    identity,
+    judging,
+    models,
+    principles,
+    resuming,
+    script,
+    shards,
+    tables,
+    templates,
+)
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair
 from salmon.tables import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
 from salmon.text import cut_at_markers, join_instruction
 from salmon.tokenizers import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class Arguments(script.Arguments):
@@ -48,8 +64,8 @@ def main(arguments: Arguments) -> None:
     if left:
         # The judge says token by token what may be seen, which flash attention does not take.
         attention = "eager" if arguments.model.attention == "eager" else "sdpa"
-        judging = arguments.model.model_copy(update={"attention": attention})
-        model = models.load_initial_policy(judging, device, together=arguments.tensor_parallel)
+        judging_model = arguments.model.model_copy(update={"attention": attention})
+        model = models.load_initial_policy(judging_model, device, together=arguments.tensor_parallel)
         models.check_context(model, arguments.judge.max_length, "judge.max_length")
         tokenizer = load_tokenizer(arguments.model)
         judge = Judge(
@@ -60,6 +76,9 @@ def main(arguments: Arguments) -> None:
             max_length=arguments.judge.max_length,
             device=device,
         )
+        proof = judging.prove(judge)
+        judge.way = proof.way
+        log.info("judging %s: %s", proof.way, proof.differences)
 
     def compute(rows: list[int]) -> pl.DataFrame:
         batch = [pairs[row] for row in rows]
@@ -91,7 +110,7 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; build it first, or correct its name")
-    return settings, artifacts.hash_inputs(files) | models.identify(arguments.model)
+    return settings, artifacts.hash_inputs(files) | identity.identify(arguments.model)
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:

@@ -13,11 +13,10 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, distributed, encoding, models, resuming, script, shards, tables
+from salmon import artifacts, distributed, encoding, identity, models, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
-from salmon.generation import Ranks, without_thinking
 from salmon.randomness import seed_of
-from salmon.sampling import Sampler, TransformersSampler
+from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer
@@ -131,7 +130,7 @@ def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
         "shard": arguments.shard,
     }
     inputs = artifacts.hash_inputs([arguments.prompts, *arguments.policy_prompt.files])
-    return settings, inputs | models.identify(arguments.model)
+    return settings, inputs | identity.identify(arguments.model)
 
 
 def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:

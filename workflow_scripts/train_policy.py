@@ -20,10 +20,11 @@ from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_inputs, manif
 from salmon.config import Lora, Model, PolicyPrompt, Ppo
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.models import check_context, identify
+from salmon.identity import identify
+from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
-from salmon.sampling import TransformersSampler
+from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.shared_base import SharedBase
 from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
@@ -87,16 +88,10 @@ def main(args: Arguments) -> None:
         if args.deepspeed
         else ReplicatedOptimizer(shared, args.ppo.max_grad_norm)
     )
-    sampler = TransformersSampler(
-        tokenizer,
-        device,
-        batch_size=args.sampling_batch_size,
-        ranks="lockstep" if optimizer.lockstep else "apart",
-    )
     ppo.train(
         shared,
         optimizer,
-        sampler,
+        load_sampler(args, tokenizer, device, optimizer),
         tokenizer,
         prompts,
         principles,
@@ -116,6 +111,14 @@ def main(args: Arguments) -> None:
         work.delete()
     distributed.barrier()
     distributed.leave()
+
+
+def load_sampler(
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, optimizer: Optimizer
+) -> Sampler:
+    """What samples the rollouts; `ppo.train` gives it the policy of each step."""
+    ranks: Ranks = "lockstep" if optimizer.lockstep else "apart"
+    return TransformersSampler(tokenizer, device, batch_size=args.sampling_batch_size, ranks=ranks)
 
 
 def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, Any], object]:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,18 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from salmon import artifacts, checkpoints, distributed, models, optimization, reward_model, script, stopping, templates
+from salmon import (
+    artifacts,
+    checkpoints,
+    distributed,
+    identity,
+    models,
+    optimization,
+    reward_model,
+    script,
+    stopping,
+    templates,
+)
 from salmon.config import Lora, Model, RewardModel, RewardTraining
 from salmon.errors import UserError
 from salmon.models import check_context
@@ -139,28 +151,23 @@ def main(arguments: Arguments) -> None:
     checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
-    pad = reward_model.padding_id(
-        (row[-1] for row in reward_model.record_tokens(tokenizer, template, records[:1], settings, stage)),
-        tokenizer.pad_token_id,
-    )
 
     def batch(indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = train[indices]
         rows = reward_model.record_tokens(tokenizer, template, chosen, settings, stage)
-        return {**reward_model.collate(rows, pad), "labels": torch.tensor(chosen["preference"].to_list())}
+        return {**reward_model.collate(rows), "labels": torch.tensor(chosen["preference"].to_list())}
 
     trainer = Trainer(
         model=model,
         args=training,
         data_collator=batch,
         train_dataset=order,
-        compute_loss_func=batch_loss,
+        compute_loss_func=partial(batch_loss, batch_size=settings.batch_size),
         callbacks=[Reporter(arguments.stage)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
-    with reward_model.padding(model, pad):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise stopping.Stopped(trainer.state.global_step)
 
@@ -226,7 +233,7 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
         arguments.settings.template,
         *([arguments.init] if arguments.init else []),
     ]
-    inputs = artifacts.hash_inputs(paths) | models.identify(arguments.model)
+    inputs = artifacts.hash_inputs(paths) | identity.identify(arguments.model)
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
     layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
@@ -241,7 +248,8 @@ def training_arguments(arguments: Arguments, folder: Path, steps: int, device: t
     if settings.batch_size % (arguments.micro_batch_size * world):
         raise UserError(
             f"{arguments.stage}.batch_size {settings.batch_size} is not a multiple of micro_batch_size "
-            f"{arguments.micro_batch_size} x {world} processes"
+            f"{arguments.micro_batch_size} x {world} processes (on SLURM, site.yaml sets micro_batch_size as "
+            "reward_model_micro_batch_size)"
         )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(
@@ -292,9 +300,13 @@ def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
     return model
 
 
-def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Share of a micro-batch in the mean loss of the global batch, whose number of pairs the Trainer counts."""
-    return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / num_items_in_batch
+def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, batch_size: int) -> torch.Tensor:
+    """Share of a micro-batch in the mean loss of the global batch.
+
+    Its size is the setting, since steps are whole. The Trainer's count is not used: for a causal language model it
+    counts labels as those of next tokens, one less per row.
+    """
+    return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / batch_size
 
 
 def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:

@@ -219,7 +219,7 @@ class WorkFolder:
         if fingerprint_file.is_file() and fingerprint_file.read_text() == fingerprint:
             if not any(self.path.glob("checkpoint-*")):
                 layout_file.write_text(layout)
-            elif layout_file.read_text() != layout:
+            elif self._layout() != layout:
                 raise UserError(
                     f"the checkpoints in {self.path} are of another number of GPUs, or of other DeepSpeed settings, "
                     "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
@@ -234,6 +234,11 @@ class WorkFolder:
         (self.path / "owner").write_text(_me())
         with atomic(fingerprint_file) as temporary:
             temporary.write_text(fingerprint)
+
+    def _layout(self) -> str:
+        """The layout that the folder was opened with; version 0.1.0 called the file `shards`, and before had none."""
+        files = (self.path / "layout", self.path / "shards")
+        return next((file.read_text() for file in files if file.is_file()), "")
 
     def write_part(self, table: pl.DataFrame) -> None:
         """Keep a finished batch of rows; parts are whole or absent, and any rank may write them."""

@@ -25,7 +25,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QuestionType
+from salmon.errors import in_field
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -189,13 +190,18 @@ class RlPrompts(Prompts):
         description="factor of the length reward by question type",
     )
 
+    @field_validator("length_bonus")
+    @classmethod
+    def _complete(cls, factors: dict[QuestionType, float]) -> dict[QuestionType, float]:
+        # Of all types, since rows of a source may have their own.
+        if missing := [kind for kind in QUESTION_TYPES if kind not in factors]:
+            raise ValueError(f"no factor for {', '.join(missing)}; set one for every question type")
+        return factors
+
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _in_order(self) -> Self:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
-        missing = {source.question_type for source in self.sources.values()} - set(self.length_bonus)
-        if missing:
-            raise ValueError(f"length_bonus has no factor for {', '.join(sorted(missing))}")
+            raise in_field("min_tokens", f"{self.min_tokens} is above {{section}}.max_tokens {self.max_tokens}")
         return self
 
 
@@ -217,8 +223,9 @@ class Sampling(Section):
 
 
 class Judge(Section):
-    """The initial policy as judge of its own responses (paper section 3.2)."""
+    """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
+    model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")
     template: str = Field(description="file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}")
     principles: str = Field(description="JSON list of dimension, definition, negative_definition")
     max_length: Count = Field(1536, description="tokens; longer prompts are shortened in the responses")
@@ -287,9 +294,10 @@ class RewardTraining(Section):
     @model_validator(mode="after")
     def _room(self) -> Self:
         if self.query_length + self.response_length >= self.max_length:
-            raise ValueError(
-                f"query_length {self.query_length} and response_length {self.response_length} leave no room for the "
-                f"template in max_length {self.max_length}"
+            raise in_field(
+                "max_length",
+                f"{self.max_length} leaves no room for the template besides {{section}}.query_length "
+                f"{self.query_length} and {{section}}.response_length {self.response_length}",
             )
         return self
 
@@ -344,17 +352,17 @@ class Ppo(Section):
     seed: int = Field(42, description="of the order of prompts, sampling, principles, minibatches and fresh weights")
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def _room_and_whole_minibatches(self) -> Self:
         if self.reward_query_length + self.reward_response_length >= self.reward_max_length:
-            raise ValueError(
-                f"reward_query_length {self.reward_query_length} and reward_response_length "
-                f"{self.reward_response_length} leave no room for the template in reward_max_length "
-                f"{self.reward_max_length}"
+            raise in_field(
+                "reward_max_length",
+                f"{self.reward_max_length} leaves no room for the template besides {{section}}.reward_query_length "
+                f"{self.reward_query_length} and {{section}}.reward_response_length {self.reward_response_length}",
             )
         if self.rollout_batch_size % self.minibatch_size:
-            raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of minibatch_size "
-                f"{self.minibatch_size}"
+            raise in_field(
+                "rollout_batch_size",
+                f"{self.rollout_batch_size} is not a multiple of {{section}}.minibatch_size {self.minibatch_size}",
             )
         return self
 

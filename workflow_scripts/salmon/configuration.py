@@ -28,9 +28,10 @@ from salmon.config import (
     Section,
     is_local,
 )
-from salmon.errors import UserError, describe_errors
+from salmon.errors import UserError, describe, describe_errors, findings
 
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
+NAME = "the configuration"  # in messages
 RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
 
 
@@ -121,13 +122,12 @@ class Config(Section):
         return runs
 
 
-def load(raw: dict[str, Any], root: Path, where: str = "the configuration") -> dict[str, Config]:
+def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
     """Validate a raw configuration and everything it points to that can be checked before any job.
 
     Args:
         raw: the merged configuration, as Snakemake holds it.
         root: folder that relative paths start from.
-        where: name of the configuration in error messages.
 
     Returns:
         The configuration of every run (see `resolve_runs`).
@@ -138,15 +138,15 @@ def load(raw: dict[str, Any], root: Path, where: str = "the configuration") -> d
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(describe_errors(error, where)) from None
-    findings: list[str] = []
+        raise UserError(describe_errors(error, Config, NAME)) from None
+    lines: list[str] = []
     runs = resolve_runs(config)
     for name, run in runs.items():
-        of_run = "" if name == "default" else f"runs.{name}: "
+        prefix = "" if name == "default" else f"runs.{name}."
         for check in (check_templates, check_principles, check_paths):
-            findings += [f"{of_run}{finding}" for finding in check(run, root) if finding not in findings]
-    if findings:
-        raise UserError(f"{where} is not valid:\n" + "\n".join(f"  {finding}" for finding in findings))
+            lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
+    if lines:
+        raise UserError(describe(lines, NAME))
     return runs
 
 
@@ -158,13 +158,15 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     Raises:
         UserError: with one line for every finding, as `load` does.
     """
-    resolved = {"default": config}
+    resolved, lines = {"default": config}, []
     for name, changes in config.runs.items():
         raw = _merge(config.model_dump(mode="json"), changes)
         try:
             resolved[name] = Config.model_validate(raw)
         except ValidationError as error:
-            raise UserError(describe_errors(error, f"run {name}")) from None
+            lines += [f"runs.{name}.{line}" for line in findings(error, Config)]
+    if lines:
+        raise UserError(describe(lines, NAME))
     return {name: _shift_seeds(run) for name, run in resolved.items()}
 
 
@@ -206,46 +208,46 @@ def check_templates(config: Config, root: Path) -> list[str]:
         ("ppo.template", config.ppo.template, templates.REWARD_SLOTS),
         *(("policy_prompt.template", file, ()) for file in config.policy_prompt.files),
     ]
-    findings = []
+    lines = []
     for key, path, needed in wanted:
         try:
             slots = templates.slots(templates.read(root / path))
         except UserError as error:
-            findings.append(f"{key}: {error}")
+            lines.append(f"{key}: {error}")
             continue
         if missing := [f"{{{slot}}}" for slot in needed if slot not in slots]:
-            findings.append(
+            lines.append(
                 f"{key}: {path} has no slot {', '.join(missing)}; it needs all of "
                 + ", ".join(f"{{{slot}}}" for slot in needed)
             )
         if extra := sorted(slots - set(needed)):
-            findings.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
-    return findings
+            lines.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
+    return lines
 
 
 def check_principles(config: Config, root: Path) -> list[str]:
     """Findings about the principles a configuration names: missing files, unknown names, too few to draw."""
-    findings = []
+    lines = []
     try:
         known = [principle.dimension for principle in principles.read_judged(root / config.judge.principles)]
         unknown = [name for name in config.aggregation.dimensions if name not in known]
         if unknown:
-            findings.append(
+            lines.append(
                 f"aggregation.dimensions: {', '.join(unknown)} not in {config.judge.principles}, which defines "
                 + ", ".join(known)
             )
     except UserError as error:
-        findings.append(f"judge.principles: {error}")
+        lines.append(f"judge.principles: {error}")
     try:
         drawable = sum(principle.weight > 0 for principle in principles.read_weighted(root / config.ppo.principles))
         if drawable < config.ppo.principles_per_rollout:
-            findings.append(
+            lines.append(
                 f"ppo.principles_per_rollout: {config.ppo.principles_per_rollout}, but {config.ppo.principles} has "
                 f"{drawable} principles with a weight above 0"
             )
     except UserError as error:
-        findings.append(f"ppo.principles: {error}")
-    return findings
+        lines.append(f"ppo.principles: {error}")
+    return lines
 
 
 def check_paths(config: Config, root: Path) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, encoding
+from salmon import batching, distributed, encoding
 from salmon.batching import left_pad, position_ids
 from salmon.errors import UserError
 from salmon.text import cut_thinking
@@ -103,7 +103,7 @@ def generate(
     reasons: list[FinishReason] = ["length"] * len(prompts)
 
     rows = list(range(len(prompts)))  # of the batch, as places in `prompts`
-    ids, mask = (tensor.to(device) for tensor in left_pad(prompts, tokenizer.pad_token_id or 0))
+    ids, mask = (tensor.to(device) for tensor in left_pad(prompts))
     positions = position_ids(mask)
     cache = None
     for step in range(max(limits)):
@@ -137,7 +137,7 @@ def generate(
         if len(keep) < len(rows):
             # One copy of the cache, no more than a step makes of it anyway; every later step is cheaper.
             kept = torch.tensor(keep or [0], device=device)
-            cache.batch_select_indices(kept)
+            batching.select_rows(cache, kept)
             ids, positions, mask = ids[kept], positions[kept], mask[kept]
             rows = [rows[place] for place in keep]
     return [

@@ -1,8 +1,9 @@
 """The initial policy as judge: which of two outputs it prefers by one principle (paper section 3.2, reference step 1).
 
 The judge reads a template that ends with `Output (` and is asked for one more token; the logits of the letters
-`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. Every token is computed
-once: the prompts of a pair in one order become one row, in which each tail sees the common head and itself.
+`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. Where that is right for a model
+(`Way`, `prove`), every token is computed once: the prompts of a pair in one order become one row, in which each tail
+sees the common head and itself.
 
     | padding | head: instruction, output (a), output (b) | tail of principle 1 | tail of principle 2 | ...
                                                         logits a, b ^         logits a, b ^
@@ -11,20 +12,34 @@ The head is found in the tokens, so any template works; one that ends with the p
 head's cache nor its computation is repeated, so that memory grows little with the number of principles.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from salmon.batching import left_pad, position_ids
+from salmon import distributed
+from salmon.batching import batches, left_pad, position_ids, select_rows
 from salmon.encoding import guard, token_spans, tokenize
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
 from salmon.templates import fill
 
+log = logging.getLogger(__name__)
+
 OPTIONS = ("a", "b")
+
+Way = Literal["packed", "shared", "whole"]
+"""How the prompts of a pair are computed, the fastest first.
+
+`packed`: as above. Needs attention that heeds a mask and positions for each token: not sliding windows shorter than a
+prompt, recurrent or convolution layers, or ALiBi. `shared`: the head's cache is computed once and repeated for each
+tail. `whole`: each prompt by itself, in batches by length; right wherever padded batches are.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +70,7 @@ class Judge:
         principles: at least one.
         max_length: tokens a prompt may have.
         device: where the model is.
+        way: how prompts are computed; `prove` finds the fastest that is right for a model.
 
     Raises:
         UserError: where the tokenizer gives the options no token of their own after the template.
@@ -69,7 +85,9 @@ class Judge:
         principles: Sequence[JudgedPrinciple],
         max_length: int,
         device: torch.device | str,
+        way: Way = "packed",
     ) -> None:
+        self.way: Way = way
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
@@ -146,9 +164,11 @@ class Judge:
         """`margins` as lists, checked."""
         if not prompts:
             return []
-        scores = margins(self.model, prompts, self.options, self.tokenizer.pad_token_id or 0, self.device)
+        scores = margins(self.model, prompts, self.options, self.device, self.way)
         if not scores.isfinite().all():
-            raise UserError("the judge's logits are not finite; float16 overflows where bfloat16 does not")
+            raise UserError(
+                "the judge's logits are not finite; float16 overflows: set model.dtype to bfloat16 or float32"
+            )
         as_lists: list[list[float]] = scores.tolist()
         return as_lists
 
@@ -158,51 +178,209 @@ def margins(
     model: nn.Module,
     prompts: Sequence[Sequence[list[int]]],
     options: tuple[int, int],
-    fill_token: int,
     device: torch.device | str,
+    way: Way = "packed",
 ) -> Tensor:
     """logit(a) - logit(b) after every prompt.
 
     Args:
-        model: causal language model in eval mode, with an attention kernel that takes a mask (sdpa, eager).
+        model: causal language model in eval mode; for `packed` with attention that takes a mask (sdpa, eager).
         prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
         options: token ids of a and b.
-        fill_token: stands where there is no token; it is masked.
         device: where the model is.
+        way: see `Way`.
 
     Returns:
         float64 on the CPU, shape [groups, members].
     """
+    compute = {"packed": _packed_logits, "shared": _shared_logits, "whole": _whole_logits}[way]
+    logits = compute(model, prompts, list(options), device)
+    first, second = logits.double().cpu().unbind(dim=-1)
+    return first - second
+
+
+def _packed_logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[list[int]]],
+    options: list[int],
+    device: torch.device | str,
+) -> Tensor:
+    """Logits of the options, [groups, members, options]: tails behind their common head in one row."""
     groups, members = len(prompts), len(prompts[0])
     shared = [common_prefix(group) for group in prompts]
-    heads, head_mask = left_pad([group[0][:length] for group, length in zip(prompts, shared, strict=True)], fill_token)
-    cache = None
-    if max(shared) > 0:
-        cache = model(
-            input_ids=heads.to(device),
-            attention_mask=head_mask.to(device),
-            position_ids=position_ids(head_mask).to(device),
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values
+    heads, head_mask = left_pad([group[0][:length] for group, length in zip(prompts, shared, strict=True)])
+    cache = _prefill(model, heads, head_mask, device) if max(shared) > 0 else None
     # Tails of equal width, one after another in a row: the last tokens of all of them are at the same places.
     rest = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
-    tails, tail_mask = left_pad(rest, fill_token)
+    tails, tail_mask = left_pad(rest)
     width = tails.shape[1]
     positions = head_mask.sum(dim=1).view(groups, 1, 1) + position_ids(tail_mask).view(groups, members, width)
     seen = tail_attention(head_mask, tail_mask.view(groups, members, width)).to(device)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    logits = model(
+    logits: Tensor = model(
         input_ids=tails.view(groups, -1).to(device),
         attention_mask=attention,
         position_ids=positions.view(groups, -1).to(device),
         past_key_values=cache,
         use_cache=cache is not None,
         logits_to_keep=torch.arange(width - 1, members * width, width, device=device),
-    ).logits[:, :, list(options)]
-    first, second = logits.double().cpu().unbind(dim=-1)
-    return first - second
+    ).logits
+    return logits[:, :, options]
+
+
+def _shared_logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[list[int]]],
+    options: list[int],
+    device: torch.device | str,
+) -> Tensor:
+    """The same: one row for each tail, behind a copy of its group's head; a group at a time.
+
+    Tails are padded on their right: recurrent and convolution layers, and windows, go on from the head's end.
+    """
+    rows = []
+    for group in prompts:
+        shared = common_prefix(group)
+        if shared == 0:
+            rows.append(_whole_logits(model, [group], options, device)[0])
+            continue
+        heads = torch.tensor([group[0][:shared]])
+        cache = _prefill(model, heads, torch.ones_like(heads), device)
+        select_rows(cache, torch.zeros(len(group), dtype=torch.int64, device=device))
+        lengths = torch.tensor([len(prompt) - shared for prompt in group])
+        width = int(lengths.max())
+        tails = torch.tensor([prompt[shared:] + [0] * (width + shared - len(prompt)) for prompt in group])
+        mask = torch.ones(len(group), shared + width, dtype=torch.int64)
+        mask[:, shared:] = torch.arange(width) < lengths[:, None]
+        last, place = torch.unique(lengths - 1, return_inverse=True)
+        logits = model(
+            input_ids=tails.to(device),
+            attention_mask=mask.to(device),
+            position_ids=torch.arange(shared, shared + width, device=device).expand(len(group), -1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last.to(device),
+        ).logits
+        rows.append(logits[torch.arange(len(group)), place][:, options])
+    return torch.stack(rows)
+
+
+def _whole_logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[list[int]]],
+    options: list[int],
+    device: torch.device | str,
+) -> Tensor:
+    """The same: every prompt from its beginning, as many at a time as there are groups, the longest first."""
+    flat = [prompt for group in prompts for prompt in group]
+    logits: list[Tensor] = [torch.empty(0)] * len(flat)
+    for batch in batches([len(prompt) for prompt in flat], len(prompts)):
+        ids, mask = left_pad([flat[row] for row in batch])
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=position_ids(mask).to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        for row, found in zip(batch, output.logits[:, -1, options], strict=True):
+            logits[row] = found
+    return torch.stack(logits).view(len(prompts), len(prompts[0]), len(options))
+
+
+def _prefill(model: nn.Module, ids: Tensor, mask: Tensor, device: torch.device | str) -> Cache:
+    """The cache after these tokens, padded on their left."""
+    cache: Cache = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=position_ids(mask).to(device),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    return cache
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What `prove` found.
+
+    Attributes:
+        way: the fastest that is right for the model.
+        tokens: of the longest prompt it was tried on.
+        noise: what a padded batch changes in a score; root mean square, in units of the logits.
+        differences: the same of every way tried, to each prompt alone without padding; None where it failed.
+    """
+
+    way: Way
+    tokens: int
+    noise: float
+    differences: dict[Way, float | None]
+
+
+@torch.no_grad()
+def prove(judge: Judge) -> Proof:
+    """Find the fastest way that scores prompts, up to the judge's length, as one plain forward pass for each does.
+
+    Two made-up pairs are judged by up to three principles, a short one and one that fills `max_length`. A way is right
+    where its scores are as near to those of single prompts as those of ordinary padded batches, rounding being what it
+    is in the model's dtype. Windows are looked up besides: what they change may be less than the rounding of 16 bits.
+    All ranks call this, and get the answer of rank 0.
+
+    Raises:
+        UserError: where even padded batches give other scores than single prompts.
+    """
+    prompts = _made_prompts(judge)
+    flat = [prompt for group in prompts for prompt in group]
+    one_by_one = [margins(judge.model, [[prompt]], judge.options, judge.device, "whole")[0, 0] for prompt in flat]
+    single = torch.stack(one_by_one).view(len(prompts), -1)
+    differences: dict[Way, float | None] = {}
+    for way in get_args(Way):
+        differences[way] = None
+        if way == "packed" and not _heeds_a_mask(judge.model, prompts, judge.device):
+            continue
+        try:
+            scores = margins(judge.model, prompts, judge.options, judge.device, way)
+            differences[way] = float((scores - single).square().mean().sqrt())
+        except (RuntimeError, ValueError, AttributeError, TypeError, IndexError) as error:
+            log.debug("judging %s fails: %s", way, error)
+    scale = float(single.square().mean().sqrt())
+    noise = differences["whole"]
+    if noise is None or not noise <= 0.1 * scale + 1e-3:
+        raise UserError(
+            f"{type(judge.model).__name__} scores prompts in padded batches otherwise than alone (by {noise}, where "
+            f"scores are about {scale:.2g}): this model cannot judge, see docs/models.md"
+        )
+    limit = 4 * noise + 1e-4 * max(scale, 1.0)
+    right = [way for way, difference in differences.items() if difference is not None and difference <= limit]
+    found = Proof(right[0], max(map(len, flat)), noise, differences)
+    answer: Proof = distributed.broadcast(found)
+    return answer
+
+
+def _made_prompts(judge: Judge) -> list[list[list[int]]]:
+    """Prompts of a short pair and of one as long as the judge reads, by up to three principles, in one order."""
+    words = " ".join([*judge.template.split(), *(principle.definition for principle in judge.principles)]).split()
+    long = " ".join(words * (judge.max_length // max(1, len(words)) + 1))
+    places = sorted({0, len(judge.principles) // 2, len(judge.principles) - 1})
+    groups = []
+    for first, second in (("yes", "no, " + " ".join(words[:9])), (long, f"so {long}")):
+        encoded = judge.encode(Pair("made up", "Which one?", first, second))
+        if encoded is None:
+            raise UserError(f"judge.max_length {judge.max_length} leaves no room for outputs in the judge's template")
+        groups.append([encoded.order_12[place] for place in places])
+    return groups
+
+
+def _heeds_a_mask(model: nn.Module, prompts: Sequence[Sequence[list[int]]], device: torch.device | str) -> bool:
+    """Whether every layer keeps all of a prompt's tokens, as far as its cache tells: no window, no state."""
+    head = torch.tensor([prompts[0][0][:2]])
+    cache = _prefill(model, head, torch.ones_like(head), device)
+    longest = max(len(prompt) for group in prompts for prompt in group)
+    return all(
+        layer.sliding_window >= longest if isinstance(layer, DynamicSlidingWindowLayer) else type(layer) is DynamicLayer
+        for layer in getattr(cache, "layers", [None])
+    )
 
 
 def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:
@@ -257,8 +435,8 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     first, second = next(iter(answers))
     if len(answers) > 1 or None in (first, second) or first == second:
         raise UserError(
-            "the tokenizer has no single token for the options `a` and `b` after the judge's template "
-            f"(found {sorted(map(str, answers))}); end the template with ` (`, or another mark that stays a token"
+            "the tokenizer has no single token for the options `a` and `b` after judge.template (it continues with "
+            f"{sorted(map(str, answers))}); end judge.template with ` (`, or another mark that stays a token"
         )
     assert first is not None
     assert second is not None

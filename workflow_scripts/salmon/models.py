@@ -1,37 +1,38 @@
-"""Loading models: base, quantisation, adapters, heads. The only place that knows how."""
+"""Loading models: base, quantisation, adapters, heads. The only place that knows how.
 
-import json
+Nothing leaves here unverified: every weight of the base model, of an adapter and of a head is used, and none is
+missing, whichever class loads it, or loading ends in a `UserError` that names what does not fit. Libraries would fill
+what is missing with random numbers, or leave an adapter out, with no more than a warning.
+"""
+
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, TaskType, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
-from salmon.artifacts import hash_path
+from salmon.adapters import HEAD, add_lora, load_adapter, some
 from salmon.config import Lora, Model
 from salmon.errors import UserError
-from salmon.tokenizers import check_folder, load_tokenizer
+from salmon.tokenizers import check_folder
 
 log = logging.getLogger(__name__)
 # Their bars and reports are made for a terminal; what a script's log should say, the script says.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-
-def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
-    """The base model for causal language modelling, in 4 bit or `dtype`, on one device, in eval mode."""
-    return _load_model(AutoModelForCausalLM, model, device)
+# Buffers of old checkpoints that are computed today; no weights.
+_OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias)$")
 
 
 def load_initial_policy(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:
@@ -53,40 +54,82 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
         )
     policy: nn.Module = load_base(model, "cpu" if together else device)
     if model.adapter:
-        policy = _load_adapter(policy, model.adapter, model.adapter_revision)
+        policy = load_adapter(policy, model.adapter, revision=model.adapter_revision)
         if together:
             policy = policy.merge_and_unload()  # type: ignore[operator]
     policy.requires_grad_(False)
     return _divide(policy, torch.device(device)).eval() if together else policy.eval()
 
 
+class Scoring(nn.Module):
+    """A causal language model whose forward pass gives one number a text: a linear head on its last token.
+
+    Mixed into the class of a loaded model (`_add_head`), so that whatever transformers, PEFT and DeepSpeed know of the
+    architecture holds, with or without a classifier class of transformers. The output layer is not computed. The
+    head, `score`, has no bias and is in float32.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> SequenceClassifierOutput:
+        """Rewards of texts, padded on either side.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 at tokens; None where there is no padding.
+            position_ids: [B, T], for texts padded on their left.
+
+        Returns:
+            `logits`: [B, 1], float32 as the head is, read at the last token of each text.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = self.base_model(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
+        ).last_hidden_state
+        last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=hidden.device)).argmax(-1)
+        states = hidden[torch.arange(len(last), device=hidden.device), last]
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = next(self.score.parameters()).dtype  # type: ignore[union-attr]
+            return SequenceClassifierOutput(logits=self.score(states.to(dtype)))  # type: ignore[operator]
+
+
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
     """A reward model to train: base, fresh LoRA on all linear layers, fresh linear head (no bias) of one output."""
     torch.manual_seed(seed)
-    base = _reward_base(model, device)
-    base = prepare(base, model)
-    return get_peft_model(base, lora_config(lora, TaskType.SEQ_CLS))
+    base = prepare(_add_head(load_base(model, device)), model)
+    return add_lora(base, lora, TaskType.SEQ_CLS)
 
 
 def load_reward_model(model: Model, folder: Path, device: torch.device | str, *, trainable: bool) -> PeftModel:
     """A reward model from its PEFT folder, adapter and head.
 
     Raises:
-        UserError: where the folder has no head: a reward model with a random head is never used.
+        UserError: where a weight of either is missing or left over: a reward model with a random head is never used.
     """
     read_head(folder)
-    base = _reward_base(model, device)
+    base = _add_head(load_base(model, device))
     if trainable:
         base = prepare(base, model)
-    loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    loaded = load_adapter(base, str(folder), trainable=trainable)
     return loaded if trainable else loaded.eval()
 
 
-def lora_config(lora: Lora, task: TaskType) -> LoraConfig:
-    """LoRA on every linear layer but the output layer (reference: QLoRA)."""
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type=task
-    )
+def _add_head(base: PreTrainedModel) -> PreTrainedModel:
+    """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
+    output = base.get_output_embeddings()
+    width = output.weight.shape[-1] if output.weight.dim() == 2 else base.config.get_text_config().hidden_size
+    weight = base.get_input_embeddings().weight
+    base.score = nn.Linear(width, 1, bias=False, device="meta").to_empty(device=weight.device)
+    with torch.no_grad():
+        base.score.weight.normal_(0.0, getattr(base.config.get_text_config(), "initializer_range", 0.02))
+    base.__class__ = type(f"{type(base).__name__}Scoring", (Scoring, type(base)), {})
+    return base
 
 
 def read_head(folder: Path) -> torch.Tensor:
@@ -104,47 +147,43 @@ def read_head(folder: Path) -> torch.Tensor:
     if not file.is_file():
         raise UserError(f"{folder} holds no reward model ({file.name} is missing); build it first")
     with safe_open(str(file), framework="pt") as tensors:
-        heads = [name for name in tensors.keys() if name.endswith("score.weight")]  # noqa: SIM118
+        heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
         if len(heads) != 1:
-            raise UserError(f"{file} holds no head (score.weight): it is no reward model, or a damaged one")
+            raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
     return head
 
 
-def identify(model: Model) -> dict[str, str]:
-    """Identity of a model for manifests and fingerprints: revision of a hub model, hash of a local folder.
-
-    Of a local base model the configuration and the names and sizes of its files are hashed, not its weights,
-    which may be 140 GB; adapters are hashed whole.
-    """
-    identity = {}
-    for name, revision, whole in (
-        (model.base, model.revision, False),
-        (model.adapter, model.adapter_revision, True),
-    ):
-        if name is None:
-            continue
-        if not Path(name).is_dir():
-            identity[name] = revision or "main"
-        elif whole:
-            identity[name] = hash_path(Path(name))
-        else:
-            sizes = {
-                file.name: file.stat().st_size for file in sorted(Path(name).iterdir()) if "manifest" not in file.name
-            }
-            identity[name] = hash_path(Path(name) / "config.json") + " " + json.dumps(sizes)
-    return identity
-
-
 def check_context(model: nn.Module, length: int, key: str) -> None:
-    """Refuse a setting of more tokens than the model has positions.
+    """Refuse a setting of more tokens than the model has positions, or reads alike whatever its neighbours.
 
     Raises:
         UserError: naming the setting and both numbers.
     """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise UserError(f"{key} is {length}, but the model reads {positions} tokens at most; set it to that or less")
+    config = getattr(model, "config", None)
+    limit = None if config is None else context_limit(config)
+    if limit is not None and length > limit:
+        raise UserError(f"{key} is {length}, but the model reads {limit} tokens at most; set it to that or less")
+
+
+def context_limit(config: Any) -> int | None:
+    """Tokens that a model reads at most, by its configuration; None where nothing limits them.
+
+    With positions of the types longrope and dynamic the frequencies follow the longest text of a batch, so that beyond
+    the length of pre-training a text's numbers depend on its neighbours, and on how much of it was cached: that length
+    is the limit.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by type of layer, in some models
+    for part in parts:
+        if part.get("rope_type") == "longrope":
+            limits.append(
+                part.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+            )
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
@@ -167,39 +206,20 @@ def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
     return divided
 
 
-def _reward_base(model: Model, device: torch.device | str) -> PreTrainedModel:
-    """The base model with a head of one output instead of the language-model head."""
-    base = _load_model(AutoModelForSequenceClassification, model, device, num_labels=1)
-    base.config.pad_token_id = load_tokenizer(model).pad_token_id
-    return base
-
-
-def _load_model(kind: Any, model: Model, device: torch.device | str, **more: Any) -> PreTrainedModel:
-    """Load a model of an Auto class as the settings say."""
+def _quantized(model: Model, device: torch.device | str) -> dict[str, Any]:
+    """Options of `from_pretrained` for 4-bit weights."""
+    if model.quantization != "nf4":
+        return {}
     dtype = getattr(torch, model.dtype)
-    if model.quantization == "nf4":
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # ZeRO-3 can shard 4-bit weights only when they are stored in its dtype
-        )
-        if not is_deepspeed_zero3_enabled():  # which places the shards itself
-            more["device_map"] = {"": device}
-    loaded = _load(
-        kind,
-        model.base,
-        revision=model.revision,
-        dtype=dtype,
-        attn_implementation=model.attention,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        **more,
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # ZeRO-3 can shard 4-bit weights only when they are stored in its dtype
     )
-    if model.quantization == "none":
-        loaded = loaded.to(device)
-    return loaded.eval()
+    # ZeRO-3 places the shards itself.
+    return {"quantization_config": config} | ({} if is_deepspeed_zero3_enabled() else {"device_map": {"": device}})
 
 
 def prepare(base: PreTrainedModel, model: Model) -> PreTrainedModel:
@@ -215,22 +235,67 @@ def prepare(base: PreTrainedModel, model: Model) -> PreTrainedModel:
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
 
 
-def _load_adapter(base: nn.Module, adapter: str, revision: str | None) -> nn.Module:
-    """Put a LoRA adapter on a base model."""
-    options = {} if revision is None else {"revision": revision}
-    try:
-        return PeftModel.from_pretrained(base, adapter, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter {adapter} cannot be loaded: {error}") from error
-
-
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    """`from_pretrained` with errors that say what to do."""
-    check_folder(name, "model.base")
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+def _check_loading(model: Model, info: Mapping[str, Any]) -> None:
+    """Refuse a base model of which weights are missing, left over or of another shape, or could not be read."""
+    findings = {
+        "are missing": info["missing_keys"],
+        "fit nothing in it": {key for key in info["unexpected_keys"] if not _OLD_BUFFERS.search(key)},
+        "have another shape": {str(key) for key in info["mismatched_keys"]},
+        "could not be read": {str(error) for error in info["error_msgs"]},
+    }
+    if found := [f"{len(names)} {what} ({some(names)})" for what, names in findings.items() if names]:
         raise UserError(
-            f"{name} cannot be loaded: {error}. Check model.base and model.revision; a gated model also needs "
-            "a login on the hub, and a machine without network a copy in the cache or a local folder."
-        ) from error
+            f"the weights in {model.base} are not those of its config.json: {'; '.join(found)}. Fetch or save the "
+            "model again; missing weights would be random numbers"
+        )
+
+
+def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
+    """The base model for causal language modelling, in 4 bit or `dtype`, on one device, in eval mode.
+
+    Dropout of its own (GPT-2, OPT) is off: in RL the ratio of new and old policy has to be 1 where nothing has changed.
+
+    Raises:
+        UserError: where it cannot be loaded, or its files do not hold exactly the weights of its configuration.
+    """
+    check_folder(model.base, "model.base")
+    remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model.base, **remote)
+        for part in (config, config.get_text_config()):
+            for name, value in vars(part).items():
+                if re.search(r"(dropout|_pdrop|layerdrop)$", name) and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model.base,
+            config=config,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **remote,
+            **_quantized(model, device),
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{model.base} cannot be loaded: {_reason(error, model)}") from error
+    _check_loading(model, info)
+    if model.quantization == "none":
+        loaded = loaded.to(device)
+    base: PreTrainedModel = loaded.eval()
+    return base
+
+
+def _reason(error: Exception, model: Model) -> str:
+    """What a library says, and which key or file to change."""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "attention implementation" in str(error) or "does not support Flash Attention" in str(error):
+        return f"this architecture has no {model.attention}: set model.attention to eager ({said})"
+    if isinstance(error, OSError) and "safetensors" in str(error):
+        return (
+            f"{said} Weights are read from safetensors only, since a pickle may run code: load the model where you "
+            "trust it, and save it with save_pretrained"
+        )
+    return (
+        f"{said} Check model.base and model.revision; a gated model also needs a login on the hub, and a machine "
+        "without network a copy in the cache or a local folder."
+    )

@@ -28,12 +28,11 @@ from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo
 from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.generation import without_thinking
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
-from salmon.sampling import Sampler
+from salmon.sampling import Sampler, without_thinking
 from salmon.shared_base import Role, SharedBase
 from salmon.text import join_instruction
 

@@ -42,7 +42,7 @@ def _read(path: str | Path, kind: Any) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"principles {path} are not JSON: {error.msg} in line {error.lineno}") from None
     except ValidationError as error:
-        raise UserError(describe_errors(error, f"principles {path}")) from None
+        raise UserError(describe_errors(error, list[kind], f"principles {path}")) from None
     names = [principle.dimension for principle in principles]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -16,7 +16,7 @@ import polars as pl
 from salmon.config import Prompts, RlPrompts, Source
 from salmon.encoding import count_tokens
 from salmon.errors import UserError
-from salmon.formats import PROMPT_FORMATS, QUESTION_TYPES, Located, Prompt, QuestionType
+from salmon.formats import PROMPT_FORMATS, Located, Prompt, QuestionType
 from salmon.randomness import digest, seed_of
 from salmon.script import progress
 from salmon.sources import read_source
@@ -162,7 +162,7 @@ def collect_prompts(
     Args:
         settings: sources and seed.
         reject: tells which texts to leave out, and why.
-        bonuses: length bonus of a question type, for the columns of the RL stage; None for a table without them.
+        bonuses: length bonus of every question type, for the columns of the RL stage; None for a table without them.
 
     Returns:
         The table `PROMPTS`, or with `bonuses` `RL_PROMPTS`; and numbers of rows: read, kept and left out by
@@ -171,9 +171,6 @@ def collect_prompts(
     Raises:
         UserError: where a source cannot be read or no prompt is left.
     """
-    missing = [kind for kind in QUESTION_TYPES if bonuses is not None and kind not in bonuses]
-    if missing:
-        raise UserError(f"rl_prompts.length_bonus lacks {', '.join(missing)}; set one for every question type")
     taken: set[str] = set()
     records: list[tuple[Any, ...]] = []
     totals: dict[str, int] = {}

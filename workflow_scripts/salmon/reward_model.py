@@ -11,8 +11,7 @@ has two rows a pair:
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,44 +191,12 @@ def record_tokens(
     )
 
 
-def padding_id(last_ids: Iterable[int], preferred: int | None) -> int:
-    """A token to pad with that no row ends with.
-
-    Sequence classifiers of transformers read their output at the last token that is not the padding token. With
-    padding that no row ends with, that is the last token by mask, whatever token stands there.
-
-    Args:
-        last_ids: the last token of every row.
-        preferred: the tokenizer's padding token, taken where it can be.
-    """
-    taken = set(last_ids)
-    if preferred is not None and preferred not in taken:
-        return preferred
-    return next(number for number in range(len(taken) + 1) if number not in taken)
-
-
-@contextmanager
-def padding(model: PeftModel, pad: int) -> Iterator[None]:
-    """Let a reward model take `pad` for padding (see `padding_id`), inside the block."""
-    config = model.config.get_text_config()
-    before, config.pad_token_id = config.pad_token_id, pad
-    try:
-        yield
-    finally:
-        config.pad_token_id = before
-
-
-def collate(rows: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Sequence[int]], pad: int = 0) -> dict[str, torch.Tensor]:
     """Rows padded on their right to the longest of them.
 
     Returns:
-        `input_ids` and `attention_mask`, both int64 [B, T].
-
-    Raises:
-        ValueError: for a row that is empty or ends with the padding token.
+        `input_ids` and `attention_mask`, both int64 [B, T]. The mask alone says what is padding.
     """
-    if any(not row or row[-1] == pad for row in rows):
-        raise ValueError("a row is empty or ends with the padding token; choose it with padding_id")
     width = max(len(row) for row in rows)
     return {
         "input_ids": torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows]),
@@ -280,16 +247,15 @@ def score(
         float32 [N] on the CPU, in the order of `token_lists`.
     """
     rewards = torch.empty(len(token_lists), dtype=torch.float32)
-    pad = padding_id({row[-1] for row in token_lists}, model.config.get_text_config().pad_token_id)
     order = sorted(range(len(token_lists)), key=lambda index: -len(token_lists[index]))
     was_training = model.training
     model.eval()
-    with torch.no_grad(), padding(model, pad):
+    with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([token_lists[index] for index in chosen], pad)
+            batch = collate([token_lists[index] for index in chosen])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            rewards[chosen] = model(**batch, use_cache=False).logits[:, 0].float().cpu()
+            rewards[chosen] = model(**batch).logits[:, 0].float().cpu()
     model.train(was_training)
     return rewards
 

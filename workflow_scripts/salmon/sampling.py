@@ -1,7 +1,8 @@
 """The seam between what is sampled and what samples it: `Sampler`, and the engines behind it.
 
 The stages ask a sampler for responses to prompts, each with a seed of its own, and never call a model's generation
-themselves. `TransformersSampler`, our own loop, is the reference; another engine is another class here.
+themselves: no other module imports `generation`. `TransformersSampler`, our own loop, is the reference; another engine
+is another class here.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from salmon.batching import batches
-from salmon.generation import Generation, Ranks, generate
+from salmon.generation import Generation, Ranks, generate, without_thinking
+
+__all__ = ["Generation", "Ranks", "Sampler", "TransformersSampler", "without_thinking"]
 
 
 class Sampler(Protocol):

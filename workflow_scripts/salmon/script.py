@@ -89,7 +89,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     try:
         parsed = CliApp.run(arguments)
     except ValidationError as error:
-        log.error(describe_errors(error, "the command line"))
+        log.error(describe_errors(error, arguments, "the command line"))
         sys.exit(2)
     except SettingsError as error:
         log.error("the command line is not valid: %s", error)

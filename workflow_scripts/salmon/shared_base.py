@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salmon import ppo_math
+from salmon.adapters import add_lora, load_adapter
 from salmon.config import Lora, Model
-from salmon.models import load_base, lora_config, prepare, read_head
+from salmon.models import load_base, prepare, read_head
 
 Role = Literal["policy", "reference", "value", "reward"]
 # The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
@@ -36,14 +37,14 @@ class SharedBase(nn.Module):
         base = prepare(load_base(model, device), model)
         torch.manual_seed(seed)
         if model.adapter:
-            options = {} if model.adapter_revision is None else {"revision": model.adapter_revision}
-            self.lm = PeftModel.from_pretrained(base, model.adapter, is_trainable=True, **options)
-            self.lm.load_adapter(model.adapter, "reference", is_trainable=False, **options)
+            revision = model.adapter_revision
+            self.lm = load_adapter(base, model.adapter, _ADAPTER["policy"], revision=revision, trainable=True)
+            load_adapter(self.lm, model.adapter, _ADAPTER["reference"], revision=revision)
         else:
-            self.lm = get_peft_model(base, lora_config(lora, TaskType.CAUSAL_LM))
+            self.lm = add_lora(base, lora, TaskType.CAUSAL_LM)
         self.has_reference_adapter = model.adapter is not None
-        self.lm.load_adapter(str(reward_model), "reward", is_trainable=False)
-        self.lm.load_adapter(str(reward_model), "value", is_trainable=True)
+        load_adapter(self.lm, str(reward_model), _ADAPTER["reward"], head_elsewhere=True)
+        load_adapter(self.lm, str(reward_model), _ADAPTER["value"], trainable=True, head_elsewhere=True)
         self.reward_head = nn.Parameter(head.clone(), requires_grad=False)
         self.value_head = nn.Parameter(head.clone())
         self.device = device

@@ -1,0 +1,233 @@
+"""Every architecture of docs/models.md: each stage against one forward pass of transformers for each text alone.
+
+The expectations are the table's; the numbers come from plain loops in here.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel, TaskType
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from salmon import adapters, judging, models, reward_model
+from salmon.config import Lora, Model
+from salmon.errors import UserError
+from salmon.generation import generate
+from salmon.judging import Judge, Pair
+from salmon.principles import JudgedPrinciple
+from salmon.shared_base import SharedBase
+from salmon.tokenizers import load_tokenizer
+from tests import zoo
+
+ROOT = Path(__file__).parents[1]
+ROW = re.compile(r"^\| (\w+) \| (packed|shared|whole) \| (yes|no) \|", flags=re.M)
+ROWS = {name: (way, head) for name, way, head in ROW.findall((ROOT / "docs" / "models.md").read_text())}
+EAGER = ("gemma2", "gpt_oss", "mpt", "bloom")
+SHORT = ("phi3_longrope", "llama_dynamic_rope")  # their texts stay within zoo.SHORT_CONTEXT
+LORA = Lora(r=4, alpha=16.0)
+CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # float32, four layers; weights large enough that errors of kind are above 0.05
+TEMPLATE = "In: {UserInstruction}\n(a): {OutputA}\n(b): {OutputB}\nBy {Dimension}: {Definition}\nBetter: Output ("
+PRINCIPLES = [
+    JudgedPrinciple(dimension="Concise", definition="It is short.", negative_definition="It is long."),
+    JudgedPrinciple(dimension="Kind", definition="It is kind to the city and its people.", negative_definition="No."),
+    JudgedPrinciple(dimension="Fun", definition="It is fun.", negative_definition="It is not."),
+]
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp(name)
+    zoo.build(name, folder)
+    return Model(base=str(folder), quantization="none", dtype="float32", attention="eager" if name in EAGER else "sdpa")
+
+
+@pytest.fixture(scope="module")
+def plain(settings: Model) -> Any:
+    """The model as anyone loads it."""
+    return AutoModelForCausalLM.from_pretrained(settings.base, attn_implementation=settings.attention).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(settings: Model) -> Any:
+    return load_tokenizer(settings)
+
+
+def texts(tokenizer: Any, name: str) -> list[list[int]]:
+    """Token ids of texts of different lengths, some longer than a window, if the model reads so many."""
+    words = ["the", "river", "and", "the", "city", "with", "many", "people", "in", "it"]
+    lengths = (9, 3, 14) if name in SHORT else (30, 3, 14, 9)
+    return [tokenizer(" ".join(words[i * k % 10] for i in range(k)))["input_ids"] for k in lengths]
+
+
+def test_the_table_has_every_architecture_of_the_zoo() -> None:
+    assert list(ROWS) == list(zoo.ARCHITECTURES)
+
+
+@torch.no_grad()
+def test_sampling(name: str, settings: Model, plain: Any, tokenizer: Any) -> None:
+    """Greedy rows that end at different times take the largest logits of whole texts, one token after another."""
+    model = models.load_initial_policy(settings, "cpu")
+    prompts = texts(tokenizer, name)
+    limits = [5, 9, 2, 7][: len(prompts)]
+    answers = generate(
+        model, tokenizer, prompts, [0] * len(prompts), max_new_tokens=limits, temperature=0, device="cpu"
+    )
+    for prompt, limit, answer in zip(prompts, limits, answers, strict=True):
+        tokens: list[int] = []
+        while len(tokens) < limit and (not tokens or tokens[-1] != tokenizer.eos_token_id):
+            tokens.append(int(plain(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].argmax()))
+        assert answer.tokens == tokens
+
+
+@torch.no_grad()
+def test_judging(name: str, settings: Model, plain: Any, tokenizer: Any) -> None:
+    short = name in SHORT
+    judge = Judge(
+        models.load_initial_policy(settings, "cpu"),
+        tokenizer,
+        template="{UserInstruction} {OutputA} {OutputB} {Dimension} (" if short else TEMPLATE,
+        principles=PRINCIPLES,
+        max_length=zoo.SHORT_CONTEXT if short else 150,
+        device="cpu",
+    )
+    proof = judging.prove(judge)
+    assert proof.way == ROWS[name][0], proof
+    judge.way = proof.way
+    pairs = [
+        Pair("1", "Say it.", "The city.", "The river is long."),
+        Pair("2", "So?", "A poem " * 9, "many people " * 7),
+    ]
+    options = tokenizer.convert_tokens_to_ids(["a", "b"])
+    for pair, scores in zip(pairs, judge.judge(pairs), strict=True):
+        prompts = judge.encode(pair)
+        assert prompts is not None
+        assert scores is not None
+        for number, (s12, s21) in enumerate(scores):
+            first, second = (
+                plain(input_ids=torch.tensor([order[number]])).logits[0, -1, options].double()
+                for order in (prompts.order_12, prompts.order_21)
+            )
+            expected = torch.stack([first[0] - first[1], second[1] - second[0]])
+            torch.testing.assert_close(torch.tensor([s12, s21]).double(), expected, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, settings: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved reward model whose LoRA and head matter."""
+    model = models.new_reward_model(settings, LORA, "cpu", seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0.0, 0.1)
+    assert adapters.uncovered(model) == []
+    folder = tmp_path_factory.mktemp(f"{name}-rm")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def slow_states(settings: Model, folder: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Hidden states of each row alone under the saved LoRA, [T, hidden], by PEFT on the causal class."""
+    base = AutoModelForCausalLM.from_pretrained(settings.base, attn_implementation=settings.attention)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    return [
+        model.get_base_model().base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0]
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Path) -> None:
+    """Saved and loaded, in a batch and alone, by its own class and by anyone's."""
+    rows = texts(tokenizer, name)
+    head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]
+    expected = torch.stack([states[-1] @ head for states in slow_states(settings, folder, rows)])
+    assert expected.std() > 0.01
+    model = models.load_reward_model(settings, folder, "cpu", trainable=False)
+    for size in (1, len(rows)):
+        torch.testing.assert_close(reward_model.score(model, rows, size, "cpu"), expected, **CLOSE)
+    if ROWS[name][1] == "yes":
+        theirs = AutoPeftModelForSequenceClassification.from_pretrained(
+            str(folder), num_labels=1, attn_implementation=settings.attention
+        ).eval()
+        found = torch.stack([theirs(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_rl(name: str, settings: Model, plain: Any, tokenizer: Any, folder: Path) -> None:
+    """Rewards, log probabilities and values of batches, and the gradients of both losses for every trained weight."""
+    rows = texts(tokenizer, name)
+    shared = SharedBase(settings, LORA, folder, torch.device("cpu"), seed=0)
+    head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]
+    with torch.no_grad():
+        states = slow_states(settings, folder, rows)
+        with shared.use("reward"):
+            torch.testing.assert_close(shared.rewards(rows), torch.stack([s[-1] @ head for s in states]), **CLOSE)
+        queries, responses = [row[: len(row) // 2] for row in rows], [row[len(row) // 2 :] for row in rows]
+        for role in ("policy", "reference"):
+            with shared.use(role):
+                found, _ = shared.logprobs(queries, responses, 0.7)
+            for row, query, logprobs in zip(rows, queries, found, strict=True):
+                logits = plain(input_ids=torch.tensor([row])).logits[0, len(query) - 1 : -1] / 0.7
+                expected = logits.log_softmax(-1).gather(-1, torch.tensor(row[len(query) :])[:, None])[:, 0]
+                torch.testing.assert_close(logprobs[: len(expected)], expected, **CLOSE)
+        with shared.use("value"):
+            values = shared.values(queries, responses)
+        for query, hidden, value in zip(queries, states, values, strict=True):
+            expected = hidden[len(query) - 1 : -1] @ head
+            torch.testing.assert_close(value[: len(expected)], expected, **CLOSE)
+    shared.train()
+    with shared.use("policy"):
+        shared.logprobs(queries, responses, 0.7)[0].sum().backward()
+    with shared.use("value"):
+        shared.values(queries, responses).sum().backward()
+    names = {id(parameter): key for key, parameter in shared.named_parameters()}
+    # LoRA's first matrix has no gradient where the second is zero, as in a fresh policy.
+    missing = [
+        names[id(parameter)]
+        for parameter in shared.trained()
+        if not (".default." in names[id(parameter)] and "lora_A" in names[id(parameter)])
+        and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_vision", "qwen3_moe", "gpt_oss"])
+def test_lora_reaches_what_it_should_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    zoo.build(kind, tmp_path)
+    attention: Any = "eager" if kind in EAGER else "sdpa"
+    settings = Model(base=str(tmp_path), quantization="none", dtype="float32", attention=attention)
+    model = adapters.add_lora(models.load_base(settings, "cpu"), LORA, TaskType.CAUSAL_LM)
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [key for key in trained if "vision" in key or "lm_head" in key or "embed" in key]
+    layers = model.config.get_text_config().num_hidden_layers
+    linear = {
+        key.partition(".lora_")[0]
+        for key in trained
+        if re.search(r"experts|gate_proj|up_proj|down_proj|[qkvo]_proj", key)
+    }
+    assert len(linear) == layers * {"llama": 7, "gemma3_vision": 7, "qwen3_moe": 6, "gpt_oss": 6}[kind], sorted(linear)
+    if kind in ("qwen3_moe", "gpt_oss"):
+        with pytest.raises(UserError, match=r"lora\.dropout"):
+            adapters.add_lora(models.load_base(settings, "cpu"), Lora(r=4, dropout=0.1), TaskType.CAUSAL_LM)
+
+
+def test_dropout_of_the_base_is_off(tmp_path: Path) -> None:
+    zoo.build("opt", tmp_path, dropout=0.5, attention_dropout=0.5)
+    settings = Model(base=str(tmp_path), quantization="none", dtype="float32")
+    model = models.load_base(settings, "cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits, atol=0, rtol=0)
+    assert isinstance(model, nn.Module)

@@ -1,0 +1,296 @@
+"""What the stages rely on in a model, proven on this machine before any job: or a sentence that says why not.
+
+Every number that a batch, a cache or shared adapters give is compared with one forward pass for each text alone,
+without padding. What 16-bit arithmetic rounds is measured first, as the difference between an ordinary padded batch and
+single texts, and every other difference has to be of that size.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from salmon import judging, models, principles, reward_model, templates
+from salmon.adapters import uncovered
+from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, RewardModel, RewardTraining, Sampling
+from salmon.encoding import encode_prompt, read_preamble
+from salmon.errors import UserError
+from salmon.generation import _StopStrings as StopStrings
+from salmon.generation import end_tokens, generate
+from salmon.shared_base import SharedBase
+
+log = logging.getLogger(__name__)
+
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Name three rivers.",
+    "Write a short poem about a train that is late, and say at its end who was on it.",
+    "What is 17 times 3?",
+)
+NEW_TOKENS = (24, 3, 12, 7)  # sampled for each question: rows of a batch end at different times
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sections of the configuration that a model has to do with."""
+
+    model: Model
+    policy_prompt: PolicyPrompt
+    sampling: Sampling
+    judge: Judge
+    lora: Lora
+    pmp: RewardTraining
+    reward_model: RewardModel
+    ppo: Ppo
+
+
+@dataclass
+class Report:
+    """What was found: facts by the name of the check, and the sentences of those that failed."""
+
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    def check(self, name: str, function: Callable[[], dict[str, Any]]) -> bool:
+        """Run one check, and keep what it found or why it failed."""
+        try:
+            self.facts[name] = function()
+            log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in self.facts[name].items()))
+        except UserError as error:
+            self.refusals[name] = str(error)
+            log.error("%s: %s", name, error)
+        return name in self.facts
+
+    def markdown(self, title: str) -> str:
+        """The report for people."""
+        lines = [f"# {title}", ""]
+        for name, facts in self.facts.items():
+            lines += [f"## {name}: passed", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+        for name, sentence in self.refusals.items():
+            lines += [f"## {name}: refused", "", sentence, ""]
+        return "\n".join(lines)
+
+
+def check_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Report:
+    """All checks of one model, the cheap ones first; after a refusal, those that do not need what was refused."""
+    report = Report()
+    report.check("positions", lambda: positions(settings, tokenizer))
+    report.check("prompts", lambda: prompts(settings, tokenizer))
+    loaded: list[Any] = []
+
+    def weights() -> dict[str, Any]:
+        loaded.append(models.load_initial_policy(settings.model, device))
+        return {"parameters": sum(p.numel() for p in loaded[0].parameters()), "class": _name(loaded[0])}
+
+    if report.check("weights", weights):
+        report.check("ends of turns", lambda: ends_of_turns(settings, tokenizer, loaded[0]))
+        report.check("sampling", lambda: sampling(settings, tokenizer, loaded[0], device))
+        if settings.judge.model is None:
+            report.check("judging", lambda: judge(settings, tokenizer, loaded[0], device))
+        loaded.clear()
+        report.check("training", lambda: training(settings, tokenizer, device))
+    return report
+
+
+def positions(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The model reads as many tokens as the longest text of each stage has."""
+    from transformers import AutoConfig
+
+    model = settings.model
+    config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    limit = models.context_limit(config)
+    preamble = read_preamble(settings.policy_prompt)
+    around = len(encode_prompt(tokenizer, "", settings.policy_prompt, preamble))
+    wanted = {
+        "sampling.max_length": settings.sampling.max_length,
+        "judge.max_length": settings.judge.max_length,
+        "pmp.max_length": settings.pmp.max_length,
+        "reward_model.max_length": settings.reward_model.max_length,
+        "ppo.reward_max_length": settings.ppo.reward_max_length,
+        "policy template + ppo.query_length + ppo.response_length": around
+        + settings.ppo.query_length
+        + settings.ppo.response_length,
+    }
+    if settings.judge.model is not None:
+        del wanted["judge.max_length"]
+    if limit is not None and (long := {key: length for key, length in wanted.items() if length > limit}):
+        named = ", ".join(f"{key} is {length}" for key, length in long.items())
+        raise UserError(f"{named}, but {model.base} reads {limit} tokens at most; set them to that or less")
+    return {"tokens that the model reads": limit or "any number", "longest text": max(wanted.values())}
+
+
+def prompts(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The policy's prompt begins with one beginning and is not ended."""
+    preamble = read_preamble(settings.policy_prompt)
+    ids = encode_prompt(tokenizer, QUESTIONS[0], settings.policy_prompt, preamble)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and begin != end and ids.count(begin) > 1 and ids[:2] == [begin, begin]:
+        raise UserError("the prompt begins with two beginning tokens; take one out of policy_prompt.template")
+    if ids[-1] == end and not settings.policy_prompt.is_chat:
+        raise UserError(f"the policy's prompt ends with {tokenizer.eos_token}, after which nothing is said")
+    return {"tokens of a prompt": len(ids), "begins with": ids[:1] == [begin] and tokenizer.bos_token}
+
+
+def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any) -> dict[str, Any]:
+    """Whatever ends an answer can be sampled: an end token, or a stop string."""
+    ends = end_tokens(model, tokenizer)
+    for string in settings.policy_prompt.stop:
+        stops = StopStrings(tokenizer, [string])
+        ids = tokenizer(f"yes{string}", add_special_tokens=False)["input_ids"]
+        if not any(stops.complete("", ids[:count]) for count in range(1, len(ids) + 1)):
+            raise UserError(f"policy_prompt.stop: no answer can ever hold {string!r}, as this tokenizer decodes it")
+    facts = {"end tokens": ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ends))))}
+    if not settings.policy_prompt.is_chat:
+        return facts
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    variables = getattr(settings.policy_prompt, "template_variables", {})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **variables)
+    after = text.rpartition("So.")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    stopped = any(string in after for string in settings.policy_prompt.stop)
+    if not stopped and not ends & set(ids):
+        raise UserError(
+            f"in this chat template an answer ends with {after.strip()!r}, which is neither an end token of the model "
+            "nor in policy_prompt.stop: every answer would run to its limit; add it there"
+        )
+    return {**facts, "an answer's turn ends with": repr(after)}
+
+
+@torch.no_grad()
+def sampling(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
+) -> dict[str, Any]:
+    """Greedy answers of a batch whose rows end at different times are those of each prompt alone.
+
+    Held against one forward pass over each prompt and answer: every token taken has the largest logit there, up to
+    rounding.
+    """
+    preamble = read_preamble(settings.policy_prompt)
+    queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
+    answers = generate(
+        model, tokenizer, queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0, device=device
+    )
+    regret, spread = 0.0, []
+    for query, answer in zip(queries, answers, strict=True):
+        ids = torch.tensor([query + answer.tokens], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(query) - 1 : -1].double()
+        taken = logits.gather(-1, ids[0, len(query) :, None])[:, 0]
+        regret = max(regret, float((logits.amax(-1) - taken).max()))
+        spread.append(float(logits.std()))
+    limit = tolerance(settings.model, max(spread))
+    if regret > limit:
+        raise UserError(
+            f"{_name(model)}: a batch samples other tokens than each prompt alone (by {regret:.2g} in the logits, "
+            f"where rounding explains {limit:.2g}); this architecture is not supported, see docs/models.md"
+        )
+    return {"largest difference to single prompts": f"{regret:.1e} in the logits", "rounding explains": f"{limit:.1e}"}
+
+
+def judge(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device) -> dict[str, Any]:
+    """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
+    found = judging.prove(make_judge(settings, tokenizer, model, device))
+    return {**asdict(found)}
+
+
+def make_judge(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
+) -> judging.Judge:
+    """The judge of these settings."""
+    return judging.Judge(
+        model,
+        tokenizer,
+        template=templates.read(settings.judge.template),
+        principles=principles.read_judged(settings.judge.principles),
+        max_length=settings.judge.max_length,
+        device=device,
+    )
+
+
+def training(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Any]:
+    """Reward model and RL: the same scores in both, batches as single texts, gradients for all that is trained."""
+    model, lora = settings.model.model_copy(update={"adapter": None}), settings.lora
+    fresh = models.new_reward_model(model, lora, device, seed=0)
+    covered = sum(hasattr(module, "lora_A") for module in fresh.modules())
+    texts = reward_model.reward_text_tokens(
+        tokenizer,
+        templates.read(settings.ppo.template),
+        list(QUESTIONS),
+        [f"{'Because it is so, and not otherwise. ' * (1 + 3 * row)}" for row in range(len(QUESTIONS))],
+        [["The output is brief.", "The output is kind."]] * len(QUESTIONS),
+        query_length=settings.ppo.reward_query_length,
+        response_length=settings.ppo.reward_response_length,
+        max_length=settings.ppo.reward_max_length,
+        keys="ppo.reward_",
+    )
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.02)
+    alone = reward_model.score(fresh, texts, 1, device)
+    together = reward_model.score(fresh, texts, len(texts), device)
+    limit = tolerance(settings.model, float(alone.std()) + float(alone.abs().mean()))
+    _same("a batch of the reward model and its single texts", together, alone, limit)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh.save_pretrained(folder)
+        del fresh
+        shared = SharedBase(settings.model, lora, Path(folder), device, seed=0)
+    with torch.no_grad(), shared.use("reward"):
+        _same("the reward model and RL's reward", shared.rewards(texts).cpu(), alone, limit)
+    untouched = _gradients(shared, texts)
+    if untouched:
+        raise UserError(
+            f"{len(untouched)} trained weights get no gradient ({untouched[0]}, …): this architecture is not "
+            "supported, see docs/models.md"
+        )
+    return {
+        "layers with LoRA": covered,
+        "linear weights without": len(uncovered(shared.lm)),
+        "rounding explains": f"{limit:.1e}",
+        "trained parameters of RL": sum(parameter.numel() for parameter in shared.trained()),
+    }
+
+
+def _gradients(shared: SharedBase, texts: Sequence[list[int]]) -> list[str]:
+    """Names of LoRA's second matrices that get no gradient from either loss of RL."""
+    queries, responses = [text[: len(text) // 2] for text in texts[:2]], [text[len(text) // 2 :] for text in texts[:2]]
+    shared.train()
+    with shared.use("policy"):
+        shared.logprobs(queries, responses, 1.0)[0].sum().backward()
+    with shared.use("value"):
+        shared.values(queries, responses).sum().backward()
+    names = {id(parameter): name for name, parameter in shared.named_parameters()}
+    missing = [
+        names[id(parameter)]
+        for parameter in shared.trained()
+        if "lora_A" not in names[id(parameter)] and (parameter.grad is None or not parameter.grad.any())
+    ]
+    shared.zero_grad()
+    shared.eval()
+    return missing
+
+
+def _same(what: str, found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
+    """Refuse a model of which two ways to compute scores differ."""
+    difference = float((found - wanted).abs().max())
+    if not difference <= limit:
+        raise UserError(
+            f"{what} differ by {difference:.2g}, where rounding explains {limit:.2g}: this architecture is not "
+            "supported, see docs/models.md"
+        )
+
+
+def tolerance(model: Model, scale: float) -> float:
+    """What rounding may change in a number of this size, after some dozens of layers."""
+    if model.dtype == "float32" and model.quantization == "none":
+        return 1e-4 * max(scale, 1.0)
+    return 0.1 * max(scale, 1.0)
+
+
+def _name(model: Any) -> str:
+    """The class of the language model."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__

@@ -1,0 +1,138 @@
+"""Which model it is: the files of a model folder that matter, and a hash that stands for them.
+
+The rules and the data scripts use this, so torch is not imported.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from salmon.config import Model
+from salmon.errors import UserError
+
+# What a tokenizer is loaded from. The model's configuration names the tokenizer's class where nothing else does, and
+# the Python files may hold that class.
+TOKENIZER_FILES = (
+    *("config.json", "*.py", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("*vocab*.json", "vocab*.txt", "merges.txt", "bpe.codes", "*.model", "tokenizer.model.*", "*.spm", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+MODEL_FILES = (
+    *TOKENIZER_FILES,
+    *("generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
+)
+
+WHOLE = 64 << 20  # a weights file of at most so many bytes is hashed whole
+BLOCK = 64 << 10  # of a larger one, evenly spaced blocks are read,
+SPREAD = 64  # at least so many, and one for every WHOLE bytes
+EDGE = 4 << 10  # and this much at the beginning, in the middle and at the end of every tensor
+THREADS, READS = 16, 16  # readers, and reads that one of them does at a time: a network's file system takes its time
+LONGEST_HEADER = 100_000_000  # bytes, of the safetensors format
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a local model or adapter that what comes out depends on, sorted.
+
+    Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
+    adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
+    only where an adapter has no safetensors. Not the README, the manifest, metrics, logs or a trainer's state.
+    """
+    found = _matching(folder, MODEL_FILES)
+    if not any(file.suffix == ".safetensors" for file in found):
+        found |= _matching(folder, ("adapter_model.bin",))
+    return sorted(found)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those of `model_files` that a tokenizer is loaded from."""
+    return sorted(_matching(folder, TOKENIZER_FILES))
+
+
+def identify(model: Model) -> dict[str, str]:
+    """Identity of a model for manifests and fingerprints: name of the base, and of the adapter -> what it is.
+
+    A hub model is identified by its revision, `main` where none is set: pin a commit if it may move. A local folder is
+    identified by one hash of the names, sizes and contents of its `model_files`, wherever the folder is and whenever
+    its files were written. Weights are read in samples, so that 140 GB take seconds:
+
+    - seen in any case: a change of any file but the weights; of weights in files of at most 64 MiB (most adapters); of
+      a tensor's name, type, shape or place; of the size of a file or the number of files;
+    - seen of larger files: a change at the beginning, in the middle or at the end (4 KiB each) of any tensor, or in one
+      of the evenly spaced blocks of 64 KiB, one for every 64 MiB and at least 64 a file. Training, merging and
+      quantising change almost every number of a tensor, and so do not go unnoticed;
+    - not seen: an edit of a few numbers of a large tensor that lies between the samples.
+
+    Raises:
+        UserError: where a weights file is damaged.
+    """
+    names = ((model.base, model.revision), (model.adapter, model.adapter_revision))
+    return {name: _identity(name, revision, model_files) for name, revision in names if name is not None}
+
+
+def identify_tokenizer(model: Model) -> dict[str, str]:
+    """Identity of a model's tokenizer, as `identify` has it: a local one by the contents of its files."""
+    return {model.base: _identity(model.base, model.revision, tokenizer_files)}
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    """Files of a folder whose paths in it match a pattern."""
+    return {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+
+
+def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path]]) -> str:
+    """Revision of a hub model, or hash of these files of a local one."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return revision or "main"
+    digest = hashlib.sha256()
+    for file in files(folder):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash(file: Path) -> str:
+    """Hash of a file's contents: all of them, or the header and samples of a large file of weights."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size <= WHOLE or file.suffix != ".safetensors":
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        header, places = _samples(file, stream, size)
+        if hasattr(os, "posix_fadvise"):  # what lies around the samples is not read ahead
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+        def read(some: list[tuple[int, int]]) -> bytes:
+            part = hashlib.sha256()
+            for start, length in some:
+                part.update(os.pread(stream.fileno(), length, start))
+            return part.digest()
+
+        digest = hashlib.sha256(header)
+        with ThreadPoolExecutor(THREADS) as readers:
+            for part in readers.map(read, (places[i : i + READS] for i in range(0, len(places), READS))):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """Header of a safetensors file, and the samples that stand for its weights: (first byte, bytes), sorted."""
+    length = int.from_bytes(stream.read(8), "little")
+    first = 8 + length
+    try:
+        if length > LONGEST_HEADER or first > size:
+            raise ValueError("its header is too long")
+        header = stream.read(length)
+        tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        if any(not 0 <= begin <= end for begin, end in tensors) or max(end for _, end in tensors) != size - first:
+            raise ValueError("its length is not the one that its header gives")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}): copy or download it again") from error
+    count = max(SPREAD, size // WHOLE)
+    places = {(first + (size - first - BLOCK) * step // (count - 1), BLOCK) for step in range(count)}
+    for begin, end in tensors:
+        sample = min(EDGE, end - begin)
+        places |= {(first + start, sample) for start in (begin, (begin + end - sample) // 2, end - sample)}
+    return header, sorted(places)
