@@ -112,11 +112,11 @@ def test_variables_reach_the_chat_template() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"template": "policy.txt", "template_variables": {"x": 1}}, "set template to `chat`"),
+        ({"template": "policy.txt", "template_variables": {"x": 1}}, "template to `chat`"),
         ({"template": "chat", "template_variables": {"tokenize": True}}, "tokenize cannot be set"),
         ({"template": "chat", "template_variables": {"not a name": 1}}, "not a name cannot be set"),
         ({"template": "chat", "template_variables": {"x": [1]}}, "template_variables"),
-        ({"template": "chat", "thinking": ["<t>", "<t>"]}, "two different markers"),
+        ({"template": "chat", "thinking": ["<t>", "<t>"]}, "markers have to differ"),
         ({"template": "chat", "thinking": ["<t>"]}, "thinking"),
         ({"template": "chat", "thinking": ["", "<t>"]}, "thinking"),
     ],

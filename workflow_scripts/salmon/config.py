@@ -157,9 +157,9 @@ class PolicyPrompt(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.template_variables and not self.is_chat:
-            raise ValueError("template_variables are for the tokenizer's chat template; set template to `chat`")
+            raise in_field("template_variables", "these are for a chat template; set {section}.template to `chat`")
         if self.thinking and self.thinking[0] == self.thinking[1]:
-            raise ValueError("thinking needs two different markers")
+            raise in_field("thinking", "the markers have to differ")
         return self
 
     @property
@@ -222,7 +222,28 @@ class Sampling(Section):
         return seeds
 
 
-class Judge(Section):
+class Scored(Section):
+    """How a model that scores reads its template."""
+
+    format: Literal["text", "chat"] = Field(
+        "text", description="`text`: the file as it is; `chat`: its parts as turns of the tokenizer's chat template"
+    )
+    template_variables: TemplateVariables = Field(
+        {}, description="what the chat template is given besides, such as `{enable_thinking: false}`"
+    )
+
+    @model_validator(mode="after")
+    def _variables_fit(self) -> Self:
+        if self.template_variables and self.format != "chat":
+            raise in_field("template_variables", "these are for a chat template; set {section}.format to `chat`")
+        return self
+
+
+class Scoring(Scored):
+    """How the reward model reads its texts, in pre-training, training and RL alike."""
+
+
+class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")

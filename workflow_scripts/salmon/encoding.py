@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
-from salmon.config import PolicyPrompt
+from salmon.config import PolicyPrompt, Scored
 from salmon.errors import UserError
 
 SENTINEL = "\ufdd0"
@@ -158,6 +159,70 @@ def encode_prompt(
     """
     text = _prompt_text(tokenizer, instruction, prompt, preamble)
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A template of a model that scores.
+
+    Attributes:
+        text: with slots.
+        is_chat: whether it is a chat already, with the special tokens of one.
+    """
+
+    text: str
+    is_chat: bool = False
+
+    @classmethod
+    def of(cls, template: "str | Template") -> "Template":
+        """Plain text is a template that is no chat."""
+        return cls(template) if isinstance(template, str) else template
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, filled: Sequence[str]) -> list[list[int]]:
+        """Token ids of filled texts of this template."""
+        return tokenize(tokenizer, filled, add_special_tokens=not self.is_chat)
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Scored, key: str) -> Template:
+    """The template of a model that scores, as a chat where the settings say so.
+
+    It becomes a chat before it is filled, so that neither the chat template nor what it strips touches the values, and
+    that filled texts are cut, packed and counted as any others.
+
+    Args:
+        tokenizer: of the model.
+        file: of the template.
+        form: its format, and the variables of the chat template.
+        key: of the format in the configuration, for messages.
+
+    Raises:
+        UserError: where the file cannot be read, the tokenizer has no chat template, or one does not take it.
+    """
+    text = templates.read(file)
+    if form.format == "text":
+        return Template(text)
+    if not tokenizer.chat_template:
+        raise UserError(f"{key} is `chat`, but the tokenizer has no chat template; set it to `text`")
+    try:
+        system, user, begun = templates.turns(text)
+    except UserError as error:
+        raise UserError(f"{key} is `chat`, but template {file} does not fit: {error}") from None
+    reason = ""
+    # Some chat templates refuse a system's turn, or leave it out.
+    joined = f"{system}\n\n{user}" if system else user
+    for parts in ({"system": system, "user": user}, {"user": joined}) if system else ({"user": user},):
+        try:
+            chat = _render(tokenizer, parts, form.template_variables)
+        except _RefusedError as error:
+            reason = str(error)
+            continue
+        if all(part.strip() in chat for part in parts.values()):
+            return Template(chat + begun, is_chat=True)
+        reason = "it changes the text"
+    raise UserError(
+        f"{key} is `chat`, but the tokenizer's chat template does not take {file} ({reason}); check the variables "
+        f"beside it, or set {key} to `text`"
+    )
 
 
 def read_preamble(prompt: PolicyPrompt) -> str:

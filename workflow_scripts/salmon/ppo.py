@@ -22,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checkpoints, distributed, ppo_math, stopping, templates
+from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import WorkFolder, atomic
 from salmon.batching import batches
-from salmon.config import PolicyPrompt, Ppo
-from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble
+from salmon.config import PolicyPrompt, Ppo, Scoring
+from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble, read_template
 from salmon.errors import UserError
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
@@ -39,6 +39,7 @@ from salmon.text import join_instruction
 log = logging.getLogger(__name__)
 
 _UNSET = torch.empty(0)
+DOCUMENT = Scoring()
 
 
 @dataclass(slots=True)
@@ -187,11 +188,12 @@ def score(
     step: int,
     settings: Ppo,
     batch_size: int,
+    scoring: Scoring = DOCUMENT,
 ) -> None:
     """The reward model's scores under principles drawn for each rollout, and the shaped rewards of the responses."""
     if not rollouts:
         return
-    template = templates.read(settings.template)
+    template = read_template(tokenizer, settings.template, scoring, "scoring.format")
     drawn = [
         draw_principles(
             principles,
@@ -424,6 +426,7 @@ def train(
     policy_prompt: PolicyPrompt,
     work: WorkFolder,
     *,
+    scoring: Scoring = DOCUMENT,
     scoring_batch_size: int,
     micro_batch_size: int,
 ) -> None:
@@ -437,6 +440,7 @@ def train(
         prompts: prompt_id, instruction, input, question_type, length_bonus.
         principles: to draw from, with their weights.
         work: opened with the fingerprint of this run.
+        scoring: how the reward model reads its texts.
         scoring_batch_size: rollouts scored at once on a rank (hardware).
         micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
 
@@ -455,7 +459,7 @@ def train(
         # 2. Measure them: log probabilities of policy and reference, values.
         measure(shared, rollouts, settings.temperature, micro_batch_size)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
-        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size)
+        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size, scoring)
         # 4. Advantages and returns.
         estimate_advantages(rollouts, settings)
         measured = time.monotonic()
