@@ -23,10 +23,6 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-# What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
-TOKENIZER = settings.model.model_dump_json(include={"base", "revision", "trust_remote_code"})
-
-
 def local_files(paths):
     """Those of the paths, hub ids and nulls that are local: inputs of a rule."""
     return [path for path in paths if path and is_local(path)]
@@ -64,6 +60,23 @@ def files_of(model, files=model_files):
 def initial_policy():
     """Files of the base model and the initial policy's adapter."""
     return files_of(settings.model.base) + files_of(settings.model.adapter)
+
+
+def own_tokenizer():
+    """The initial policy's adapter, unless it is a local one without a tokenizer or chat template of its own."""
+    adapter = settings.model.adapter
+    without = adapter and Path(adapter).is_dir() and not tokenizer_files(Path(adapter))
+    return None if without else adapter
+
+
+# What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
+_NAMED = {"base", "revision", "trust_remote_code"} | ({"adapter", "adapter_revision"} if own_tokenizer() else set())
+TOKENIZER = settings.model.model_dump_json(include=_NAMED)
+
+
+def tokenizer():
+    """Files of the initial policy's tokenizer."""
+    return files_of(settings.model.base, tokenizer_files) + files_of(own_tokenizer(), tokenizer_files)
 
 
 # The model that judges, and its files.

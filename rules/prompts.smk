@@ -23,7 +23,7 @@ rule clean_prompts:
 rule clean_rl_prompts:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).rl_prompts.sources),
-        tokenizer=files_of(settings.model.base, tokenizer_files),
+        tokenizer=tokenizer(),
     output:
         table="<results>/{home}prompts/rl.parquet",
         manifest="<results>/{home}prompts/rl.manifest.json",

@@ -26,6 +26,7 @@ rule train_reward_model:
         init=pmp_model,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
         model=files_of(settings.model.base),
+        tokenizer=files_of(own_tokenizer(), tokenizer_files),
         checked=CHECKED,
     output:
         directory("<results>/{home}models/reward_model"),
@@ -48,13 +49,15 @@ rule train_reward_model:
         init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
+        tokenizer=TOKENIZER,
         scoring=settings.scoring.model_dump_json(),
         stage="reward-model",
         settings=lambda wildcards: run_settings(wildcards).reward_model.model_dump_json(exclude={"init"}),
     shell:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
-        " --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
+        " --tokenizer {params.tokenizer:q} --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q}"
+        " --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
 
 
@@ -65,6 +68,7 @@ use rule train_reward_model as train_pmp with:
         init=[],
         template=lambda wildcards: run_settings(wildcards).pmp.template,
         model=files_of(settings.model.base),
+        tokenizer=files_of(own_tokenizer(), tokenizer_files),
         checked=CHECKED,
     output:
         directory("<results>/{home}models/pmp"),
@@ -76,6 +80,7 @@ use rule train_reward_model as train_pmp with:
         init="",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
+        tokenizer=TOKENIZER,
         scoring=settings.scoring.model_dump_json(),
         stage="pmp",
         settings=lambda wildcards: run_settings(wildcards).pmp.model_dump_json(),

@@ -49,6 +49,7 @@ class Arguments(script.Arguments):
     output: Path = Field(description="folder of the reward model: adapter, head, metrics.json, manifest.json")
     init: Path | None = Field(None, description="reward model to start from; without it, a fresh adapter and head")
     model: Model = Field(description="section of the configuration")
+    tokenizer: Model | None = Field(None, description="model whose tokenizer is used; without it, that of `model`")
     lora: Lora = Field(Lora(), description="section of the configuration")
     pmp: RewardTraining | None = Field(None, description="section of the configuration; or")
     reward_model: RewardModel | None = Field(None, description="that of the principle-following stage")
@@ -126,7 +127,7 @@ def main(arguments: Arguments) -> None:
     if arguments.deepspeed:
         distributed.init_deepspeed(device)
     settings, stage = arguments.settings, arguments.stage
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     template = read_template(arguments, tokenizer)
     records, counts = reward_model.read_records(arguments.records)
     check_slots(arguments, template.text, records)
@@ -237,7 +238,8 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
         arguments.settings.template,
         *([arguments.init] if arguments.init else []),
     ]
-    inputs = artifacts.hash_inputs(paths) | identity.identify(arguments.model)
+    tokenizer = identity.identify_tokenizer(arguments.tokenizer or arguments.model)
+    inputs = artifacts.hash_inputs(paths) | tokenizer | identity.identify(arguments.model)
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
     layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""

@@ -89,7 +89,10 @@ class Model(Section):
 
     base: str = Field(description="hub id or local folder of the base model")
     revision: str | None = Field(None, description="commit, tag or branch on the hub; a commit for a frozen run")
-    adapter: str | None = Field(None, description="LoRA adapter of the initial policy: hub id, local folder or null")
+    adapter: str | None = Field(
+        None,
+        description="LoRA adapter of the initial policy, and its tokenizer if it has one: hub id, folder or null",
+    )
     adapter_revision: str | None = Field(None, description="commit, tag or branch of the adapter")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, double quantised, or none")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of weights and computation")

@@ -75,7 +75,8 @@ def identify(model: Model) -> dict[str, str]:
 
 def identify_tokenizer(model: Model) -> dict[str, str]:
     """Identity of a model's tokenizer, as `identify` has it: a local one by the contents of its files."""
-    return {model.base: _identity(model.base, model.revision, tokenizer_files)}
+    names = ((model.base, model.revision), (model.adapter, model.adapter_revision))
+    return {name: _identity(name, revision, tokenizer_files) for name, revision in names if name is not None}
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:

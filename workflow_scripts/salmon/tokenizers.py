@@ -1,12 +1,17 @@
 """The model's tokenizer. Apart from `models`, because the data rules do without torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from salmon.config import Model, is_local
 from salmon.errors import UserError
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+"""A folder with one of these has a tokenizer of its own."""
 
 
 def check_folder(name: str, key: str) -> None:
@@ -16,28 +21,78 @@ def check_folder(name: str, key: str) -> None:
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The tokenizer of the base model, padding on the left, with a padding token in any case.
+    """The tokenizer of the initial policy, padding on the left, with a padding token in any case.
 
-    Where a model has none, its unknown token pads (Llama-2), else its end token; masks, never token ids,
+    It is the adapter's own where the adapter comes with one, because the adapter was trained with its chat template and
+    special tokens; else the base model's, with the adapter's chat template if it has that alone.
+
+    Where a model has no padding token, its unknown token pads (Llama-2), else its end token; masks, never token ids,
     decide what counts, so a padding token that also has a meaning is harmless.
 
     Raises:
-        UserError: where it cannot be loaded, or has no end token.
+        UserError: where it cannot be loaded, has no end token, or the adapter's has another vocabulary.
     """
     check_folder(model.base, "model.base")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the tokenizer of {model.base} cannot be loaded: {reason}. Check model.base and model.revision; a gated "
-            "model also needs a login on the hub, and a machine without network a copy in the cache or a local folder."
-        ) from error
+    tokenizer = _load(model, model.base, model.revision, "model.base and model.revision")
+    if model.adapter:
+        check_folder(model.adapter, "model.adapter")
+        tokenizer = _with_adapter(model, model.adapter, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model.base} has no end token; without one no response can end")
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _load(model: Model, name: str, revision: str | None, named: str) -> Any:
+    """The tokenizer of a folder or hub model."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {reason}. Check {named}; a gated model also needs a login on "
+            "the hub, and a machine without network a copy in the cache or a local folder."
+        ) from error
+
+
+def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
+    """The adapter's tokenizer, or the base's with the adapter's chat template."""
+    if any(_file(adapter, model.adapter_revision, name) for name in VOCABULARIES):
+        own = _load(model, adapter, model.adapter_revision, "model.adapter and model.adapter_revision")
+        _check_vocabulary(model, own.get_vocab(), base.get_vocab())
+        # Where only the base has a chat template, the adapter was trained with that or with none.
+        own.chat_template = own.chat_template or base.chat_template
+        return own
+    if template := _file(adapter, model.adapter_revision, "chat_template.jinja"):
+        base.chat_template = template.read_text(encoding="utf-8")
+    elif settings := _file(adapter, model.adapter_revision, "tokenizer_config.json"):
+        base.chat_template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template", base.chat_template)
+    return base
+
+
+def _file(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of a folder, or of a hub model if it can be had; None where there is none."""
+    if Path(name).is_dir():
+        found = Path(name) / file
+        return found if found.is_file() else None
+    missing = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    cached = cached_file(
+        name, file, revision=revision, **{f"_raise_exceptions_for_{what}": value for what, value in missing.items()}
+    )
+    return None if cached is None else Path(cached)
+
+
+def _check_vocabulary(model: Model, own: dict[str, int], base: dict[str, int]) -> None:
+    """Refuse an adapter whose tokens are not the base model's."""
+    if own == base:
+        return
+    others = sorted(token for token in own.keys() | base.keys() if own.get(token) != base.get(token))
+    raise UserError(
+        f"the tokenizer of the adapter {model.adapter} has {len(own)} tokens and that of {model.base} {len(base)}; "
+        f"{len(others)} of them differ, such as {others[0]!r}. An adapter is used with the vocabulary of its base. "
+        "Merge it into the base, with the embeddings that it was trained with, save model and tokenizer in one folder "
+        "and set model.base to that; or, if it was trained with the base's tokens alone, delete the tokenizer from its "
+        "folder"
+    )
