@@ -15,17 +15,18 @@ ROOT = Path(__file__).parents[1]
 
 # Rule -> rules it needs directly; each target below is one rule and all that it rests on.
 PARENTS = {
+    "check_model": [],
     "clean_prompts": [],
-    "sample_responses": ["clean_prompts"],
+    "sample_responses": ["clean_prompts", "check_model"],
     "gather_responses": ["sample_responses"],
-    "judge_preferences": ["gather_responses"],
+    "judge_preferences": ["gather_responses", "check_model"],
     "gather_preferences": ["judge_preferences"],
     "aggregate_preferences": ["gather_preferences", "gather_responses"],
     "clean_pmp_data": [],
-    "train_pmp": ["clean_pmp_data"],
-    "train_reward_model": ["train_pmp", "aggregate_preferences"],
+    "train_pmp": ["clean_pmp_data", "check_model"],
+    "train_reward_model": ["train_pmp", "aggregate_preferences", "check_model"],
     "clean_rl_prompts": [],
-    "train_policy": ["clean_rl_prompts", "train_reward_model"],
+    "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
 TARGETS = {
     "prompts": "clean_prompts",
