@@ -36,7 +36,6 @@ from salmon import (  # noqa: E402
     randomness,
     reward_model,
     script,
-    templates,
 )
 from salmon.errors import UserError  # noqa: E402
 from salmon.judging import Judge, Pair  # noqa: E402
@@ -60,6 +59,7 @@ class Arguments(script.Arguments):
     aggregation: config.Aggregation
     ppo: config.Ppo
     reward_settings: config.RewardModel | None = Field(None, description="section reward_model")
+    scoring: config.Scoring = Field(config.Scoring(), description="section of the configuration")
     reward_model: Path | None = Field(None, description="folder of the reward model")
     pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
@@ -139,10 +139,16 @@ class RewardReader:
     """Scores pairs by a reward model."""
 
     def __init__(
-        self, folder: Path, model: config.Model, settings: config.RewardModel, tokenizer: Any, device: torch.device
+        self,
+        folder: Path,
+        model: config.Model,
+        settings: config.RewardModel,
+        scoring: config.Scoring,
+        tokenizer: Any,
+        device: torch.device,
     ) -> None:
         self.settings = settings
-        self.template = templates.read(settings.template)
+        self.template = encoding.read_template(tokenizer, settings.template, scoring, "scoring.format")
         self.tokenizer, self.device = tokenizer, device
         self.model = models.load_reward_model(model, folder, device, trainable=False)
 
@@ -303,7 +309,7 @@ def measure_judge(
     judge = Judge(
         model,
         tokenizer,
-        template=templates.read(arguments.judge.template),
+        template=encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format"),
         principles=judged,
         max_length=arguments.judge.max_length,
         device=next(model.parameters()).device,
@@ -360,7 +366,9 @@ def main(arguments: Arguments) -> None:
             if folder is None:
                 continue
             inputs[str(folder)] = artifacts.hash_path(folder)
-            reader = RewardReader(folder, arguments.model, arguments.reward_settings, tokenizer, device)
+            reader = RewardReader(
+                folder, arguments.model, arguments.reward_settings, arguments.scoring, tokenizer, device
+            )
             results[name] = reward_accuracy(reader, used, judged)
             for kind in ("plain", "negated", "flips"):
                 log.info("%s, %s: %s", name, kind, {one: round(each[kind], 2) for one, each in results[name].items()})

@@ -69,6 +69,7 @@ rule evaluate_demo:
         aggregation=settings.aggregation.model_dump_json(),
         ppo=settings.ppo.model_dump_json(),
         reward_settings=settings.reward_model.model_dump_json(),
+        scoring=settings.scoring.model_dump_json(),
         pmp=lambda wildcards, input: input.pmp or "null",
         policies=lambda wildcards, input: json.dumps(input.policies),
         seed=settings.seed,
@@ -76,5 +77,5 @@ rule evaluate_demo:
         "python demo/evaluate_demo.py --output {output:q} --model {params.model:q}"
         " --policy-prompt {params.policy_prompt:q} --judge {params.judge:q} --aggregation {params.aggregation:q}"
         " --ppo {params.ppo:q} --reward-settings {params.reward_settings:q} --reward-model {input.reward_model:q}"
-        " --pmp {params.pmp:q}"
+        " --scoring {params.scoring:q} --pmp {params.pmp:q}"
         " --policies {params.policies:q} --seed {params.seed} --threads {threads} > {log:q} 2>&1"

@@ -33,8 +33,9 @@ rule check_model:
         pmp=settings.pmp.model_dump_json(),
         reward_model=settings.reward_model.model_dump_json(),
         ppo=settings.ppo.model_dump_json(),
+        scoring=settings.scoring.model_dump_json(),
     shell:
         "python workflow_scripts/check_model.py"
         " --output {output:q} --model {params.model:q} --policy-prompt {params.policy_prompt:q}"
         " --sampling {params.sampling:q} --judge {params.judge:q} --lora {params.lora:q} --pmp {params.pmp:q}"
-        " --reward-model {params.reward_model:q} --ppo {params.ppo:q} --device {resources.device} > {log:q} 2>&1"
+        " --reward-model {params.reward_model:q} --ppo {params.ppo:q} --scoring {params.scoring:q} --device {resources.device} > {log:q} 2>&1"

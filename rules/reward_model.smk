@@ -48,12 +48,13 @@ rule train_reward_model:
         init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
+        scoring=settings.scoring.model_dump_json(),
         stage="reward-model",
         settings=lambda wildcards: run_settings(wildcards).reward_model.model_dump_json(exclude={"init"}),
     shell:
         "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
-        " --lora {params.lora:q} --{params.stage} {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
+        " --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q} --micro-batch-size {resources.micro_batch_size}"
         " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
 
 
@@ -75,5 +76,6 @@ use rule train_reward_model as train_pmp with:
         init="",
         model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
         lora=settings.lora.model_dump_json(),
+        scoring=settings.scoring.model_dump_json(),
         stage="pmp",
         settings=lambda wildcards: run_settings(wildcards).pmp.model_dump_json(),

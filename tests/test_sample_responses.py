@@ -99,7 +99,7 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
         assert row["prompt_tokens"] + row["response_tokens"] <= 100
     reasons = dict(found["finish_reason"].value_counts().iter_rows())
     assert reasons["prompt_too_long"] == 1
-    assert counts(work) == {"rows": 7, **reasons}
+    assert counts(work) == {"rows": 7, **reasons, "thinking_cut": 0}
     assert not (work / ".work").exists()
 
 

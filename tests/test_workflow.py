@@ -126,7 +126,7 @@ def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> No
 def test_other_targets_can_be_set(tmp_path: Path) -> None:
     run = snakemake("-n", *elsewhere(tmp_path), "targets=[pmp,prompts]")
     assert run.returncode == 0, run.stderr
-    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "all"}
+    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "check_model", "all"}
 
 
 def test_an_unknown_run_is_named(tmp_path: Path) -> None:

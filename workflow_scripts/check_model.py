@@ -19,7 +19,7 @@ class Arguments(script.Arguments):
     """Prove what the stages rely on in a model, or refuse it. By hand, only --model and --output are needed."""
 
     output: Path = Field(description="folder of the report: report.json, report.md")
-    model: config.Model = Field(description="section of the configuration, like the next seven")
+    model: config.Model = Field(description="section of the configuration, like the next eight")
     policy_prompt: config.PolicyPrompt = config.PolicyPrompt(template="prompts/templates/policy.txt")
     sampling: config.Sampling = config.Sampling()
     judge: config.Judge = config.Judge(
@@ -43,6 +43,7 @@ class Arguments(script.Arguments):
     ppo: config.Ppo = config.Ppo(
         template="prompts/templates/reward_model_rl.txt", principles="prompts/principles/rl.json"
     )
+    scoring: config.Scoring = config.Scoring()
     device: Literal["auto", "cpu"] = Field(
         "auto", description="hardware: the GPU, if there is one; or the CPU, for a model that does not fit one GPU"
     )

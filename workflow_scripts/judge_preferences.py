@@ -15,6 +15,7 @@ from salmon import (
     artifacts,
     config,
     distributed,
+    encoding,
     identity,
     judging,
     models,
@@ -23,7 +24,6 @@ from salmon import (
     script,
     shards,
     tables,
-    templates,
 )
 from salmon.config import Model
 from salmon.errors import UserError
@@ -54,7 +54,6 @@ def main(arguments: Arguments) -> None:
     device = distributed.init()
     settings, inputs = identify(arguments)
     judged = principles.read_judged(arguments.principles)
-    template = templates.read(arguments.judge.template)
     table = read_shard(arguments)
     pairs, counts = select_pairs(table, arguments.judge)
 
@@ -64,10 +63,11 @@ def main(arguments: Arguments) -> None:
     if left:
         # The judge says token by token what may be seen, which flash attention does not take.
         attention = "eager" if arguments.model.attention == "eager" else "sdpa"
+        tokenizer = load_tokenizer(arguments.model)
+        template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
         judging_model = arguments.model.model_copy(update={"attention": attention})
         model = models.load_initial_policy(judging_model, device, together=arguments.tensor_parallel)
         models.check_context(model, arguments.judge.max_length, "judge.max_length")
-        tokenizer = load_tokenizer(arguments.model)
         judge = Judge(
             model,
             tokenizer,

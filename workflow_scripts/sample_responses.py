@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from salmon import artifacts, distributed, encoding, identity, models, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.randomness import seed_of
-from salmon.sampling import Ranks, Sampler, TransformersSampler
+from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer
@@ -50,10 +50,14 @@ def main(arguments: Arguments) -> None:
     settings, inputs = identify(arguments)
     work = artifacts.WorkFolder(arguments.output)
     fingerprint = artifacts.fingerprint(settings, inputs)
-    left = resuming.left_to_do(work, fingerprint, table["prompt_id"].to_list(), RESPONSES.schema)
+    schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
+    left = resuming.left_to_do(work, fingerprint, table["prompt_id"].to_list(), schema)
     left = [row for row in left if len(prompts[row]) < sampling.max_length]
     if left:
         sampler = load_sampler(arguments, tokenizer, device)
+
+    preamble = encoding.read_preamble(arguments.policy_prompt)
+    begun = encoding.begins_thinking(tokenizer, arguments.policy_prompt, preamble)
 
     def sample(rows: list[int]) -> pl.DataFrame:
         batch = table[rows]
@@ -65,11 +69,14 @@ def main(arguments: Arguments) -> None:
             top_p=sampling.top_p,
             stop=arguments.policy_prompt.stop,
         )
+        markers = arguments.policy_prompt.thinking
+        answers = [without_thinking(tokenizer, each, markers, begun=begun) for each in generations]
         return batch.with_columns(
-            pl.Series("response", [each.text for each in generations], pl.String),
+            pl.Series("response", [text for text, _ in answers], pl.String),
             pl.Series("finish_reason", [each.finish_reason for each in generations], pl.String),
             pl.Series("response_tokens", [len(each.tokens) for each in generations], pl.Int32),
-        ).select(list(RESPONSES.columns))
+            pl.Series("thinking_cut", [cut for _, cut in answers], pl.Boolean),
+        ).select(list(schema))
 
     resuming.run_batches(
         work,
@@ -80,8 +87,10 @@ def main(arguments: Arguments) -> None:
         together=arguments.tensor_parallel,
     )
     if distributed.is_main():
-        responses = join(table, work.read_parts(RESPONSES.schema), sampling.max_length)
+        sampled = work.read_parts(schema)
+        responses = join(table, sampled.drop("thinking_cut"), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
+        counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
         resuming.write_shard(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
     distributed.leave()
 

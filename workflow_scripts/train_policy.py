@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import distributed, ppo, script, stopping, tables, templates
 from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_inputs, manifest, manifest_path, write_json
-from salmon.config import Lora, Model, PolicyPrompt, Ppo
+from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
 from salmon.identity import identify
@@ -42,6 +42,7 @@ class Arguments(script.Arguments):
     lora: Lora
     policy_prompt: PolicyPrompt
     ppo: Ppo
+    scoring: Scoring = Scoring()
     sampling_batch_size: int = Field(32, ge=1, description="rollouts sampled at once on a GPU (hardware)")
     micro_batch_size: int = Field(2, ge=1, description="rollouts of a backward pass on a GPU (hardware)")
     deepspeed: Path | None = Field(None, description="DeepSpeed configuration, ZeRO-2 or ZeRO-3 (hardware)")
@@ -56,6 +57,7 @@ def main(args: Arguments) -> None:
     prompts, counts = read_prompts(args, tokenizer)
     principles = read_principles(args)
     settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
+    settings["scoring"] = args.scoring
     files: list[Path | str] = [
         args.prompts,
         args.reward_model,
@@ -98,6 +100,7 @@ def main(args: Arguments) -> None:
         args.ppo,
         args.policy_prompt,
         work,
+        scoring=args.scoring,
         scoring_batch_size=args.sampling_batch_size,
         micro_batch_size=args.micro_batch_size,
     )

@@ -18,12 +18,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from pydantic import Field, model_validator
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from salmon import (
     artifacts,
     checkpoints,
     distributed,
+    encoding,
     identity,
     models,
     optimization,
@@ -32,7 +33,8 @@ from salmon import (
     stopping,
     templates,
 )
-from salmon.config import Lora, Model, RewardModel, RewardTraining
+from salmon.config import Lora, Model, RewardModel, RewardTraining, Scoring
+from salmon.encoding import Template
 from salmon.errors import UserError
 from salmon.models import check_context
 from salmon.tokenizers import load_tokenizer
@@ -50,6 +52,7 @@ class Arguments(script.Arguments):
     lora: Lora = Field(Lora(), description="section of the configuration")
     pmp: RewardTraining | None = Field(None, description="section of the configuration; or")
     reward_model: RewardModel | None = Field(None, description="that of the principle-following stage")
+    scoring: Scoring = Field(Scoring(), description="section of the configuration")
     micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
@@ -123,10 +126,10 @@ def main(arguments: Arguments) -> None:
     if arguments.deepspeed:
         distributed.init_deepspeed(device)
     settings, stage = arguments.settings, arguments.stage
-    template = read_template(arguments)
     tokenizer = load_tokenizer(arguments.model)
+    template = read_template(arguments, tokenizer)
     records, counts = reward_model.read_records(arguments.records)
-    check_slots(arguments, template, records)
+    check_slots(arguments, template.text, records)
     train, held = reward_model.split(records, settings.eval_examples, settings.seed)
     lengths = train.select(
         length=sum(pl.col(name).str.len_bytes() for name in ("instruction", "input"))
@@ -190,10 +193,10 @@ def main(arguments: Arguments) -> None:
     distributed.leave()
 
 
-def read_template(arguments: Arguments) -> str:
+def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template, with the slots that any reward model needs."""
-    template = templates.read(arguments.settings.template)
-    missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template)]
+    template = encoding.read_template(tokenizer, arguments.settings.template, arguments.scoring, "scoring.format")
+    missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template.text)]
     if missing:
         raise UserError(f"{arguments.stage}.template {arguments.settings.template} has no slot {{{missing[0]}}}")
     return template
@@ -226,6 +229,7 @@ def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, 
     settings = {
         "model": arguments.model,
         "lora": arguments.lora,
+        "scoring": arguments.scoring,
         arguments.stage: arguments.settings.model_dump(mode="json", exclude={"init"}),
     }
     paths: list[Path | str] = [

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from salmon import judging, models, principles, reward_model, templates
+from salmon import judging, models, principles, reward_model
 from salmon.adapters import uncovered
-from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, RewardModel, RewardTraining, Sampling
-from salmon.encoding import encode_prompt, read_preamble
+from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, RewardModel, RewardTraining, Sampling, Scoring
+from salmon.encoding import encode_prompt, read_preamble, read_template
 from salmon.errors import UserError
 from salmon.generation import StopStrings, end_tokens
 from salmon.sampling import TransformersSampler
@@ -47,6 +47,7 @@ class Settings:
     pmp: RewardTraining
     reward_model: RewardModel
     ppo: Ppo
+    scoring: Scoring
 
 
 @dataclass
@@ -203,7 +204,7 @@ def make_judge(
     return judging.Judge(
         model,
         tokenizer,
-        template=templates.read(settings.judge.template),
+        template=read_template(tokenizer, settings.judge.template, settings.judge, "judge.format"),
         principles=principles.read_judged(settings.judge.principles),
         max_length=settings.judge.max_length,
         device=device,
@@ -217,7 +218,7 @@ def training(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: tor
     covered = sum(hasattr(module, "lora_A") for module in fresh.modules())
     texts = reward_model.reward_text_tokens(
         tokenizer,
-        templates.read(settings.ppo.template),
+        read_template(tokenizer, settings.ppo.template, settings.scoring, "scoring.format"),
         list(QUESTIONS),
         [f"{'Because it is so, and not otherwise. ' * (1 + 3 * row)}" for row in range(len(QUESTIONS))],
         [["The output is brief.", "The output is kind."]] * len(QUESTIONS),

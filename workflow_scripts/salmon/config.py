@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -31,6 +32,22 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Marker = Annotated[str, Field(min_length=1)]
+# What transformers gives a chat template itself, or takes for an option.
+_RESERVED_VARIABLES = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
+    | {"continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask"}
+)
+
+
+def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Refuse names that a chat template cannot be given."""
+    if wrong := sorted(name for name in variables if not name.isidentifier() or name in _RESERVED_VARIABLES):
+        raise ValueError(f"{', '.join(wrong)} cannot be set; a variable has a name of letters that is not used already")
+    return variables
+
+
+TemplateVariables = Annotated[dict[str, str | int | float | bool | None], AfterValidator(_check_variables)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,22 @@ class PolicyPrompt(Section):
         description="preamble file that ends with the user's turn marker, or `chat` for the tokenizer's"
     )
     assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
+    template_variables: TemplateVariables = Field(
+        {}, description="what the tokenizer's chat template is given besides, such as `{enable_thinking: false}`"
+    )
     stop: list[Marker] = Field(["\n### User\n"], description="an answer ends before the first of these, or at EOS")
+    thinking: tuple[Marker, Marker] | None = Field(
+        ("<think>", "</think>"),
+        description="markers that open and close thinking, which is cut out of answers before they are read; or null",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.template_variables and not self.is_chat:
+            raise in_field("template_variables", "these are for a chat template; set {section}.template to `chat`")
+        if self.thinking and self.thinking[0] == self.thinking[1]:
+            raise in_field("thinking", "the markers have to differ")
+        return self
 
     @property
     def is_chat(self) -> bool:
@@ -190,7 +222,28 @@ class Sampling(Section):
         return seeds
 
 
-class Judge(Section):
+class Scored(Section):
+    """How a model that scores reads its template."""
+
+    format: Literal["text", "chat"] = Field(
+        "text", description="`text`: the file as it is; `chat`: its parts as turns of the tokenizer's chat template"
+    )
+    template_variables: TemplateVariables = Field(
+        {}, description="what the chat template is given besides, such as `{enable_thinking: false}`"
+    )
+
+    @model_validator(mode="after")
+    def _variables_fit(self) -> Self:
+        if self.template_variables and self.format != "chat":
+            raise in_field("template_variables", "these are for a chat template; set {section}.format to `chat`")
+        return self
+
+
+class Scoring(Scored):
+    """How the reward model reads its texts, in pre-training, training and RL alike."""
+
+
+class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")

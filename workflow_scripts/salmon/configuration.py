@@ -25,6 +25,7 @@ from salmon.config import (
     RewardTraining,
     RlPrompts,
     Sampling,
+    Scoring,
     Section,
     is_local,
 )
@@ -89,6 +90,7 @@ class Config(Section):
     aggregation: Aggregation = Field(description="judgements to reward-model records")
     pmp_data: PmpData = Field(description="human preferences for pre-training")
     lora: Lora = Field(description="every adapter that is trained")
+    scoring: Scoring = Field(Scoring(), description="how the reward model reads its texts, in all stages")
     pmp: RewardTraining = Field(description="pre-training of the reward model")
     reward_model: RewardModel = Field(description="the reward model's principle-following stage")
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")

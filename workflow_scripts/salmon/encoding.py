@@ -14,11 +14,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
-from salmon.config import PolicyPrompt
+from salmon.config import PolicyPrompt, Scored
 from salmon.errors import UserError
 
 SENTINEL = "\ufdd0"
@@ -120,6 +122,20 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     return rows
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """The tokens that decoding drops, by their text."""
+    return _traits(tokenizer).special
+
+
+def begins_thinking(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> bool:
+    """Whether the policy's prompt ends inside of thinking, which the response then goes on with."""
+    if prompt.thinking is None:
+        return False
+    opening, closing = prompt.thinking
+    text = _prompt_text(tokenizer, "", prompt, preamble)
+    return text.rfind(opening) > text.rfind(closing)
+
+
 def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
     """The first special token that a text names, and at which character it begins; None where it names none."""
     special = _traits(tokenizer).special
@@ -145,6 +161,70 @@ def encode_prompt(
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A template of a model that scores.
+
+    Attributes:
+        text: with slots.
+        is_chat: whether it is a chat already, with the special tokens of one.
+    """
+
+    text: str
+    is_chat: bool = False
+
+    @classmethod
+    def of(cls, template: "str | Template") -> "Template":
+        """Plain text is a template that is no chat."""
+        return cls(template) if isinstance(template, str) else template
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, filled: Sequence[str]) -> list[list[int]]:
+        """Token ids of filled texts of this template."""
+        return tokenize(tokenizer, filled, add_special_tokens=not self.is_chat)
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Scored, key: str) -> Template:
+    """The template of a model that scores, as a chat where the settings say so.
+
+    It becomes a chat before it is filled, so that neither the chat template nor what it strips touches the values, and
+    that filled texts are cut, packed and counted as any others.
+
+    Args:
+        tokenizer: of the model.
+        file: of the template.
+        form: its format, and the variables of the chat template.
+        key: of the format in the configuration, for messages.
+
+    Raises:
+        UserError: where the file cannot be read, the tokenizer has no chat template, or one does not take it.
+    """
+    text = templates.read(file)
+    if form.format == "text":
+        return Template(text)
+    if not tokenizer.chat_template:
+        raise UserError(f"{key} is `chat`, but the tokenizer has no chat template; set it to `text`")
+    try:
+        system, user, begun = templates.turns(text)
+    except UserError as error:
+        raise UserError(f"{key} is `chat`, but template {file} does not fit: {error}") from None
+    reason = ""
+    # Some chat templates refuse a system's turn, or leave it out.
+    joined = f"{system}\n\n{user}" if system else user
+    for parts in ({"system": system, "user": user}, {"user": joined}) if system else ({"user": user},):
+        try:
+            chat = _render(tokenizer, parts, form.template_variables)
+        except _RefusedError as error:
+            reason = str(error)
+            continue
+        if all(part.strip() in chat for part in parts.values()):
+            return Template(chat + begun, is_chat=True)
+        reason = "it changes the text"
+    raise UserError(
+        f"{key} is `chat`, but the tokenizer's chat template does not take {file} ({reason}); check the variables "
+        f"beside it, or set {key} to `text`"
+    )
+
+
 def read_preamble(prompt: PolicyPrompt) -> str:
     """Text of the policy's template file; empty for `chat`."""
     return "" if prompt.is_chat else templates.read(prompt.template)
@@ -157,8 +237,32 @@ def _prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: P
         return templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
     if not tokenizer.chat_template:
         raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
-    turns = [{"role": "user", "content": instruction}]
-    text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    try:
+        return _render(tokenizer, {"user": instruction}, prompt.template_variables)
+    except _RefusedError as error:
+        raise UserError(
+            f"the tokenizer's chat template refuses a prompt of one user turn ({error}); check "
+            "policy_prompt.template_variables, or name a file in policy_prompt.template"
+        ) from None
+
+
+class _RefusedError(Exception):
+    """A chat template did not take turns."""
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variables: Mapping[str, Any]) -> str:
+    """The text that the chat template makes of turns (role -> text), with the assistant's turn begun.
+
+    Raises:
+        _RefusedError: where the template does.
+    """
+    from jinja2 import TemplateError  # which only chat templates need
+
+    messages = [{"role": role, "content": text} for role, text in turns.items()]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+    except TemplateError as error:
+        raise _RefusedError(str(error)) from error
     return text
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import batching, distributed
+from salmon import batching, distributed, encoding
 from salmon.batching import left_pad, position_ids
-from salmon.encoding import first_special_token
 from salmon.errors import UserError
+from salmon.text import cut_thinking
 
 FinishReason = Literal["eos", "stop", "length"]
 Ranks = Literal["apart", "together", "lockstep"]
@@ -190,6 +190,44 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
     return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
 
 
+def without_thinking(
+    tokenizer: PreTrainedTokenizerBase, generation: Generation, markers: tuple[str, str] | None, *, begun: bool
+) -> tuple[str, bool]:
+    """The text of a response without its thinking (see `text.cut_thinking`).
+
+    Args:
+        tokenizer: of the model.
+        generation: what was sampled.
+        markers: that open and close thinking, as text or as special tokens, which `generation.text` lacks; None cuts
+            nothing.
+        begun: whether the prompt ends inside of thinking (`encoding.begins_thinking`).
+
+    Returns:
+        The text, and whether anything was cut.
+    """
+    if markers is None:
+        return generation.text, False
+    text = generation.text
+    special = encoding.special_tokens(tokenizer)
+    names = {special[marker]: marker for marker in markers if marker in special}
+    if not names.keys().isdisjoint(generation.tokens):
+        # The special markers are put back where they stood; the end, with a stop string, is cut off as it was.
+        parts: list[list[int]] = [[]]
+        marks: list[str] = []
+        for token in generation.tokens:
+            if token in names:
+                marks.append(names[token])
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        *texts, last = [_decode(tokenizer, part) for part in parts]
+        surplus = len(_decode(tokenizer, generation.tokens)) - len(text)
+        last = last[: max(0, len(last) - surplus)]
+        text = "".join(part + mark for part, mark in zip(texts, marks, strict=True)) + last
+    cut = cut_thinking(f"{markers[0]}{text}" if begun else text, *markers)
+    return cut, begun or cut != text
+
+
 class StopStrings:
     """Finds stop strings in tokens, decoding only where one can have been completed.
 
@@ -206,7 +244,7 @@ class StopStrings:
         self.completing: dict[int, bool] = {}
         self.special: dict[int, list[tuple[str, str]]] = {}  # token -> the stop string before it, and from it on
         for string in self.stop:
-            if found := first_special_token(tokenizer, string):
+            if found := encoding.first_special_token(tokenizer, string):
                 token, place = found
                 self.special.setdefault(token, []).append((string[:place], string[place:]))
 
@@ -262,8 +300,13 @@ class StopStrings:
         return self.completing[token]
 
     def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of tokens as they stand: no special tokens but on demand, no beautified spaces."""
-        text: str = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+        """Text of tokens, as `_decode` makes it."""
+        return _decode(self.tokenizer, tokens, skip_special_tokens=skip_special_tokens)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Text of tokens as they stand: no special tokens but on demand, no beautified spaces."""
+    text: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return text

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from salmon import distributed
 from salmon.batching import batches, left_pad, position_ids, select_rows
-from salmon.encoding import guard, token_spans, tokenize
+from salmon.encoding import Template, guard, token_spans, tokenize
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
 from salmon.templates import fill
@@ -66,7 +66,7 @@ class Judge:
     Args:
         model: causal language model in eval mode, with or without adapters, quantised or not.
         tokenizer: of the model, with offsets (a "fast" one).
-        template: text with the slots `templates.JUDGE_SLOTS`.
+        template: with the slots `templates.JUDGE_SLOTS`: plain text, or a chat (`encoding.read_template`).
         principles: at least one.
         max_length: tokens a prompt may have.
         device: where the model is.
@@ -81,7 +81,7 @@ class Judge:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        template: str,
+        template: str | Template,
         principles: Sequence[JudgedPrinciple],
         max_length: int,
         device: torch.device | str,
@@ -90,11 +90,11 @@ class Judge:
         self.way: Way = way
         self.model = model
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = Template.of(template)
         self.principles = principles
         self.max_length = max_length
         self.device = device
-        self.options = option_tokens(tokenizer, self._texts("", "", ""))
+        self.options = option_tokens(tokenizer, self._texts("", "", ""), add_special_tokens=not self.template.is_chat)
 
     def judge(self, pairs: Sequence[Pair]) -> list[list[tuple[float, float]] | None]:
         """Scores (s12, s21) of every principle, for every pair; None where a pair does not fit (see `encode`).
@@ -143,14 +143,14 @@ class Judge:
     def _encode(self, instruction: str, output_1: str, output_2: str) -> PairPrompts:
         """Token ids of the prompts, whatever their length; the three texts are guarded."""
         texts = self._texts(instruction, output_1, output_2) + self._texts(instruction, output_2, output_1)
-        tokens = tokenize(self.tokenizer, texts)
+        tokens = self.template.encode(self.tokenizer, texts)
         return PairPrompts(tokens[: len(self.principles)], tokens[len(self.principles) :])
 
     def _texts(self, instruction: str, output_a: str, output_b: str) -> list[str]:
         """The template filled with guarded texts, one text a principle."""
         return [
             fill(
-                self.template,
+                self.template.text,
                 UserInstruction=instruction,
                 OutputA=output_a,
                 OutputB=output_b,
@@ -360,7 +360,7 @@ def prove(judge: Judge) -> Proof:
 
 def _made_prompts(judge: Judge) -> list[list[list[int]]]:
     """Prompts of a short pair and of one as long as the judge reads, by up to three principles, in one order."""
-    words = " ".join([*judge.template.split(), *(principle.definition for principle in judge.principles)]).split()
+    words = " ".join([*judge.template.text.split(), *(principle.definition for principle in judge.principles)]).split()
     long = " ".join(words * (judge.max_length // max(1, len(words)) + 1))
     places = sorted({0, len(judge.principles) // 2, len(judge.principles) - 1})
     groups = []
@@ -422,7 +422,9 @@ def share(first: int, second: int, budget: int) -> tuple[int, int]:
     return half, half
 
 
-def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[int, int]:
+def option_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, add_special_tokens: bool = True
+) -> tuple[int, int]:
     """Token ids of `a` and `b` after these prompts.
 
     Each is the token that the tokenizer puts there; where it would rather join the letter with the prompt's last
@@ -431,7 +433,9 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     Raises:
         UserError: where there is no such token, or the prompts differ in it.
     """
-    answers = {tuple(_continuation(tokenizer, prompt, letter) for letter in OPTIONS) for prompt in prompts}
+    answers = {
+        tuple(_continuation(tokenizer, prompt, letter, add_special_tokens) for letter in OPTIONS) for prompt in prompts
+    }
     first, second = next(iter(answers))
     if len(answers) > 1 or None in (first, second) or first == second:
         raise UserError(
@@ -443,9 +447,9 @@ def option_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     return first, second
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int | None:
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str, add_special_tokens: bool) -> int | None:
     """The token that continues a prompt by one letter."""
-    before, after = tokenize(tokenizer, [prompt, prompt + letter])
+    before, after = tokenize(tokenizer, [prompt, prompt + letter], add_special_tokens=add_special_tokens)
     if after[:-1] == before:
         return None if after[-1] == tokenizer.unk_token_id else after[-1]
     token = tokenizer.convert_tokens_to_ids(letter)

@@ -22,28 +22,31 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checkpoints, distributed, ppo_math, stopping, templates
+from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import WorkFolder, atomic
 from salmon.batching import batches
-from salmon.config import PolicyPrompt, Ppo
-from salmon.encoding import count_tokens, encode_prompt, read_preamble
+from salmon.config import PolicyPrompt, Ppo, Scoring
+from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble, read_template
 from salmon.errors import UserError
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
-from salmon.sampling import Sampler
+from salmon.sampling import Sampler, without_thinking
 from salmon.shared_base import Role, SharedBase
 from salmon.text import join_instruction
 
 log = logging.getLogger(__name__)
 
 _UNSET = torch.empty(0)
+DOCUMENT = Scoring()
 
 
 @dataclass(slots=True)
 class Rollout:
     """One prompt, the response that the policy sampled, and what was measured on it.
+
+    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking.
 
     Tensors are float32 [R] on the CPU, R the tokens of the response.
     """
@@ -56,6 +59,7 @@ class Rollout:
     response: list[int]
     text: str
     finished: bool
+    thinking_cut: bool = False
     score: float = 0.0
     reward: float = 0.0
     logprobs: torch.Tensor = _UNSET
@@ -120,6 +124,7 @@ def sample(
     records = prompts[[rows[place] for place in places]].to_dicts()
     instructions = [join_instruction(record["instruction"], record["input"]) for record in records]
     queries = [encode_prompt(tokenizer, instruction, policy_prompt, preamble) for instruction in instructions]
+    begun = begins_thinking(tokenizer, policy_prompt, preamble)
     shared.eval()
     with shared.use("policy") as policy:
         sampler.sync(policy)
@@ -130,6 +135,7 @@ def sample(
             temperature=settings.temperature,
             stop=policy_prompt.stop,
         )
+    answers = [without_thinking(tokenizer, each, policy_prompt.thinking, begun=begun) for each in generations]
     return [
         Rollout(
             place=place,
@@ -138,11 +144,12 @@ def sample(
             question_type=record["question_type"],
             length_bonus=record["length_bonus"],
             response=generation.tokens,
-            text=generation.text,
+            text=text,
             finished=generation.finish_reason != "length",
+            thinking_cut=cut,
         )
-        for place, query, instruction, record, generation in zip(
-            places, queries, instructions, records, generations, strict=True
+        for place, query, instruction, record, generation, (text, cut) in zip(
+            places, queries, instructions, records, generations, answers, strict=True
         )
     ]
 
@@ -181,11 +188,12 @@ def score(
     step: int,
     settings: Ppo,
     batch_size: int,
+    scoring: Scoring = DOCUMENT,
 ) -> None:
     """The reward model's scores under principles drawn for each rollout, and the shaped rewards of the responses."""
     if not rollouts:
         return
-    template = templates.read(settings.template)
+    template = read_template(tokenizer, settings.template, scoring, "scoring.format")
     drawn = [
         draw_principles(
             principles,
@@ -344,6 +352,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "reward": [r.reward for r in rollouts],
         "response_tokens": [float(len(r.response)) for r in rollouts],
         "finished": [float(r.finished) for r in rollouts],
+        "thinking_cut": [float(r.thinking_cut) for r in rollouts],
         "kl_sequence": [float((r.logprobs - r.reference).sum()) for r in rollouts],
     }
     per_token = {
@@ -417,6 +426,7 @@ def train(
     policy_prompt: PolicyPrompt,
     work: WorkFolder,
     *,
+    scoring: Scoring = DOCUMENT,
     scoring_batch_size: int,
     micro_batch_size: int,
 ) -> None:
@@ -430,6 +440,7 @@ def train(
         prompts: prompt_id, instruction, input, question_type, length_bonus.
         principles: to draw from, with their weights.
         work: opened with the fingerprint of this run.
+        scoring: how the reward model reads its texts.
         scoring_batch_size: rollouts scored at once on a rank (hardware).
         micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
 
@@ -448,7 +459,7 @@ def train(
         # 2. Measure them: log probabilities of policy and reference, values.
         measure(shared, rollouts, settings.temperature, micro_batch_size)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
-        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size)
+        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size, scoring)
         # 4. Advantages and returns.
         estimate_advantages(rollouts, settings)
         measured = time.monotonic()

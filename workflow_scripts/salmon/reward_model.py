@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import tables, templates
 from salmon.config import RewardTraining
-from salmon.encoding import guard, token_spans, tokenize
+from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
 from salmon.randomness import rng, seed_of
 from salmon.tables import PREFERENCE_RECORDS
@@ -93,7 +93,7 @@ def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed:
 
 def reward_text_tokens(
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
+    template: str | Template,
     instructions: Sequence[str],
     outputs: Sequence[str],
     definitions: Sequence[Sequence[str]],
@@ -112,7 +112,8 @@ def reward_text_tokens(
 
     Args:
         tokenizer: a fast one (with offsets).
-        template: text with {Output}, {Input} and, for principles, {Dimensions}.
+        template: with {Output}, {Input} and, for principles, {Dimensions}: plain text, or a chat
+            (`encoding.read_template`).
         instructions: joined with their input (`text.join_instruction`), one a text.
         outputs: one a text.
         definitions: the sentences of the principles, one list a text; empty lists for a template without the slot.
@@ -127,6 +128,7 @@ def reward_text_tokens(
     """
     if not instructions:
         return []
+    template = Template.of(template)
     instructions, outputs = ([guard(tokenizer, text) for text in texts] for texts in (instructions, outputs))
     queries = [
         text[spans[-query_length][0] :] if len(spans) > query_length else text
@@ -139,14 +141,14 @@ def reward_text_tokens(
     while todo:
         texts = [
             templates.fill(
-                template,
+                template.text,
                 Output=_head(outputs[index], output_spans[index], keep[index]),
                 Input=queries[index],
                 Dimensions=templates.bullets(guard(tokenizer, definition) for definition in definitions[index]),
             )
             for index in todo
         ]
-        for index, ids in zip(todo, tokenize(tokenizer, texts), strict=True):
+        for index, ids in zip(todo, template.encode(tokenizer, texts), strict=True):
             rows[index] = ids
         todo = [index for index in todo if len(rows[index]) > max_length]
         for index in todo:
@@ -162,7 +164,11 @@ def reward_text_tokens(
 
 
 def record_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str, records: pl.DataFrame, settings: RewardTraining, stage: str
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    records: pl.DataFrame,
+    settings: RewardTraining,
+    stage: str,
 ) -> list[list[int]]:
     """Token ids of both texts of each record: output_1 and output_2 of the first, of the second, and so on.
 

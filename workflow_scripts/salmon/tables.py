@@ -88,14 +88,14 @@ RESPONSES = Table(
     ("prompt_id",),
     {
         **_PROMPT,
-        "response": Column(_STRING, "text without special tokens, up to the stop string; may be empty"),
+        "response": Column(_STRING, "text without special tokens and thinking, up to the stop string; may be empty"),
         "finish_reason": Column(
             _STRING,
             "`eos` the policy ended its turn, `stop` a stop string appeared, `length` no room was left, "
             f"`{PROMPT_TOO_LONG}` there was none to begin with",
         ),
         "prompt_tokens": Column(pl.Int32(), "tokens of the whole prompt"),
-        "response_tokens": Column(pl.Int32(), "tokens sampled, those of the end included"),
+        "response_tokens": Column(pl.Int32(), "tokens sampled, those of thinking and the end included"),
     },
 )
 

@@ -40,6 +40,36 @@ def slots(template: str) -> set[str]:
     return {match[1] for match in _SLOT.finditer(template)}
 
 
+def turns(template: str) -> tuple[str, str, str]:
+    """The parts of a template as turns of a chat: system, user, and the begun turn of the assistant.
+
+    The last line is what the assistant's turn begins with. The paragraphs before the first one that holds a slot are
+    the system's turn, which may be empty; the rest is the user's. Headings go with what they are the headings of:
+    those before the first slot go to the user's turn, and those before the last line are left out, because the chat
+    template says who speaks.
+
+    Raises:
+        UserError: where no line with a slot comes before the last one.
+    """
+    before, _, begun = template.rpartition("\n")
+    paragraphs = [paragraph for paragraph in before.split("\n\n") if paragraph.strip()]
+    first = next((place for place, paragraph in enumerate(paragraphs) if slots(paragraph)), None)
+    if first is None:
+        raise UserError("it has no line with a slot before its last one, which begins the assistant's turn")
+    while first > 0 and _is_heading(paragraphs[first - 1]):
+        first -= 1
+    while _is_heading(paragraphs[-1]):
+        paragraphs.pop()
+    system, user = ("\n\n".join(part).strip("\n") for part in (paragraphs[:first], paragraphs[first:]))
+    return system, user, begun
+
+
+def _is_heading(paragraph: str) -> bool:
+    """Whether a paragraph is a heading without a slot."""
+    text = paragraph.strip()
+    return text.startswith("#") and "\n" not in text and not slots(text)
+
+
 def bullets(definitions: Iterable[str]) -> str:
     """Principles as the bullet list that a reward model reads."""
     return "\n".join(f"- {definition}" for definition in definitions)

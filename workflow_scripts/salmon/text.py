@@ -9,6 +9,24 @@ def join_instruction(instruction: str, extra: str) -> str:
     return f"{instruction}\n\n{extra}" if extra else instruction
 
 
+def cut_thinking(text: str, opening: str, closing: str) -> str:
+    """The text without what stands between thinking markers, and without the markers.
+
+    A closing marker without an opening one ends thinking that began in the prompt: all before it goes. An opening
+    marker without a closing one begins thinking that did not end: all after it goes. White space goes where an end of
+    the text was cut off.
+    """
+    while True:
+        begin, end = text.find(opening), text.find(closing)
+        if end >= 0 and not 0 <= begin < end:
+            text = text[end + len(closing) :].lstrip()
+        elif begin >= 0:
+            before, (_, _, after) = text[:begin], text[begin + len(opening) :].partition(closing)
+            text = f"{before}{after}" if before.strip() and after.strip() else (before.rstrip() or after.lstrip())
+        else:
+            return text
+
+
 def cut_at_markers(text: str, markers: Sequence[str]) -> str:
     """The text before the first turn marker in it; the whole text where there is none.
 
