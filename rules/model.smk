@@ -35,7 +35,7 @@ rule check_model:
         ppo=settings.ppo.model_dump_json(),
         scoring=settings.scoring.model_dump_json(),
     shell:
-        "bash workflow_scripts/launch.sh 1 1 {threads} workflow_scripts/check_model.py"
+        "python workflow_scripts/check_model.py"
         " --output {output:q} --model {params.model:q} --policy-prompt {params.policy_prompt:q}"
         " --sampling {params.sampling:q} --judge {params.judge:q} --lora {params.lora:q} --pmp {params.pmp:q}"
         " --reward-model {params.reward_model:q} --ppo {params.ppo:q} --scoring {params.scoring:q} --device {resources.device} > {log:q} 2>&1"

@@ -68,7 +68,7 @@ class Rows:
     def __init__(self, rows: list[int]) -> None:
         self.rows, self.said = rows, 0
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, indices: torch.Tensor) -> None:
         self.rows = [self.rows[index] for index in indices.tolist()]
 
 

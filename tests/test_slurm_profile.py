@@ -22,6 +22,7 @@ CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
 EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # a task a GPU: 64 CPUs on a node
 ONE = "-p gpu -t 360 --mem 64000 --cpus-per-task=8 --gres=gpu:1"  # and one task, SLURM's default
 EXPECTED = {
+    "check_model": ONE,
     "clean_prompts": CPU,
     "clean_pmp_data": CPU,
     "clean_rl_prompts": CPU,

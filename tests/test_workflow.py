@@ -15,17 +15,18 @@ ROOT = Path(__file__).parents[1]
 
 # Rule -> rules it needs directly; each target below is one rule and all that it rests on.
 PARENTS = {
+    "check_model": [],
     "clean_prompts": [],
-    "sample_responses": ["clean_prompts"],
+    "sample_responses": ["clean_prompts", "check_model"],
     "gather_responses": ["sample_responses"],
-    "judge_preferences": ["gather_responses"],
+    "judge_preferences": ["gather_responses", "check_model"],
     "gather_preferences": ["judge_preferences"],
     "aggregate_preferences": ["gather_preferences", "gather_responses"],
     "clean_pmp_data": [],
-    "train_pmp": ["clean_pmp_data"],
-    "train_reward_model": ["train_pmp", "aggregate_preferences"],
+    "train_pmp": ["clean_pmp_data", "check_model"],
+    "train_reward_model": ["train_pmp", "aggregate_preferences", "check_model"],
     "clean_rl_prompts": [],
-    "train_policy": ["clean_rl_prompts", "train_reward_model"],
+    "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
 TARGETS = {
     "prompts": "clean_prompts",
@@ -125,7 +126,7 @@ def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> No
 def test_other_targets_can_be_set(tmp_path: Path) -> None:
     run = snakemake("-n", *elsewhere(tmp_path), "targets=[pmp,prompts]")
     assert run.returncode == 0, run.stderr
-    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "all"}
+    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "check_model", "all"}
 
 
 def test_an_unknown_run_is_named(tmp_path: Path) -> None:

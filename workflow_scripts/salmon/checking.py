@@ -20,8 +20,8 @@ from salmon.adapters import uncovered
 from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, RewardModel, RewardTraining, Sampling, Scoring
 from salmon.encoding import encode_prompt, read_preamble, read_template
 from salmon.errors import UserError
-from salmon.generation import _StopStrings as StopStrings
-from salmon.generation import end_tokens, generate
+from salmon.generation import StopStrings, end_tokens
+from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
 
 log = logging.getLogger(__name__)
@@ -173,9 +173,8 @@ def sampling(
     """
     preamble = read_preamble(settings.policy_prompt)
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
-    answers = generate(
-        model, tokenizer, queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0, device=device
-    )
+    sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
+    answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)
     regret, spread = 0.0, []
     for query, answer in zip(queries, answers, strict=True):
         ids = torch.tensor([query + answer.tokens], device=device)

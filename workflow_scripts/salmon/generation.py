@@ -95,7 +95,7 @@ def generate(
         raise ValueError("a prompt has no token, or no room for one more")
 
     ends = end_tokens(model, tokenizer)
-    stops = _StopStrings(tokenizer, stop)
+    stops = StopStrings(tokenizer, stop)
     leads = [stops.lead(prompt) for prompt in prompts]
     uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(max(limits)) for seed in seeds]))
     uniforms = uniforms.to(device)
@@ -228,7 +228,7 @@ def without_thinking(
     return cut, begun or cut != text
 
 
-class _StopStrings:
+class StopStrings:
     """Finds stop strings in tokens, decoding only where one can have been completed.
 
     A text has no special tokens. So a stop string that names one is also looked for around that token: what stands
