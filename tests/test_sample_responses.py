@@ -121,7 +121,7 @@ def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model) -> No
     for row in sampled.filter(finish_reason="stop").iter_rows(named=True):
         seed = seed_of("response", 42, row["prompt_id"])
         assert (row["response"], row["response_tokens"]) == (f"seed {seed}", 1 + seed % 3)
-    assert counts(work) == {"rows": 7, "stop": 6, "prompt_too_long": 1}
+    assert counts(work) == {"rows": 7, "stop": 6, "prompt_too_long": 1, "thinking_cut": 0}
 
 
 def test_the_responses_differ_and_the_runs_do_not(work: Path, model: config.Model) -> None:
@@ -154,7 +154,7 @@ def test_a_shard_without_rows(work: Path, model: config.Model) -> None:
     found = run(work, model, shard=8, shards=9)
     assert found.height == 0
     assert found.schema == RESPONSES.schema
-    assert counts(work) == {"rows": 0}
+    assert counts(work) == {"rows": 0, "thinking_cut": 0}
     with pytest.raises(UserError, match="no shard 9 of 9"):
         run(work, model, shard=9, shards=9)
 
@@ -162,7 +162,7 @@ def test_a_shard_without_rows(work: Path, model: config.Model) -> None:
 def test_a_shard_of_prompts_without_room(work: Path, model: config.Model) -> None:
     found = run(work, model, max_length=5)
     assert found["finish_reason"].unique().to_list() == ["prompt_too_long"]
-    assert counts(work) == {"rows": 7, "prompt_too_long": 7}
+    assert counts(work) == {"rows": 7, "prompt_too_long": 7, "thinking_cut": 0}
 
 
 def test_chat_template(work: Path, model: config.Model, tmp_path: Path) -> None:
