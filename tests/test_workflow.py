@@ -15,17 +15,18 @@ ROOT = Path(__file__).parents[1]
 
 # Rule -> rules it needs directly; each target below is one rule and all that it rests on.
 PARENTS = {
+    "check_model": [],
     "clean_prompts": [],
-    "sample_responses": ["clean_prompts"],
+    "sample_responses": ["clean_prompts", "check_model"],
     "gather_responses": ["sample_responses"],
-    "judge_preferences": ["gather_responses"],
+    "judge_preferences": ["gather_responses", "check_model"],
     "gather_preferences": ["judge_preferences"],
     "aggregate_preferences": ["gather_preferences", "gather_responses"],
     "clean_pmp_data": [],
-    "train_pmp": ["clean_pmp_data"],
-    "train_reward_model": ["train_pmp", "aggregate_preferences"],
+    "train_pmp": ["clean_pmp_data", "check_model"],
+    "train_reward_model": ["train_pmp", "aggregate_preferences", "check_model"],
     "clean_rl_prompts": [],
-    "train_policy": ["clean_rl_prompts", "train_reward_model"],
+    "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
 TARGETS = {
     "prompts": "clean_prompts",
@@ -125,7 +126,7 @@ def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> No
 def test_other_targets_can_be_set(tmp_path: Path) -> None:
     run = snakemake("-n", *elsewhere(tmp_path), "targets=[pmp,prompts]")
     assert run.returncode == 0, run.stderr
-    assert set(jobs(run.stdout + run.stderr)) == {"clean_pmp_data", "train_pmp", "clean_prompts", "all"}
+    assert set(jobs(run.stdout + run.stderr)) == {"check_model", "clean_pmp_data", "train_pmp", "clean_prompts", "all"}
 
 
 def test_an_unknown_run_is_named(tmp_path: Path) -> None:
@@ -172,11 +173,11 @@ def pretend(folder: Path, *arguments: str) -> None:
 
 
 def reruns(folder: Path, *arguments: str) -> set[str]:
-    """Rules that a dry run of the demo lists."""
+    """Rules that a dry run of the demo lists, but for the check of the model, which makes nothing that they read."""
     run = snakemake("--profile", "profiles/demo", "-n", "evaluation", *arguments, folder=folder)
     assert run.returncode == 0, run.stderr
     said = run.stdout + run.stderr
-    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation"}
+    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation", "check_model"}
 
 
 @contextmanager
@@ -210,7 +211,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What reads the base model's weights, and what reads the initial policy only.
-POLICY = {*PARENTS} - {"clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"} | {"evaluate_demo"}
+POLICY = {*PARENTS} - {"check_model", "clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"}
+POLICY |= {"evaluate_demo"}
 WEIGHTS = POLICY | {"train_pmp"}
 
 
@@ -231,6 +233,18 @@ def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str
         for name in names:
             changes.enter_context(overwritten(built / name))
         assert reruns(built, "--config", f"model={{adapter: {ADAPTER}}}") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("ppo={learning_rate: 0.00123}", {"train_policy", "evaluate_demo"}),
+        ("sampling={temperature: 0.7}", POLICY),
+        ("pmp={learning_rate: 0.00123}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
+    ],
+)
+def test_a_changed_setting_reruns_what_depends_on_it(built: Path, setting: str, expected: set[str]) -> None:
+    assert reruns(built, "--config", setting, f"model={{adapter: {ADAPTER}}}") == expected
 
 
 def test_a_link_that_is_set_to_another_model(built: Path) -> None:
