@@ -26,7 +26,7 @@ rule train_reward_model:
         init=pmp_model,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
         model=files_of(settings.model.base),
-        checked=CHECKED,
+        checked="<results>/check_model/training",
     output:
         directory("<results>/{home}models/reward_model"),
     log:
@@ -65,7 +65,7 @@ use rule train_reward_model as train_pmp with:
         init=[],
         template=lambda wildcards: run_settings(wildcards).pmp.template,
         model=files_of(settings.model.base),
-        checked=CHECKED,
+        checked="<results>/check_model/training",
     output:
         directory("<results>/{home}models/pmp"),
     log:
