@@ -88,8 +88,7 @@ def judge_model():
     return files_of(JUDGE_MODEL.base) + files_of(JUDGE_MODEL.adapter)
 
 
-# A job that uses the model waits for this one, and is not run again because this one was.
-CHECKED = ancient("<results>/check_model")
+NO_ADAPTER = {"adapter": None, "adapter_revision": None}
 
 
 # Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for

@@ -1,41 +1,40 @@
-"""The model: what all stages rely on is proven before any of them runs."""
+"""The model: what the stages rely on is proven before any of them runs."""
+
+# What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway.
+PARTS = {
+    "sampling": {"model": settings.model, "policy-prompt": settings.policy_prompt, "sampling": settings.sampling},
+    "judging": {"model": JUDGE_MODEL, "judge": settings.judge},
+    "training": {"model": settings.model.model_copy(update=NO_ADAPTER), "lora": settings.lora},
+}
 
 
 rule check_model:
     input:
-        model=initial_policy(),
-        judge=judge_model(),
-        templates=[
-            settings.judge.template,
-            settings.pmp.template,
-            settings.reward_model.template,
-            settings.ppo.template,
-            *settings.policy_prompt.files,
-        ],
-        principles=settings.judge.principles,
+        lambda wildcards: {
+            "sampling": [*initial_policy(), *settings.policy_prompt.files],
+            "judging": [*judge_model(), settings.judge.template, settings.judge.principles],
+            "training": files_of(settings.model.base),
+        }[wildcards.part],
     output:
-        directory("<results>/check_model"),
+        directory("<results>/check_model/{part}"),
     log:
-        "<logs>/check_model.log",
+        "<logs>/check_model/{part}.log",
     benchmark:
-        "<benchmarks>/check_model.tsv"
+        "<benchmarks>/check_model/{part}.tsv"
+    wildcard_constraints:
+        part="|".join(PARTS),
+    priority: 100  # a refusal comes before the first long job
     conda:
         "../envs/model.yaml"
-    threads: 8
     resources:
         device="auto",
     params:
-        model=settings.model.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
-        sampling=settings.sampling.model_dump_json(),
-        judge=settings.judge.model_dump_json(),
-        lora=settings.lora.model_dump_json(),
-        pmp=settings.pmp.model_dump_json(),
-        reward_model=settings.reward_model.model_dump_json(),
-        ppo=settings.ppo.model_dump_json(),
-        scoring=settings.scoring.model_dump_json(),
+        parts=lambda wildcards: json.dumps([wildcards.part]),
+        sections=lambda wildcards: [
+            word
+            for name, section in PARTS[wildcards.part].items()
+            for word in (f"--{name}", section.model_dump_json())
+        ],
     shell:
-        "python workflow_scripts/check_model.py"
-        " --output {output:q} --model {params.model:q} --policy-prompt {params.policy_prompt:q}"
-        " --sampling {params.sampling:q} --judge {params.judge:q} --lora {params.lora:q} --pmp {params.pmp:q}"
-        " --reward-model {params.reward_model:q} --ppo {params.ppo:q} --scoring {params.scoring:q} --device {resources.device} > {log:q} 2>&1"
+        "python workflow_scripts/check_model.py --output {output:q} --parts {params.parts:q} {params.sections:q}"
+        " --device {resources.device} > {log:q} 2>&1"

@@ -6,7 +6,7 @@ rule sample_responses:
         prompts=rules.clean_prompts.output.table,
         model=initial_policy(),
         template=settings.policy_prompt.files,
-        checked=CHECKED,
+        checked="<results>/check_model/sampling",
     output:
         table="<results>/responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
@@ -43,7 +43,7 @@ rule judge_preferences:
         principles=settings.judge.principles,
         template=settings.judge.template,
         model=judge_model(),
-        checked=CHECKED,
+        checked="<results>/check_model/judging",
     output:
         table="<results>/preferences/preferences.shards/{shard}.parquet",
         manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",

@@ -27,7 +27,7 @@ rule train_reward_model:
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
         model=files_of(settings.model.base),
         tokenizer=files_of(own_tokenizer(), tokenizer_files),
-        checked=CHECKED,
+        checked="<results>/check_model/training",
     output:
         directory("<results>/{home}models/reward_model"),
     log:
@@ -69,7 +69,7 @@ use rule train_reward_model as train_pmp with:
         template=lambda wildcards: run_settings(wildcards).pmp.template,
         model=files_of(settings.model.base),
         tokenizer=files_of(own_tokenizer(), tokenizer_files),
-        checked=CHECKED,
+        checked="<results>/check_model/training",
     output:
         directory("<results>/{home}models/pmp"),
     log:

@@ -555,6 +555,14 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
         found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
     assert checkpoints.newest(artifacts.WorkFolder(tmp_path / "7" / "rm").path) is not None
+    weights = Path(trained["arguments"]["model"]["base"]) / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))  # in place, of the same size
+        assert found(8) is None
+    finally:
+        weights.write_bytes(before)
+    assert found(9) is not None
 
 
 # --- bad inputs

@@ -173,11 +173,11 @@ def pretend(folder: Path, *arguments: str) -> None:
 
 
 def reruns(folder: Path, *arguments: str) -> set[str]:
-    """Rules that a dry run of the demo lists."""
+    """Rules that a dry run of the demo lists, but for the check of the model, which makes nothing that they read."""
     run = snakemake("--profile", "profiles/demo", "-n", "evaluation", *arguments, folder=folder)
     assert run.returncode == 0, run.stderr
     said = run.stdout + run.stderr
-    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation"}
+    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation", "check_model"}
 
 
 @contextmanager
@@ -211,7 +211,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What reads the base model's weights, and what reads the initial policy only.
-POLICY = {*PARENTS} - {"clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"} | {"evaluate_demo"}
+POLICY = {*PARENTS} - {"check_model", "clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"}
+POLICY |= {"evaluate_demo"}
 WEIGHTS = POLICY | {"train_pmp"}
 
 
@@ -232,6 +233,18 @@ def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str
         for name in names:
             changes.enter_context(overwritten(built / name))
         assert reruns(built, "--config", f"model={{adapter: {ADAPTER}}}") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("ppo={learning_rate: 0.00123}", {"train_policy", "evaluate_demo"}),
+        ("sampling={temperature: 0.7}", POLICY),
+        ("pmp={learning_rate: 0.00123}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
+    ],
+)
+def test_a_changed_setting_reruns_what_depends_on_it(built: Path, setting: str, expected: set[str]) -> None:
+    assert reruns(built, "--config", setting, f"model={{adapter: {ADAPTER}}}") == expected
 
 
 def test_a_link_that_is_set_to_another_model(built: Path) -> None:

@@ -10,19 +10,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from salmon import judging, models, principles, reward_model
 from salmon.adapters import uncovered
-from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, RewardModel, RewardTraining, Sampling, Scoring
-from salmon.encoding import encode_prompt, read_preamble, read_template
+from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
+from salmon.encoding import encode_prompt, read_preamble, read_template, tokenize
 from salmon.errors import UserError
 from salmon.generation import StopStrings, end_tokens
 from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
+from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ QUESTIONS = (
 NEW_TOKENS = (24, 3, 12, 7)  # sampled for each question: rows of a batch end at different times
 
 
+Part = Literal["sampling", "judging", "training"]
+"""What is checked together: what else a part needs to know is what its stages read, so that it is checked again just
+where they run again."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The sections of the configuration that a model has to do with."""
@@ -44,10 +50,6 @@ class Settings:
     sampling: Sampling
     judge: Judge
     lora: Lora
-    pmp: RewardTraining
-    reward_model: RewardModel
-    ppo: Ppo
-    scoring: Scoring
 
 
 @dataclass
@@ -67,6 +69,16 @@ class Report:
             log.error("%s: %s", name, error)
         return name in self.facts
 
+    def load(self, name: str, function: Callable[[], Any]) -> Any:
+        """Load a model as a check; None where it is refused."""
+        loaded: list[Any] = []
+
+        def weights() -> dict[str, Any]:
+            loaded.append(function())
+            return {"parameters": sum(p.numel() for p in loaded[0].parameters()), "class": _name(loaded[0])}
+
+        return loaded[0] if self.check(name, weights) else None
+
     def markdown(self, title: str) -> str:
         """The report for people."""
         lines = [f"# {title}", ""]
@@ -77,52 +89,24 @@ class Report:
         return "\n".join(lines)
 
 
-def check_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Report:
-    """All checks of one model, the cheap ones first; after a refusal, those that do not need what was refused."""
+def check_model(settings: Settings, parts: Sequence[Part], device: torch.device) -> Report:
+    """Checks of the parts; after a refusal, those that do not need what was refused."""
     report = Report()
-    report.check("positions", lambda: positions(settings, tokenizer))
-    report.check("prompts", lambda: prompts(settings, tokenizer))
-    loaded: list[Any] = []
-
-    def weights() -> dict[str, Any]:
-        loaded.append(models.load_initial_policy(settings.model, device))
-        return {"parameters": sum(p.numel() for p in loaded[0].parameters()), "class": _name(loaded[0])}
-
-    if report.check("weights", weights):
-        report.check("ends of turns", lambda: ends_of_turns(settings, tokenizer, loaded[0]))
-        report.check("sampling", lambda: sampling(settings, tokenizer, loaded[0], device))
-        if settings.judge.model is None:
-            report.check("judging", lambda: judge(settings, tokenizer, loaded[0], device))
-        loaded.clear()
-        report.check("training", lambda: training(settings, tokenizer, device))
+    judging_model = settings.judge.model or settings.model
+    if "sampling" in parts:
+        tokenizer = load_tokenizer(settings.model)
+        report.check("prompts", lambda: prompts(settings, tokenizer))
+        if policy := report.load("weights", lambda: models.load_initial_policy(settings.model, device)):
+            report.check("ends of turns", lambda: ends_of_turns(settings, tokenizer, policy))
+            report.check("sampling", lambda: sampling(settings, tokenizer, policy, device))
+        del policy
+    if "judging" in parts:
+        if judge := report.load("weights of the judge", lambda: models.load_initial_policy(judging_model, device)):
+            report.check("judging", lambda: judging_ways(settings, load_tokenizer(judging_model), judge, device))
+        del judge
+    if "training" in parts:
+        report.check("training", lambda: training(settings.model, settings.lora, device))
     return report
-
-
-def positions(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The model reads as many tokens as the longest text of each stage has."""
-    from transformers import AutoConfig
-
-    model = settings.model
-    config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    limit = models.context_limit(config)
-    preamble = read_preamble(settings.policy_prompt)
-    around = len(encode_prompt(tokenizer, "", settings.policy_prompt, preamble))
-    wanted = {
-        "sampling.max_length": settings.sampling.max_length,
-        "judge.max_length": settings.judge.max_length,
-        "pmp.max_length": settings.pmp.max_length,
-        "reward_model.max_length": settings.reward_model.max_length,
-        "ppo.reward_max_length": settings.ppo.reward_max_length,
-        "policy template + ppo.query_length + ppo.response_length": around
-        + settings.ppo.query_length
-        + settings.ppo.response_length,
-    }
-    if settings.judge.model is not None:
-        del wanted["judge.max_length"]
-    if limit is not None and (long := {key: length for key, length in wanted.items() if length > limit}):
-        named = ", ".join(f"{key} is {length}" for key, length in long.items())
-        raise UserError(f"{named}, but {model.base} reads {limit} tokens at most; set them to that or less")
-    return {"tokens that the model reads": limit or "any number", "longest text": max(wanted.values())}
 
 
 def prompts(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -191,17 +175,12 @@ def sampling(
     return {"largest difference to single prompts": f"{regret:.1e} in the logits", "rounding explains": f"{limit:.1e}"}
 
 
-def judge(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device) -> dict[str, Any]:
-    """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
-    found = judging.prove(make_judge(settings, tokenizer, model, device))
-    return {**asdict(found)}
-
-
-def make_judge(
+def judging_ways(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
-) -> judging.Judge:
-    """The judge of these settings."""
-    return judging.Judge(
+) -> dict[str, Any]:
+    """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
+    models.check_context(model, settings.judge.max_length, "judge.max_length")
+    judge = judging.Judge(
         model,
         tokenizer,
         template=read_template(tokenizer, settings.judge.template, settings.judge, "judge.format"),
@@ -209,36 +188,28 @@ def make_judge(
         max_length=settings.judge.max_length,
         device=device,
     )
+    return asdict(judging.prove(judge))
 
 
-def training(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Any]:
+def training(model: Model, lora: Lora, device: torch.device) -> dict[str, Any]:
     """Reward model and RL: the same scores in both, batches as single texts, gradients for all that is trained."""
-    model, lora = settings.model.model_copy(update={"adapter": None}), settings.lora
+    model = model.model_copy(update={"adapter": None, "adapter_revision": None})
     fresh = models.new_reward_model(model, lora, device, seed=0)
     covered = sum(hasattr(module, "lora_A") for module in fresh.modules())
-    texts = reward_model.reward_text_tokens(
-        tokenizer,
-        read_template(tokenizer, settings.ppo.template, settings.scoring, "scoring.format"),
-        list(QUESTIONS),
-        [f"{'Because it is so, and not otherwise. ' * (1 + 3 * row)}" for row in range(len(QUESTIONS))],
-        [["The output is brief.", "The output is kind."]] * len(QUESTIONS),
-        query_length=settings.ppo.reward_query_length,
-        response_length=settings.ppo.reward_response_length,
-        max_length=settings.ppo.reward_max_length,
-        keys="ppo.reward_",
-    )
+    long = "Because it is so, and not otherwise. "
+    texts = tokenize(load_tokenizer(model), [f"{question} {long * row}" for row, question in enumerate(QUESTIONS)])
     with torch.no_grad():
         for name, parameter in fresh.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.02)
     alone = reward_model.score(fresh, texts, 1, device)
     together = reward_model.score(fresh, texts, len(texts), device)
-    limit = tolerance(settings.model, float(alone.std()) + float(alone.abs().mean()))
+    limit = tolerance(model, float(alone.std()) + float(alone.abs().mean()))
     _same("a batch of the reward model and its single texts", together, alone, limit)
     with tempfile.TemporaryDirectory() as folder:
         fresh.save_pretrained(folder)
         del fresh
-        shared = SharedBase(settings.model, lora, Path(folder), device, seed=0)
+        shared = SharedBase(model, lora, Path(folder), device, seed=0)
     with torch.no_grad(), shared.use("reward"):
         _same("the reward model and RL's reward", shared.rewards(texts).cpu(), alone, limit)
     untouched = _gradients(shared, texts)

@@ -30,6 +30,7 @@ from salmon.config import (
     is_local,
 )
 from salmon.errors import UserError, describe, describe_errors, findings
+from salmon.identity import context_limit, read_config
 
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
@@ -145,7 +146,7 @@ def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
     runs = resolve_runs(config)
     for name, run in runs.items():
         prefix = "" if name == "default" else f"runs.{name}."
-        for check in (check_templates, check_principles, check_paths):
+        for check in (check_templates, check_principles, check_paths, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
     if lines:
         raise UserError(describe(lines, NAME))
@@ -270,3 +271,30 @@ def check_paths(config: Config, root: Path) -> list[str]:
         and not path.startswith(f"{results}/")
         and not (root / Path(path).expanduser()).exists()
     ]
+
+
+def check_lengths(config: Config, root: Path) -> list[str]:
+    """Findings about settings of more tokens than a local model reads; of a hub model, each job looks for itself."""
+    judge = config.judge.model or config.model
+    ppo = config.ppo
+    findings = []
+    for model, lengths in (
+        (judge, {"judge.max_length": config.judge.max_length}),
+        (
+            config.model,
+            {
+                "sampling.max_length": config.sampling.max_length,
+                "pmp.max_length": config.pmp.max_length,
+                "reward_model.max_length": config.reward_model.max_length,
+                "ppo.reward_max_length": ppo.reward_max_length,
+                "ppo.query_length + ppo.response_length": ppo.query_length + ppo.response_length,
+            },
+        ),
+    ):
+        limit = context_limit(read_config(root / Path(model.base).expanduser()))
+        findings += [
+            f"{key}: {length} tokens, but {model.base} reads {limit} at most"
+            for key, length in lengths.items()
+            if limit is not None and length > limit
+        ]
+    return findings

@@ -6,10 +6,10 @@ The rules and the data scripts use this, so torch is not imported.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from salmon.config import Model
 from salmon.errors import UserError
@@ -137,3 +137,30 @@ def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple
         sample = min(EDGE, end - begin)
         places |= {(first + start, sample) for start in (begin, (begin + end - sample) // 2, end - sample)}
     return header, sorted(places)
+
+
+def context_limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model reads at most, by its config.json; None where nothing limits them.
+
+    With positions of the types longrope and dynamic the frequencies follow the longest text of a batch, so that beyond
+    the length of pre-training a text's numbers depend on its neighbours, and on how much of it was cached: that length
+    is the limit.
+    """
+    text = config.get("text_config")
+    config = text if isinstance(text, Mapping) else config
+    limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):  # by type of layer, in some
+        if "longrope" in (part.get("rope_type"), part.get("type")):
+            name = "original_max_position_embeddings"
+            limits.append(part.get(name) or config.get(name))
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """A local model's config.json; empty where there is none to read."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -24,6 +24,7 @@ from salmon import distributed
 from salmon.adapters import HEAD, add_lora, load_adapter, some
 from salmon.config import Lora, Model
 from salmon.errors import UserError
+from salmon.identity import context_limit
 from salmon.tokenizers import check_folder
 
 log = logging.getLogger(__name__)
@@ -161,29 +162,9 @@ def check_context(model: nn.Module, length: int, key: str) -> None:
         UserError: naming the setting and both numbers.
     """
     config = getattr(model, "config", None)
-    limit = None if config is None else context_limit(config)
+    limit = None if config is None else context_limit(config.to_dict())
     if limit is not None and length > limit:
         raise UserError(f"{key} is {length}, but the model reads {limit} tokens at most; set it to that or less")
-
-
-def context_limit(config: Any) -> int | None:
-    """Tokens that a model reads at most, by its configuration; None where nothing limits them.
-
-    With positions of the types longrope and dynamic the frequencies follow the longest text of a batch, so that beyond
-    the length of pre-training a text's numbers depend on its neighbours, and on how much of it was cached: that length
-    is the limit.
-    """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by type of layer, in some models
-    for part in parts:
-        if part.get("rope_type") == "longrope":
-            limits.append(
-                part.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-            )
-    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
