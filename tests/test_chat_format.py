@@ -8,11 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 import judge_preferences
 import train_reward_model
-from salmon import config, ppo, reward_model, templates
+from salmon import config, configuration, ppo, reward_model, templates
 from salmon.config import Model, Ppo, Scoring
 from salmon.encoding import Template, read_template
 from salmon.errors import UserError
@@ -125,6 +126,17 @@ def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path, template: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_template(chatml(template), write(tmp_path, text), CHAT, "scoring.format")
+
+
+def test_a_template_without_turns_is_found_when_snakemake_starts(tmp_path: Path) -> None:
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    raw["pmp"]["template"] = write(tmp_path, "{Output} {Input} is")
+    configuration.load(raw, ROOT)
+    raw["judge"]["format"] = "chat"
+    configuration.load(raw, ROOT)
+    raw["scoring"]["format"] = "chat"
+    with pytest.raises(UserError, match=r"scoring\.format: template .* cannot be a chat: it has no line with a slot"):
+        configuration.load(raw, ROOT)
 
 
 def test_variables_need_a_chat() -> None:

@@ -146,7 +146,7 @@ def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
     runs = resolve_runs(config)
     for name, run in runs.items():
         prefix = "" if name == "default" else f"runs.{name}."
-        for check in (check_templates, check_principles, check_paths, check_lengths):
+        for check in (check_templates, check_chats, check_principles, check_paths, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
     if lines:
         raise UserError(describe(lines, NAME))
@@ -226,6 +226,25 @@ def check_templates(config: Config, root: Path) -> list[str]:
         if extra := sorted(slots - set(needed)):
             lines.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
     return lines
+
+
+def check_chats(config: Config, root: Path) -> list[str]:
+    """Findings about templates that should become chats and have no turns."""
+    formats = [("judge.format", config.judge.format, [config.judge.template])]
+    scored = [config.pmp.template, config.reward_model.template, config.ppo.template]
+    formats.append(("scoring.format", config.scoring.format, scored))
+    findings = []
+    for key, chosen, files in formats:
+        for path in files if chosen == "chat" else ():
+            try:
+                text = templates.read(root / path)
+            except UserError:  # which `check_templates` finds
+                continue
+            try:
+                templates.turns(text)
+            except UserError as error:
+                findings.append(f"{key}: template {path} cannot be a chat: {error}")
+    return findings
 
 
 def check_principles(config: Config, root: Path) -> list[str]:
