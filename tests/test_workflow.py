@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from salmon import configuration
+
 ROOT = Path(__file__).parents[1]
 
 # Rule -> rules it needs directly; each target below is one rule and all that it rests on.
@@ -35,17 +37,7 @@ TARGETS = {
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
 }
-FILES = {
-    "results/prompts/oasst1.parquet": "clean_prompts",
-    "results/responses/response1.parquet": "gather_responses",
-    "results/preferences/preferences.parquet": "gather_preferences",
-    "results/reward_data/principle_preferences.parquet": "aggregate_preferences",
-    "results/reward_data/pmp.parquet": "clean_pmp_data",
-    "results/models/pmp": "train_pmp",
-    "results/models/reward_model": "train_reward_model",
-    "results/prompts/rl.parquet": "clean_rl_prompts",
-    "results/runs/default/policy": "train_policy",
-}
+FILES = {f"results/{configuration.TARGETS[target].artifact}": rule for target, rule in TARGETS.items()}
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +57,11 @@ def jobs(output: str) -> dict[str, int]:
 
 def ancestors(rule: str) -> set[str]:
     return {rule}.union(*(ancestors(parent) for parent in PARENTS[rule]))
+
+
+def test_every_target_is_tested() -> None:
+    """Those of all runs and of the demo have tests of their own below."""
+    assert {*TARGETS, "policies", "evaluation", "demo_policy"} == set(configuration.TARGETS)
 
 
 def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:

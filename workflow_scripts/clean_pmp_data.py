@@ -12,6 +12,7 @@ import polars as pl
 from salmon import artifacts, preference_data, script, sources
 from salmon.config import PmpData
 from salmon.errors import UserError
+from salmon.tables import PMP_RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def main(arguments: Arguments) -> None:
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not counts["kept"]:
             raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
-        artifacts.write_table(table, output)
+        artifacts.write_table(table, output, PMP_RECORDS)
     finally:
         work.delete()
     manifest = artifacts.manifest({"pmp_data": settings}, sources.identify_sources(settings.sources), counts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from salmon import artifacts, prompts, script, sources
 from salmon.config import Prompts
+from salmon.tables import PROMPTS
 
 
 class Arguments(script.Arguments):
@@ -19,7 +20,7 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     table, counts = prompts.collect_prompts(arguments.prompts)
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, PROMPTS)
     manifest = artifacts.manifest(
         {"prompts": arguments.prompts}, sources.identify_sources(arguments.prompts.sources), counts
     )

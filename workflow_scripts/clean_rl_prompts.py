@@ -7,6 +7,7 @@ from pathlib import Path
 
 from salmon import artifacts, prompts, randomness, script, sources
 from salmon.config import Model, RlPrompts, is_local
+from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
 
 
@@ -23,7 +24,7 @@ def main(arguments: Arguments) -> None:
     settings, model = arguments.rl_prompts, arguments.model
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, RL_PROMPTS)
     vocabulary = randomness.digest(sorted(tokenizer.get_vocab().items()))
     inputs = {
         **sources.identify_sources(settings.sources),

@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> None:
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
         counts["rows"] = whole.height
-        resuming.write_shard(work, whole, arguments.output, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, whole, arguments.output, JUDGEMENTS, artifacts.manifest(settings, inputs, counts))
     distributed.leave()
 
 

@@ -82,7 +82,7 @@ def main(arguments: Arguments) -> None:
     if distributed.is_main():
         responses = join(table, work.read_parts(RESPONSES.schema), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
-        resuming.write_shard(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, responses, arguments.output, RESPONSES, artifacts.manifest(settings, inputs, counts))
     distributed.leave()
 
 
