@@ -53,19 +53,19 @@ class Arguments(script.Arguments):
     """Measure the demo against the oracles; without reward model and policies, its judge alone."""
 
     output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures")
-    model: config.Model = Field(description="section of the configuration, like the next four")
-    policy_prompt: config.PolicyPrompt
-    judge: config.Judge
-    aggregation: config.Aggregation
-    ppo: config.Ppo
-    reward_settings: config.RewardModel | None = Field(None, description="section reward_model")
+    model: config.Model = Field(description="section of the configuration")
+    policy_prompt: config.PolicyPrompt = Field(description="section of the configuration")
+    judge: config.Judge = Field(description="section of the configuration")
+    aggregation: config.Aggregation = Field(description="section of the configuration")
+    ppo: config.Ppo = Field(description="section of the configuration")
+    reward_settings: config.RewardModel | None = Field(None, description="section reward_model of the configuration")
     reward_model: Path | None = Field(None, description="folder of the reward model")
     pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
     pairs: int = Field(120, ge=1, description="pairs of the initial policy's answers that are judged")
     split: world.Split = Field("held_out", description="instructions and subjects of which split")
-    seed: int = 0
-    threads: int = 2
+    seed: int = Field(0, description="seed of the sampling and of the order of instructions")
+    threads: int = Field(2, ge=1, description="CPU threads")
 
 
 @dataclass(frozen=True, slots=True)

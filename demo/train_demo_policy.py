@@ -44,7 +44,7 @@ class Arguments(script.Arguments):
     )
     principles: Path = Field(Path("demo/principles/judge.json"), description="principles to judge by")
     assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
-    seed: int = 0
+    seed: int = Field(0, description="seed of tokenizer, weights and examples")
     steps: int = Field(1500, ge=1, description="optimiser steps")
     sequences: int = Field(16, ge=1, description="sequences a step")
     questions: int = Field(8, ge=1, description="principles asked about one pair of outputs, at most")
@@ -56,9 +56,9 @@ class Arguments(script.Arguments):
     warmup_steps: int = Field(50, ge=1, description="steps until the learning rate is reached")
     decay: float = Field(0.5, gt=0, le=1, description="share of the steps, at the end, in which it falls to 0")
     bfloat16: bool = Field(True, description="matrix products in bfloat16; slow on CPUs that do not have it")
-    hidden_size: int = 128
+    hidden_size: int = Field(128, ge=1, description="width of the layers")
     layers: int = Field(6, ge=5, description="the heads that read need four below the last")
-    heads: int = 4
+    heads: int = Field(4, ge=1, description="attention heads per layer")
     threads: int = Field(2, ge=1, description="CPU threads; the result depends on their number in its last bits")
 
 

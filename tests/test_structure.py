@@ -1,6 +1,7 @@
 """The house: layers, seams and single places, each held by a test that fails when somebody goes around it."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -109,6 +110,12 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
 
 def test_every_key_is_described() -> None:
     assert [key for key, field in sections(Config) if not field.description] == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_option_of_a_script_is_described(name: str) -> None:
+    options = importlib.import_module(name).Arguments.model_fields
+    assert [option for option, field in options.items() if not field.description] == []
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "demo/config.yaml"])

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import polars as pl
+from pydantic import Field
 
 from salmon import artifacts, preference_data, script, sources
 from salmon.config import PmpData
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path
-    pmp_data: PmpData
+    output: Path = Field(description="PMP records (parquet); the manifest is written beside them")
+    pmp_data: PmpData = Field(description="section of the configuration")
 
 
 def main(arguments: Arguments) -> None:

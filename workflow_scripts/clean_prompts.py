@@ -5,6 +5,8 @@ Writes the table `tables.PROMPTS`.
 
 from pathlib import Path
 
+from pydantic import Field
+
 from salmon import artifacts, prompts, script, sources
 from salmon.config import Prompts
 from salmon.tables import PROMPTS
@@ -13,8 +15,8 @@ from salmon.tables import PROMPTS
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path
-    prompts: Prompts
+    output: Path = Field(description="prompts (parquet); the manifest is written beside them")
+    prompts: Prompts = Field(description="section of the configuration")
 
 
 def main(arguments: Arguments) -> None:

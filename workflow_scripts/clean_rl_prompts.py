@@ -5,6 +5,8 @@ Writes the table `tables.RL_PROMPTS`.
 
 from pathlib import Path
 
+from pydantic import Field
+
 from salmon import artifacts, prompts, randomness, script, sources
 from salmon.config import Model, RlPrompts, is_local
 from salmon.tables import RL_PROMPTS
@@ -14,9 +16,9 @@ from salmon.tokenizers import load_tokenizer
 class Arguments(script.Arguments):
     """Options of the command line; of the model, only the tokenizer is used."""
 
-    output: Path
-    rl_prompts: RlPrompts
-    model: Model
+    output: Path = Field(description="RL prompts (parquet); the manifest is written beside them")
+    rl_prompts: RlPrompts = Field(description="section of the configuration")
+    model: Model = Field(description="section of the configuration; only its tokenizer is loaded")
 
 
 def main(arguments: Arguments) -> None:

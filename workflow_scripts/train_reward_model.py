@@ -36,8 +36,10 @@ class Arguments(script.Arguments):
     init: Path | None = Field(None, description="reward model to start from; without it, a fresh adapter and head")
     model: Model = Field(description="section of the configuration")
     lora: Lora = Field(Lora(), description="section of the configuration")
-    pmp: RewardTraining | None = Field(None, description="section of the configuration; or")
-    reward_model: RewardModel | None = Field(None, description="that of the principle-following stage")
+    pmp: RewardTraining | None = Field(None, description="section of the configuration, for pre-training (PMP)")
+    reward_model: RewardModel | None = Field(
+        None, description="section of the configuration, for the principle-following stage"
+    )
     micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
@@ -45,7 +47,7 @@ class Arguments(script.Arguments):
     @model_validator(mode="after")
     def _one_stage(self) -> Self:
         if (self.pmp is None) == (self.reward_model is None):
-            raise ValueError("give one of --pmp and --reward-model, the settings of the stage")
+            raise ValueError("give either --pmp or --reward-model, the settings of the training")
         return self
 
     @property
