@@ -190,7 +190,7 @@ class Texts:
         scores = oracles.score(about.instruction, about.answer)
         template = world.pick(rng, self.review_templates)
         left = [self.principles[index] for index in rng.permutation(len(self.principles))]
-        found = []
+        questions = []
         while left:
             size = world.pick(rng, GUIDELINE_SIZES)
             shown, left = left[:size], left[size:]
@@ -203,10 +203,10 @@ class Texts:
             prompt = templates.fill(
                 template, Input=about.instruction, Output=about.answer, Dimensions=templates.bullets(list(truths))
             )
-            found.append(
+            questions.append(
                 Question(prompt, "(verdict)", truths, sum(truth for truth, _ in truths.values()) / len(truths))
             )
-        return found
+        return questions
 
     def questions(self, pair: tuple[Answered, Answered], rng: np.random.Generator, most: int) -> list[Question]:
         """The judge's prompt about a pair, each by another principle; those with a clear answer come first."""

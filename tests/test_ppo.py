@@ -238,11 +238,11 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     seen: list[tuple[list[int], float]] = []
 
     def note(
-        models: Any, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
+        policy: SharedBase, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
     ) -> dict[str, float]:
-        assert models.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
+        assert policy.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
         seen.append(([rollout.place for rollout in chosen], total))
-        for parameter in models.trained():
+        for parameter in policy.trained():
             parameter.grad = torch.full_like(parameter, 100.0)
         return {"policy_loss": float(len(seen))}
 

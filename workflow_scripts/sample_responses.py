@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> None:
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
 
-    settings, inputs = identify(arguments)
+    settings, inputs = settings_and_inputs(arguments)
     work = artifacts.WorkFolder(arguments.output)
     fingerprint = artifacts.fingerprint(settings, inputs)
     left = resuming.left_to_do(work, fingerprint, table["prompt_id"].to_list(), RESPONSES.schema)
@@ -111,7 +111,7 @@ def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: Poli
     ]
 
 
-def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
+def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and inputs that decide what is sampled: those of the other response and of speed do not."""
     settings = {
         "model": arguments.model,

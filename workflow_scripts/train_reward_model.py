@@ -137,7 +137,7 @@ def main(arguments: Arguments) -> None:
     work = artifacts.WorkFolder(arguments.output)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
-    manifest = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
+    manifest = distributed.broadcast(open_work(arguments, work, counts) if distributed.is_main() else None)
     checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
@@ -208,15 +208,15 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
 def check_init(init: Path, lora: Lora) -> None:
     """The reward model to start from is whole, and its adapter is as the settings say."""
     models.read_head(init)
-    found = PeftConfig.from_pretrained(str(init))
-    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
+    adapter = PeftConfig.from_pretrained(str(init))
+    if (adapter.r, adapter.lora_alpha) != (lora.r, lora.alpha):
         raise UserError(
-            f"{init} has r {found.r} and alpha {found.lora_alpha}, but the configuration has lora.r {lora.r} and "
+            f"{init} has r {adapter.r} and alpha {adapter.lora_alpha}, but the configuration has lora.r {lora.r} and "
             f"lora.alpha {lora.alpha}"
         )
 
 
-def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
+def open_work(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; returns the manifest."""
     settings = {
         "model": arguments.model,

@@ -99,11 +99,11 @@ def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Cal
     def register(function: Callable[[Row], Prompt | Skipped]) -> Callable[[Row], Prompt | Skipped]:
         def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
             for _, row in rows:
-                found = function(row)
-                if isinstance(found, Skipped):
-                    counts[found] += 1
+                prompt = function(row)
+                if isinstance(prompt, Skipped):
+                    counts[prompt] += 1
                 else:
-                    yield found
+                    yield prompt
 
         _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), extract))
         return function
