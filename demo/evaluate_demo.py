@@ -196,11 +196,11 @@ def sign_flips(
     judged: Sequence[principles.JudgedPrinciple],
     aggregation_settings: config.Aggregation,
 ) -> dict[str, float]:
-    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and turned.
+    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and negated.
 
     Returns:
         Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
-        when the deciding principle is turned round, the others left as they are. And how often sums do that can be
+        when the deciding principle is negated, the others left as they are. And how often sums do that can be
         had without a reward model: of the judge's scaled scores, which chose the deciding principle, and of the
         oracles' differences.
     """

@@ -61,7 +61,7 @@ TARGETS = (
     Target("pmp_negated", "the same: right by a negated principle", None, None),
     Target("reward_plain", "reward model: right by a principle", 0.85, 0.80),
     Target("reward_negated", "reward model: right by a negated principle", 0.85, 0.80),
-    Target("reward_flips", "reward model: changes its mind when the one principle shown is turned round", 0.85, 0.75),
+    Target("reward_flips", "reward model: changes its mind when the one principle shown is negated", 0.85, 0.75),
     Target("drawn_flips", "the same for the deciding one, among up to two others that stay", None, None),
     Target("summed_judgements_flips", "to compare: the judge's scores of these principles, added up", None, None),
     Target("summed_oracles_flips", "to compare: the oracles' differences, added up", None, None),

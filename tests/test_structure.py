@@ -279,7 +279,7 @@ def unknown_names(text: str) -> list[str]:
         ("ppo.clip is §, micro_batch_size §; see column s12 of prompt_id", []),
         ("ppo.clipp is §", ["ppo.clipp"]),
         ("lower settings.batch_size", ["settings.batch_size"]),
-        ("§.batch_size is no multiple of §.init", ["§.init"]),  # which pmp has not
+        ("§.batch_size is not a multiple of §.init", ["§.init"]),  # which pmp has not
         ("raise §max_length or §batch_size", ["§batch_size"]),  # ppo.reward_batch_size
         ("raise batch_sizes", ["batch_sizes"]),
     ],

@@ -40,7 +40,7 @@ class Arguments(script.Arguments):
     reward_model: RewardModel | None = Field(
         None, description="section of the configuration, for the principle-following stage"
     )
-    micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
+    micro_batch_size: int = Field(2, ge=1, description="hardware: pairs per forward pass on each GPU")
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
 

@@ -1,7 +1,7 @@
 """Judgements of single principles to reward-model records (paper section 3.2; reference step 2).
 
 What is decided depends on numbers and a few traits of the texts; the texts themselves are only looked at and
-joined, streamed by polars. In memory stay, a pair: one number a principle, the traits and the drawn records.
+joined, streamed by polars. Kept in memory, per pair: one number per principle, the traits and the drawn records.
 """
 
 import logging
@@ -132,7 +132,7 @@ def draw_record(
         winner, rule = traits.refuses.index(False), "refusal"
     if settings.language_rule:
         wanted = traits.instruction_language
-        # An unknown language matches every other: it is no evidence against an answer.
+        # An unknown language matches every other: it is not evidence against an answer.
         matches = [wanted is None or spoken is None or spoken == wanted for spoken in traits.languages]
         if not any(matches):
             return "language"

@@ -1,7 +1,7 @@
 """Artifacts: written beside and renamed, described by a manifest, resumed from a work folder.
 
 An artifact is one file or one folder. Nothing of it is visible under its name before it is whole. What a long
-job needs to go on after an interruption lives in an undeclared work folder, because Snakemake deletes the
+job needs to resume after an interruption lives in an undeclared work folder, because Snakemake deletes the
 declared outputs of a failed job.
 """
 
@@ -193,11 +193,13 @@ def check_owner(folder: Path) -> None:
     """
     owner = (folder / "owner").read_text() if folder.is_dir() else "nobody"
     if owner != _me():
-        raise UserError(f"{folder} was taken over by another process ({owner}), which goes on with it; this one ends")
+        raise UserError(
+            f"{folder} was taken over by another process ({owner}), which continues the work; this one ends"
+        )
 
 
 class WorkFolder:
-    """The undeclared folder in which a long job keeps what it needs to go on after an interruption.
+    """The undeclared folder in which a long job keeps what it needs to resume after an interruption.
 
     It stands beside the artifact, in `.work/`, and belongs to one fingerprint of settings and inputs: opened
     with another one, it is emptied, so that a changed configuration never continues a stale run.

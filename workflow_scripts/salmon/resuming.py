@@ -42,7 +42,7 @@ def run_batches(
     Args:
         work: keeps a part of at least one row per batch.
         lengths: row that is left -> its length, the same on all ranks; batch i belongs to rank i % world.
-        size: rows a batch.
+        size: rows per batch.
         compute: makes the table of a batch of rows.
         what: names the rows in the log.
         together: all ranks hold parts of one model and compute every batch; rank 0 keeps it.

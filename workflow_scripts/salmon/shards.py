@@ -29,7 +29,7 @@ def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
 
 
 def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
-    """One row a key, in the order of the keys.
+    """One row per key, in the order of the keys.
 
     Args:
         rows: finished rows, in any order.

@@ -165,7 +165,7 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
             try:
                 row = json.loads(line.decode("utf-8"))
                 if b"\\ud" in line.lower():
-                    # Half of a surrogate pair is no character, and no table can hold it: "?", as ijson has it.
+                    # Half of a surrogate pair is not a character, and no table can hold it: "?", as ijson has it.
                     row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                 yield place, row
             except UnicodeDecodeError as error:
