@@ -29,7 +29,6 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
-    identity,
     models,
     ppo_math,
     principles,
@@ -53,20 +52,20 @@ class Arguments(script.Arguments):
     """Measure the demo against the oracles; without reward model and policies, its judge alone."""
 
     output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures")
-    model: config.Model = Field(description="section of the configuration, like the next four")
-    policy_prompt: config.PolicyPrompt
-    judge: config.Judge
-    aggregation: config.Aggregation
-    ppo: config.Ppo
-    reward_settings: config.RewardModel | None = Field(None, description="section reward_model")
+    model: config.Model = Field(description="section of the configuration")
+    policy_prompt: config.PolicyPrompt = Field(description="section of the configuration")
+    judge: config.Judge = Field(description="section of the configuration")
+    aggregation: config.Aggregation = Field(description="section of the configuration")
+    ppo: config.Ppo = Field(description="section of the configuration")
+    reward_settings: config.RewardModel | None = Field(None, description="section reward_model of the configuration")
     scoring: config.Scoring = Field(config.Scoring(), description="section of the configuration")
     reward_model: Path | None = Field(None, description="folder of the reward model")
     pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
     pairs: int = Field(120, ge=1, description="pairs of the initial policy's answers that are judged")
     split: world.Split = Field("held_out", description="instructions and subjects of which split")
-    seed: int = 0
-    threads: int = 2
+    seed: int = Field(0, description="seed of the sampling and of the order of instructions")
+    threads: int = Field(2, ge=1, description="CPU threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +78,11 @@ class Answer:
     finished: bool
 
 
-def asked(count: int, split: world.Split, seed: int) -> list[world.Instruction]:
+def draw_instructions(count: int, split: world.Split, seed: int) -> list[world.Instruction]:
     """Instructions of a split, in random order, each about as often."""
-    found = world.instructions(split)
+    known = world.instructions(split)
     rng = randomness.rng("demo evaluation", seed)
-    return [found[index] for _ in range(-(-count // len(found))) for index in rng.permutation(len(found))][:count]
+    return [known[index] for _ in range(-(-count // len(known))) for index in rng.permutation(len(known))][:count]
 
 
 def sample(
@@ -109,7 +108,7 @@ def judge_accuracy(
     pairs: Sequence[Pair], judgements: Judgements, dimensions: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """For each dimension: how often the oracle sees a difference, then both orders agree, then the judge is right."""
-    found: dict[str, dict[str, float]] = {}
+    accuracy: dict[str, dict[str, float]] = {}
     for place, dimension in enumerate(dimensions):
         differing, agreeing, right = 0, 0, 0
         for pair, judged in zip(pairs, judgements, strict=True):
@@ -120,12 +119,12 @@ def judge_accuracy(
             differing += 1
             agreeing += s12 * s21 > 0
             right += s12 * s21 > 0 and (s12 > 0) == (difference > 0)
-        found[dimension] = {
+        accuracy[dimension] = {
             "pairs": differing,
             "orders_agree": agreeing / max(1, differing),
             "right": right / max(1, agreeing),
         }
-    return found
+    return accuracy
 
 
 def oracle_difference(pair: Pair, dimension: str) -> float:
@@ -173,7 +172,7 @@ def reward_accuracy(
     reader: RewardReader, pairs: Sequence[Pair], judged: Sequence[principles.JudgedPrinciple]
 ) -> dict[str, dict[str, float]]:
     """For each dimension, where the oracle sees a difference: right by the principle alone, plain and negated."""
-    found = {}
+    accuracy = {}
     for principle in judged:
         chosen = [(pair, oracle_difference(pair, principle.dimension)) for pair in pairs]
         chosen = [(pair, difference) for pair, difference in chosen if difference]
@@ -181,19 +180,19 @@ def reward_accuracy(
         plain = reader.margins(used, [[principle.definition]] * len(used))
         negated = reader.margins(used, [[principle.negative_definition]] * len(used))
         rows = list(zip(chosen, plain, negated, strict=True))
-        found[principle.dimension] = {
+        accuracy[principle.dimension] = {
             "pairs": len(rows),
             "plain": share(margin * difference > 0 for (_, difference), margin, _ in rows),
             "negated": share(margin * difference < 0 for (_, difference), _, margin in rows),
             "flips": share(margin * turned < 0 for _, margin, turned in rows),
         }
-    return found
+    return accuracy
 
 
 def share(values: Any) -> float:
     """Share of those that are true; 0 of nothing."""
-    found = list(values)
-    return float(np.mean(found)) if found else 0.0
+    known = list(values)
+    return float(np.mean(known)) if known else 0.0
 
 
 def sign_flips(
@@ -203,11 +202,11 @@ def sign_flips(
     judged: Sequence[principles.JudgedPrinciple],
     aggregation_settings: config.Aggregation,
 ) -> dict[str, float]:
-    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and turned.
+    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and negated.
 
     Returns:
         Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
-        when the deciding principle is turned round, the others left as they are. And how often sums do that can be
+        when the deciding principle is negated, the others left as they are. And how often sums do that can be
         had without a reward model: of the judge's scaled scores, which chose the deciding principle, and of the
         oracles' differences.
     """
@@ -265,7 +264,7 @@ def turns(parts: Sequence[float], place: int) -> bool:
 @torch.no_grad()
 def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: float) -> list[float]:
     """Log probability of each answer, the sum over its tokens."""
-    found = [0.0] * len(answers)
+    sums = [0.0] * len(answers)
     device = next(model.parameters()).device
     for batch in batching.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
         chosen = [answers[index] for index in batch]
@@ -280,8 +279,8 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
         ).logits[:, :-1]
         values, _ = ppo_math.token_logprobs(logits, ids[:, -width:].to(device), temperature)
         for index, answer, row in zip(batch, chosen, values, strict=True):
-            found[index] = float(row[width - len(answer.tokens) :].sum())
-    return found
+            sums[index] = float(row[width - len(answer.tokens) :].sum())
+    return sums
 
 
 def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
@@ -314,7 +313,9 @@ def measure_judge(
         max_length=arguments.judge.max_length,
         device=next(model.parameters()).device,
     )
-    questions = [instruction.text for instruction in asked(arguments.pairs, arguments.split, arguments.seed)]
+    questions = [
+        instruction.text for instruction in draw_instructions(arguments.pairs, arguments.split, arguments.seed)
+    ]
     outputs = [sample(arguments, sampler, tokenizer, questions, name) for name in ("first", "second")]
     pairs = [
         Pair(str(row), text, first.text, second.text)
@@ -356,7 +357,6 @@ def main(arguments: Arguments) -> None:
     pairs, judgements = measure_judge(arguments, model, sampler, tokenizer, judged)
     results: dict[str, Any] = {"judge": judge_accuracy(pairs, judgements, [one.dimension for one in judged])}
     log.info("judge: %s", {name: round(numbers["right"], 2) for name, numbers in results["judge"].items()})
-    inputs = identity.identify(arguments.model)
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")
@@ -365,7 +365,6 @@ def main(arguments: Arguments) -> None:
         for name, folder, used in (("pmp", arguments.pmp, some), ("reward_model", arguments.reward_model, pairs)):
             if folder is None:
                 continue
-            inputs[str(folder)] = artifacts.hash_path(folder)
             reader = RewardReader(
                 folder, arguments.model, arguments.reward_settings, arguments.scoring, tokenizer, device
             )
@@ -376,9 +375,10 @@ def main(arguments: Arguments) -> None:
         log.info("reward model, drawn records: %s", results["sign_flips"])
     results["policies"] = measure_policies(arguments, model, sampler, tokenizer)
     results = {"headline": report.headline(results), **results}
+    folders = [folder for folder in (arguments.reward_model, arguments.pmp, *arguments.policies) if folder]
+    inputs = identity.identify(arguments.model) | artifacts.hash_inputs(folders)
     steps = {}
     for policy in arguments.policies:
-        inputs[str(policy)] = artifacts.hash_path(policy)
         steps[policy.parent.name] = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()

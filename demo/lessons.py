@@ -50,7 +50,7 @@ class Question:
         prompt: the filled template.
         name: of what is asked.
         truths: each principle's sentence -> how true it is of the first answer and the second (nan: there is none),
-            the oracle's score, or 1 less that for a principle that is turned round.
+            the oracle's score, or 1 less that for a negated principle.
         probability: of the first token: 1, 0, or something between.
     """
 
@@ -183,14 +183,14 @@ class Texts:
         return Answered(instruction.text, first), Answered(instruction.text, second)
 
     def reviews(self, about: Answered, rng: np.random.Generator) -> list[Question]:
-        """The reviewer's prompt about an answer, with guidelines that share all principles, some turned round.
+        """The reviewer's prompt about an answer, with guidelines that share all principles, some negated.
 
         The better the answer by the mean of what the guideline says, the likelier is " good".
         """
         scores = oracles.score(about.instruction, about.answer)
         template = world.pick(rng, self.review_templates)
         left = [self.principles[index] for index in rng.permutation(len(self.principles))]
-        found = []
+        questions = []
         while left:
             size = world.pick(rng, GUIDELINE_SIZES)
             shown, left = left[:size], left[size:]
@@ -203,10 +203,10 @@ class Texts:
             prompt = templates.fill(
                 template, Input=about.instruction, Output=about.answer, Dimensions=templates.bullets(list(truths))
             )
-            found.append(
+            questions.append(
                 Question(prompt, "(verdict)", truths, sum(truth for truth, _ in truths.values()) / len(truths))
             )
-        return found
+        return questions
 
     def questions(self, pair: tuple[Answered, Answered], rng: np.random.Generator, most: int) -> list[Question]:
         """The judge's prompt about a pair, each by another principle; those with a clear answer come first."""
@@ -284,7 +284,7 @@ class Encoder:
         self.options = option_tokens(tokenizer, [texts.judge])
         good, bad = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in VERDICTS)
         if len(good) != 1 or len(bad) != 1:
-            raise ValueError("a verdict is no single token")
+            raise ValueError("a verdict is not a single token")
         self.verdicts = (good[0], bad[0])
 
     def answer(self, about: Answered) -> Example:
@@ -334,7 +334,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     width = max(map(len, examples))
     shape = (len(examples), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, -1, np.int64)  # 0 the prefix, then one number a branch, -1 padding
+    segments = np.full(shape, -1, np.int64)  # 0 the prefix, then one number per branch, -1 padding
     targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     sentence_ends, answer_ends, judged = [], [], []
     sentences: list[oracles.Sentence] = []

@@ -53,19 +53,19 @@ class Sentence:
 
 def read_sentences(instruction: str, answer: str) -> list[Sentence]:
     """What a reader makes of each sentence of an answer."""
-    found = []
+    sentences = []
     for match in re.finditer(r"[^.?!]+[.?!]", answer):
         extras = tuple(bool(pattern.search(match[0])) for pattern in (_ORDINAL, _INSULT, _TEACHING, _VIVID))
         asked = GROUP_OF[subject_of(instruction) or ""]
         groups = [(asked, GROUP_OF[subject], _GROUP_OF_FACT[fact]) for subject, fact in claims_of(match[0])]
-        found.append(Sentence(match.end(), groups[0] if groups else None, *extras))
-    return found
+        sentences.append(Sentence(match.end(), groups[0] if groups else None, *extras))
+    return sentences
 
 
 def subject_of(instruction: str) -> str | None:
     """The subject an instruction asks about: the first it names."""
-    found = _SUBJECT.search(instruction)
-    return found[1].lower() if found else None
+    match = _SUBJECT.search(instruction)
+    return match[1].lower() if match else None
 
 
 def subject_spans(answer: str) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ TARGETS = (
     Target("pmp_negated", "the same: right by a negated principle", None, None),
     Target("reward_plain", "reward model: right by a principle", 0.85, 0.80),
     Target("reward_negated", "reward model: right by a negated principle", 0.85, 0.80),
-    Target("reward_flips", "reward model: changes its mind when the one principle shown is turned round", 0.85, 0.75),
+    Target("reward_flips", "reward model: changes its mind when the one principle shown is negated", 0.85, 0.75),
     Target("drawn_flips", "the same for the deciding one, among up to two others that stay", None, None),
     Target("summed_judgements_flips", "to compare: the judge's scores of these principles, added up", None, None),
     Target("summed_oracles_flips", "to compare: the oracles' differences, added up", None, None),
@@ -77,34 +77,36 @@ TARGETS = (
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `TARGETS`, as far as they were measured, from what `evaluate_demo` found."""
+    """The numbers of `TARGETS`, as far as they were measured, from the results of `evaluate_demo`."""
     judge = list(results["judge"].values())
     right = [numbers["right"] for numbers in judge]
-    found = {"judge_mean": statistics.mean(right), "judge_worst": min(right)}
-    found["orders_agree"] = statistics.mean(numbers["orders_agree"] for numbers in judge)
+    values = {"judge_mean": statistics.mean(right), "judge_worst": min(right)}
+    values["orders_agree"] = statistics.mean(numbers["orders_agree"] for numbers in judge)
     for stage, prefix in (("pmp", "pmp"), ("reward_model", "reward")):
         for kind in ("plain", "negated"):
             if stage in results:
-                found[f"{prefix}_{kind}"] = statistics.mean(numbers[kind] for numbers in results[stage].values())
+                values[f"{prefix}_{kind}"] = statistics.mean(numbers[kind] for numbers in results[stage].values())
     if "sign_flips" in results:
-        found["reward_flips"] = statistics.mean(numbers["flips"] for numbers in results["reward_model"].values())
-        found["drawn_flips"] = results["sign_flips"]["flips"]
-        found["summed_judgements_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
-        found["summed_oracles_flips"] = results["sign_flips"]["flips_of_summed_oracles"]
+        values["reward_flips"] = statistics.mean(numbers["flips"] for numbers in results["reward_model"].values())
+        values["drawn_flips"] = results["sign_flips"]["flips"]
+        values["summed_judgements_flips"] = results["sign_flips"]["flips_of_summed_judgements"]
+        values["summed_oracles_flips"] = results["sign_flips"]["flips_of_summed_oracles"]
     policies = results.get("policies", {})
     if {"concise", "comprehensive"} <= set(policies):
-        found["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
+        values["length_ratio"] = policies["comprehensive"]["mean_words"] / policies["concise"]["mean_words"]
     for dimension in STEERED:
         own = dimension.lower()
         for run, name in ((own, f"gain_{own}"), ("control", f"gain_control_{own}")):
             if run in policies:
-                found[name] = policies[run]["oracles"][dimension] - policies["initial"]["oracles"][dimension]
+                values[name] = policies[run]["oracles"][dimension] - policies["initial"]["oracles"][dimension]
     over = [
-        found[f"gain_{d.lower()}"] - found[f"gain_control_{d.lower()}"] for d in STEERED if f"gain_{d.lower()}" in found
+        values[f"gain_{d.lower()}"] - values[f"gain_control_{d.lower()}"]
+        for d in STEERED
+        if f"gain_{d.lower()}" in values
     ]
     if "control" in policies and len(over) == len(STEERED):
-        found["least_over_control"] = min(over)
-    return found
+        values["least_over_control"] = min(over)
+    return values
 
 
 def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -120,9 +122,9 @@ def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
     header = ["policy", "words", "KL", *dimensions]
     lines += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for name in policies:
-        found = [evaluation["policies"][name] for evaluation in evaluations]
-        cells = [_spread([one[key] for one in found], "{:.1f}") for key in ("mean_words", "kl")]
-        cells += [_spread([one["oracles"][dimension] for one in found], "{:.0f}") for dimension in dimensions]
+        measured = [evaluation["policies"][name] for evaluation in evaluations]
+        cells = [_spread([one[key] for one in measured], "{:.1f}") for key in ("mean_words", "kl")]
+        cells += [_spread([one["oracles"][dimension] for one in measured], "{:.0f}") for dimension in dimensions]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -137,15 +139,15 @@ def _spread(values: Sequence[float], kind: str) -> str:
 
 def missed(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is not reached, a line each: by the means of several seeds, or by one seed, which has looser bounds."""
-    found = []
+    lines = []
     for target in TARGETS:
         bound = target.bound if len(evaluations) > 1 else target.loose
         values = [evaluation["headline"].get(target.name) for evaluation in evaluations]
         if bound is None:
             continue
         if None in values or not target.reached(statistics.mean(values), bound):
-            found.append(f"{target.label}: {values}, but the bound is {bound:g}")
-    return found
+            lines.append(f"{target.label}: {values}, but the bound is {bound:g}")
+    return lines
 
 
 def draw(evaluation: Mapping[str, Any], steps: Mapping[str, Sequence[Mapping[str, float]]], folder: Path) -> None:

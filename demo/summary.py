@@ -7,19 +7,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
 from demo import report  # noqa: E402
-
-TABLES = {
-    "prompts": "prompts/oasst1",
-    "response0": "responses/response0",
-    "response1": "responses/response1",
-    "preferences": "preferences/preferences",
-    "reward_data": "reward_data/principle_preferences",
-    "pmp_data": "reward_data/pmp",
-    "rl_prompts": "prompts/rl",
-}
+from salmon.configuration import TARGETS  # noqa: E402
 
 
 def read(path: Path) -> Any:
@@ -29,25 +20,29 @@ def read(path: Path) -> Any:
 
 def lines(results: Path) -> list[tuple[str, str, str]]:
     """Target, path and a few words on each artifact."""
-    found = []
-    for target, name in TABLES.items():
-        counts = read(results / f"{name}.manifest.json")["counts"]
+    artifacts = []
+    for name, target in TARGETS.items():
+        table = results / target.artifact
+        if table.suffix != ".parquet":
+            continue
+        counts = read(table.with_suffix(".manifest.json"))["counts"]
         rows = (
             counts.get("records") or counts.get("rows") or sum(n for key, n in counts.items() if key.endswith("kept"))
         )
-        found.append((target, f"{results / name}.parquet", f"{rows} rows"))
-    for target in ("pmp", "reward_model"):
-        evaluation = read(results / "models" / target / "metrics.json")["evaluation"]
+        artifacts.append((name, str(table), f"{rows} rows"))
+    for name in ("pmp", "reward_model"):
+        folder = results / TARGETS[name].artifact
+        evaluation = read(folder / "metrics.json")["evaluation"]
         words = f"{evaluation['accuracy']:.0%} of {evaluation['number']} held-out pairs right"
-        found.append((target, f"{results / 'models' / target}/", words))
+        artifacts.append((name, f"{folder}/", words))
     for policy in sorted(results.glob("runs/*/policy")):
         steps = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
         first, last = steps[0], steps[-1]
         words = (
             f"{len(steps)} steps: reward {first['reward']:.2f} to {last['reward']:.2f}, KL {last['kl_sequence']:.2f}"
         )
-        found.append((f"policy {policy.parent.name}", f"{policy}/", words))
-    return found
+        artifacts.append((f"policy {policy.parent.name}", f"{policy}/", words))
+    return artifacts
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ class Arguments(script.Arguments):
     )
     principles: Path = Field(Path("demo/principles/judge.json"), description="principles to judge by")
     assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
-    seed: int = 0
+    seed: int = Field(0, description="seed of tokenizer, weights and examples")
     steps: int = Field(1500, ge=1, description="optimiser steps")
     sequences: int = Field(16, ge=1, description="sequences a step")
     questions: int = Field(8, ge=1, description="principles asked about one pair of outputs, at most")
@@ -56,9 +56,9 @@ class Arguments(script.Arguments):
     warmup_steps: int = Field(50, ge=1, description="steps until the learning rate is reached")
     decay: float = Field(0.5, gt=0, le=1, description="share of the steps, at the end, in which it falls to 0")
     bfloat16: bool = Field(True, description="matrix products in bfloat16; slow on CPUs that do not have it")
-    hidden_size: int = 128
+    hidden_size: int = Field(128, ge=1, description="width of the layers")
     layers: int = Field(6, ge=5, description="the heads that read need four below the last")
-    heads: int = 4
+    heads: int = Field(4, ge=1, description="attention heads per layer")
     threads: int = Field(2, ge=1, description="CPU threads; the result depends on their number in its last bits")
 
 
@@ -128,13 +128,13 @@ class Reader(nn.Module):
         loss = READING_WEIGHT * reading
         loss += functional.binary_cross_entropy_with_logits(truths[there], batch.truths[there], reduction="sum")
         nan = torch.tensor(torch.nan, device=marks.device)
-        found = {
+        findings = {
             "groups": torch.where(batch.groups >= 0, (groups.argmax(dim=-1) == batch.groups).float(), nan),
             "marks": torch.where(applies, ((marks > 0) == (batch.marks > 0.5)).float(), nan),
             "scores": (scores.sigmoid() - batch.scores).abs().detach(),
             "truths": (truths.sigmoid() - batch.truths).abs().detach(),
         }
-        return loss, found
+        return loss, findings
 
 
 def loss_of(model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -152,12 +152,12 @@ def loss_of(model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch) -> tu
     hidden = states[-1]
     read = batch.weights > 0
     text = functional.cross_entropy(model.lm_head(hidden[read]), batch.targets[read], reduction="none")
-    reading, found = reader(batch, states)
+    reading, findings = reader(batch, states)
     logs = model.lm_head(hidden[*batch.judged.T]).log_softmax(dim=-1)
     first, second = logs.gather(1, batch.options).T
     answers = -(batch.probabilities * first + (1 - batch.probabilities) * second).sum()
     loss = (text * batch.weights[read]).sum() + reading + answers
-    return loss, (first - second).detach(), found
+    return loss, (first - second).detach(), findings
 
 
 def draw_examples(
@@ -181,7 +181,7 @@ def draw_examples(
 
 
 class Tally:
-    """Means of what was found, by its name."""
+    """Means of findings, by their names."""
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, float] = defaultdict(float)
@@ -199,7 +199,7 @@ class Tally:
             if question.probability != 0.5:
                 self.add(question.name, float((margin > 0) == (question.probability > 0.5)))
 
-    def add_reading(self, found: dict[str, Tensor]) -> None:
+    def add_reading(self, findings: dict[str, Tensor]) -> None:
         """Count the reader's findings."""
         names = {
             "groups": ("group asked", "group named", "group of the fact"),
@@ -207,7 +207,7 @@ class Tally:
             "scores": [f"error, {dimension}" for dimension in oracles.ORACLES],
             "truths": ("error, statements on the first answer", "error, statements on the second answer"),
         }
-        for kind, values in found.items():
+        for kind, values in findings.items():
             for name, column in zip(names[kind], values.T.tolist(), strict=True):
                 for value in column:
                     self.add(f"({name})", value)
@@ -244,10 +244,10 @@ def train(
             part = examples[start : start + MICRO_BATCH]
             batch = lessons.collate(part).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bfloat16):
-                loss, margins, found = loss_of(model, reader, batch)
+                loss, margins, findings = loss_of(model, reader, batch)
             (loss / arguments.sequences).backward()  # type: ignore[no-untyped-call]
             tally.add_questions([question for example in part for question in example.questions], margins)
-            tally.add_reading(found)
+            tally.add_reading(findings)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -285,10 +285,11 @@ def main(arguments: Arguments) -> None:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings = json.loads(arguments.model_dump_json(exclude={"output"}))
-        described = {path.name: artifacts.hash_path(path) for path in inputs}
         artifacts.write_json(
             folder / "manifest.json",
-            artifacts.manifest(settings, described, {**counts, "parameters": model.num_parameters()}),
+            artifacts.manifest(
+                settings, artifacts.hash_inputs(inputs), {**counts, "parameters": model.num_parameters()}
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""RL: a policy a run, trained against a reward model, the principles chosen here."""
+"""RL: one policy per run, trained against a reward model, the principles chosen here."""
 
 
 rule train_policy:

@@ -1,4 +1,4 @@
-"""Synthetic preferences: two responses a prompt, the initial policy's judgements, reward-model data."""
+"""Synthetic preferences: two responses per prompt, the initial policy's judgements, reward-model data."""
 
 
 rule sample_responses:

@@ -15,6 +15,7 @@ from salmon import artifacts
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
+PATIENCE = 1800  # seconds until a process counts as stuck: a busy machine must not fail a test
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -26,7 +27,7 @@ def environment() -> dict[str, str]:
 def launch(ranks: int, *line: Any) -> subprocess.CompletedProcess[str]:
     """Start a script and its arguments on ranks of two threads each, as the rules do."""
     words = ["bash", SCRIPTS / "launch.sh", "1", str(ranks), "2", *line]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> list[str]:
@@ -41,7 +42,7 @@ def kill_at_first_part(arguments: list[str], output: Path) -> int:
     """Start a script, kill it as soon as it has kept something, and say how many parts it has left."""
     folder = artifacts.WorkFolder(output).path
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not list(folder.glob("part-*.parquet")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     if process.poll() is None:

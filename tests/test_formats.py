@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, is_typeddict
 
 from salmon import formats, prompts
 from salmon.config import PairSource, Prompts, PromptSource
@@ -64,12 +64,25 @@ def test_the_configuration_takes_what_is_registered_and_no_other() -> None:
 
 
 def test_rows_of_the_schemas_are_what_the_functions_take() -> None:
-    """Each function gets by on a row with no more than the columns that its schema demands."""
-    values: dict[str, Any] = {"category": "open_qa", "labels": 1, "score_ratio": 3.0, "id": "t0.1", "conversations": []}
-    for name, entry in PROMPT_FORMATS.items():
-        row = {column: values.get(column, "text") for column in entry.row.__required_keys__}
-        list(entry.extract([("here", row)], formats.Counter()))
+    """Each function gets by on a row with no more than the columns that its schema demands, and on one with all."""
+    for name, entry in {**PROMPT_FORMATS, **PAIR_FORMATS}.items():
         assert entry.row.__required_keys__, name
-    for entry in PAIR_FORMATS.values():
-        row = {column: values.get(column, "text") for column in entry.row.__required_keys__}
-        assert isinstance(entry.compare(row), Comparison | Skipped)
+    for columns in ("__required_keys__", "__annotations__"):
+        for prompt_format in PROMPT_FORMATS.values():
+            list(prompt_format.extract([("here", sample(prompt_format.row, columns))], formats.Counter()))
+        for pair_format in PAIR_FORMATS.values():
+            assert isinstance(pair_format.compare(sample(pair_format.row, columns)), Comparison | Skipped)
+
+
+def sample(kind: Any, columns: str) -> Any:
+    """A value of a type; of rows, with these of their columns."""
+    if is_typeddict(kind):
+        types = get_type_hints(kind)
+        return {name: sample(types[name], columns) for name in getattr(kind, columns)}
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
+    if get_origin(kind) is list:
+        return [sample(get_args(kind)[0], columns)] * 2
+    if members := get_args(kind):  # of a union
+        return sample(members[0], columns)
+    return {str: "text", float: 3.0, int: 1, bool: True}[kind]

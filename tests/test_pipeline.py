@@ -18,6 +18,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests import synthetic
+from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -25,7 +26,7 @@ DATA = ROOT / "tests" / "data"
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--nolock", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_learning_rate(world: World) -> None:
     rates = [ppo.learning_rate(step, 20, settings) for step in range(20)]
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert rates[4:] == pytest.approx([0.25 + 0.25 * math.cos(math.pi * k / 16) for k in range(16)])
-    assert rates[-1] > 0  # no step is done in vain
+    assert rates[-1] > 0  # every step changes something
     assert ppo.learning_rate(0, 1, world.ppo(learning_rate=0.5, warmup_steps=0)) == 0.5
 
 
@@ -238,11 +238,11 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     seen: list[tuple[list[int], float]] = []
 
     def note(
-        models: Any, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
+        policy: SharedBase, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
     ) -> dict[str, float]:
-        assert models.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
+        assert policy.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
         seen.append(([rollout.place for rollout in chosen], total))
-        for parameter in models.trained():
+        for parameter in policy.trained():
             parameter.grad = torch.full_like(parameter, 100.0)
         return {"policy_loss": float(len(seen))}
 

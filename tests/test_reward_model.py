@@ -23,7 +23,7 @@ from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
-from tests.running import ROOT, environment, failing
+from tests.running import PATIENCE, ROOT, environment, failing
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
 END = "The quality of the output is"
@@ -421,7 +421,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     run_here(arguments | {"output": str(tmp_path / "one")})
     if deepspeed:
         arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
-    done = subprocess.run(command(arguments, ranks=2), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command(arguments, ranks=2), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     reference, other, two = (weights(folder) for folder in (trained["folder"], tmp_path / "one", tmp_path / "rm"))
     rounding = max((other[name] - reference[name]).abs().max().item() for name in reference)
@@ -445,7 +445,7 @@ def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
     logged = []
     for name, deepspeed in (("whole", {}), ("shards", {"deepspeed": str(ROOT / "profiles/deepspeed/zero3.json")})):
         line = command(arguments | {"output": str(tmp_path / name), **deepspeed}, ranks=2)
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         logged.append(json.loads((tmp_path / name / "metrics.json").read_text())["training"])
     for expected, found in zip(*logged, strict=True):
@@ -539,7 +539,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         shutil.copytree(killed, folder)
         arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
         work = artifacts.WorkFolder(arguments.output)
-        train_reward_model.prepare(arguments, work, {})
+        train_reward_model.open_work(arguments, work, {})
         return checkpoints.newest(work.path)
 
     other = tmp_path / "other.parquet"
@@ -612,7 +612,7 @@ def test_empty_outputs_are_skipped_and_counted(tmp_path):
 def test_the_script_exits_with_an_error(trained, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     arguments = trained["arguments"] | {"records": str(tmp_path / "broken.parquet"), "output": str(tmp_path / "rm")}
-    done = subprocess.run(command(arguments), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command(arguments), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert "cannot be read as Parquet" in done.stderr
     assert "Traceback" not in done.stderr

@@ -243,12 +243,12 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
 
 def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
     arguments = sample_responses.Arguments(**options(work, model))
-    settings, inputs = sample_responses.identify(arguments)
+    settings, inputs = sample_responses.settings_and_inputs(arguments)
     mark = artifacts.fingerprint(settings, inputs)
 
     def marked(**more: Any) -> str:
         changed = sample_responses.Arguments(**options(work, model, **more))
-        return artifacts.fingerprint(*sample_responses.identify(changed))
+        return artifacts.fingerprint(*sample_responses.settings_and_inputs(changed))
 
     assert marked(batch_size=7) == mark
     assert marked(seeds=(42, 44)) == mark

@@ -17,6 +17,8 @@ import yaml
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
+from tests.running import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
 EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # a task a GPU: 64 CPUs on a node
@@ -50,10 +52,12 @@ def jobs(site: Path | None = None) -> Iterator[tuple[str, Resources]]:
     """Rule and resources of every job of the paper's runs and of the demo's rules, from a dry run with the profile."""
     environment = os.environ | ({"SALMON_SITE": str(site)} if site else {})
     line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n", *TARGETS]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr + done.stdout
-    found = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
-    for rule, body in found:
+    printed = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
+    for rule, body in printed:
         words = re.search(r"resources: (.*)", body)
         assert words, rule
         pairs = (pair.split("=", 1) for pair in re.split(r", (?=\w+=)", words[1]))
@@ -96,8 +100,8 @@ def test_the_site_file_is_the_only_place_to_edit(tmp_path: Path) -> None:
     site |= {"qos": "long", "constraint": "ib", "tensor_parallel": True, "cpu_partition": "serial"}
     site |= {"policy_deepspeed": "profiles/deepspeed/zero3.json"}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    found = dict(jobs(tmp_path / "site.yaml"))
-    policy = found["train_policy"]
+    asked = dict(jobs(tmp_path / "site.yaml"))
+    policy = asked["train_policy"]
     line = submit_line("train_policy", policy)
     for words in (
         "-A lab",
@@ -110,8 +114,8 @@ def test_the_site_file_is_the_only_place_to_edit(tmp_path: Path) -> None:
     ):
         assert words in line, words
     assert (policy["ranks"], policy["deepspeed"]) == (1, "profiles/deepspeed/zero3.json")
-    assert found["sample_responses"]["tensor_parallel"] == found["judge_preferences"]["tensor_parallel"] == "true"
-    assert "-p serial" in submit_line("clean_prompts", found["clean_prompts"])
+    assert asked["sample_responses"]["tensor_parallel"] == asked["judge_preferences"]["tensor_parallel"] == "true"
+    assert "-p serial" in submit_line("clean_prompts", asked["clean_prompts"])
 
 
 @pytest.mark.parametrize("nodes", ["2", "3"])

@@ -1,6 +1,7 @@
 """The house: layers, seams and single places, each held by a test that fails when somebody goes around it."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -111,6 +112,12 @@ def test_every_key_is_described() -> None:
     assert [key for key, field in sections(Config) if not field.description] == []
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_option_of_a_script_is_described(name: str) -> None:
+    options = importlib.import_module(name).Arguments.model_fields
+    assert [option for option, field in options.items() if not field.description] == []
+
+
 @pytest.mark.parametrize("file", ["config.yaml", "demo/config.yaml"])
 def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
     text = (ROOT / file).read_text()
@@ -129,6 +136,12 @@ def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
             jsonschema.validate({"runs": {"mine": changes}}, schema)
 
 
+def test_tables_and_targets_name_the_same_files() -> None:
+    artifacts = {target.artifact for target in TARGETS.values() if target.artifact.endswith(".parquet")}
+    files = {table.files for table in TABLES if "*" not in table.files}  # which is what two tables have in common
+    assert {one for name in files for one in (name.replace("{0,1}", "0"), name.replace("{0,1}", "1"))} == artifacts
+
+
 def test_the_lists_of_targets_are_one() -> None:
     """A rule with the name of a target would be a second place for it; what a target names, a rule makes."""
     rules = {match[1] for block in BLOCKS if (match := re.match(r"(?:use rule \w+ as|rule) (\w+)", block))}
@@ -137,12 +150,6 @@ def test_the_lists_of_targets_are_one() -> None:
     for target in TARGETS.values():
         pattern = target.artifact.replace("runs/default/", "runs/{run}/").replace("response0", "response{index}")
         assert pattern.replace("response1", "response{index}") in made, target
-
-
-def test_tables_name_each_column_once_with_one_meaning() -> None:
-    for table in TABLES:
-        assert set(table.key) <= set(table.columns)
-        assert not any(table.columns[name].nullable for name in table.key)
 
 
 # ---- A rule that needs a GPU
@@ -273,7 +280,7 @@ def unknown_names(text: str) -> list[str]:
         ("ppo.clip is §, micro_batch_size §; see column s12 of prompt_id", []),
         ("ppo.clipp is §", ["ppo.clipp"]),
         ("lower settings.batch_size", ["settings.batch_size"]),
-        ("§.batch_size is no multiple of §.init", ["§.init"]),  # which pmp has not
+        ("§.batch_size is not a multiple of §.init", ["§.init"]),  # which pmp has not
         ("raise §max_length or §batch_size", ["§batch_size"]),  # ppo.reward_batch_size
         ("raise batch_sizes", ["batch_sizes"]),
     ],

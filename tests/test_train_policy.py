@@ -139,7 +139,7 @@ def unfinished(world: World, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_after_the_last_step(world: World, unfinished: Path) -> None:
-    """Reference, defect 16: also where the number of steps is no multiple of save_steps."""
+    """Reference, defect 16: also where the number of steps is not a multiple of save_steps."""
     work = unfinished.parent / ".work" / "policy"
     assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     before = (work / "metrics.jsonl").read_text()

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from salmon import configuration
+from tests.running import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 
 # Rule -> rules it needs directly; each target below is one rule and all that it rests on.
@@ -40,22 +43,12 @@ TARGETS = {
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
 }
-FILES = {
-    "results/prompts/oasst1.parquet": "clean_prompts",
-    "results/responses/response1.parquet": "gather_responses",
-    "results/preferences/preferences.parquet": "gather_preferences",
-    "results/reward_data/principle_preferences.parquet": "aggregate_preferences",
-    "results/reward_data/pmp.parquet": "clean_pmp_data",
-    "results/models/pmp": "train_pmp",
-    "results/models/reward_model": "train_reward_model",
-    "results/prompts/rl.parquet": "clean_rl_prompts",
-    "results/runs/default/policy": "train_policy",
-}
+FILES = {f"results/{configuration.TARGETS[target].artifact}": rule for target, rule in TARGETS.items()}
 
 
 def snakemake(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def elsewhere(folder: Path) -> list[str]:
@@ -72,13 +65,18 @@ def ancestors(rule: str) -> set[str]:
     return {rule}.union(*(ancestors(parent) for parent in PARENTS[rule]))
 
 
+def test_every_target_is_tested() -> None:
+    """Those of all runs and of the demo have tests of their own below."""
+    assert {*TARGETS, "policies", "evaluation", "demo_policy"} == set(configuration.TARGETS)
+
+
 def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
     run = snakemake("-n", *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    found = jobs(run.stdout + run.stderr)
-    assert set(found) == {*PARENTS, "all"}
-    assert found["sample_responses"] == 2 * 4
-    assert found["judge_preferences"] == 8
+    counts = jobs(run.stdout + run.stderr)
+    assert set(counts) == {*PARENTS, "all"}
+    assert counts["sample_responses"] == 2 * 4
+    assert counts["judge_preferences"] == 8
     assert not any(tmp_path.iterdir())
 
 
@@ -86,10 +84,10 @@ def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
 def test_a_named_target_builds_just_its_ancestors(target: str, tmp_path: Path) -> None:
     run = snakemake("-n", target, *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    found = jobs(run.stdout + run.stderr)
-    assert set(found) - {target} == ancestors(TARGETS[target])
+    counts = jobs(run.stdout + run.stderr)
+    assert set(counts) - {target} == ancestors(TARGETS[target])
     if target in ("response0", "response1"):  # of one response only
-        assert found["sample_responses"] == 4
+        assert counts["sample_responses"] == 4
 
 
 def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
@@ -101,25 +99,25 @@ def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
 def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
     run = snakemake("-n", "policies", *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    found = jobs(run.stdout + run.stderr)
+    counts = jobs(run.stdout + run.stderr)
     # Seven policies; reward models: the shared one, one without PMP, one on data of another aggregation.
-    assert found["train_policy"] == 7
-    assert found["train_reward_model"] == 3
-    assert found["aggregate_preferences"] == 2
-    assert found["train_pmp"] == 1
-    assert found["clean_rl_prompts"] == 2  # one with red-teaming questions, for the harmless run
-    assert found["judge_preferences"] == 8
+    assert counts["train_policy"] == 7
+    assert counts["train_reward_model"] == 3
+    assert counts["aggregate_preferences"] == 2
+    assert counts["train_pmp"] == 1
+    assert counts["clean_rl_prompts"] == 2  # one with red-teaming questions, for the harmless run
+    assert counts["judge_preferences"] == 8
 
 
 def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> None:
     run = snakemake("-n", "--configfile", "config.yaml", "demo/config.yaml", *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    found = jobs(run.stdout + run.stderr)
-    assert found["evaluate_demo"] == 1
-    assert found["train_policy"] == 5
-    assert found["train_reward_model"] == 1
-    assert found["clean_rl_prompts"] == 1
-    assert found["make_demo_data"] == 1
+    counts = jobs(run.stdout + run.stderr)
+    assert counts["evaluate_demo"] == 1
+    assert counts["train_policy"] == 5
+    assert counts["train_reward_model"] == 1
+    assert counts["clean_rl_prompts"] == 1
+    assert counts["make_demo_data"] == 1
     assert f"{tmp_path}/data/oasst1.jsonl" in run.stdout + run.stderr
 
 

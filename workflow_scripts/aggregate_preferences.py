@@ -10,6 +10,7 @@ from pydantic import Field
 
 from salmon import aggregation, artifacts, principles, script
 from salmon.config import Aggregation, Marker
+from salmon.tables import PRINCIPLE_RECORDS
 
 log = logging.getLogger("salmon.aggregate_preferences")
 
@@ -38,7 +39,7 @@ def main(arguments: Arguments) -> None:
         settings=arguments.aggregation,
         turn_markers=arguments.turn_markers,
     )
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
     artifacts.write_json(
         artifacts.manifest_path(arguments.output),
         artifacts.manifest(

@@ -8,10 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import polars as pl
+from pydantic import Field
 
 from salmon import artifacts, preference_data, script, sources
 from salmon.config import PmpData
 from salmon.errors import UserError
+from salmon.tables import PMP_RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +21,8 @@ log = logging.getLogger(__name__)
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path
-    pmp_data: PmpData
+    output: Path = Field(description="PMP records (parquet); the manifest is written beside them")
+    pmp_data: PmpData = Field(description="section of the configuration")
 
 
 def main(arguments: Arguments) -> None:
@@ -37,7 +39,7 @@ def main(arguments: Arguments) -> None:
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not counts["kept"]:
             raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
-        artifacts.write_table(table, output)
+        artifacts.write_table(table, output, PMP_RECORDS)
     finally:
         work.delete()
     manifest = artifacts.manifest({"pmp_data": settings}, sources.identify_sources(settings.sources), counts)

@@ -5,21 +5,24 @@ Writes the table `tables.PROMPTS`.
 
 from pathlib import Path
 
+from pydantic import Field
+
 from salmon import artifacts, prompts, script, sources
 from salmon.config import Prompts
+from salmon.tables import PROMPTS
 
 
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path
-    prompts: Prompts
+    output: Path = Field(description="prompts (parquet); the manifest is written beside them")
+    prompts: Prompts = Field(description="section of the configuration")
 
 
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     table, counts = prompts.collect_prompts(arguments.prompts)
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, PROMPTS)
     manifest = artifacts.manifest(
         {"prompts": arguments.prompts}, sources.identify_sources(arguments.prompts.sources), counts
     )

@@ -5,17 +5,20 @@ Writes the table `tables.RL_PROMPTS`.
 
 from pathlib import Path
 
+from pydantic import Field
+
 from salmon import artifacts, identity, prompts, script, sources
 from salmon.config import Model, RlPrompts
+from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
 
 
 class Arguments(script.Arguments):
     """Options of the command line; of the model, only the tokenizer is used."""
 
-    output: Path
-    rl_prompts: RlPrompts
-    model: Model
+    output: Path = Field(description="RL prompts (parquet); the manifest is written beside them")
+    rl_prompts: RlPrompts = Field(description="section of the configuration")
+    model: Model = Field(description="section of the configuration; only its tokenizer is loaded")
 
 
 def main(arguments: Arguments) -> None:
@@ -23,7 +26,7 @@ def main(arguments: Arguments) -> None:
     settings, model = arguments.rl_prompts, arguments.model
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, RL_PROMPTS)
     inputs = sources.identify_sources(settings.sources) | identity.identify_tokenizer(model)
     manifest = artifacts.manifest({"rl_prompts": settings, "model": model}, inputs, counts)
     artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)

@@ -20,7 +20,7 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Check the shards, write the manifest and then the table."""
-    table, manifest = shards.gather(arguments.shards)
+    table, manifest = shards.gather_shards(arguments.shards)
     artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
     artifacts.write_table(table, arguments.output)
 

@@ -52,7 +52,7 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Judge what an earlier run has not judged, write the manifest and then the table."""
     device = distributed.init()
-    settings, inputs = identify(arguments)
+    settings, inputs = settings_and_inputs(arguments)
     judged = principles.read_judged(arguments.principles)
     table = read_shard(arguments)
     pairs, counts = select_pairs(table, arguments.judge)
@@ -94,16 +94,18 @@ def main(arguments: Arguments) -> None:
     lengths = {row: sum(map(len, (pairs[row].instruction, pairs[row].output_1, pairs[row].output_2))) for row in left}
     resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs", together=arguments.tensor_parallel)
     if distributed.is_main():
-        judgements = in_order(work.read_parts(JUDGEMENTS.schema), pairs, [principle.dimension for principle in judged])
+        judgements = sort_judgements(
+            work.read_parts(JUDGEMENTS.schema), pairs, [principle.dimension for principle in judged]
+        )
         whole = judgements.drop_nulls()
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
         counts["rows"] = whole.height
-        resuming.write_shard(work, whole, arguments.output, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, whole, arguments.output, JUDGEMENTS, artifacts.manifest(settings, inputs, counts))
     distributed.leave()
 
 
-def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
+def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and inputs that decide the judgements: the speed does not."""
     settings = {"model": arguments.model, **arguments.judge.model_dump(), "shard": arguments.shard}
     files = [arguments.response0, arguments.response1, arguments.principles, Path(arguments.judge.template)]
@@ -159,7 +161,7 @@ def select_pairs(table: pl.DataFrame, judge: config.Judge) -> tuple[list[Pair], 
     return pairs, counts
 
 
-def in_order(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str]) -> pl.DataFrame:
+def sort_judgements(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str]) -> pl.DataFrame:
     """The judgements in the order of the pairs and, within a pair, of the principles."""
     keys = pl.DataFrame(
         [(pair.prompt_id, dimension) for pair in pairs for dimension in dimensions],

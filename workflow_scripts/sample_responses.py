@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> None:
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
 
-    settings, inputs = identify(arguments)
+    settings, inputs = settings_and_inputs(arguments)
     work = artifacts.WorkFolder(arguments.output)
     fingerprint = artifacts.fingerprint(settings, inputs)
     schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
@@ -91,7 +91,7 @@ def main(arguments: Arguments) -> None:
         responses = join(table, sampled.drop("thinking_cut"), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
         counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
-        resuming.write_shard(work, responses, arguments.output, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, responses, arguments.output, RESPONSES, artifacts.manifest(settings, inputs, counts))
     distributed.leave()
 
 
@@ -120,7 +120,7 @@ def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: Poli
     ]
 
 
-def identify(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
+def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and inputs that decide what is sampled: those of the other response and of speed do not."""
     settings = {
         "model": arguments.model,

@@ -38,15 +38,17 @@ class Arguments(script.Arguments):
     prompts: Path = Field(description="Parquet table of RL prompts")
     reward_model: Path = Field(description="folder of the reward model")
     output: Path = Field(description="folder of the policy: adapter, metrics.jsonl, tensorboard/")
-    model: Model
-    lora: Lora
-    policy_prompt: PolicyPrompt
-    ppo: Ppo
-    scoring: Scoring = Scoring()
-    sampling_batch_size: int = Field(32, ge=1, description="rollouts sampled at once on a GPU (hardware)")
-    micro_batch_size: int = Field(2, ge=1, description="rollouts of a backward pass on a GPU (hardware)")
-    deepspeed: Path | None = Field(None, description="DeepSpeed configuration, ZeRO-2 or ZeRO-3 (hardware)")
-    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, slower (hardware)")
+    model: Model = Field(description="section of the configuration")
+    lora: Lora = Field(description="section of the configuration")
+    policy_prompt: PolicyPrompt = Field(description="section of the configuration")
+    ppo: Ppo = Field(description="section of the configuration")
+    scoring: Scoring = Field(Scoring(), description="section of the configuration")
+    sampling_batch_size: int = Field(32, ge=1, description="hardware: rollouts sampled at once on a GPU")
+    micro_batch_size: int = Field(2, ge=1, description="hardware: rollouts of a backward pass on a GPU")
+    deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration, ZeRO-2 or ZeRO-3")
+    gradient_checkpointing: bool = Field(
+        True, description="hardware: recompute activations, which takes less memory and is slower"
+    )
 
 
 def main(args: Arguments) -> None:

@@ -51,17 +51,19 @@ class Arguments(script.Arguments):
     model: Model = Field(description="section of the configuration")
     tokenizer: Model | None = Field(None, description="model whose tokenizer is used; without it, that of `model`")
     lora: Lora = Field(Lora(), description="section of the configuration")
-    pmp: RewardTraining | None = Field(None, description="section of the configuration; or")
-    reward_model: RewardModel | None = Field(None, description="that of the principle-following stage")
+    pmp: RewardTraining | None = Field(None, description="section of the configuration, for pre-training (PMP)")
+    reward_model: RewardModel | None = Field(
+        None, description="section of the configuration, for the principle-following stage"
+    )
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
-    micro_batch_size: int = Field(2, ge=1, description="hardware: pairs a forward pass on each GPU")
+    micro_batch_size: int = Field(2, ge=1, description="hardware: pairs per forward pass on each GPU")
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
 
     @model_validator(mode="after")
     def _one_stage(self) -> Self:
         if (self.pmp is None) == (self.reward_model is None):
-            raise ValueError("give one of --pmp and --reward-model, the settings of the stage")
+            raise ValueError("give either --pmp or --reward-model, the settings of the training")
         return self
 
     @property
@@ -151,7 +153,7 @@ def main(arguments: Arguments) -> None:
     work = artifacts.WorkFolder(arguments.output)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
-    manifest = distributed.broadcast(prepare(arguments, work, counts) if distributed.is_main() else None)
+    manifest = distributed.broadcast(open_work(arguments, work, counts) if distributed.is_main() else None)
     checkpoint = checkpoints.newest(work.path)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
@@ -217,15 +219,15 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
 def check_init(init: Path, lora: Lora) -> None:
     """The reward model to start from is whole, and its adapter is as the settings say."""
     models.read_head(init)
-    found = PeftConfig.from_pretrained(str(init))
-    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
+    adapter = PeftConfig.from_pretrained(str(init))
+    if (adapter.r, adapter.lora_alpha) != (lora.r, lora.alpha):
         raise UserError(
-            f"{init} has r {found.r} and alpha {found.lora_alpha}, but the configuration has lora.r {lora.r} and "
+            f"{init} has r {adapter.r} and alpha {adapter.lora_alpha}, but the configuration has lora.r {lora.r} and "
             f"lora.alpha {lora.alpha}"
         )
 
 
-def prepare(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
+def open_work(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; returns the manifest."""
     settings = {
         "model": arguments.model,

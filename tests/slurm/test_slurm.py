@@ -116,7 +116,7 @@ def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
 
 
 def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
-    """SLURM's notice makes it write a checkpoint; the next attempt goes on from there and repeats no step."""
+    """SLURM's notice makes it write a checkpoint; the next attempt resumes from there and repeats no step."""
     run = {"limited": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
     policy = whole / "runs" / "limited" / "policy"
     log = whole / "logs" / "runs" / "limited" / "train_policy.log"
@@ -139,7 +139,7 @@ def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str,
 
 
 def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
-    """SLURM puts the job on another node, where it goes on from its last checkpoint, to the same reward model."""
+    """SLURM puts the job on another node, where it resumes from its last checkpoint, to the same reward model."""
     model = whole / "runs" / "long" / "models" / "reward_model"
     log = whole / "logs" / "runs" / "long" / "train_reward_model.log"
     with world.started(world.site("site"), str(model), runs={"long": LONG}) as snakemake:
@@ -166,7 +166,7 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undist
 
 def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
     """At a preemption a checkpoint is written and no step repeated; when a rank is killed, as the kernel does for want
-    of memory, the job ends at once, and the next attempt goes on from the last checkpoint."""
+    of memory, the job ends at once, and the next attempt resumes from the last checkpoint."""
     run = {"disturbed": {"ppo": {"max_steps": 24, "save_steps": 4}}}
     policy = whole / "runs" / "disturbed" / "policy"
     log = whole / "logs" / "runs" / "disturbed" / "train_policy.log"

@@ -1,7 +1,7 @@
 """Judgements of single principles to reward-model records (paper section 3.2; reference step 2).
 
 What is decided depends on numbers and a few traits of the texts; the texts themselves are only looked at and
-joined, streamed by polars. In memory stay, a pair: one number a principle, the traits and the drawn records.
+joined, streamed by polars. Kept in memory, per pair: one number per principle, the traits and the drawn records.
 """
 
 import logging
@@ -18,14 +18,14 @@ from salmon import language, randomness, tables
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
-from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
+from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RECORD_TEXTS, RESPONSES
 from salmon.text import cut_at_markers
 
 log = logging.getLogger(__name__)
 
 _ANSWERS = ("response0", "response1")
-_TEXTS = ("instruction", "input", "output_1", "output_2")
-_DRAWN = {name: kind for name, kind in PRINCIPLE_RECORDS.schema.items() if name not in _TEXTS}
+DRAWN = {name: kind for name, kind in PRINCIPLE_RECORDS.schema.items() if name not in RECORD_TEXTS}
+"""The columns that are drawn: all but the texts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A record but for its texts; see `PRINCIPLE_RECORDS`."""
+    """A record but for its texts: the columns of `DRAWN`."""
 
     record_id: str
     prompt_id: str
@@ -60,8 +60,8 @@ class Drawn:
 def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Scores of one principle over all pairs, on a scale that principles share (reference step 2).
 
-    The mean of both orders, divided by the variance of these means over all pairs, and 0 where the orders
-    disagree (or one is 0). The variance includes the pairs that become 0.
+    m_i = (s12_i + s21_i) / 2, and score_i = m_i / Var(m) where both orders agree, that is s12_i * s21_i > 0, else 0.
+    Var(m) is the population variance over all pairs, those included whose score becomes 0.
 
     Args:
         s12: logit(a) - logit(b) with output 1 as (a), shape [pairs].
@@ -132,7 +132,7 @@ def draw_record(
         winner, rule = traits.refuses.index(False), "refusal"
     if settings.language_rule:
         wanted = traits.instruction_language
-        # An unknown language matches every other: it is no evidence against an answer.
+        # An unknown language matches every other: it is not evidence against an answer.
         matches = [wanted is None or spoken is None or spoken == wanted for spoken in traits.languages]
         if not any(matches):
             return "language"
@@ -266,15 +266,18 @@ def read_traits(pairs: pl.LazyFrame, refusal_phrase: str) -> dict[str, Traits]:
             return pl.lit(False).alias(f"refuses_{name}")
         return pl.col(name).str.contains(refusal_phrase, literal=True).alias(f"refuses_{name}")
 
-    asked = pl.concat_str("instruction", "input", separator="\n\n")
+    questions = pl.concat_str("instruction", "input", separator="\n\n")
     table = pairs.select(
         "prompt_id",
         refuses("response0"),
         refuses("response1"),
-        asked.map_batches(detect, return_dtype=pl.String, is_elementwise=True).alias("asked"),
+        questions.map_batches(detect, return_dtype=pl.String, is_elementwise=True).alias("instruction_language"),
         *(pl.col(name).map_batches(detect, return_dtype=pl.String, is_elementwise=True) for name in _ANSWERS),
     ).collect(engine="streaming")
-    return {key: Traits((no0, no1), asked, (in0, in1)) for key, no0, no1, asked, in0, in1 in table.iter_rows()}
+    return {
+        key: Traits((refuses0, refuses1), instruction_language, (language0, language1))
+        for key, refuses0, refuses1, instruction_language, language0, language1 in table.iter_rows()
+    }
 
 
 def aggregate(
@@ -343,7 +346,7 @@ def aggregate(
             + ", ".join(f"{reason.removeprefix('skipped_')} {n}" for reason, n in counts.items() if "skipped" in reason)
             + "); the judge's two orders never agree, or no answer is in the language of its instruction"
         )
-    records = pl.DataFrame([vars(record) for record in drawn], schema=_DRAWN).lazy()
+    records = pl.DataFrame([vars(record) for record in drawn], schema=DRAWN).lazy()
     first, second = (pl.col(name) for name in _ANSWERS)
     table = (
         records.join(pairs, on="prompt_id", how="left", maintain_order="left")

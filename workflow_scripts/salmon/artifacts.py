@@ -1,7 +1,7 @@
 """Artifacts: written beside and renamed, described by a manifest, resumed from a work folder.
 
 An artifact is one file or one folder. Nothing of it is visible under its name before it is whole. What a long
-job needs to go on after an interruption lives in an undeclared work folder, because Snakemake deletes the
+job needs to resume after an interruption lives in an undeclared work folder, because Snakemake deletes the
 declared outputs of a failed job.
 """
 
@@ -24,6 +24,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from salmon.errors import UserError
+from salmon.tables import Table, check_written
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +77,21 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_table(table: pl.LazyFrame | pl.DataFrame, path: Path) -> None:
-    """Write a Parquet file (zstd), atomically. A lazy frame is streamed."""
+def write_table(rows: pl.LazyFrame | pl.DataFrame, path: Path, table: Table | None = None) -> None:
+    """Write a Parquet file (zstd), atomically. A lazy frame is streamed.
+
+    Args:
+        rows: of the table, in order.
+        path: of the file.
+        table: what has been written is checked to be this one; None for parts, which are not whole yet.
+    """
     with atomic(path) as temporary:
-        if isinstance(table, pl.LazyFrame):
-            table.sink_parquet(temporary, compression="zstd", maintain_order=True)
+        if isinstance(rows, pl.LazyFrame):
+            rows.sink_parquet(temporary, compression="zstd", maintain_order=True)
         else:
-            table.write_parquet(temporary, compression="zstd")
+            rows.write_parquet(temporary, compression="zstd")
+        if table:
+            check_written(temporary, table)
 
 
 def hash_path(path: Path) -> str:
@@ -184,11 +193,13 @@ def check_owner(folder: Path) -> None:
     """
     owner = (folder / "owner").read_text() if folder.is_dir() else "nobody"
     if owner != _me():
-        raise UserError(f"{folder} was taken over by another process ({owner}), which goes on with it; this one ends")
+        raise UserError(
+            f"{folder} was taken over by another process ({owner}), which continues the work; this one ends"
+        )
 
 
 class WorkFolder:
-    """The undeclared folder in which a long job keeps what it needs to go on after an interruption.
+    """The undeclared folder in which a long job keeps what it needs to resume after an interruption.
 
     It stands beside the artifact, in `.work/`, and belongs to one fingerprint of settings and inputs: opened
     with another one, it is emptied, so that a changed configuration never continues a stale run.

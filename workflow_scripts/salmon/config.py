@@ -95,8 +95,12 @@ class Model(Section):
     )
     adapter_revision: str | None = Field(None, description="commit, tag or branch of the adapter")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, double quantised, or none")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of weights and computation")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="number type of weights and computation"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel; the judge takes sdpa where this is flash_attention_2"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -105,15 +109,18 @@ class Source(Section):
 
     format: str = Field(description="which upstream schema the rows have")
     path: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="hub id, or local file, folder or list of them (parquet, jsonl, json, each also gzipped)"
+        description="hub id, local file or folder, or a list of them (parquet, jsonl, json, the last two also gzipped)"
     )
     split: str = Field("train", description="split on the hub; not used for local files")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     data_files: str | None = Field(None, description="file inside the hub repository, where it has no split")
     limit: Count | None = Field(
-        None, description="at most so many rows (per family, for openorca), drawn with the seed"
+        None,
+        description="at most so many prompts (of openorca: per family) or pairs after cleaning, drawn with the seed",
     )
-    question_type: QuestionType = Field("general", description="decides principles and length bonus at RL time")
+    question_type: QuestionType = Field(
+        "general", description="read for RL prompts only, where it decides which principles and length bonus apply"
+    )
 
     @property
     def paths(self) -> list[str]:
@@ -180,14 +187,14 @@ class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
     sources: dict[str, PromptSource] = Field(min_length=1, description="name -> data set")
-    seed: int = Field(42, description="of the draw where a source has a limit")
+    seed: int = Field(42, description="seed of the draw where a source has a limit")
 
 
 class RlPrompts(Prompts):
     """Prompts of the RL stage."""
 
-    min_tokens: Count = Field(2, description="shorter instructions are dropped")
-    max_tokens: Count = Field(256, description="longer instructions are dropped")
+    min_tokens: Count = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
+    max_tokens: Count = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
     length_bonus: dict[QuestionType, float] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
@@ -211,11 +218,13 @@ class RlPrompts(Prompts):
 class Sampling(Section):
     """response0 and response1."""
 
-    seeds: tuple[int, int] = Field((42, 43), description="of response0 and response1")
-    temperature: float = Field(0.7, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="the most probable tokens that reach this share are drawn from")
-    max_length: Count = Field(768, description="tokens of prompt and response together")
-    shards: Count = Field(4, description="jobs each response table is scattered over")
+    seeds: tuple[int, int] = Field((42, 43), description="seeds of response0 and response1")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 takes the most probable token")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="probability that the tokens drawn from reach together, the most probable first"
+    )
+    max_length: Count = Field(768, description="largest number of tokens of prompt and response together")
+    shards: Count = Field(4, description="number of jobs that each table of responses is scattered over")
 
     @field_validator("seeds")
     @classmethod
@@ -250,29 +259,45 @@ class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")
-    template: str = Field(description="file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}")
-    principles: str = Field(description="JSON list of dimension, definition, negative_definition")
-    max_length: Count = Field(1536, description="tokens; longer prompts are shortened in the responses")
-    min_characters: int = Field(16, ge=0, description="pairs with a shorter response are dropped")
+    template: str = Field(
+        description="template file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
+    )
+    principles: str = Field(description="JSON file: a list of dimension, definition, negative_definition")
+    max_length: Count = Field(
+        1536, description="largest number of tokens of a prompt; longer ones are shortened in the responses"
+    )
+    min_characters: int = Field(
+        16, ge=0, description="smallest number of characters of a response; pairs with a shorter one are dropped"
+    )
     turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
-    shards: Count = Field(8, description="jobs the judging is scattered over")
+    shards: Count = Field(8, description="number of jobs that the judging is scattered over")
 
 
 class Aggregation(Section):
     """Judgements to reward-model records (paper section 3.2, reference step 2)."""
 
-    dimensions: list[str] = Field(min_length=1, description="subset of the judged principles")
-    passes: Count = Field(4, description="records drawn per pair, at most")
-    geometric_p: float = Field(0.2, gt=0, le=1, description="of the number of principles shown")
-    max_principles: Count = Field(8, description="the number is redrawn while larger")
-    negation_probability: Probability = Field(0.5, description="with which a principle shown is negated")
-    decision: Literal["dominant", "sum"] = Field("dominant", description="largest |score| decides, or the sum of all")
-    refusal_phrase: str = Field("As an AI language model", description="exactly one output has it: the other may win")
-    refusal_probability: Probability = Field(0.5, description="with which the refusal rule applies")
-    language_rule: bool = Field(True, description="an output in another language than the instruction loses")
+    dimensions: list[str] = Field(min_length=1, description="names of the judged principles that are used")
+    passes: Count = Field(4, description="number of records drawn per pair, at most")
+    geometric_p: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="parameter of the geometric distribution that the number of principles shown is drawn from",
+    )
+    max_principles: Count = Field(8, description="largest number of principles shown; a larger one is drawn again")
+    negation_probability: Probability = Field(0.5, description="probability with which a principle shown is negated")
+    decision: Literal["dominant", "sum"] = Field(
+        "dominant", description="what decides a pair: the largest |score| of the principles shown, or the sum of all"
+    )
+    refusal_phrase: str = Field(
+        "As an AI language model",
+        description="text of a refusal; where exactly one output has it, the other one may win by rule",
+    )
+    refusal_probability: Probability = Field(0.5, description="probability with which the refusal rule applies")
+    language_rule: bool = Field(True, description="whether an output in another language than the instruction loses")
     label_noise: Probability = Field(0.1, description="probability that a label is flipped")
-    rule_label_noise: Probability = Field(0.25, description="the same, where a rule decided")
-    seed: int = Field(42, description="of all draws of the aggregation")
+    rule_label_noise: Probability = Field(0.25, description="probability that a label is flipped where a rule decided")
+    seed: int = Field(42, description="seed of all draws of the aggregation")
 
     @field_validator("dimensions")
     @classmethod
@@ -285,35 +310,39 @@ class Aggregation(Section):
 class PmpData(Section):
     """Public human preferences for pre-training the reward model."""
 
-    sources: dict[str, PairSource] = Field(min_length=1, description="name -> data set of format shp or hh_rlhf")
-    min_score_ratio: float = Field(2.0, ge=1, description="SHP pairs must have a larger score ratio")
-    seed: int = Field(42, description="of the order of outputs and records, and of the draw under a limit")
+    sources: dict[str, PairSource] = Field(min_length=1, description="name -> data set")
+    min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
+    seed: int = Field(42, description="seed of the order of outputs and records, and of the draw under a limit")
 
 
 class Lora(Section):
     """Adapters of all trained models (QLoRA)."""
 
     r: Count = Field(64, description="rank of the adapters")
-    alpha: Positive = Field(16.0, description="their output is scaled by alpha / r")
-    dropout: Probability = Field(0.0, description="of the adapters' inputs while a reward model is trained")
+    alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
+    dropout: Probability = Field(0.0, description="dropout of the adapters' inputs while a reward model is trained")
 
 
 class RewardTraining(Section):
     """One stage of reward-model training."""
 
-    template: str = Field(description="file with {Output} {Input} and, for principles, {Dimensions}")
-    learning_rate: Positive = Field(description="largest rate: linear warm-up, then half a cosine to 0")
-    epochs: Positive = Field(1.0, description="passes over the records; need not be whole")
-    batch_size: Count = Field(64, description="pairs a step, over all GPUs")
-    max_length: Count = Field(description="tokens of the whole text")
-    query_length: Count = Field(description="tokens the instruction is cut to, on its left")
-    response_length: Count = Field(description="tokens the response is cut to, on its right")
+    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
+    learning_rate: Positive = Field(
+        description="peak learning rate, after linear warm-up and before half a cosine to 0"
+    )
+    epochs: Positive = Field(1.0, description="number of passes over the records; need not be whole")
+    batch_size: Count = Field(64, description="pairs per step, over all GPUs")
+    max_length: Count = Field(description="largest number of tokens of the whole text")
+    query_length: Count = Field(description="largest number of tokens of the instruction, which is cut on its left")
+    response_length: Count = Field(description="largest number of tokens of the response, which is cut on its right")
     warmup_ratio: Probability = Field(0.03, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
-    eval_examples: int = Field(500, ge=0, description="pairs held out, whole prompts at a time")
-    save_steps: Count = Field(50, description="steps between two checkpoints")
-    seed: int = Field(42, description="of the split, the order of the records and the fresh weights")
+    eval_examples: int = Field(
+        500, ge=0, description="number of pairs held out for evaluation, whole prompts at a time"
+    )
+    save_steps: Count = Field(50, description="number of steps between two checkpoints")
+    seed: int = Field(42, description="seed of the split, the order of the records and the fresh weights")
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -329,51 +358,74 @@ class RewardTraining(Section):
 class RewardModel(RewardTraining):
     """Principle-following stage."""
 
-    init: Literal["pmp", "base"] = Field("pmp", description="start from the pre-trained reward model, or from the base")
+    init: Literal["pmp", "base"] = Field(
+        "pmp", description="what training starts from: the pre-trained reward model, or the base model"
+    )
 
 
 class Ppo(Section):
     """RL against the principle-following reward model (paper section 3.4)."""
 
     template: str = Field(
-        description="reward-model text at RL time: {Output} {Input} {Dimensions}, with the fixed lines"
+        description="template file of the reward model's text in RL: {Output} {Input} {Dimensions}, and fixed lines"
     )
-    principles: str = Field(description="JSON list of dimension, definition, weight")
+    principles: str = Field(description="JSON file: a list of dimension, definition, weight")
     principles_per_rollout: int = Field(
-        3, ge=0, description="drawn without replacement by weight; 0: none, a control run"
+        3,
+        ge=0,
+        description="number of principles shown, drawn by weight without replacement; 0 shows none, as a control run",
     )
     boost: float = Field(128.0, ge=0, description="added to the weight of principles that fit the question type")
     boosted_words: dict[QuestionType, list[str]] = Field(
         {"reasoning": ["reason", "numerical"], "red_teaming": ["ethical", "harmless"]},
         description="words in a principle's name that fit a question type",
     )
-    learning_rate: Positive = Field(2e-5, description="largest rate of policy and value model")
-    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up, then cosine to 0")
-    epochs: Count = Field(2, description="passes over the prompts")
-    max_steps: Count | None = Field(None, description="stop after so many PPO steps")
-    rollout_batch_size: Count = Field(576, description="rollouts a PPO step, over all GPUs")
-    minibatch_size: Count = Field(288, description="rollouts an optimiser step, over all GPUs")
-    inner_epochs: Count = Field(2, description="passes over the rollouts of a step")
-    temperature: Positive = Field(0.7, description="of the sampling; PPO improves the tempered policy")
-    query_length: Count = Field(256, description="tokens of the instruction at most; longer ones are left out")
-    response_length: Count = Field(1024, description="tokens sampled at most")
-    reward_query_length: Count = Field(128, description="tokens of the instruction the reward model reads")
-    reward_response_length: Count = Field(768, description="tokens of the response the reward model reads")
-    reward_max_length: Count = Field(1280, description="tokens of the whole text the reward model reads")
-    kl_coefficient: float = Field(0.01, ge=0, description="of the KL penalty in the reward; fixed")
-    kl_estimator: Literal["k1", "k3"] = Field("k1", description="per-token KL estimate in the reward")
-    gamma: Probability = Field(1.0, description="discount of a token")
+    learning_rate: Positive = Field(2e-5, description="peak learning rate of policy and value model")
+    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up, before a cosine to 0")
+    epochs: Count = Field(2, description="number of passes over the prompts")
+    max_steps: Count | None = Field(None, description="largest number of PPO steps, where the epochs have more")
+    rollout_batch_size: Count = Field(576, description="rollouts per PPO step, over all GPUs")
+    minibatch_size: Count = Field(288, description="rollouts per optimiser step, over all GPUs")
+    inner_epochs: Count = Field(2, description="number of passes over the rollouts of a step")
+    temperature: Positive = Field(0.7, description="sampling temperature; PPO improves the policy at this temperature")
+    query_length: Count = Field(256, description="largest number of tokens of an instruction; longer ones are left out")
+    response_length: Count = Field(1024, description="largest number of tokens sampled")
+    reward_query_length: Count = Field(
+        128, description="largest number of tokens of the instruction that the reward model reads"
+    )
+    reward_response_length: Count = Field(
+        768, description="largest number of tokens of the response that the reward model reads"
+    )
+    reward_max_length: Count = Field(
+        1280, description="largest number of tokens of the whole text that the reward model reads"
+    )
+    kl_coefficient: float = Field(
+        0.01, ge=0, description="coefficient of the KL penalty in the reward, the same at every step"
+    )
+    kl_estimator: Literal["k1", "k3"] = Field("k1", description="estimator of the KL per token in the reward")
+    gamma: Probability = Field(1.0, description="discount factor per token")
     lam: Probability = Field(1.0, description="lambda of the advantage estimation (GAE)")
-    clip: Positive = Field(0.2, description="half width of the policy ratio's interval around 1")
-    value_clip: Positive = Field(0.2, description="half width of the new values' interval around the old ones")
+    clip: Positive = Field(0.2, description="half width of the interval around 1 that the policy's ratio is clipped to")
+    value_clip: Positive = Field(
+        0.2, description="half width of the interval around the old values that new ones are clipped to"
+    )
     value_coefficient: float = Field(0.1, ge=0, description="weight of the value loss")
     max_grad_norm: Positive = Field(1.0, description="gradients of a larger norm are scaled down to it")
-    whiten_advantages: bool = Field(True, description="to mean 0 and variance 1 over all tokens of a step")
-    stop_penalty: float = Field(-6.0, le=0, description="reward of a response that did not end by itself")
-    length_reward: float = Field(5.0, description="factor of the length reward")
-    length_reward_cap: float = Field(0.8, description="largest length share that is rewarded")
-    save_steps: Count = Field(10, description="PPO steps between two checkpoints")
-    seed: int = Field(42, description="of the order of prompts, sampling, principles, minibatches and fresh weights")
+    whiten_advantages: bool = Field(
+        True, description="whether advantages get mean 0 and variance 1 over all tokens of a step"
+    )
+    stop_penalty: float = Field(-6.0, le=0, description="added to the reward of a response that did not end by itself")
+    length_reward: float = Field(
+        5.0,
+        description="factor c of the length reward c * min(tokens / response_length * length bonus, length_reward_cap)",
+    )
+    length_reward_cap: float = Field(
+        0.8, description="largest value of tokens / response_length * length bonus that is rewarded"
+    )
+    save_steps: Count = Field(10, description="number of PPO steps between two checkpoints")
+    seed: int = Field(
+        42, description="seed of the order of prompts, sampling, principles, minibatches and fresh weights"
+    )
 
     @model_validator(mode="after")
     def _room_and_whole_minibatches(self) -> Self:

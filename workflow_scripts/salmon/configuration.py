@@ -82,7 +82,9 @@ class Config(Section):
     targets: list[Annotated[str, OneOf(TARGETS)]] = Field(
         ["policy"], min_length=1, description="what is built where no target is named"
     )
-    seed: int = Field(0, ge=0, description=f"{SEED_STEP} times this is added to every seed of the sections")
+    seed: int = Field(
+        0, ge=0, description=f"number of the repetition: {SEED_STEP} times this is added to every seed of the sections"
+    )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
     prompts: Prompts = Field(description="prompts of the synthetic preferences")

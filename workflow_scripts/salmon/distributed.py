@@ -1,4 +1,4 @@
-"""Ranks: one process a GPU (or a few on the CPU), started by `launch.sh` through srun or torchrun."""
+"""Ranks: one process per GPU (or a few on the CPU), started by `launch.sh` through srun or torchrun."""
 
 import os
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def init_deepspeed(device: torch.device) -> None:
     import deepspeed
 
     # Compile nothing (for ranks on CPUs it would: sums in shared memory). A job that is killed while it compiles leaves
-    # a lock in the user's cache, on which every later job waits for ever.
+    # a lock in the user's cache, on which every later job waits indefinitely.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 

@@ -99,11 +99,11 @@ def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Cal
     def register(function: Callable[[Row], Prompt | Skipped]) -> Callable[[Row], Prompt | Skipped]:
         def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
             for _, row in rows:
-                found = function(row)
-                if isinstance(found, Skipped):
-                    counts[found] += 1
+                prompt = function(row)
+                if isinstance(prompt, Skipped):
+                    counts[prompt] += 1
                 else:
-                    yield found
+                    yield prompt
 
         _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), extract))
         return function
@@ -210,8 +210,8 @@ class HhRlhfRow(TypedDict):
 def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
     r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
 
-    The query keeps the names of the speakers. A dialogue that is a beginning of the other one is no special case:
-    the turn of the assistant that one ends and the other goes on with begins after the query.
+    The query keeps the names of the speakers. A dialogue that is the beginning of the other one is not a special case:
+    the assistant's turn that one ends and the other continues begins after the query.
     """
     preferred, other = row["chosen"] or "", row["rejected"] or ""
     shared = os.path.commonprefix([preferred, other])  # noqa: RUF071 (character by character is what we want)

@@ -28,7 +28,7 @@ class Optimizer(Protocol):
         """Sum gradients over ranks, clip them, change the weights, forget them; returns the norm before clipping."""
 
     def save(self, folder: Path) -> None:
-        """Write all that is needed to go on, into a new folder. All ranks call this."""
+        """Write all that is needed to resume, into a new folder. All ranks call this."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. All ranks call this."""

@@ -25,6 +25,9 @@ from salmon import distributed
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log probabilities of tokens under the distribution they were sampled from, and its entropy.
 
+    With x = logits / temperature and log Z = log sum_v exp(x_v): log p_v = x_v - log Z, and the entropy is
+    H = -sum_v p_v log p_v = log Z - E_p[x].
+
     Args:
         logits: [B, R, V], any float dtype; row t predicts token t.
         tokens: [B, R] int64.
@@ -142,6 +145,8 @@ def advantages_and_returns(
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Shift and scale to mean 0 and variance 1 over all real tokens of all ranks.
+
+    y = (x - mean) / sqrt(var + 1e-8), where var = mean((x - mean)^2) is the population variance.
 
     Args:
         values: [B, R]; a rank may hold no row.

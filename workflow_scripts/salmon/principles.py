@@ -20,7 +20,7 @@ class _Principle(BaseModel):
 
 
 class JudgedPrinciple(_Principle):
-    """A principle for judging and reward-model data, and the same one turned round."""
+    """A principle for judging and reward-model data, and its opposite."""
 
     negative_definition: str = Field(min_length=1)
 

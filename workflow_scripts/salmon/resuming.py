@@ -13,6 +13,7 @@ import polars as pl
 from salmon import artifacts, distributed, script
 from salmon.artifacts import WorkFolder
 from salmon.batching import batches
+from salmon.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def run_batches(
     Args:
         work: keeps a part of at least one row per batch.
         lengths: row that is left -> its length, the same on all ranks; batch i belongs to rank i % world.
-        size: rows a batch.
+        size: rows per batch.
         compute: makes the table of a batch of rows.
         what: names the rows in the log.
         together: all ranks hold parts of one model and compute every batch; rank 0 keeps it.
@@ -55,9 +56,9 @@ def run_batches(
     distributed.barrier()
 
 
-def write_shard(work: WorkFolder, table: pl.DataFrame, output: Path, manifest: Mapping[str, Any]) -> None:
+def write_shard(work: WorkFolder, rows: pl.DataFrame, output: Path, table: Table, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a shard and then its table, whose presence says that both are whole."""
     artifacts.write_json(artifacts.manifest_path(output), manifest)
-    artifacts.write_table(table, output)
+    artifacts.write_table(rows, output, table)
     work.delete()
     log.info("%s", ", ".join(f"{name} {number}" for name, number in manifest["counts"].items()))

@@ -2,7 +2,7 @@
 
 A reward model reads response, instruction and principles in one text that ends with "The quality of the output
 is"; the reward is a linear head on the last token. A preference is a pair of such texts, so a batch of pairs
-has two rows a pair:
+has two rows per pair:
 
     row 0   output_1 of pair 0   t t t t t t t . . .      t  token      .  padding (right)
     row 1   output_2 of pair 0   t t t t t t t t t .
@@ -56,7 +56,7 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
 def split(records: pl.DataFrame, eval_examples: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Records to train on and records held out, whole prompts at a time.
 
-    A prompt gives several records (one a pass); with one of them trained on, the others would be known.
+    A prompt gives several records (one per pass); with one of them trained on, the others would be known.
     Prompts are held out in the order of a hash of (seed, prompt_id), until `eval_examples` is reached, so that
     the last prompt may exceed it by a few records.
     """
@@ -114,14 +114,14 @@ def reward_text_tokens(
         tokenizer: a fast one (with offsets).
         template: with {Output}, {Input} and, for principles, {Dimensions}: plain text, or a chat
             (`encoding.read_template`).
-        instructions: joined with their input (`text.join_instruction`), one a text.
-        outputs: one a text.
-        definitions: the sentences of the principles, one list a text; empty lists for a template without the slot.
+        instructions: joined with their input (`text.join_instruction`), one per text.
+        outputs: one per text.
+        definitions: the sentences of the principles, one list per text; empty lists for a template without the slot.
         query_length: in tokens; likewise the other two.
         keys: what the names of these three begin with in the configuration, for messages.
 
     Returns:
-        One list of ids a text, each of 1..max_length.
+        One list of ids per text, each of 1..max_length.
 
     Raises:
         UserError: where template, instruction and principles alone exceed `max_length`.
@@ -218,7 +218,7 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Te
         rejected: rewards of the others, shape [B].
 
     Returns:
-        float32 [B], one loss a pair.
+        float32 [B], one loss per pair.
     """
     return -nn.functional.logsigmoid(chosen.float() - rejected.float())
 
@@ -246,7 +246,7 @@ def score(
     Args:
         model: a reward model (`models.load_reward_model`), or the same wrapped for several ranks.
         token_lists: from `reward_text_tokens`.
-        batch_size: texts a forward pass.
+        batch_size: texts per forward pass.
         device: of the model.
 
     Returns:

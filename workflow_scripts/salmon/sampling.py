@@ -45,7 +45,7 @@ class Sampler(Protocol):
         arithmetic leaves their logits equal.
 
         Args:
-            prompts: token ids, at least one a prompt, special tokens included; may be none at all.
+            prompts: token ids, at least one per prompt, special tokens included; may be none at all.
             seeds: one for each prompt, 0 or more.
             max_new_tokens: at least 1 for each prompt.
             temperature: logits are divided by it; 0 takes the most probable token.

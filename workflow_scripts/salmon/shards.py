@@ -29,7 +29,7 @@ def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
 
 
 def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
-    """One row a key, in the order of the keys.
+    """One row per key, in the order of the keys.
 
     Args:
         rows: finished rows, in any order.
@@ -41,7 +41,7 @@ def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
     return ordered.select(rows.columns)
 
 
-def gather(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
+def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
     """One table of all shards, sorted by `prompt_id`; the order within a prompt stays.
 
     As all rows of a prompt are in one shard, the result does not depend on the number of shards.

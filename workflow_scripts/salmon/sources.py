@@ -73,24 +73,24 @@ def local_files(path: str) -> list[Path]:
     Raises:
         UserError: where nothing is there, or nothing that can be read.
     """
-    found = Path(path).expanduser()
-    if found.is_dir():
+    place = Path(path).expanduser()
+    if place.is_dir():
         files = [
             file
-            for file in sorted(found.rglob("*"))
+            for file in sorted(place.rglob("*"))
             if file.is_file()
             and file.name.endswith(ENDINGS)
             and not file.name.endswith("manifest.json")
-            and not any(part.startswith(".") for part in file.relative_to(found).parts)
+            and not any(part.startswith(".") for part in file.relative_to(place).parts)
         ]
         if not files:
             raise UserError(f"folder {path} holds no data files ({', '.join(ENDINGS)})")
         return files
-    if not found.exists():
+    if not place.exists():
         raise UserError(f"{path} does not exist (local file or folder; a hub id has the form owner/name)")
-    if not found.name.endswith(ENDINGS):
+    if not place.name.endswith(ENDINGS):
         raise UserError(f"{path} has none of the known endings: files end with {', '.join(ENDINGS)}")
-    return [found]
+    return [place]
 
 
 def _finding(error: ValidationError) -> str:
@@ -111,16 +111,16 @@ def _needs(name: str, schema: Any) -> str:
     )
 
 
-def _wanted(found: list[str], schema: Any, path: str) -> list[str]:
+def _wanted(columns: list[str], schema: Any, path: str) -> list[str]:
     """Columns to read of a file that knows its columns.
 
     Raises:
         UserError: where one that the format needs is not among them.
     """
-    missing = sorted(schema.__required_keys__ - set(found))
+    missing = sorted(schema.__required_keys__ - set(columns))
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}: mend the file, or set the format that it has")
-    return [name for name in found if name in schema.__annotations__]
+    return [name for name in columns if name in schema.__annotations__]
 
 
 def _read_file(path: Path, schema: Any) -> Iterator[Located]:
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
             try:
                 row = json.loads(line.decode("utf-8"))
                 if b"\\ud" in line.lower():
-                    # Half of a surrogate pair is no character, and no table can hold it: "?", as ijson has it.
+                    # Half of a surrogate pair is not a character, and no table can hold it: "?", as ijson has it.
                     row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                 yield place, row
             except UnicodeDecodeError as error:

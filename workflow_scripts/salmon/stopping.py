@@ -23,7 +23,9 @@ class Stopped(UserError):
     """The work is not done, and is kept up to here."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}; a checkpoint is written: start again to go on from it")
+        super().__init__(
+            f"stopped by SIGTERM after step {step}; a checkpoint is written: start again to resume from it"
+        )
 
 
 def listen() -> None:

@@ -5,7 +5,7 @@ here (`make docs-reference`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -54,8 +54,8 @@ _STRING, _BOOL, _REAL = pl.String(), pl.Boolean(), pl.Float64()
 _PROMPT = {
     "prompt_id": Column(_STRING, "hash of source, instruction and input: 20 hexadecimal digits"),
     "source": Column(_STRING, "name of the source in the configuration"),
-    "instruction": Column(_STRING, "what is asked"),
-    "input": Column(_STRING, "what it is asked about; empty where there is none"),
+    "instruction": Column(_STRING, "what the user asks for"),
+    "input": Column(_STRING, "text that the instruction is about; empty where there is none"),
 }
 
 PROMPTS = Table(
@@ -74,7 +74,7 @@ RL_PROMPTS = Table(
     {
         **_PROMPT,
         "question_type": Column(_STRING, "`general`, `reasoning` or `red_teaming`"),
-        "length_bonus": Column(_REAL, "factor of the length reward"),
+        "length_bonus": Column(_REAL, "factor of the length reward for this prompt"),
     },
 )
 
@@ -91,11 +91,11 @@ RESPONSES = Table(
         "response": Column(_STRING, "text without special tokens and thinking, up to the stop string; may be empty"),
         "finish_reason": Column(
             _STRING,
-            "`eos` the policy ended its turn, `stop` a stop string appeared, `length` no room was left, "
-            f"`{PROMPT_TOO_LONG}` there was none to begin with",
+            "why the response ended: `eos` the policy ended its turn, `stop` a stop string appeared, `length` no room "
+            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response",
         ),
-        "prompt_tokens": Column(pl.Int32(), "tokens of the whole prompt"),
-        "response_tokens": Column(pl.Int32(), "tokens sampled, those of thinking and the end included"),
+        "prompt_tokens": Column(pl.Int32(), "number of tokens of the whole prompt, template included"),
+        "response_tokens": Column(pl.Int32(), "number of tokens sampled, those of thinking and of the end included"),
     },
 )
 
@@ -113,55 +113,88 @@ JUDGEMENTS = Table(
     },
 )
 
+RECORD_TEXTS = ("instruction", "input", "output_1", "output_2")
+"""Columns of preference records that hold texts of the data."""
 _RECORD = {
-    "record_id": Column(_STRING, "names the record: prompt_id and pass, or a hash of source, query and outputs"),
+    "record_id": Column(_STRING, "names the record"),
     "prompt_id": Column(_STRING, "names the prompt; a prompt may give several records"),
     "source": _PROMPT["source"],
     "instruction": _PROMPT["instruction"],
     "input": _PROMPT["input"],
-    "output_1": Column(_STRING, "one output, in an order drawn at random"),
-    "output_2": Column(_STRING, "the other output"),
-    "preference": Column(pl.Int8(), "which output is better, 1 or 2, after rules and label noise"),
-    "dimensions": Column(pl.List(_STRING), "names of the principles shown; empty where there are none"),
-    "negated": Column(pl.List(_BOOL), "which of them are shown negated"),
-    "definitions": Column(pl.List(_STRING), "their texts as shown: the negative definition where negated"),
-    "scores": Column(pl.List(_REAL), "their scores after negation; above 0 they favour output_1"),
+    "output_1": Column(_STRING, "one of two outputs, in an order drawn at random"),
+    "output_2": Column(_STRING, "the other one of the two outputs"),
+    "preference": Column(pl.Int8(), "which output is better, 1 or 2"),
+    "dimensions": Column(pl.List(_STRING), "names of the principles shown; empty where none is"),
+    "negated": Column(pl.List(_BOOL), "for each principle shown, whether it is shown negated"),
+    "definitions": Column(
+        pl.List(_STRING), "for each principle shown, its text as shown: the negative definition where it is negated"
+    ),
+    "scores": Column(
+        pl.List(_REAL), "for each principle shown, its score, negated as the principle is; above 0 it favours output_1"
+    ),
     "deciding": Column(
-        _STRING, "the principle that decided; null where a rule, the sum of all or a person did", nullable=True
+        _STRING, "name of the principle that decided; null where a rule, the sum of all or a person did", nullable=True
     ),
     "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null where none did", nullable=True),
-    "flipped": Column(_BOOL, "whether label noise turned the preference"),
+    "flipped": Column(_BOOL, "whether label noise reversed the preference"),
     "swapped": Column(_BOOL, "whether output_1 is response1"),
-    "instruction_language": Column(_STRING, "ISO 639 code; null where unknown", nullable=True),
-    "output_1_language": Column(_STRING, "the same of output_1", nullable=True),
-    "output_2_language": Column(_STRING, "the same of output_2", nullable=True),
+    "instruction_language": Column(
+        _STRING, "language of instruction and input (ISO 639); null if unknown", nullable=True
+    ),
+    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null where it is unknown", nullable=True),
+    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null where it is unknown", nullable=True),
 }
-_TEXTS = ("instruction", "input", "output_1", "output_2")
 
 
-def _records(name: str, files: str, meaning: str, *columns: str) -> Table:
-    """A table of preference records."""
-    return Table(name, files, meaning, ("record_id",), {column: _RECORD[column] for column in columns})
+def _records(name: str, files: str, meaning: str, columns: Sequence[str], **more: str) -> Table:
+    """A table of preference records; `more` says what some columns mean in this one."""
+    own = {column: replace(_RECORD[column], meaning=more.get(column, _RECORD[column].meaning)) for column in columns}
+    return Table(name, files, meaning, ("record_id",), own)
 
 
 PREFERENCE_RECORDS = _records(
     "preference records",
     "reward_data/*.parquet",
-    "What the training of a reward model reads of a preference record, whether a person or the judge preferred.",
-    *("record_id", "prompt_id", *_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
+    "A view, not a file of its own: what the training of a reward model reads of a preference record, in either of the "
+    "next two tables.",
+    ("record_id", "prompt_id", *RECORD_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
 )
 PMP_RECORDS = _records(
     "PMP records",
     "reward_data/pmp.parquet",
     "One pair of answers of which a person preferred one, shuffled; no principle is shown.",
-    *("record_id", "prompt_id", "source", *_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
+    (
+        "record_id",
+        "prompt_id",
+        "source",
+        *RECORD_TEXTS,
+        "preference",
+        "definitions",
+        "dimensions",
+        "negated",
+        "deciding",
+    ),
+    record_id="hash of source, query and outputs",
+    prompt_id="hash of source and query, which several records may share",
+    instruction="the query: a post, or a dialogue up to the answer",
+    input="always empty",
+    preference="which output the person preferred, 1 or 2",
+    definitions="always empty",
+    dimensions="always empty",
+    negated="always empty",
+    deciding="always null: a person decided",
 )
 PRINCIPLE_RECORDS = _records(
     "principle records",
     "reward_data/principle_preferences.parquet",
     "One pair of responses with the principles drawn for it, ordered by prompt_id and pass.",
-    *("record_id", "prompt_id", *_TEXTS, "preference", "dimensions", "negated", "definitions", "scores", "deciding"),
-    *("rule", "flipped", "swapped", "instruction_language", "output_1_language", "output_2_language"),
+    (
+        *("record_id", "prompt_id", *RECORD_TEXTS, "preference", "dimensions", "negated", "definitions", "scores"),
+        *("deciding", "rule", "flipped", "swapped", "instruction_language", "output_1_language", "output_2_language"),
+    ),
+    record_id="prompt_id and number of the pass, as in `PROMPT_ID-0`",
+    preference="which output is better, 1 or 2, after rules and label noise",
+    deciding="name of the principle that decided; null where a rule or the sum of all did",
 )
 
 TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
@@ -200,6 +233,21 @@ def schema_of(path: Path) -> pl.Schema:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as Parquet ({reason}); delete it and run again") from None
+
+
+def check_written(path: Path, table: Table) -> None:
+    """Refuse a file of ours that is not the table it should be: a column forgotten, of another type, or null.
+
+    Raises:
+        RuntimeError: naming the columns; a mistake in the program, which polars fills with nulls in silence.
+    """
+    schema = schema_of(path)
+    if dict(schema) != table.schema:
+        raise RuntimeError(f"a table of {table.name} was written with the columns {dict(schema)}, not {table.schema}")
+    whole = [name for name, column in table.columns.items() if not column.nullable]
+    nulls = pl.scan_parquet(path).select(pl.col(whole).null_count()).collect(engine="streaming")
+    if wrong := [name for name in whole if nulls[name].item()]:
+        raise RuntimeError(f"a table of {table.name} was written with nulls in {', '.join(wrong)}")
 
 
 def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
