@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # bars are made for a terminal; tqdm reads this when it is imported
 
-from pydantic import Field  # noqa: E402
+from pydantic import Field
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "workflow_scripts")]
