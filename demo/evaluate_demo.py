@@ -29,6 +29,7 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
+    identity,
     models,
     ppo_math,
     principles,

@@ -118,7 +118,7 @@ def test_every_option_of_a_script_is_described(name: str) -> None:
     assert [option for option, field in options.items() if not field.description] == []
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "demo/config.yaml"])
+@pytest.mark.parametrize("file", ["config.yaml", "demo/config.yaml", "tests/real/config.yaml"])
 def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
     text = (ROOT / file).read_text()
     named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
