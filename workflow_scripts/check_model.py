@@ -18,13 +18,16 @@ class Arguments(script.Arguments):
     """Prove what the stages rely on in a model, or refuse it. By hand, only --model and --output are needed."""
 
     output: Path = Field(description="folder of the report: report.json, report.md")
-    model: config.Model = Field(description="section of the configuration, like the next four")
-    policy_prompt: config.PolicyPrompt = config.PolicyPrompt(template="prompts/templates/policy.txt")
-    sampling: config.Sampling = config.Sampling()
-    judge: config.Judge = config.Judge(
-        template="prompts/templates/judge.txt", principles="prompts/principles/judge.json"
+    model: config.Model = Field(description="section of the configuration")
+    policy_prompt: config.PolicyPrompt = Field(
+        config.PolicyPrompt(template="prompts/templates/policy.txt"), description="section of the configuration"
     )
-    lora: config.Lora = config.Lora()
+    sampling: config.Sampling = Field(config.Sampling(), description="section of the configuration")
+    judge: config.Judge = Field(
+        config.Judge(template="prompts/templates/judge.txt", principles="prompts/principles/judge.json"),
+        description="section of the configuration",
+    )
+    lora: config.Lora = Field(config.Lora(), description="section of the configuration")
     parts: script.JsonList[checking.Part] = Field(
         ["sampling", "judging", "training"], min_length=1, description="JSON list: what is checked"
     )
