@@ -1,0 +1,256 @@
+"""No model is used with a weight missing, left over or of another shape: base, adapter or head, whichever loads it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from salmon import checking, models
+from salmon.adapters import load_adapter
+from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
+from salmon.errors import UserError
+from salmon.identity import context_limit
+from salmon.shared_base import SharedBase
+from tests import zoo
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    zoo.build("llama", folder)
+    return folder
+
+
+def settings(folder: Path, **more: Any) -> Model:
+    return Model(base=str(folder), quantization="none", dtype="float32", **more)
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file({key: value.contiguous() for key, value in change(load_file(file)).items()}, file, {"format": "pt"})
+
+
+def without(ending: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda weights: {key: value for key, value in weights.items() if not key.endswith(ending)}
+
+
+def damage(folder: Path, how: str) -> None:
+    """Make the files of a model folder others than its configuration says."""
+    if how == "no output layer":
+        rewrite(folder / WEIGHTS, without("lm_head.weight"))
+    elif how == "no layer":
+        rewrite(folder / WEIGHTS, lambda w: {key: value for key, value in w.items() if ".layers.1." not in key})
+    elif how == "a layer more":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    elif how == "a layer fewer":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    elif how == "another shape":
+        rewrite(folder / WEIGHTS, lambda w: w | {"model.norm.weight": torch.ones(7)})
+    elif how == "cut off":
+        whole = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    elif how == "pickle":
+        torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no output layer", "1 are missing .lm_head.weight"),
+        ("no layer", "are missing .*layers.1"),
+        ("a layer more", "are missing .*layers.3"),
+        ("a layer fewer", "fit nothing in it .*layers.2"),
+        ("another shape", "norm.weight|shape|ignore_mismatched"),
+        ("cut off", "cannot be loaded"),
+        ("pickle", "safetensors only, since a pickle may run code"),
+    ],
+)
+def test_a_base_model_that_is_not_whole_is_refused(llama: Path, tmp_path: Path, how: str, said: str) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    damage(tmp_path / "m", how)
+    for load in (
+        lambda: models.load_initial_policy(settings(tmp_path / "m"), "cpu"),
+        lambda: models.new_reward_model(settings(tmp_path / "m"), Lora(r=2), "cpu", 0),
+    ):
+        with pytest.raises(UserError, match=said):
+            load()
+
+
+def test_tied_output_layers_are_not_missing(tmp_path: Path) -> None:
+    zoo.build("llama_tied", tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
+    models.load_base(settings(tmp_path), "cpu")
+
+
+def test_attention_that_a_model_does_not_have_names_the_key(tmp_path: Path) -> None:
+    zoo.build("bloom", tmp_path)
+    with pytest.raises(UserError, match=r"has no sdpa: set model\.attention to eager"):
+        models.load_base(settings(tmp_path), "cpu")
+
+
+def make_adapter(base: Path, folder: Path, **more: Any) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **more),
+    )
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(str(folder))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    make_adapter(llama, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {k.replace("q_proj", "q_projection"): v for k, v in w.items()}, "are missing .*fit nothing"),
+        (lambda w: {k: v for k, v in w.items() if ".layers.1." not in k}, "are missing"),
+        (lambda w: w | {"base_model.model.model.layers.0.x.lora_A.weight": torch.ones(4, 4)}, "fit nothing"),
+        (lambda w: {k: v[:2] if "lora_A" in k else v for k, v in w.items()}, "cannot be loaded"),
+        (lambda w: w | {"base_model.model.model.embed_tokens.weight": torch.ones(320, 64)}, "not LoRA .*merge"),
+        (lambda w: {}, "no weights"),
+    ],
+)
+def test_an_adapter_is_used_whole_or_not_at_all(
+    llama: Path, adapter: Path, tmp_path: Path, change: Any, said: str
+) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    rewrite(tmp_path / "a" / ADAPTER, change)
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
+    with pytest.raises(UserError, match=f"(?s){said}"):  # as one more adapter, which PEFT does not even warn of
+        load_adapter(load_adapter(models.load_base(settings(llama), "cpu"), str(adapter)), str(tmp_path / "a"), "other")
+
+
+def test_a_prefix_is_mapped(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """The classes of a model with a tower name the same layers in two ways."""
+    shutil.copytree(adapter, tmp_path / "a")
+    rewrite(
+        tmp_path / "a" / ADAPTER,
+        lambda w: {k.replace("model.model.layers", "model.model.language_model.layers"): v for k, v in w.items()},
+    )
+    wanted = logits(models.load_initial_policy(settings(llama, adapter=str(adapter)), "cpu"))
+    found = logits(models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu"))
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+    assert (wanted - logits(models.load_base(settings(llama), "cpu"))).abs().max() > 0.1
+
+
+def test_a_reward_model_without_a_layer_is_refused_in_rl(llama: Path, tmp_path: Path) -> None:
+    model = models.new_reward_model(settings(llama), Lora(r=2), "cpu", 0)
+    model.save_pretrained(str(tmp_path / "rm"))
+    SharedBase(settings(llama), Lora(r=2), tmp_path / "rm", torch.device("cpu"), seed=0)
+    rewrite(tmp_path / "rm" / ADAPTER, lambda w: {k: v for k, v in w.items() if ".layers.2." not in k})
+    with pytest.raises(UserError, match="are missing"):
+        SharedBase(settings(llama), Lora(r=2), tmp_path / "rm", torch.device("cpu"), seed=0)
+    with pytest.raises(UserError, match="are missing"):
+        models.load_reward_model(settings(llama), tmp_path / "rm", "cpu", trainable=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 2048}, 2048),
+        ({}, None),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"type": "longrope"},
+                "original_max_position_embeddings": 4096,
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+    ],
+)
+def test_how_much_a_model_reads(config: dict[str, Any], limit: int | None) -> None:
+    assert context_limit(config) == limit
+
+
+# ---- check_model
+
+
+def sections(folder: Path, **more: Any) -> checking.Settings:
+    return checking.Settings(
+        model=settings(folder),
+        policy_prompt=more.get("policy_prompt", PolicyPrompt(template=str(ROOT / "demo/templates/policy.txt"))),
+        sampling=Sampling(max_length=64),
+        judge=Judge(
+            template=str(ROOT / "demo/templates/judge.txt"),
+            principles=str(ROOT / "demo/principles/judge.json"),
+            max_length=more.get("judge_length", 900),
+        ),
+        lora=Lora(r=2),
+    )
+
+
+def test_the_check_passes_what_is_right(llama: Path) -> None:
+    report = checking.check_model(sections(llama), ["sampling", "judging", "training"], torch.device("cpu"))
+    assert report.refusals == {}
+    assert report.facts["judging"]["way"] == "packed"
+    assert report.facts["training"]["linear weights without"] == 0
+    assert "## judging: passed" in report.markdown("llama")
+
+
+def test_the_check_refuses_in_sentences(llama: Path, tmp_path: Path) -> None:
+    report = checking.check_model(sections(llama, judge_length=1025), ["judging"], torch.device("cpu"))
+    assert "judge.max_length is 1025, but the model reads 1024" in report.refusals["judging"]
+    shutil.copytree(llama, tmp_path / "m")
+    damage(tmp_path / "m", "no layer")
+    report = checking.check_model(sections(tmp_path / "m"), ["sampling", "judging", "training"], torch.device("cpu"))
+    assert set(report.refusals) == {"weights", "weights of the judge", "training"}
+    assert "are missing" in report.refusals["weights"]
+
+
+def test_a_chat_template_whose_turns_cannot_end_is_refused(llama: Path, tmp_path: Path) -> None:
+    """The answer's turn ends with a token that is neither the model's end token nor a stop string."""
+    shutil.copytree(llama, tmp_path / "m")
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|over|>{% endfor %}"
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    for stop, refused in (([], True), (["<|over|>"], False)):
+        prompt = PolicyPrompt(template="chat", stop=stop)
+        report = checking.check_model(sections(tmp_path / "m", policy_prompt=prompt), ["sampling"], torch.device("cpu"))
+        assert ("ends of turns" in report.refusals) == refused, report.refusals
