@@ -3,8 +3,6 @@
 The tiny models of the other tests answer in noise. Here answers are English, end by themselves, and contain what people
 and models write: lists, code, quotation marks. What each stage says is computed again with transformers and PEFT alone,
 one text at a time and without padding. No numbers of quality are expected of so small a run.
-
-`config.yaml` has the sizes and says what is not switched on yet.
 """
 
 import json
@@ -25,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.smollm2 import fetch_model
 from salmon import language, principles, reward_model, templates
 from salmon.configuration import load
+from salmon.encoding import read_template
 from salmon.tables import JUDGEMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -111,11 +110,15 @@ def test_the_tokenizer_is_the_one_that_the_model_was_trained_with() -> None:
 # ---- The stages
 
 
-def test_the_model_was_checked_first(results: Path) -> None:
-    report = json.loads((results / "check_model" / "report.json").read_text())
-    assert report["examples/smollm2/model"]["judging"]["way"] == "packed"
-    started = {path.stem: path.stat().st_mtime for path in (results / "logs").rglob("*.log")}
-    assert (results / "check_model" / "report.json").stat().st_mtime < started["train_policy"]
+def test_the_model_was_checked_before_it_was_used(results: Path) -> None:
+    """A part of the check comes before the stages that rely on it."""
+    users = {"sampling": "sample_responses", "judging": "judge_preferences", "training": "train_p"}
+    for part, stages in users.items():
+        report = results / "check_model" / part / "report.json"
+        assert json.loads(report.read_text()), part
+        logs = [path for path in (results / "logs").rglob("*.log") if stages in str(path)]
+        assert logs, stages
+        assert report.stat().st_mtime <= min(path.stat().st_mtime for path in logs)
 
 
 def test_prompts_are_turns_of_a_chat(results: Path) -> None:
@@ -152,18 +155,13 @@ def test_responses_are_english_and_some_end_by_themselves(results: Path, setting
 
 
 def judge_text(settings: Any, instruction: str, output_a: str, output_b: str, principle: Any) -> str:
-    """What the judge is asked, ready to be continued with a or b.
-
-    With `judge.format: chat` it is the model's own turns instead, made with `apply_chat_template`.
-    """
-    return templates.fill(
-        templates.read(settings.judge.template),
-        UserInstruction=instruction,
-        OutputA=output_a,
-        OutputB=output_b,
-        Dimension=principle.dimension,
-        Definition=principle.definition,
-    )
+    """What the judge is asked, as turns of a chat, ready to be continued with a or b."""
+    slots = {"UserInstruction": instruction, "OutputA": output_a, "OutputB": output_b}
+    slots |= {"Dimension": principle.dimension, "Definition": principle.definition}
+    parts = templates.turns(templates.read(settings.judge.template))
+    system, user, begun = (templates.fill(part, **slots) for part in parts)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + begun
 
 
 @torch.no_grad()
@@ -217,8 +215,10 @@ def test_reward_models_score_as_in_the_hands_of_a_stranger(results: Path, settin
     training = getattr(settings, stage)
     records, _ = reward_model.read_records(table.with_suffix(".parquet"))
     _, held = reward_model.split(records, training.eval_examples, training.seed)
-    rows = reward_model.record_tokens(tokenizer(), templates.read(training.template), held, training, stage)
-    assert all(tokenizer().decode(row).endswith("The quality of the output is") for row in rows)
+    template = read_template(tokenizer(), training.template, settings.scoring, "scoring.format")
+    rows = reward_model.record_tokens(tokenizer(), template, held, training, stage)
+    end = "<|im_end|>\n<|im_start|>assistant\nThe quality of the output is"
+    assert all(tokenizer().decode(row).endswith(end) for row in rows)
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
     with torch.no_grad():
         rewards = torch.stack([theirs(torch.tensor([row])).logits[0, 0] for row in rows]).view(-1, 2)
