@@ -23,6 +23,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+
 def local_files(paths):
     """Those of the paths, hub ids and nulls that are local: inputs of a rule."""
     return [path for path in paths if path and is_local(path)]

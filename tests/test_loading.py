@@ -1,6 +1,7 @@
 """No model is used with a weight missing, left over or of another shape: base, adapter or head, whichever loads it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from salmon import checking, models
 from salmon.adapters import load_adapter
 from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
+from salmon.configuration import load
 from salmon.errors import UserError
 from salmon.identity import context_limit
 from salmon.shared_base import SharedBase
@@ -81,12 +84,12 @@ def damage(folder: Path, how: str) -> None:
 def test_a_base_model_that_is_not_whole_is_refused(llama: Path, tmp_path: Path, how: str, said: str) -> None:
     shutil.copytree(llama, tmp_path / "m")
     damage(tmp_path / "m", how)
-    for load in (
+    for attempt in (
         lambda: models.load_initial_policy(settings(tmp_path / "m"), "cpu"),
         lambda: models.new_reward_model(settings(tmp_path / "m"), Lora(r=2), "cpu", 0),
     ):
         with pytest.raises(UserError, match=said):
-            load()
+            attempt()
 
 
 def test_tied_output_layers_are_not_missing(tmp_path: Path) -> None:
@@ -206,6 +209,28 @@ def test_a_reward_model_without_a_layer_is_refused_in_rl(llama: Path, tmp_path: 
 )
 def test_how_much_a_model_reads(config: dict[str, Any], limit: int | None) -> None:
     assert context_limit(config) == limit
+
+
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_lengths_are_held_against_the_model_before_any_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    folder = tmp_path / "m"
+    if where == "cache":
+        cache = tmp_path / "models--our--model"
+        folder = cache / "snapshots" / "abc"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text("abc")
+        monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"max_position_embeddings": 1300}')
+    raw["model"]["base"] = str(folder) if where == "folder" else "our/model"
+    with pytest.raises(UserError) as error:
+        load(raw, ROOT)
+    found = re.findall(r"^  (\S.*): \d+ tokens, but", str(error.value), flags=re.M)
+    assert found == ["judge.max_length", "ppo.query_length + ppo.response_length"][: len(found)]
+    assert "judge.max_length" in found
 
 
 # ---- check_model

@@ -295,7 +295,10 @@ def check_paths(config: Config, root: Path) -> list[str]:
 
 
 def check_lengths(config: Config, root: Path) -> list[str]:
-    """Findings about settings of more tokens than a local model reads; of a hub model, each job looks for itself."""
+    """Findings about settings of more tokens than a model reads, local or in the hub's cache.
+
+    Of a model that is not there yet, each job looks for itself.
+    """
     judge = config.judge.model or config.model
     ppo = config.ppo
     findings = []
@@ -312,7 +315,7 @@ def check_lengths(config: Config, root: Path) -> list[str]:
             },
         ),
     ):
-        limit = context_limit(read_config(root / Path(model.base).expanduser()))
+        limit = context_limit(read_config(model, root))
         findings += [
             f"{key}: {length} tokens, but {model.base} reads {limit} at most"
             for key, length in lengths.items()

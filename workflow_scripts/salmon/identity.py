@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from salmon.config import Model
+from salmon.config import Model, is_local
 from salmon.errors import UserError
 
 # What a tokenizer is loaded from. The model's configuration names the tokenizer's class where nothing else does, and
@@ -157,10 +157,24 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """A local model's config.json; empty where there is none to read."""
+def read_config(model: Model, root: Path) -> Mapping[str, Any]:
+    """A base model's config.json: of a local folder, or of a hub model as far as it is in the cache; else empty.
+
+    Args:
+        model: which.
+        root: folder that relative paths start from.
+    """
+    file: Path | None = root / Path(model.base).expanduser() / "config.json"
+    if not is_local(model.base):
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+        except ValueError:  # not the form of a hub id, which is for others to say
+            cached = None
+        file = Path(cached) if isinstance(cached, str) else None
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
