@@ -82,7 +82,7 @@ def test_the_whole_dag(world: World, whole: Path, local: Path) -> None:
     print(f"\n{world.jobs()}")
     rows = [line.split("|") for line in world.jobs("Comment%80,Partition,NNodes,State").splitlines()]
     for comment, partition, nodes, state in rows:
-        on_gpus = re.match("rule_(sample|judge|train)", comment)
+        on_gpus = re.match("rule_(check|sample|judge|train)", comment)
         assert partition == ("gpu" if on_gpus else "cpu"), comment
         assert nodes == ("2" if "train_policy" in comment else "1"), comment
         assert state == "COMPLETED", comment
