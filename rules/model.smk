@@ -26,6 +26,7 @@ rule check_model:
     priority: 100  # a refusal comes before the first long job
     conda:
         "../envs/model.yaml"
+    threads: 8
     resources:
         device="auto",
     params:

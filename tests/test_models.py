@@ -122,6 +122,29 @@ def test_judging(name: str, settings: Model, plain: Any, tokenizer: Any) -> None
             torch.testing.assert_close(torch.tensor([s12, s21]).double(), expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_judging_in_bfloat16_is_packed_and_has_no_ties(tmp_path: Path) -> None:
+    """Margins are those of float32 logits: in bfloat16, steps of 0.03 and more would make many of them equal."""
+    zoo.build("llama", tmp_path)
+    settings = Model(base=str(tmp_path), quantization="none", dtype="bfloat16")
+    judge = Judge(
+        models.load_initial_policy(settings, "cpu"),
+        load_tokenizer(settings),
+        template=TEMPLATE,
+        principles=PRINCIPLES,
+        max_length=150,
+        device="cpu",
+    )
+    proof = judging.prove(judge)
+    assert proof.way == "packed"
+    pairs = [Pair(str(n), f"Say {n}.", "The city. " * (n + 1), "many people " * (12 - n)) for n in range(12)]
+    for way in ("packed", "whole"):
+        judge.way = way  # type: ignore[assignment]
+        scores = [score for found in judge.judge(pairs) for both in found or () for score in both]
+        assert len(set(scores)) == len(scores) == 72
+        assert 0.0 not in scores
+
+
 @pytest.fixture(scope="module")
 def folder(name: str, settings: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved reward model whose LoRA and head matter."""

@@ -159,14 +159,16 @@ def sampling(
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
     sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
     answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)
-    regret, spread = 0.0, []
+    regret, largest, spread = 0.0, 0.0, []
     for query, answer in zip(queries, answers, strict=True):
         ids = torch.tensor([query + answer.tokens], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(query) - 1 : -1].double()
         taken = logits.gather(-1, ids[0, len(query) :, None])[:, 0]
         regret = max(regret, float((logits.amax(-1) - taken).max()))
         spread.append(float(logits.std()))
-    limit = tolerance(settings.model, max(spread))
+        largest = max(largest, float(logits.abs().max()))
+    step = largest * torch.finfo(getattr(torch, settings.model.dtype)).eps
+    limit = tolerance(settings.model, max(spread)) + 4 * step
     if regret > limit:
         raise UserError(
             f"{_name(model)}: a batch samples other tokens than each prompt alone (by {regret:.2g} in the logits, "

@@ -281,6 +281,8 @@ def check_paths(config: Config, root: Path) -> list[str]:
     """
     results = config.pathvars.results
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
+    if judge := config.judge.model:
+        named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
     for section in ("prompts", "pmp_data", "rl_prompts"):
         for name, source in getattr(config, section).sources.items():
             named += [(f"{section}.sources.{name}.path", path) for path in source.paths]

@@ -13,7 +13,8 @@ head's cache nor its computation is repeated, so that memory grows little with t
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -194,9 +195,30 @@ def margins(
         float64 on the CPU, shape [groups, members].
     """
     compute = {"packed": _packed_logits, "shared": _shared_logits, "whole": _whole_logits}[way]
-    logits = compute(model, prompts, list(options), device)
+    with _options_in_float32(model, list(options)) as places:
+        logits = compute(model, prompts, places, device)
     first, second = logits.double().cpu().unbind(dim=-1)
     return first - second
+
+
+@contextmanager
+def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[int]]:
+    """Inside the block, the output layer gives the options' logits only, in float32; yields their places in it.
+
+    In bfloat16 a logit of 16 to 32 has steps of 0.125, so that most margins would be a tie. Layers that are divided
+    among GPUs or in float32 already are left as they are.
+    """
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if type(output) is not nn.Linear or output.weight.dtype == torch.float32:
+        yield options
+        return
+    weight = output.weight[options].float()
+    bias = None if output.bias is None else output.bias[options].float()
+    hook = output.register_forward_hook(lambda _, inputs, __: nn.functional.linear(inputs[0].float(), weight, bias))
+    try:
+        yield list(range(len(options)))
+    finally:
+        hook.remove()
 
 
 def _packed_logits(
@@ -337,21 +359,24 @@ def prove(judge: Judge) -> Proof:
     differences: dict[Way, float | None] = {}
     for way in get_args(Way):
         differences[way] = None
-        if way == "packed" and not _heeds_a_mask(judge.model, prompts, judge.device):
+        if way == "packed" and not _heeds_a_mask(judge, prompts[0][0]):
             continue
         try:
             scores = margins(judge.model, prompts, judge.options, judge.device, way)
             differences[way] = float((scores - single).square().mean().sqrt())
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, AttributeError, TypeError, IndexError) as error:
-            log.debug("judging %s fails: %s", way, error)
+            log.info("judging %s is not possible: %s", way, str(error).partition("\n")[0])
     scale = float(single.square().mean().sqrt())
     noise = differences["whole"]
-    if noise is None or not noise <= 0.1 * scale + 1e-3:
+    step = _rounding(judge, flat[0])
+    if noise is None or not noise <= 0.1 * scale + 1e-3 + 4 * step:
         raise UserError(
             f"{type(judge.model).__name__} scores prompts in padded batches otherwise than alone (by {noise}, where "
             f"scores are about {scale:.2g}): this model cannot judge, see docs/models.md"
         )
-    limit = 4 * noise + 1e-4 * max(scale, 1.0)
+    limit = 4 * noise + 1e-4 * max(scale, 1.0) + step
     right = [way for way, difference in differences.items() if difference is not None and difference <= limit]
     found = Proof(right[0], max(map(len, flat)), noise, differences)
     answer: Proof = distributed.broadcast(found)
@@ -362,7 +387,8 @@ def _made_prompts(judge: Judge) -> list[list[list[int]]]:
     """Prompts of a short pair and of one as long as the judge reads, by up to three principles, in one order."""
     words = " ".join([*judge.template.text.split(), *(principle.definition for principle in judge.principles)]).split()
     long = " ".join(words * (judge.max_length // max(1, len(words)) + 1))
-    places = sorted({0, len(judge.principles) // 2, len(judge.principles) - 1})
+    longest = max(range(len(judge.principles)), key=lambda place: len(judge.principles[place].definition))
+    places = sorted({0, longest, len(judge.principles) - 1})
     groups = []
     for first, second in (("yes", "no, " + " ".join(words[:9])), (long, f"so {long}")):
         encoded = judge.encode(Pair("made up", "Which one?", first, second))
@@ -372,15 +398,39 @@ def _made_prompts(judge: Judge) -> list[list[list[int]]]:
     return groups
 
 
-def _heeds_a_mask(model: nn.Module, prompts: Sequence[Sequence[list[int]]], device: torch.device | str) -> bool:
-    """Whether every layer keeps all of a prompt's tokens, as far as its cache tells: no window, no state."""
-    head = torch.tensor([prompts[0][0][:2]])
-    cache = _prefill(model, head, torch.ones_like(head), device)
-    longest = max(len(prompt) for group in prompts for prompt in group)
-    return all(
-        layer.sliding_window >= longest if isinstance(layer, DynamicSlidingWindowLayer) else type(layer) is DynamicLayer
+def _heeds_a_mask(judge: Judge, prompt: list[int]) -> bool:
+    """Whether masks and positions decide what a token sees: no window, no state, and positions that are heeded."""
+    model, device = judge.model, judge.device
+    ids = torch.tensor([prompt[:8]])
+    cache = _prefill(model, ids, torch.ones_like(ids), device)
+    if not all(
+        layer.sliding_window >= judge.max_length
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        else type(layer) is DynamicLayer
         for layer in getattr(cache, "layers", [None])
+    ):
+        return False
+    # ALiBi counts places in the row, whatever the positions are said to be.
+    near, far = (
+        model(
+            input_ids=ids.to(device),
+            attention_mask=torch.ones_like(ids).to(device),
+            position_ids=(step * torch.arange(ids.shape[1], device=device))[None],
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits
+        for step in (1, 2)
     )
+    return not torch.equal(near, far)
+
+
+def _rounding(judge: Judge, prompt: list[int]) -> float:
+    """What the model's dtype rounds in a score: half a step at the size of the largest logit."""
+    ids = torch.tensor([prompt], device=judge.device)
+    logits = judge.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    output = judge.model.get_output_embeddings()  # type: ignore[operator]
+    dtype = logits.dtype if output is None else output.weight.dtype
+    return float(logits.abs().max()) * torch.finfo(dtype).eps / 2
 
 
 def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
     output = base.get_output_embeddings()
-    width = output.weight.shape[-1] if output.weight.dim() == 2 else base.config.get_text_config().hidden_size
+    width = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
     weight = base.get_input_embeddings().weight
     base.score = nn.Linear(width, 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
