@@ -206,10 +206,10 @@ def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[i
     """Inside the block, the output layer gives the options' logits only, in float32; yields their places in it.
 
     In bfloat16 a logit of 16 to 32 has steps of 0.125, so that most margins would be a tie. Layers that are divided
-    among GPUs or in float32 already are left as they are.
+    among GPUs, or not of 16 bits, are left as they are.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if type(output) is not nn.Linear or output.weight.dtype == torch.float32:
+    if type(output) is not nn.Linear or output.weight.dtype not in (torch.bfloat16, torch.float16):
         yield options
         return
     weight = output.weight[options].float()
