@@ -268,6 +268,22 @@ def test_the_check_refuses_in_sentences(llama: Path, tmp_path: Path) -> None:
     assert "are missing" in report.refusals["weights"]
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AttributeError("no such layer"), "AttributeError: no such layer; .*not supported"),
+        (torch.OutOfMemoryError(), "device"),
+    ],
+)
+def test_whatever_is_raised_is_a_refusal(error: Exception, said: str) -> None:
+    def fails() -> dict[str, Any]:
+        raise error
+
+    report = checking.Report()
+    assert not report.check("it", fails)
+    assert re.search(said, report.refusals["it"])
+
+
 def test_a_chat_template_whose_turns_cannot_end_is_refused(llama: Path, tmp_path: Path) -> None:
     """The answer's turn ends with a token that is neither the model's end token nor a stop string."""
     shutil.copytree(llama, tmp_path / "m")

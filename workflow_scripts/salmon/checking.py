@@ -66,7 +66,14 @@ class Report:
             log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in self.facts[name].items()))
         except UserError as error:
             self.refusals[name] = str(error)
-            log.error("%s: %s", name, error)
+        except torch.OutOfMemoryError:
+            self.refusals[name] = "the model does not fit one GPU; set the resource device of check_model to cpu"
+        except Exception as error:  # whatever an architecture that nobody has tried makes libraries raise
+            log.warning("what was raised:", exc_info=True)
+            reason = str(error).partition("\n")[0]
+            self.refusals[name] = f"{type(error).__name__}: {reason}; this model is not supported, see docs/models.md"
+        if name in self.refusals:
+            log.error("%s: %s", name, self.refusals[name])
         return name in self.facts
 
     def load(self, name: str, function: Callable[[], Any]) -> Any:
