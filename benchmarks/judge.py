@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from salmon import principles, templates  # noqa: E402
 from salmon.batching import left_pad  # noqa: E402
-from salmon.judging import Judge, Pair, margins  # noqa: E402
+from salmon.judging import Judge, Pair  # noqa: E402
+from salmon.margins import margins  # noqa: E402
 
 CONTEXT = 1536
 PAIRS = 4

@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "workflow_scripts")]
 
 from demo import oracles, world  # noqa: E402
 from salmon import principles, randomness, templates  # noqa: E402
-from salmon.judging import common_prefix, option_tokens  # noqa: E402
+from salmon.judging import option_tokens  # noqa: E402
+from salmon.margins import common_prefix  # noqa: E402
 
 CONTEXT = 512
 TEXT_WEIGHT = 0.1  # of every token in the loss, where a judgement weighs 1

@@ -63,3 +63,12 @@ def failing(arguments: list[Any], **more: Any) -> str:
 def on_a_full_disk(arguments: list[Any], size: int) -> str:
     """The same, where it can write no file of more than `size` bytes."""
     return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """One dictionary read over another, key by key."""
+    found = dict(base)
+    for name, value in changes.items():
+        old = found.get(name)
+        found[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found

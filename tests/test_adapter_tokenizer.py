@@ -94,7 +94,7 @@ def test_an_adapter_that_is_not_there(base: Path, adapter: Path) -> None:
 
 
 def test_an_adapter_on_the_hub(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub's cache says of single files decides; nothing there (or no network) is no tokenizer."""
+    """The hub's cache decides, file by file; with nothing there (or no network) there is no tokenizer."""
     assert load(base, "owner/adapter").chat_template == CHATML
     (adapter / "chat_template.jinja").write_text(OWN)
     asked = []

@@ -202,7 +202,7 @@ def test_logits_that_are_not_finite_are_an_error(tokenizer: Any) -> None:
 
 
 def say(tokenizer: Any, *texts: str, stop: Sequence[str], lead: str = "Hi\n") -> list[Generation]:
-    """What `generate` makes of a model that says these texts, one a row, each followed by more."""
+    """What `generate` makes of a model that says these texts, one per row, each followed by more."""
     lines = {
         10 + row: [*tokenizer(text, add_special_tokens=False)["input_ids"], 2, 2] for row, text in enumerate(texts)
     }

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import judge_preferences
-from salmon import artifacts, config, judging, models, principles, templates
+from salmon import artifacts, config, judging, margins, models, principles, templates
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair, PairPrompts
 from salmon.principles import JudgedPrinciple
@@ -143,7 +143,7 @@ def test_any_template(model: nn.Module, tokenizer: Any, template: str, monkeypat
 @pytest.mark.parametrize("other", [[[4], [10, 11, 12, 13]], [[4, 5, 6], [4, 5, 7, 8]]])
 def test_margins_where_nothing_is_shared(model: nn.Module, other: list[list[int]]) -> None:
     prompts = [[[5, 6, 7], [8, 9]], other]
-    found = judging.margins(model, prompts, (20, 30), "cpu")
+    found = margins.margins(model, prompts, (20, 30), "cpu")
     for group, row in zip(prompts, found, strict=True):
         for prompt, margin in zip(group, row, strict=True):
             with torch.no_grad():
@@ -155,19 +155,19 @@ def test_the_common_prefix_is_computed_once(model: nn.Module, tokenizer: Any) ->
     judge = make_judge(model, tokenizer)
     prompts = judge.encode(PAIRS[4])
     assert prompts is not None
-    shared = judging.common_prefix(prompts.order_12)
+    shared = margins.common_prefix(prompts.order_12)
     computed = []
     handle = model.get_submodule("model.embed_tokens").register_forward_pre_hook(
         lambda _, ids: computed.append(ids[0].numel())
     )
-    judging.margins(model, [prompts.order_12], judge.options, "cpu")
+    margins.margins(model, [prompts.order_12], judge.options, "cpu")
     handle.remove()
     assert computed == [shared, len(PRINCIPLES) * (max(map(len, prompts.order_12)) - shared)]
     assert tokenizer.decode(prompts.order_12[0][:shared]).endswith("# Principle\n")
 
 
 def test_tails_see_the_head_and_themselves() -> None:
-    seen = judging.tail_attention(torch.tensor([[0, 1, 1]]), torch.tensor([[[1, 1], [0, 1]]]))
+    seen = margins.tail_attention(torch.tensor([[0, 1, 1]]), torch.tensor([[[1, 1], [0, 1]]]))
     #        pad head  tail 1 tail 2
     assert seen[0, 0].int().tolist() == [
         [0, 1, 1, 1, 0, 0, 0],
@@ -197,7 +197,7 @@ def test_attention_kernels(settings: config.Model, model: nn.Module, tokenizer: 
     ],
 )
 def test_common_prefix(sequences: list[list[int]], length: int) -> None:
-    assert judging.common_prefix(sequences) == length
+    assert margins.common_prefix(sequences) == length
 
 
 def test_share_takes_from_the_longer_first() -> None:
@@ -308,7 +308,7 @@ def test_our_template_is_shared_up_to_the_principle(model: nn.Module, tokenizer:
     judge = Judge(model, tokenizer, template=template, principles=ours, max_length=4096, device="cpu")
     prompts = judge.encode(PAIRS[4])
     assert prompts is not None
-    assert tokenizer.decode(prompts.order_12[0][: judging.common_prefix(prompts.order_12)]).endswith(
+    assert tokenizer.decode(prompts.order_12[0][: margins.common_prefix(prompts.order_12)]).endswith(
         "#### Principle to consider\n\n"
     )
 

@@ -309,7 +309,7 @@ def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folde
 
 
 def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Model, tmp_path: Path) -> None:
-    """GPT-2: another name of the backbone, absolute positions, dropout that is no module."""
+    """GPT-2: another name of the backbone, absolute positions, dropout without a module of its own."""
     shutil.copytree(plain.base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
     shutil.copy(Path(plain.base) / "tokenizer_config.json", tmp_path / "gpt2")
     torch.manual_seed(0)

@@ -61,12 +61,9 @@ def main(arguments: Arguments) -> None:
     fingerprint = artifacts.fingerprint(settings, inputs)
     left = resuming.left_to_do(work, fingerprint, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
     if left:
-        # The judge says token by token what may be seen, which flash attention does not take.
-        attention = "eager" if arguments.model.attention == "eager" else "sdpa"
         tokenizer = load_tokenizer(arguments.model)
         template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
-        judging_model = arguments.model.model_copy(update={"attention": attention})
-        model = models.load_initial_policy(judging_model, device, together=arguments.tensor_parallel)
+        model = models.load_judge(arguments.model, device, together=arguments.tensor_parallel)
         models.check_context(model, arguments.judge.max_length, "judge.max_length")
         judge = Judge(
             model,

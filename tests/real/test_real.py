@@ -25,6 +25,7 @@ from salmon import language, principles, reward_model, templates
 from salmon.configuration import load
 from salmon.encoding import read_template
 from salmon.tables import JUDGEMENTS
+from tests.running import merge
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("config.yaml")
@@ -50,15 +51,6 @@ def settings() -> Any:
     """The configuration as the rules see it."""
     base, overlay = (yaml.safe_load(path.read_text()) for path in (ROOT / "config.yaml", CONFIG))
     return load(merge(base, overlay), ROOT)["default"]
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """One dictionary read over another, key by key."""
-    found = dict(base)
-    for name, value in changes.items():
-        old = found.get(name)
-        found[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.running import merge
 from tests.slurm.cluster import Cluster, missing_programs, until
 
 ROOT = Path(__file__).parents[2]
@@ -155,15 +156,6 @@ class World:
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:
         """Sacct's table of all jobs so far."""
         return self.cluster.run("sacct", "-X", "-D", "-n", "-P", "-S", "now-1days", f"--format={fields}")
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """One dictionary read over another, key by key."""
-    found = dict(base)
-    for name, value in changes.items():
-        old = found.get(name)
-        found[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 @pytest.fixture(scope="session")

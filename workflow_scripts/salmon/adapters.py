@@ -20,13 +20,10 @@ log = logging.getLogger(__name__)
 HEAD = "score.weight"
 """How the key of a reward model's head ends."""
 
-_FUSED_OUTPUT = ("falcon_h1",)  # PEFT refuses LoRA on `out_proj` of Mamba layers, which fused kernels bypass
-_EXPERTS = (
-    "gpt_oss",
-    "granitemoe",
-    "granitemoehybrid",
-    "granitemoeshared",
-)  # experts that PEFT does not know by itself
+# PEFT refuses LoRA on `out_proj` of Mamba layers, which fused kernels bypass.
+_FUSED_OUTPUT = ("falcon_h1",)
+# Their experts are in one tensor, and PEFT does not know them by itself.
+_EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared")
 _SHOWN = 3  # names of weights in a message
 
 
@@ -57,8 +54,10 @@ def lora_config(lora: Lora, task: TaskType, base: PreTrainedModel) -> LoraConfig
     """LoRA of `add_lora`."""
     kind = base.config.get_text_config().model_type
     excluded = [re.escape(name) for name in _outside_decoder(base)]
-    excluded += [r".*\.mamba\.out_proj"] * (kind in _FUSED_OUTPUT)
-    excluded += [re.escape(HEAD.split(".", maxsplit=1)[0])] * (task == TaskType.SEQ_CLS and bool(excluded))
+    if kind in _FUSED_OUTPUT:
+        excluded.append(r".*\.mamba\.out_proj")
+    if excluded and task == TaskType.SEQ_CLS:
+        excluded.append("score")  # the head, which a list of exceptions would bring back among the linear layers
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -68,15 +67,6 @@ def lora_config(lora: Lora, task: TaskType, base: PreTrainedModel) -> LoraConfig
         target_parameters=_parameters_for_lora(base) or None,
         task_type=task,
     )
-
-
-_FUSED_OUTPUT = ("falcon_h1",)  # PEFT refuses LoRA on `out_proj` of Mamba layers, which fused kernels bypass
-_EXPERTS = (
-    "gpt_oss",
-    "granitemoe",
-    "granitemoehybrid",
-    "granitemoeshared",
-)  # experts that PEFT does not know by itself
 
 
 def _parameters_for_lora(base: PreTrainedModel) -> list[str]:

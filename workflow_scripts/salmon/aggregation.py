@@ -71,7 +71,7 @@ def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) ->
         Scores, shape [pairs]; above 0 they favour output 1.
 
     Raises:
-        ValueError: if all means are equal, so that there is no scale.
+        ValueError: if all means are equal, which leaves no scale.
     """
     mean = (s12 + s21) / 2
     if mean.size == 0 or mean.min() == mean.max():

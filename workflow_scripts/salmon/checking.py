@@ -1,8 +1,8 @@
 """What the stages rely on in a model, proven on this machine before any job: or a sentence that says why not.
 
 Every number that a batch, a cache or shared adapters give is compared with one forward pass for each text alone,
-without padding. What 16-bit arithmetic rounds is measured first, as the difference between an ordinary padded batch and
-single texts, and every other difference has to be of that size.
+without padding, up to what the arithmetic rounds: measured for the judge (`judging.prove`), a bound for the others
+(`tolerance`), which in 16 bits is wide.
 """
 
 import logging
@@ -108,7 +108,7 @@ def check_model(settings: Settings, parts: Sequence[Part], device: torch.device)
             report.check("sampling", lambda: sampling(settings, tokenizer, policy, device))
         del policy
     if "judging" in parts:
-        if judge := report.load("weights of the judge", lambda: models.load_initial_policy(judging_model, device)):
+        if judge := report.load("weights of the judge", lambda: models.load_judge(judging_model, device)):
             report.check("judging", lambda: judging_ways(settings, load_tokenizer(judging_model), judge, device))
         del judge
     if "training" in parts:
@@ -140,8 +140,7 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
     if not settings.policy_prompt.is_chat:
         return facts
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    variables = getattr(settings.policy_prompt, "template_variables", {})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **variables)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **settings.policy_prompt.template_variables)
     after = text.rpartition("So.")[2]
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     stopped = any(string in after for string in settings.policy_prompt.stop)

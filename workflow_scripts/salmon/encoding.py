@@ -76,7 +76,7 @@ def tokenize(
         add_special_tokens: whether the tokenizer puts its own tokens in front; a chat template brings them itself.
 
     Returns:
-        One list of ids a text.
+        One list of ids per text.
     """
     whole = iter(_encode(tokenizer, [text for text in texts if SENTINEL not in text], add_special_tokens))
     rows = []
@@ -128,7 +128,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
 
 
 def begins_thinking(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> bool:
-    """Whether the policy's prompt ends inside of thinking, which the response then goes on with."""
+    """Whether the policy's prompt ends inside thinking, which the response then continues."""
     if prompt.thinking is None:
         return False
     opening, closing = prompt.thinking
@@ -175,7 +175,7 @@ class Template:
 
     @classmethod
     def of(cls, template: "str | Template") -> "Template":
-        """Plain text is a template that is no chat."""
+        """A template as it is; plain text as one that is not a chat."""
         return cls(template) if isinstance(template, str) else template
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, filled: Sequence[str]) -> list[list[int]]:

@@ -116,7 +116,7 @@ def generate(
             logits_to_keep=1,
         )
         cache = output.past_key_values
-        # Without rows of its own left, a rank only keeps step: it goes on with the last token, and reads nothing.
+        # Without rows of its own left, a rank only keeps step: it repeats the last token, and reads nothing.
         drawn = sample_tokens(output.logits[:, -1], uniforms[rows, step], temperature, top_p) if rows else ids[:, 0]
         drawn = distributed.from_main(drawn) if ranks == "together" else drawn
         keep = []

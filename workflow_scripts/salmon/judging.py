@@ -1,46 +1,30 @@
 """The initial policy as judge: which of two outputs it prefers by one principle (paper section 3.2, reference step 1).
 
 The judge reads a template that ends with `Output (` and is asked for one more token; the logits of the letters
-`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. Where that is right for a model
-(`Way`, `prove`), every token is computed once: the prompts of a pair in one order become one row, in which each tail
-sees the common head and itself.
-
-    | padding | head: instruction, output (a), output (b) | tail of principle 1 | tail of principle 2 | ...
-                                                        logits a, b ^         logits a, b ^
-
-The head is found in the tokens, so any template works; one that ends with the principle is fast. Neither the
-head's cache nor its computation is repeated, so that memory grows little with the number of principles.
+`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. How the prompts of a pair are
+computed together is in `margins`; which way is right for a model, `prove` finds out.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from salmon import distributed
-from salmon.batching import batches, left_pad, position_ids, select_rows
 from salmon.encoding import Template, guard, token_spans, tokenize
 from salmon.errors import UserError
+from salmon.margins import Way, margins, output_layer, prefill
 from salmon.principles import JudgedPrinciple
 from salmon.templates import fill
 
 log = logging.getLogger(__name__)
 
 OPTIONS = ("a", "b")
-
-Way = Literal["packed", "shared", "whole"]
-"""How the prompts of a pair are computed, the fastest first.
-
-`packed`: as above. Needs attention that heeds a mask and positions for each token: not sliding windows shorter than a
-prompt, recurrent or convolution layers, or ALiBi. `shared`: the head's cache is computed once and repeated for each
-tail. `whole`: each prompt by itself, in batches by length; right wherever padded batches are.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PairPrompts:
-    """Token ids of a pair's prompts, one a principle: with output_1 as (a), and with output_2 as (a)."""
+    """Token ids of a pair's prompts, one per principle: with output_1 as (a), and with output_2 as (a)."""
 
     order_12: list[list[int]]
     order_21: list[list[int]]
@@ -148,7 +132,7 @@ class Judge:
         return PairPrompts(tokens[: len(self.principles)], tokens[len(self.principles) :])
 
     def _texts(self, instruction: str, output_a: str, output_b: str) -> list[str]:
-        """The template filled with guarded texts, one text a principle."""
+        """The template filled with guarded texts, one text per principle."""
         return [
             fill(
                 self.template.text,
@@ -172,155 +156,6 @@ class Judge:
             )
         as_lists: list[list[float]] = scores.tolist()
         return as_lists
-
-
-@torch.no_grad()
-def margins(
-    model: nn.Module,
-    prompts: Sequence[Sequence[list[int]]],
-    options: tuple[int, int],
-    device: torch.device | str,
-    way: Way = "packed",
-) -> Tensor:
-    """logit(a) - logit(b) after every prompt.
-
-    Args:
-        model: causal language model in eval mode; for `packed` with attention that takes a mask (sdpa, eager).
-        prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
-        options: token ids of a and b.
-        device: where the model is.
-        way: see `Way`.
-
-    Returns:
-        float64 on the CPU, shape [groups, members].
-    """
-    compute = {"packed": _packed_logits, "shared": _shared_logits, "whole": _whole_logits}[way]
-    with _options_in_float32(model, list(options)) as places:
-        logits = compute(model, prompts, places, device)
-    first, second = logits.double().cpu().unbind(dim=-1)
-    return first - second
-
-
-@contextmanager
-def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[int]]:
-    """Inside the block, the output layer gives the options' logits only, in float32; yields their places in it.
-
-    In bfloat16 a logit of 16 to 32 has steps of 0.125, so that most margins would be a tie. Layers that are divided
-    among GPUs, or not of 16 bits, are left as they are.
-    """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if type(output) is not nn.Linear or output.weight.dtype not in (torch.bfloat16, torch.float16):
-        yield options
-        return
-    weight = output.weight[options].float()
-    bias = None if output.bias is None else output.bias[options].float()
-    hook = output.register_forward_hook(lambda _, inputs, __: nn.functional.linear(inputs[0].float(), weight, bias))
-    try:
-        yield list(range(len(options)))
-    finally:
-        hook.remove()
-
-
-def _packed_logits(
-    model: nn.Module,
-    prompts: Sequence[Sequence[list[int]]],
-    options: list[int],
-    device: torch.device | str,
-) -> Tensor:
-    """Logits of the options, [groups, members, options]: tails behind their common head in one row."""
-    groups, members = len(prompts), len(prompts[0])
-    shared = [common_prefix(group) for group in prompts]
-    heads, head_mask = left_pad([group[0][:length] for group, length in zip(prompts, shared, strict=True)])
-    cache = _prefill(model, heads, head_mask, device) if max(shared) > 0 else None
-    # Tails of equal width, one after another in a row: the last tokens of all of them are at the same places.
-    rest = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
-    tails, tail_mask = left_pad(rest)
-    width = tails.shape[1]
-    positions = head_mask.sum(dim=1).view(groups, 1, 1) + position_ids(tail_mask).view(groups, members, width)
-    seen = tail_attention(head_mask, tail_mask.view(groups, members, width)).to(device)
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    logits: Tensor = model(
-        input_ids=tails.view(groups, -1).to(device),
-        attention_mask=attention,
-        position_ids=positions.view(groups, -1).to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=torch.arange(width - 1, members * width, width, device=device),
-    ).logits
-    return logits[:, :, options]
-
-
-def _shared_logits(
-    model: nn.Module,
-    prompts: Sequence[Sequence[list[int]]],
-    options: list[int],
-    device: torch.device | str,
-) -> Tensor:
-    """The same: one row for each tail, behind a copy of its group's head; a group at a time.
-
-    Tails are padded on their right: recurrent and convolution layers, and windows, go on from the head's end.
-    """
-    rows = []
-    for group in prompts:
-        shared = common_prefix(group)
-        if shared == 0:
-            rows.append(_whole_logits(model, [group], options, device)[0])
-            continue
-        heads = torch.tensor([group[0][:shared]])
-        cache = _prefill(model, heads, torch.ones_like(heads), device)
-        select_rows(cache, torch.zeros(len(group), dtype=torch.int64, device=device))
-        lengths = torch.tensor([len(prompt) - shared for prompt in group])
-        width = int(lengths.max())
-        tails = torch.tensor([prompt[shared:] + [0] * (width + shared - len(prompt)) for prompt in group])
-        mask = torch.ones(len(group), shared + width, dtype=torch.int64)
-        mask[:, shared:] = torch.arange(width) < lengths[:, None]
-        last, place = torch.unique(lengths - 1, return_inverse=True)
-        logits = model(
-            input_ids=tails.to(device),
-            attention_mask=mask.to(device),
-            position_ids=torch.arange(shared, shared + width, device=device).expand(len(group), -1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last.to(device),
-        ).logits
-        rows.append(logits[torch.arange(len(group)), place][:, options])
-    return torch.stack(rows)
-
-
-def _whole_logits(
-    model: nn.Module,
-    prompts: Sequence[Sequence[list[int]]],
-    options: list[int],
-    device: torch.device | str,
-) -> Tensor:
-    """The same: every prompt from its beginning, as many at a time as there are groups, the longest first."""
-    flat = [prompt for group in prompts for prompt in group]
-    logits: list[Tensor] = [torch.empty(0)] * len(flat)
-    for batch in batches([len(prompt) for prompt in flat], len(prompts)):
-        ids, mask = left_pad([flat[row] for row in batch])
-        output = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=position_ids(mask).to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        for row, found in zip(batch, output.logits[:, -1, options], strict=True):
-            logits[row] = found
-    return torch.stack(logits).view(len(prompts), len(prompts[0]), len(options))
-
-
-def _prefill(model: nn.Module, ids: Tensor, mask: Tensor, device: torch.device | str) -> Cache:
-    """The cache after these tokens, padded on their left."""
-    cache: Cache = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=position_ids(mask).to(device),
-        use_cache=True,
-        logits_to_keep=1,
-    ).past_key_values
-    return cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,9 +213,8 @@ def prove(judge: Judge) -> Proof:
         )
     limit = 4 * noise + 1e-4 * max(scale, 1.0) + step
     right = [way for way, difference in differences.items() if difference is not None and difference <= limit]
-    found = Proof(right[0], max(map(len, flat)), noise, differences)
-    answer: Proof = distributed.broadcast(found)
-    return answer
+    proof: Proof = distributed.broadcast(Proof(right[0], max(map(len, flat)), noise, differences))
+    return proof
 
 
 def _made_prompts(judge: Judge) -> list[list[list[int]]]:
@@ -402,7 +236,7 @@ def _heeds_a_mask(judge: Judge, prompt: list[int]) -> bool:
     """Whether masks and positions decide what a token sees: no window, no state, and positions that are heeded."""
     model, device = judge.model, judge.device
     ids = torch.tensor([prompt[:8]])
-    cache = _prefill(model, ids, torch.ones_like(ids), device)
+    cache = prefill(model, ids, torch.ones_like(ids), device)
     if not all(
         layer.sliding_window >= judge.max_length
         if isinstance(layer, DynamicSlidingWindowLayer)
@@ -428,33 +262,9 @@ def _rounding(judge: Judge, prompt: list[int]) -> float:
     """What the model's dtype rounds in a score: half a step at the size of the largest logit."""
     ids = torch.tensor([prompt], device=judge.device)
     logits = judge.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    output = judge.model.get_output_embeddings()  # type: ignore[operator]
+    output = output_layer(judge.model)
     dtype = logits.dtype if output is None else output.weight.dtype
     return float(logits.abs().max()) * torch.finfo(dtype).eps / 2
-
-
-def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:
-    """What the tokens of tails may see: the head of their group, and their own tail up to themselves.
-
-    Args:
-        head_mask: 1 token, 0 padding; shape [groups, head].
-        tail_mask: the same; shape [groups, tails, width].
-
-    Returns:
-        bool, shape [groups, 1, tails * width, head + tails * width].
-    """
-    groups, tails, width = tail_mask.shape
-    own = torch.block_diag(*[torch.ones(width, width).tril()] * tails).bool()
-    of_tail = own & tail_mask.view(groups, 1, -1).bool()
-    of_head = head_mask.bool()[:, None].expand(-1, tails * width, -1)
-    return torch.cat([of_head, of_tail], dim=-1)[:, None]
-
-
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """Length of the longest common prefix that leaves every sequence at least one token."""
-    first, last = min(sequences), max(sequences)  # what these two have in common, all have
-    limit = min(map(len, sequences)) - 1
-    return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
 def share(first: int, second: int, budget: int) -> tuple[int, int]:

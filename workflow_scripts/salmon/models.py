@@ -62,8 +62,17 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
     return _divide(policy, torch.device(device)).eval() if together else policy.eval()
 
 
+def load_judge(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:
+    """A model that judges, as `load_initial_policy` loads it, but for flash attention.
+
+    The judge says token by token what may be seen, which flash attention does not take.
+    """
+    attention = "eager" if model.attention == "eager" else "sdpa"
+    return load_initial_policy(model.model_copy(update={"attention": attention}), device, together=together)
+
+
 class Scoring(nn.Module):
-    """A causal language model whose forward pass gives one number a text: a linear head on its last token.
+    """A causal language model whose forward pass gives one number per text: a linear head on its last token.
 
     Mixed into the class of a loaded model (`_add_head`), so that whatever transformers, PEFT and DeepSpeed know of the
     architecture holds, with or without a classifier class of transformers. The output layer is not computed. The
@@ -81,7 +90,7 @@ class Scoring(nn.Module):
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 1 at tokens; None where there is no padding.
+            attention_mask: [B, T], 1 at tokens; None without padding.
             position_ids: [B, T], for texts padded on their left.
 
         Returns:
