@@ -1,21 +1,24 @@
 """No model is used with a weight missing, left over or of another shape: base, adapter or head, whichever loads it."""
 
+import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import check_model
 from salmon import checking, models
-from salmon.adapters import load_adapter
+from salmon.adapters import add_lora, load_adapter
 from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
 from salmon.configuration import load
 from salmon.errors import UserError
@@ -282,6 +285,47 @@ def test_whatever_is_raised_is_a_refusal(error: Exception, said: str) -> None:
     report = checking.Report()
     assert not report.check("it", fails)
     assert re.search(said, report.refusals["it"])
+
+
+def test_an_adapter_that_a_stage_leaves_out_is_noticed_in_16_bit(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards of the bare base model are far from those of the reward model, even with what bfloat16 rounds."""
+    given = sections(llama)
+    given = dataclasses.replace(given, model=given.model.model_copy(update={"dtype": "bfloat16"}))
+    report = checking.check_model(given, ["training"], torch.device("cpu"))
+    assert report.refusals == {}
+    used = SharedBase.use
+    monkeypatch.setattr(
+        SharedBase, "use", lambda self, role: self.bare() if role == "reward" else used(self, role), raising=True
+    )
+    monkeypatch.setattr(SharedBase, "bare", contextmanager(_bare), raising=False)
+    report = checking.check_model(given, ["training"], torch.device("cpu"))
+    assert "the reward model and RL's reward differ" in report.refusals["training"]
+
+
+def _bare(shared: SharedBase) -> Iterator[SharedBase]:
+    with shared.lm.disable_adapter():
+        yield shared
+
+
+def test_a_refusal_leaves_its_report_beside(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "check"
+    arguments = check_model.Arguments(
+        output=output, model=settings(llama), judge=sections(llama, judge_length=1025).judge, parts=["judging"]
+    )
+    with pytest.raises(UserError, match=r"reads 1024 .* The whole report is in .*check\.refused"):
+        check_model.main(arguments)
+    assert not output.exists()
+    assert "## judging: refused" in (tmp_path / "check.refused" / "report.md").read_text()
+    check_model.main(arguments.model_copy(update={"judge": sections(llama).judge}))
+    assert [file.name for file in tmp_path.iterdir()] == ["check"]
+
+
+def test_large_weights_that_are_no_layers_are_not_left_without_lora(llama: Path) -> None:
+    """As of an architecture that holds its experts in one matrix."""
+    base = models.load_base(settings(llama), "cpu")
+    base.model.layers[0].mlp.register_parameter("experts", torch.nn.Parameter(torch.zeros(512, 256)))
+    with pytest.raises(UserError, match=r"would get no LoRA .*mlp\.experts"):
+        add_lora(base, Lora(r=2), TaskType.CAUSAL_LM)
 
 
 def test_a_chat_template_whose_turns_cannot_end_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -45,14 +45,20 @@ def main(arguments: Arguments) -> None:
         arguments.model, arguments.policy_prompt, arguments.sampling, arguments.judge, arguments.lora
     )
     report = checking.check_model(settings, arguments.parts, device)
-    if report.refusals:
-        raise UserError(f"{arguments.model.base} is refused: " + "; ".join(report.refusals.values()))
-    with artifacts.atomic(arguments.output) as folder:
+    # Under another name where it is refused: that the report is there lets the stages run.
+    refused = arguments.output.with_name(f"{arguments.output.name}.refused")
+    artifacts.remove(refused)
+    with artifacts.atomic(refused if report.refusals else arguments.output) as folder:
         folder.mkdir()
-        artifacts.write_json(folder / "report.json", report.facts)
+        artifacts.write_json(
+            folder / "report.json", report.facts | {"refused": report.refusals} if report.refusals else report.facts
+        )
         (folder / "report.md").write_text(report.markdown(arguments.model.base), encoding="utf-8")
         manifest = artifacts.manifest(vars(settings), identity.identify(arguments.model), {})
         artifacts.write_json(artifacts.manifest_path(folder), manifest)
+    if report.refusals:
+        reasons = "; ".join(report.refusals.values())
+        raise UserError(f"{arguments.model.base} is refused: {reasons}. The whole report is in {refused}")
     distributed.leave()
 
 

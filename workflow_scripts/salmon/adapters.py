@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Iterator
+from statistics import median
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -104,9 +105,16 @@ def uncovered(model: PeftModel) -> list[str]:
         if not plain or name.startswith(outside) or re.search(r"lora_|\bscore\b|\.mamba\.out_proj|router", name):
             continue
         names.append(f"{name}.weight")
+    # Matrices that are no layer's of their own: experts in one tensor, or whatever else is as large as a layer.
+    layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+    sizes = [layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | Conv1D)]
+    large = median(sizes) if sizes else 0
     for name, weight in base.named_parameters():
         owner = base.get_submodule(name.rpartition(".")[0])
-        if ".experts." in name and weight.dim() == 3 and "lora_" not in name and id(owner) not in adapted:
+        if isinstance(owner, nn.Linear | Conv1D | nn.Embedding) or id(owner) in adapted or name.startswith(outside):
+            continue
+        experts = ".experts." in name and weight.dim() == 3
+        if "lora_" not in name and weight.dim() > 1 and (experts or weight.numel() >= large):
             names.append(name)
     return names
 

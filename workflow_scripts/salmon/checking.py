@@ -206,11 +206,7 @@ def training(model: Model, lora: Lora, device: torch.device) -> dict[str, Any]:
     covered = sum(hasattr(module, "lora_A") for module in fresh.modules())
     long = "Because it is so, and not otherwise. "
     texts = tokenize(load_tokenizer(model), [f"{question} {long * row}" for row, question in enumerate(QUESTIONS)])
-    with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.02)
-    alone = reward_model.score(fresh, texts, 1, device)
+    alone = _strengthen(fresh, texts, model, device)
     together = reward_model.score(fresh, texts, len(texts), device)
     limit = tolerance(model, float(alone.std()) + float(alone.abs().mean()))
     _same("a batch of the reward model and its single texts", together, alone, limit)
@@ -232,6 +228,28 @@ def training(model: Model, lora: Lora, device: torch.device) -> dict[str, Any]:
         "rounding explains": f"{limit:.1e}",
         "trained parameters of RL": sum(parameter.numel() for parameter in shared.trained()),
     }
+
+
+def _strengthen(
+    adapted: Any, texts: Sequence[list[int]], model: Model, device: torch.device, attempts: int = 6
+) -> torch.Tensor:
+    """Make a fresh adapter so strong that rounding does not explain what it changes; returns the scores with it.
+
+    Else a stage that leaves the adapter out would pass in 16 bits.
+    """
+    bare = reward_model.score(adapted, texts, 1, device)
+    for attempt in range(attempts):
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0.0, 0.02 * 2**attempt)
+        scores = reward_model.score(adapted, texts, 1, device)
+        if float((scores - bare).abs().max()) > 2 * tolerance(model, float(scores.std()) + float(scores.abs().mean())):
+            return scores
+    raise UserError(
+        "a LoRA adapter hardly changes the scores of a reward model on it: this architecture is not supported, see "
+        "docs/models.md"
+    )
 
 
 def _gradients(shared: SharedBase, texts: Sequence[list[int]]) -> list[str]:
