@@ -12,6 +12,15 @@ min_version("9.19")
 configfile: "config.yaml"
 
 
+# Snakemake has taken over what jobs have finished, and deletes nothing of it any more.
+onsuccess:
+    work.sweep(Path(settings.pathvars.results))
+
+
+onerror:
+    work.sweep(Path(settings.pathvars.results))
+
+
 include: "rules/common.smk"
 include: "rules/model.smk"
 include: "rules/prompts.smk"

@@ -13,9 +13,13 @@ from salmon.config import is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 from salmon.identity import model_files, tokenizer_files
+from salmon import work
 
 # Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+
+if workflow.modifier.is_main_snakefile():  # Snakemake calls the handlers of no other
+    os.environ[work.KEEP_FINISHED] = "1"
 
 try:
     RUNS = load(config, Path.cwd())
