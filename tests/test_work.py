@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from salmon import checkpoints, work
 from salmon.artifacts import manifest_path
 from salmon.errors import UserError
 from salmon.work import WorkFolder
-from tests.running import environment
+from tests.running import PATIENCE, SCRIPTS, environment
 
 NOBODY = 65534
 
@@ -253,3 +254,31 @@ def test_work_that_somebody_else_could_have_written_is_not_read(tmp_path: Path, 
     for attempt in (lambda: folder.open("mark"), lambda: checkpoints.newest(folder)):
         with pytest.raises(UserError, match="another user, who could have put code into it"):
             attempt()
+
+
+SLEEPER = """
+import os, pathlib, sys, time
+from salmon import script
+class Arguments(script.Arguments):
+    folder: pathlib.Path
+def main(arguments):
+    (arguments.folder / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+script.run(main, Arguments)
+"""
+
+
+def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+    """Also where it is killed, and can end nothing any more."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    line = ["bash", SCRIPTS / "launch.sh", "1", "2", "2", tmp_path / "sleeper.py", "--folder", tmp_path]
+    launcher = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)  # which becomes torchrun
+    until = time.monotonic() + PATIENCE
+    while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()) and time.monotonic() < until:
+        time.sleep(0.05)
+    ranks = [psutil.Process(int((tmp_path / rank).read_text())) for rank in "01"]
+    assert {rank.ppid() for rank in ranks} == {launcher.pid}
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
