@@ -99,6 +99,35 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
     assert "demo/model" in manifest["inputs"]
 
 
+def test_two_modules_of_one_workflow(tmp_path: Path) -> None:
+    """Each with its settings, and with path variables from the configuration or from the statement."""
+    snakefile = repr(str(ROOT / "Snakefile"))
+    second = {"seed": 2, "pathvars": {"results": "two"}, "runs": {"mine": {"ppo": {"gamma": 0.5}}}}
+    (tmp_path / "Snakefile").write_text(
+        f"""
+module one:
+    snakefile: {snakefile}
+    config: {{"seed": 1}}
+    pathvars:
+        results="one/",
+        logs="all logs",
+module two:
+    snakefile: {snakefile}
+    config: {second}
+use rule * from one as one_*
+use rule * from two as two_*
+rule everything:
+    default_target: True
+    input: "one/prompts/oasst1.parquet", "two/runs/mine/policy"
+"""
+    )
+    listed = snakemake(tmp_path, "-n", "-p")
+    assert "> 'all logs/clean_prompts.log'" in listed
+    assert "> two/logs/runs/mine/train_policy.log" in listed
+    assert "one_train_policy" not in listed
+    assert [int(seed) for seed in re.findall(r"clean_prompts.*\"seed\":(\d+)", listed)] == [2042, 1042]
+
+
 def test_no_command_is_more_than_its_words(tmp_path: Path) -> None:
     """Every command of the DAG, run by bash with programs that only print their arguments."""
     line = ["-s", ROOT / "Snakefile", "--directory", tmp_path, "--configfile", ROOT / "demo" / "config.yaml"]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,16 @@ def test_an_unknown_run_is_named(tmp_path: Path) -> None:
     run = snakemake("-n", f"{tmp_path}/runs/nope/policy", *elsewhere(tmp_path))
     assert run.returncode != 0
     assert "there is no run nope" in run.stdout + run.stderr
+
+
+def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
+    """Of which Snakemake takes nearly all (benchmarks/dry_run.py): 7 s of CPU, and here up to twice that."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    shards = ("sampling={shards: 1000}", "judge={shards: 1000}")
+    run = snakemake("-n", "--quiet", "all", *elsewhere(tmp_path), *shards)
+    assert run.returncode == 0, run.stderr
+    assert "judge_preferences" in run.stdout + run.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15
 
 
 @pytest.mark.parametrize(
