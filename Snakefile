@@ -9,7 +9,13 @@ from snakemake.utils import min_version
 min_version("9.19")
 
 
-configfile: "config.yaml"
+include: "rules/common.smk"
+include: "rules/model.smk"
+include: "rules/prompts.smk"
+include: "rules/preferences.smk"
+include: "rules/reward_model.smk"
+include: "rules/policy.smk"
+include: "rules/demo.smk"
 
 
 # Snakemake has taken over what jobs have finished, and deletes nothing of it any more.
@@ -19,15 +25,6 @@ onsuccess:
 
 onerror:
     work.sweep(Path(settings.pathvars.results))
-
-
-include: "rules/common.smk"
-include: "rules/model.smk"
-include: "rules/prompts.smk"
-include: "rules/preferences.smk"
-include: "rules/reward_model.smk"
-include: "rules/policy.smk"
-include: "rules/demo.smk"
 
 
 for target in TARGETS:

@@ -22,6 +22,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from salmon.errors import UserError
+from salmon.shipped import short_name
 from salmon.tables import Table, check_written
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
-    return hashlib.sha256(json.dumps([_plain(settings), dict(inputs)], sort_keys=True).encode()).hexdigest()
+    named = {short_name(path): what for path, what in inputs.items()}
+    return hashlib.sha256(json.dumps([_plain(settings), named], sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -208,7 +210,7 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
             continue
     return {
         "settings": _plain(settings),
-        "inputs": dict(inputs),
+        "inputs": {short_name(path): what for path, what in inputs.items()},
         "counts": dict(counts),
         "packages": versions,
         "git_commit": _git_commit(),
@@ -217,14 +219,14 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON types."""
+    """Settings as JSON types, files of the checkout by their short names."""
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return short_name(str(value)) if isinstance(value, Path | str) else value
 
 
 def _git_commit() -> str | None:
