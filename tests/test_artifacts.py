@@ -28,20 +28,25 @@ def counting(source, target):
     left[0] -= 1
     replace(source, target)
 os.replace = counting
-artifacts.write_table(pl.DataFrame({"a": [2]}), pathlib.Path(sys.argv[1]), manifest={"of": 2})
+manifest = dict.fromkeys(("settings", "inputs", "counts"), 2)
+artifacts.write_table(pl.DataFrame({"a": [2]}), pathlib.Path(sys.argv[1]), manifest=manifest)
 """
+
+
+def manifest(number: int) -> dict[str, int]:
+    return dict.fromkeys(("settings", "inputs", "counts"), number)
 
 
 @pytest.mark.parametrize("renamed", ["0", "1"])
 def test_a_table_never_stands_beside_the_manifest_of_another_one(tmp_path: Path, renamed: str) -> None:
     """Killed after so many of the two files have got their names."""
     file = tmp_path / "table.parquet"
-    artifacts.write_table(pl.DataFrame({"a": [1]}), file, manifest={"of": 1})
+    artifacts.write_table(pl.DataFrame({"a": [1]}), file, manifest=manifest(1))
     killed = subprocess.run([sys.executable, "-c", KILLED, file, renamed], env=environment(), check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not file.exists()
-    artifacts.write_table(pl.DataFrame({"a": [3]}), file, manifest={"of": 3})
-    assert json.loads(artifacts.manifest_path(file).read_text()) == {"of": 3}
+    artifacts.write_table(pl.DataFrame({"a": [3]}), file, manifest=manifest(3))
+    assert json.loads(artifacts.manifest_path(file).read_text()) == manifest(3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.manifest.json", "table.parquet"]
 
 

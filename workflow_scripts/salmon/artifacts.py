@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -105,9 +105,11 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
+    """Delete a file or folder, if it is there; another process may do so, too."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        while path.is_dir():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -150,8 +152,17 @@ def write_table(
             check_written(temporary, table)
         if manifest is not None:
             flush(temporary)
-            remove(path)
+            if not _is_same(manifest_path(path), manifest):
+                remove(path)
             write_json(manifest_path(path), manifest)
+
+
+def _is_same(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest in its place is of the same settings and inputs, as that of another process may be."""
+    with suppress(OSError, ValueError):
+        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return all(old.get(name) == manifest[name] for name in ("settings", "inputs", "counts"))
+    return False
 
 
 def hash_path(path: Path) -> str:
