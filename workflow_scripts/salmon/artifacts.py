@@ -116,11 +116,11 @@ def remove(path: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a file or folder, if it is there; an interruption leaves it whole or not at all under its name."""
+    away = folder.with_name(f"{folder.name}.deleted")
+    _remove_leftovers(away)
     if folder.exists():
-        away = temporary_path(folder.with_name(f"{folder.name}.deleted"))
-        remove(away)
-        folder.rename(away)
-        remove(away)
+        folder = folder.rename(temporary_path(away))
+        remove(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
