@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
 from salmon.adapters import HEAD, add_lora, load_adapter, some
+from salmon.border import reading
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.identity import context_limit
@@ -156,7 +156,7 @@ def read_head(folder: Path) -> torch.Tensor:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{folder} holds no reward model ({file.name} is missing); build it first")
-    with safe_open(str(file), framework="pt") as tensors:
+    with reading(file, "build the reward model again"), safe_open(str(file), framework="pt") as tensors:
         heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
         if len(heads) != 1:
             raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
@@ -250,7 +250,7 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     """
     check_folder(model.base, "model.base")
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
+    with reading(model.base, lambda error: _advice(error, model)):
         config = AutoConfig.from_pretrained(model.base, **remote)
         for part in (config, config.get_text_config()):
             for name, value in vars(part).items():
@@ -266,8 +266,6 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
             **remote,
             **_quantized(model, device),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model.base} cannot be loaded: {_reason(error, model)}") from error
     _check_loading(model, info)
     if model.quantization == "none":
         loaded = loaded.to(device)
@@ -275,17 +273,17 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     return base
 
 
-def _reason(error: Exception, model: Model) -> str:
-    """What a library says, and which key or file to change."""
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "attention implementation" in str(error) or "does not support Flash Attention" in str(error):
-        return f"this architecture has no {model.attention}: set model.attention to eager ({said})"
-    if isinstance(error, OSError) and "safetensors" in str(error):
+def _advice(error: BaseException, model: Model) -> str:
+    """Which key or file to change after what a library says."""
+    said = str(error)
+    if "attention implementation" in said or "does not support Flash Attention" in said:
+        return f"this architecture has no {model.attention}: set model.attention to eager"
+    if isinstance(error, OSError) and "safetensors" in said:
         return (
-            f"{said} Weights are read from safetensors only, since a pickle may run code: load the model where you "
-            "trust it, and save it with save_pretrained"
+            "weights are read from safetensors only, since a pickle may run code: load the model where you trust it, "
+            "and save it with save_pretrained"
         )
     return (
-        f"{said} Check model.base and model.revision; a gated model also needs a login on the hub, and a machine "
-        "without network a copy in the cache or a local folder."
+        "check model.base and model.revision, or fetch the model again. A gated model also needs a login on the hub, "
+        "and a machine without network a copy in the cache or a local folder"
     )

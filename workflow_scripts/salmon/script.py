@@ -101,7 +101,11 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error("%s", error)
         _exit(1)
     except OSError as error:
-        log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error, exc_info=True)
+        log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error)
+        log.debug("raised here:", exc_info=True)
+        _exit(1)
+    except MemoryError:
+        log.error("not enough memory; give the job more, or lower its batch sizes")
         _exit(1)
     except Exception:
         log.exception("unexpected error; please report it with the lines above and below")

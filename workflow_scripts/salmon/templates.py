@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from salmon.border import read_text
 from salmon.errors import UserError
 
 JUDGE_SLOTS = ("UserInstruction", "OutputA", "OutputB", "Dimension", "Definition")
@@ -27,12 +28,7 @@ def read(path: str | Path) -> str:
     Raises:
         UserError: where the file is missing or not UTF-8.
     """
-    try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise UserError(f"template {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"template {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return read_text(path, "template", "a template is a text file in UTF-8").removesuffix("\n")
 
 
 def slots(template: str) -> set[str]:

@@ -1,17 +1,18 @@
 """The model's tokenizer. Apart from `models`, because the data rules do without torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from salmon.border import read_json, read_text, reading
 from salmon.config import Model, is_local
 from salmon.errors import UserError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 """A folder with one of these has a tokenizer of its own."""
+FETCH = "save or fetch the adapter again"
 
 
 def check_folder(name: str, key: str) -> None:
@@ -47,14 +48,12 @@ def load_tokenizer(model: Model) -> Any:
 
 def _load(model: Model, name: str, revision: str | None, named: str) -> Any:
     """The tokenizer of a folder or hub model."""
-    try:
+    advice = (
+        f"check {named}. A gated model also needs a login on the hub, and a machine without network a copy in the "
+        "cache or a local folder"
+    )
+    with reading(f"the tokenizer of {name}", advice):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {reason}. Check {named}; a gated model also needs a login on "
-            "the hub, and a machine without network a copy in the cache or a local folder."
-        ) from error
 
 
 def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
@@ -66,9 +65,12 @@ def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
         own.chat_template = own.chat_template or base.chat_template
         return own
     if template := _file(adapter, model.adapter_revision, "chat_template.jinja"):
-        base.chat_template = template.read_text(encoding="utf-8")
+        base.chat_template = read_text(template, "", FETCH)
     elif settings := _file(adapter, model.adapter_revision, "tokenizer_config.json"):
-        base.chat_template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template", base.chat_template)
+        found = read_json(settings, "", FETCH)
+        if not isinstance(found, dict):
+            raise UserError(f"{settings} is not a JSON object; {FETCH}")
+        base.chat_template = found.get("chat_template", base.chat_template)
     return base
 
 
