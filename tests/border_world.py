@@ -163,7 +163,9 @@ def remove(output: Path) -> None:
 
 def make_files(folder: Path) -> None:
     """What people and the hub give."""
-    zoo.build("llama", folder / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    zoo.build("llama", folder / "model", num_hidden_layers=2, hidden_size=64, intermediate_size=64)
+    generation = json.loads((folder / "model" / "generation_config.json").read_text())
+    write_json(folder / "model" / "generation_config.json", generation | {"eos_token_id": [2, *range(3, 30)]})
     (folder / "model" / "chat_template.jinja").write_text(CHAT)
     (folder / "policy.txt").write_text("Eine Plauderei – ohne Ende.\n### User\n", encoding="utf-8")
     (folder / "reward.txt").write_text("Größe: {Output}\n{Input}\n{Dimensions}\nThe quality is\n", encoding="utf-8")
@@ -202,6 +204,7 @@ def make_files(folder: Path) -> None:
 
 
 WORDS = ("rain", "snow", "hail", "wind", "fog", "sun", "a cloud", "ice", "frost", "heat", "a storm", "thunder")
+WORDS += ("a tide", "spring", "autumn", "a comet", "a river", "sand", "a stone", "grass", "a bee", "salt")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -143,8 +143,8 @@ def judge(world: BorderWorld, job: Job, folder: Path, file: str, status: int, sa
         return f"status {status}"
     if left := leftovers(folder, job):
         return f"left {left}"
-    messages = re.findall(r" ERROR (.+(?:\n  .+)*)", said)
-    if not messages or len(messages[-1].split()) < 5:
+    messages = re.findall(r" ERROR (.+(?:\n  .+)*)|: error: (.+)", said)
+    if not messages or len("".join(messages[-1]).split()) < 4:
         return "no sentence"
     return ""
 

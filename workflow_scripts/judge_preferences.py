@@ -24,6 +24,7 @@ from salmon import (
     resuming,
     script,
     shards,
+    templates,
 )
 from salmon.config import Model
 from salmon.errors import UserError
@@ -63,6 +64,7 @@ def main(arguments: Arguments) -> None:
     if left:
         tokenizer = load_tokenizer(arguments.model)
         template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
+        templates.check_slots(template.text, arguments.judge.template, templates.JUDGE_SLOTS, "judge.template")
         model = models.load_judge(arguments.model, device, together=arguments.tensor_parallel)
         models.check_context(model, arguments.judge.max_length, "judge.max_length")
         judge = Judge(

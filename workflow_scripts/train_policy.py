@@ -163,9 +163,8 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
 
 def read_principles(args: Arguments) -> list[WeightedPrinciple]:
     """The principles to draw from, and a look at the template that shows them."""
-    missing = set(templates.REWARD_SLOTS) - templates.slots(templates.read(args.ppo.template))
-    if missing:
-        raise UserError(f"template {args.ppo.template} has no slot {{{min(missing)}}} (ppo.template)")
+    template = args.ppo.template
+    templates.check_slots(templates.read(template), template, templates.REWARD_SLOTS, "ppo.template")
     principles = read_weighted(args.ppo.principles)
     drawable = sum(principle.weight > 0 for principle in principles)
     if drawable < args.ppo.principles_per_rollout:

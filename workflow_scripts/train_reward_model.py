@@ -200,9 +200,8 @@ def main(arguments: Arguments) -> None:
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template, with the slots that any reward model needs."""
     template = encoding.read_template(tokenizer, arguments.settings.template, arguments.scoring, "scoring.format")
-    missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template.text)]
-    if missing:
-        raise UserError(f"{arguments.stage}.template {arguments.settings.template} has no slot {{{missing[0]}}}")
+    key = f"{arguments.stage}.template"
+    templates.check_slots(template.text, arguments.settings.template, templates.PMP_SLOTS, key)
     return template
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 
 from salmon import checked, language, randomness, tables
-from salmon.border import LARGEST, reading
+from salmon.border import LARGEST
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
@@ -181,7 +181,7 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
     rows = tables.read(path, JUDGEMENTS)
     checked.check_count(path, JUDGEMENTS)
     tables.check_rows(rows.select(list(JUDGEMENTS.key)), JUDGEMENTS, path)
-    with reading(path, tables.DAMAGED):
+    with tables.reading_table(path):
         whole = rows.filter(pl.col("dimension").is_in(list(dimensions))).collect()
     sound = (pl.col("s12", "s21").is_finite() & (pl.col("s12", "s21").abs() <= LARGEST)).fill_null(False)
     broken = whole.filter(~pl.all_horizontal(sound)).head(1)

@@ -211,9 +211,11 @@ class WorkFolder:
     def create(self) -> None:
         """Create the folder, empty: what a killed run may have left in it is deleted."""
         remove(self.path)
-        while not self.path.is_dir():
+        for _ in range(100):
             with suppress(FileNotFoundError):  # another job has just deleted `.work/`, which was empty
                 self.path.mkdir(parents=True)
+                return
+        self.path.mkdir(parents=True)  # nobody deletes it so often: it cannot be there
 
     def open(self, fingerprint: str, layout: str = "") -> None:
         """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this.

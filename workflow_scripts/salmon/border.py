@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from salmon.errors import UserError
 
 LARGEST = 1e12
 """No setting and no number of a table is larger: sums and squares of such numbers are finite in single precision."""
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 @contextmanager
@@ -46,7 +49,9 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = str(error).strip().partition("\n")[0].rstrip(" .:")
+    if "integer string conversion" in str(error):
+        return "a number of thousands of digits"
+    said = " ".join(str(error).split()).rstrip(" .:")
     if not said or isinstance(error, TypeError | LookupError | AttributeError):
         said = ": ".join(filter(None, (type(error).__name__, said)))
     return said if len(said) <= 300 else f"{said[:297]}..."

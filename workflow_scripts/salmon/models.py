@@ -21,11 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
 from salmon.adapters import HEAD, add_lora, load_adapter, some
-from salmon.border import reading
+from salmon.border import read_json, reading
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.identity import context_limit
-from salmon.tokenizers import check_folder
+from salmon.tokenizers import check_depth, check_folder, find_file
 
 log = logging.getLogger(__name__)
 # Their bars and reports are made for a terminal; what a script's log should say, the script says.
@@ -132,14 +132,19 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
-    output = base.get_output_embeddings()
-    width = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
     weight = base.get_input_embeddings().weight
-    base.score = nn.Linear(width, 1, bias=False, device="meta").to_empty(device=weight.device)
+    base.score = nn.Linear(width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
         base.score.weight.normal_(0.0, getattr(base.config.get_text_config(), "initializer_range", 0.02))
     base.__class__ = type(f"{type(base).__name__}Scoring", (Scoring, type(base)), {})
     return base
+
+
+def width(base: PreTrainedModel) -> int:
+    """Size of a model's last hidden states, which a head reads."""
+    output = base.get_output_embeddings()
+    found: int = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
+    return found
 
 
 def read_head(folder: Path) -> torch.Tensor:
@@ -161,6 +166,8 @@ def read_head(folder: Path) -> torch.Tensor:
         if len(heads) != 1:
             raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
+        if head.dim() != 2 or head.shape[0] != 1:
+            raise UserError(f"the head in {file} has the shape {tuple(head.shape)}, not one output: build it again")
     return head
 
 
@@ -251,6 +258,7 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     check_folder(model.base, "model.base")
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with reading(model.base, lambda error: _advice(error, model)):
+        check_depth(model.base, model.revision)
         config = AutoConfig.from_pretrained(model.base, **remote)
         for part in (config, config.get_text_config()):
             for name, value in vars(part).items():
@@ -267,10 +275,22 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
             **_quantized(model, device),
         )
     _check_loading(model, info)
+    _check_generation_config(model)
     if model.quantization == "none":
         loaded = loaded.to(device)
     base: PreTrainedModel = loaded.eval()
     return base
+
+
+def _check_generation_config(model: Model) -> None:
+    """Refuse a generation_config.json that transformers would leave out without a word: end tokens are in it."""
+    file = find_file(model.base, model.revision, "generation_config.json")
+    if file is None:
+        return
+    found = read_json(file, "", "fetch the model again")
+    ends = found.get("eos_token_id") if isinstance(found, dict) else "nothing"
+    if not all(type(token) is int and token >= 0 for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise UserError(f"{file} names no end tokens: eos_token_id is neither a number nor a list of some; mend it")
 
 
 def _advice(error: BaseException, model: Model) -> str:

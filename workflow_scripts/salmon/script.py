@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 from tqdm import tqdm
 
+from salmon.border import reason
 from salmon.errors import UserError, describe_errors
 
 log = logging.getLogger("salmon")
@@ -91,8 +92,8 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     except ValidationError as error:
         log.error(describe_errors(error, arguments, "the command line"))
         sys.exit(2)
-    except SettingsError as error:
-        log.error("the command line is not valid: %s", error)
+    except (SettingsError, RecursionError) as error:
+        log.error("the command line is not valid: %s; a section is given as JSON", reason(error))
         sys.exit(2)
     started = time.monotonic()
     try:
@@ -101,7 +102,8 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error("%s", error)
         _exit(1)
     except OSError as error:
-        log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error)
+        why = error.strerror or type(error).__name__
+        log.error("%s: %s; check the path, who may use it, and the room on the disk", why, error.filename or error)
         log.debug("raised here:", exc_info=True)
         _exit(1)
     except MemoryError:

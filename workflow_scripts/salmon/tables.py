@@ -5,6 +5,7 @@ here (`make docs-reference`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -200,7 +201,16 @@ PRINCIPLE_RECORDS = _records(
 
 TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
 
-DAMAGED = "delete it and run again"
+
+def _rebuild(error: BaseException) -> str:
+    """What to do about a file that cannot be read."""
+    missing = isinstance(error, FileNotFoundError)
+    return "build it first, or correct its name" if missing else "delete it and run again"
+
+
+def reading_table(where: object) -> AbstractContextManager[None]:
+    """What is raised in this block is about this table; see `border.reading`."""
+    return reading(where, _rebuild)
 
 
 def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
@@ -232,7 +242,7 @@ def schema_of(path: Path) -> pl.Schema:
     Raises:
         UserError: where it cannot be read.
     """
-    with reading(path, DAMAGED):
+    with reading_table(path):
         return pl.scan_parquet(path, glob=False).collect_schema()
 
 
@@ -242,7 +252,7 @@ def number_of_rows(path: Path) -> int:
     Raises:
         UserError: where it cannot be read.
     """
-    with reading(path, DAMAGED):
+    with reading_table(path):
         rows: int = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
     return rows
 
@@ -281,7 +291,7 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
     too_large = f"numbers that are not finite, or larger than {LARGEST:.0e},"
     numbers = [name for name in names if _element(table, name).is_float()]
     flaws |= {(too_large, name): _holds(name, table, _no_number) for name in numbers}
-    with reading(where, DAMAGED):
+    with reading_table(where):
         # Every column is read to its end, whatever is looked for in it: damage shows here, and not later.
         every = pl.all().null_count().name.suffix(" ")
         counts = rows.select(every, *(flaw.sum().alias(" ".join(at)) for at, flaw in flaws.items()))

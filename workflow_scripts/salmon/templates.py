@@ -36,6 +36,19 @@ def slots(template: str) -> set[str]:
     return {match[1] for match in _SLOT.finditer(template)}
 
 
+def check_slots(template: str, path: str | Path, needed: Iterable[str], key: str) -> None:
+    """Refuse a template that has no place for what it should show.
+
+    Args:
+        template: the text.
+        path: its file, for the message.
+        needed: names of slots.
+        key: of the file in the configuration, for the message.
+    """
+    if missing := [f"{{{name}}}" for name in needed if name not in slots(template)]:
+        raise UserError(f"template {path} has no slot {', '.join(missing)} ({key})")
+
+
 def turns(template: str) -> tuple[str, str, str]:
     """The parts of a template as turns of a chat: system, user, and the begun turn of the assistant.
 
