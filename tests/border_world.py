@@ -167,7 +167,7 @@ def make_files(folder: Path) -> None:
     generation = json.loads((folder / "model" / "generation_config.json").read_text())
     write_json(folder / "model" / "generation_config.json", generation | {"eos_token_id": [2, *range(3, 30)]})
     (folder / "model" / "chat_template.jinja").write_text(CHAT)
-    (folder / "policy.txt").write_text("Eine Plauderei – ohne Ende.\n### User\n", encoding="utf-8")
+    (folder / "policy.txt").write_text("Ein Gespräch – kurz.\n### User\n", encoding="utf-8")
     (folder / "reward.txt").write_text("Größe: {Output}\n{Input}\n{Dimensions}\nThe quality is\n", encoding="utf-8")
     (folder / "judge.txt").write_text(
         "„{UserInstruction}“\n(a) {OutputA}\n(b) {OutputB}\n{Dimension}: {Definition}\nOutput (", encoding="utf-8"

@@ -538,7 +538,7 @@ def strange_setting(options: dict[str, Any], rng: random.Random) -> None:
 
 
 def unknown_setting(options: dict[str, Any], rng: random.Random) -> None:
-    rng.choice([value for value in options.values() if isinstance(value, dict)])["unheard_of"] = 1
+    rng.choice([value for value in options.values() if isinstance(value, dict)] or [options])["unheard_of"] = 1
 
 
 def unknown_option(options: dict[str, Any], rng: random.Random) -> None:

@@ -10,20 +10,16 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from salmon.artifacts import manifest_path
 from tests import mutations
 from tests.border_world import BorderWorld, Job
-from tests.forks import Forks
 
 CASES = int(os.environ.get("SALMON_FUZZ", "200"))
-FIRST = int(os.environ.get("SALMON_FUZZ_FIRST", "0"))
+FIRST = int(os.environ.get("SALMON_FUZZ_FIRST", "0"))  # seed of the first one
 
 # Of each script: its inputs, and what may be wrong with them.
 OPTIONS: dict[str, Any] = {"": mutations.OPTIONS}
@@ -81,18 +77,6 @@ INPUTS: dict[str, dict[str, Any]] = {
     | {"rl.json": mutations.WEIGHTED, "reward.txt": (*mutations.TEXT, mutations.empty), "policy.txt": mutations.TEXT},
 }
 TARGETS = [(name, file) for name, files in INPUTS.items() for file in files]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    found = Forks()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def border_world(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> BorderWorld:
-    return BorderWorld(tmp_path_factory.mktemp("border") / "world", forks)
 
 
 def contents(output: Path) -> dict[str, str]:

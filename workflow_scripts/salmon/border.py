@@ -1,7 +1,7 @@
 """Where files and numbers come in: what a library says about a bad one becomes an error that a user can act on."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,12 +67,3 @@ def read_json(path: str | Path, what: str, advice: str) -> Any:
     """Content of a JSON file; errors as of `reading`, which name it as `what path`."""
     with reading(f"{what} {path}".strip(), advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def too_large(value: Any) -> bool:
-    """Whether a number, or one of those in lists and mappings, is no number that can be computed with."""
-    if isinstance(value, int | float):
-        return not -LARGEST <= value <= LARGEST
-    if isinstance(value, Mapping):
-        return any(map(too_large, value.values()))
-    return isinstance(value, list | tuple) and any(map(too_large, value))

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from salmon.border import LARGEST, too_large
+from salmon.border import LARGEST, Number
 from salmon.errors import in_field
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
 
@@ -93,7 +93,7 @@ class Section(BaseModel):
     @classmethod
     def _reject_what_overflows(cls, value: Any) -> Any:
         """Models compute in single precision, which a finite number may still leave."""
-        if too_large(value):
+        if isinstance(value, int | float) and abs(value) > LARGEST:
             raise ValueError(f"no number here may be larger than {LARGEST:.0e}")
         return value
 
@@ -209,7 +209,7 @@ class RlPrompts(Prompts):
 
     min_tokens: Tokens = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
     max_tokens: Tokens = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
-    length_bonus: dict[QuestionType, float] = Field(
+    length_bonus: dict[QuestionType, Number] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
     )

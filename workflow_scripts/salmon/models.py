@@ -289,7 +289,10 @@ def _check_generation_config(model: Model) -> None:
         return
     found = read_json(file, "", "fetch the model again")
     ends = found.get("eos_token_id") if isinstance(found, dict) else "nothing"
-    if not all(type(token) is int and token >= 0 for token in (ends if isinstance(ends, list) else [ends or 0])):
+    if not all(
+        type(token) is int and token >= 0
+        for token in (ends if isinstance(ends, list) else [0 if ends is None else ends])
+    ):
         raise UserError(f"{file} names no end tokens: eos_token_id is neither a number nor a list of some; mend it")
 
 

@@ -27,8 +27,8 @@ def check_depth(name: str, revision: str | None) -> None:
     """
     raw = read_config(Model(base=name, revision=revision), Path())
     for part in (raw, raw.get("text_config")):
-        for key in LAYERS if isinstance(part, dict) else ():
-            layers = part.get(key)
+        for key in LAYERS:
+            layers = part.get(key) if isinstance(part, dict) else None
             if isinstance(layers, int) and layers > DEEPEST:
                 raise UserError(f"config.json of {name} has {layers} layers in {key}; fetch it again")
 
