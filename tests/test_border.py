@@ -1,6 +1,7 @@
 """Numbers and files at the border: what makes no sense is refused, with key or file, before anything is computed."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import polars as pl
 import pytest
 import yaml
 
-from salmon import border, checked, principles, tables
+from salmon import border, checked, principles, reward_model, tables
 from salmon.aggregation import scaled_scores
 from salmon.configuration import load
 from salmon.errors import UserError
 from salmon.identity import context_limit
-from salmon.tables import JUDGEMENTS, RL_PROMPTS
+from salmon.tables import JUDGEMENTS, PREFERENCE_RECORDS, RL_PROMPTS
+from tests.border_world import BorderWorld
+from tests.forks import words
+from tests.running import SCRIPTS, on_a_full_disk
 from tests.test_config import ROOT, check_lines, set_key
 
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -154,3 +158,33 @@ def test_scores_whose_variance_is_rounded_to_nothing() -> None:
 def test_a_models_configuration_may_say_anything() -> None:
     for nonsense in ({"rope_scaling": 5}, {"max_position_embeddings": "x"}, {"rope_parameters": {"a": {"type": 5}}}):
         assert context_limit(nonsense) is None
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("negated", [True, False]), ("definitions", []), ("deciding", "Brave"), ("dimensions", ["Kind"])],
+)
+def test_records_that_do_not_agree_with_themselves(tmp_path: Path, column: str, value: Any) -> None:
+    row = dict.fromkeys(PREFERENCE_RECORDS.columns, "a") | {"preference": 1, "deciding": "Clear", "negated": [True]}
+    row |= {"dimensions": ["Clear"], "definitions": ["Be clear."]}
+    for changes in ({}, {column: value}):
+        pl.DataFrame([row | changes], schema=PREFERENCE_RECORDS.schema).write_parquet(tmp_path / "r.parquet")
+        if changes:
+            with pytest.raises(UserError, match="not of the same principles, the first is record a"):
+                reward_model.read_records(tmp_path / "r.parquet")
+        else:
+            assert len(reward_model.read_records(tmp_path / "r.parquet")[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["clean_pmp_data", "gather responses 0", "aggregate_preferences"])
+def test_a_full_disk_is_a_sentence(border_world: BorderWorld, tmp_path: Path, name: str) -> None:
+    """Files of at most 1,500 bytes stand for the full disk; a process of its own, which the limit ends with."""
+    job = border_world.jobs[name]
+    border_world.copy(tmp_path / "here", job)
+    script = SCRIPTS / f"{job.script}.py"
+    options = words(job.options)
+    said = on_a_full_disk([sys.executable, script, *options], 1500, cwd=tmp_path / "here")
+    assert "File too large" in said
+    assert "check the path, who may use it, and the room on the disk" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "here" / job.output).exists()

@@ -293,7 +293,7 @@ def _check_generation_config(model: Model) -> None:
         type(token) is int and token >= 0
         for token in (ends if isinstance(ends, list) else [0 if ends is None else ends])
     ):
-        raise UserError(f"{file} names no end tokens: eos_token_id is neither a number nor a list of some; mend it")
+        raise UserError(f"{file} names end tokens that are no numbers of tokens; fetch the model again")
 
 
 def _advice(error: BaseException, model: Model) -> str:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, TypeVar
 
+import polars as pl
 from pydantic import BeforeValidator, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -64,6 +65,7 @@ class Arguments(BaseSettings):
 
 A = TypeVar("A", bound=Arguments)
 
+UNEXPECTED = "unexpected error; please report it with the lines above and below"
 INTERVAL = float(os.environ.get("SALMON_PROGRESS_SECONDS", "15"))
 """Seconds between two lines of progress."""
 
@@ -101,16 +103,18 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     except UserError as error:
         log.error("%s", error)
         _exit(1)
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        log.error("%s: %s; check the path, who may use it, and the room on the disk", why, error.filename or error)
-        log.debug("raised here:", exc_info=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # as polars says it
+            log.exception(UNEXPECTED)
+            _exit(1)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        log.error("%s%s; check the path, who may use it, and the room on the disk", where, reason(error))
         _exit(1)
     except MemoryError:
         log.error("not enough memory; give the job more, or lower its batch sizes")
         _exit(1)
     except Exception:
-        log.exception("unexpected error; please report it with the lines above and below")
+        log.exception(UNEXPECTED)
         _exit(1)
     log.info("done in %.0f s", time.monotonic() - started)
     _exit(0)
