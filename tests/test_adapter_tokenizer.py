@@ -89,7 +89,7 @@ def test_an_adapter_that_is_not_there(base: Path, adapter: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist \(model\.adapter\)"):
         load(base, adapter.parent / "other")
     (adapter / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"Check model\.adapter and model\.adapter_revision"):
+    with pytest.raises(UserError, match=r"check model\.adapter and model\.adapter_revision"):
         load(base, adapter)
 
 

@@ -80,7 +80,7 @@ def damage(folder: Path, how: str) -> None:
         ("a layer more", "are missing .*layers.3"),
         ("a layer fewer", "fit nothing in it .*layers.2"),
         ("another shape", "norm.weight|shape|ignore_mismatched"),
-        ("cut off", "cannot be loaded"),
+        ("cut off", "cannot be read"),
         ("pickle", "safetensors only, since a pickle may run code"),
     ],
 )
@@ -138,7 +138,7 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda w: {k.replace("q_proj", "q_projection"): v for k, v in w.items()}, "are missing .*fit nothing"),
         (lambda w: {k: v for k, v in w.items() if ".layers.1." not in k}, "are missing"),
         (lambda w: w | {"base_model.model.model.layers.0.x.lora_A.weight": torch.ones(4, 4)}, "fit nothing"),
-        (lambda w: {k: v[:2] if "lora_A" in k else v for k, v in w.items()}, "cannot be loaded"),
+        (lambda w: {k: v[:2] if "lora_A" in k else v for k, v in w.items()}, "cannot be read"),
         (lambda w: w | {"base_model.model.model.embed_tokens.weight": torch.ones(320, 64)}, "not LoRA .*merge"),
         (lambda w: {}, "no weights"),
     ],

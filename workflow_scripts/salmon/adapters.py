@@ -3,16 +3,17 @@
 import logging
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from salmon.border import reading
 from salmon.config import Lora
 from salmon.errors import UserError
 
@@ -25,6 +26,7 @@ HEAD = "score.weight"
 _FUSED_OUTPUT = ("falcon_h1",)
 # Their experts are in one tensor, and PEFT does not know them by itself.
 _EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared")
+ADVICE = "it has to be a PEFT folder of LoRA in safetensors, made for this base model and vocabulary"
 _SHOWN = 3  # names of weights in a message
 
 
@@ -143,7 +145,9 @@ def load_adapter(
             model's LoRA layers are not the same ones.
     """
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
+    with reading(f"adapter {adapter}", ADVICE):
+        if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+            raise UserError(f"adapter {adapter} has no weights in safetensors; {ADVICE}")
         keys = set(load_peft_weights(adapter, device="cpu", **options))
         others = sorted(key for key in keys if ".lora_" not in key and not key.endswith(HEAD))
         if others or not keys:
@@ -156,12 +160,6 @@ def load_adapter(
             base = PeftModel.from_pretrained(base, adapter, adapter_name=name, is_trainable=trainable, **options)
         # `from_pretrained` does not tell what it has left out; reading the same weights once more does.
         result = base.load_adapter(adapter, name, is_trainable=trainable, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"adapter {adapter} cannot be loaded: {reason}. It has to be a PEFT folder of LoRA in safetensors, made "
-            "for this base model and vocabulary"
-        ) from error
     unexpected = [key for key in result.unexpected_keys if not (head_elsewhere and key.endswith(HEAD))]
     # PEFT looks for the adapter's name anywhere in a key; `value` is also in `query_key_value`.
     missing = [key for key in result.missing_keys if f".{name}." in key]

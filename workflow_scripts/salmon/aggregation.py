@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from salmon import language, randomness, tables
+from salmon import checked, language, randomness, tables
+from salmon.border import LARGEST
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
@@ -77,7 +78,10 @@ def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) ->
     if mean.size == 0 or mean.min() == mean.max():
         raise ValueError("no variance")
     agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0))
-    scaled: npt.NDArray[np.float64] = np.where(agree, mean / mean.var(), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled: npt.NDArray[np.float64] = np.where(agree, mean / mean.var(), 0.0)
+    if not np.isfinite(scaled).all():  # means so near to each other that their variance is rounded to nothing
+        raise ValueError("no variance")
     return scaled
 
 
@@ -175,15 +179,19 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
             judged by every principle, principles that were not judged at all or judge all pairs alike.
     """
     rows = tables.read(path, JUDGEMENTS)
+    checked.check_count(path, JUDGEMENTS)
     tables.check_rows(rows.select(list(JUDGEMENTS.key)), JUDGEMENTS, path)
-    rows = rows.filter(pl.col("dimension").is_in(list(dimensions)))
-    broken = rows.filter(~(pl.col("s12").is_finite() & pl.col("s21").is_finite()).fill_null(False)).head(1).collect()
+    with tables.reading_table(path):
+        whole = rows.filter(pl.col("dimension").is_in(list(dimensions))).collect()
+    sound = (pl.col("s12", "s21").is_finite() & (pl.col("s12", "s21").abs() <= LARGEST)).fill_null(False)
+    broken = whole.filter(~pl.all_horizontal(sound)).head(1)
     if broken.height:
         raise UserError(
             f"{path}: prompt_id {broken['prompt_id'][0]}, {broken['dimension'][0]}: s12 {broken['s12'][0]} and s21 "
-            f"{broken['s21'][0]} are not both finite numbers; judge again (a half-precision judge may overflow)"
+            f"{broken['s21'][0]} are not both finite, or larger than {LARGEST:.0e}; judge again (a judge in half "
+            "precision may overflow)"
         )
-    by_dimension = rows.collect().partition_by("dimension", as_dict=True)
+    by_dimension = whole.partition_by("dimension", as_dict=True)
     ids: list[str] = []
     columns = []
     for position, dimension in enumerate(dimensions):
@@ -222,8 +230,7 @@ def join_responses(response0: Path, response1: Path, turn_markers: Sequence[str]
     """
     both = []
     for path in (response0, response1):
-        table = tables.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
-        tables.check_rows(table, RESPONSES, path)
+        table = checked.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
         # Hashes stand for the texts, so that checking needs no memory for them.
         same = pl.concat_str(pl.col("instruction").hash(0), pl.col("input").hash(0), separator=" ").alias(str(path))
         both.append((table, table.select("prompt_id", same)))

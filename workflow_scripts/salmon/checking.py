@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from salmon import judging, models, principles, reward_model
+from salmon import judging, models, principles, reward_model, templates
 from salmon.adapters import uncovered
 from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
 from salmon.encoding import encode_prompt, read_preamble, read_template, tokenize
@@ -188,10 +188,12 @@ def judging_ways(
 ) -> dict[str, Any]:
     """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
     models.check_context(model, settings.judge.max_length, "judge.max_length")
+    template = read_template(tokenizer, settings.judge.template, settings.judge, "judge.format")
+    templates.check_slots(template.text, settings.judge.template, templates.JUDGE_SLOTS, "judge.template")
     judge = judging.Judge(
         model,
         tokenizer,
-        template=read_template(tokenizer, settings.judge.template, settings.judge, "judge.format"),
+        template=template,
         principles=principles.read_judged(settings.judge.principles),
         max_length=settings.judge.max_length,
         device=device,

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
+from salmon.border import reason
 from salmon.config import PolicyPrompt, Scored
 from salmon.errors import UserError
 
@@ -207,20 +208,20 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Sc
         system, user, begun = templates.turns(text)
     except UserError as error:
         raise UserError(f"{key} is `chat`, but template {file} does not fit: {error}") from None
-    reason = ""
+    why = ""
     # Some chat templates refuse a system's turn, or leave it out.
     joined = f"{system}\n\n{user}" if system else user
     for parts in ({"system": system, "user": user}, {"user": joined}) if system else ({"user": user},):
         try:
             chat = _render(tokenizer, parts, form.template_variables)
         except _RefusedError as error:
-            reason = str(error)
+            why = str(error)
             continue
         if all(part.strip() in chat for part in parts.values()):
             return Template(chat + begun, is_chat=True)
-        reason = "it changes the text"
+        why = "it changes the text"
     raise UserError(
-        f"{key} is `chat`, but the tokenizer's chat template does not take {file} ({reason}); check the variables "
+        f"{key} is `chat`, but the tokenizer's chat template does not take {file} ({why}); check the variables "
         f"beside it, or set {key} to `text`"
     )
 
@@ -256,13 +257,13 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variab
     Raises:
         _RefusedError: where the template does.
     """
-    from jinja2 import TemplateError  # which only chat templates need
-
     messages = [{"role": role, "content": text} for role, text in turns.items()]
     try:
         text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
-    except TemplateError as error:
-        raise _RefusedError(str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise _RefusedError(reason(error)) from error
     return text
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypeVar, get_args, get
 
 from typing_extensions import TypedDict, is_typeddict
 
+from salmon.border import Number
 from salmon.errors import UserError
 from salmon.text import join_instruction
 
@@ -188,7 +189,7 @@ class ShpRow(TypedDict):
     human_ref_A: str | None
     human_ref_B: str | None
     labels: Literal[0, 1]
-    score_ratio: float
+    score_ratio: Number
 
 
 @comparisons_from("shp")
@@ -333,7 +334,7 @@ class PromptRow(TypedDict):
     instruction: str | None
     input: NotRequired[str | None]
     question_type: NotRequired[Literal[0, 1, 2] | QuestionType | None]
-    length_bonus: NotRequired[float | None]
+    length_bonus: NotRequired[Number | None]
 
 
 @prompts_from("prompts")

@@ -149,12 +149,14 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for part in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):  # by type of layer, in some
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    parts = [rope, *rope.values()] if isinstance(rope, Mapping) else []  # by type of layer, in some
+    for part in (part for part in parts if isinstance(part, Mapping)):
         if "longrope" in (part.get("rope_type"), part.get("type")):
             name = "original_max_position_embeddings"
             limits.append(part.get(name) or config.get(name))
-    return min((int(limit) for limit in limits if limit), default=None)
+    # What is no number, those who load the model find.
+    return min((int(limit) for limit in limits if limit and isinstance(limit, int | float)), default=None)
 
 
 def read_config(model: Model, root: Path) -> Mapping[str, Any]:
@@ -175,6 +177,6 @@ def read_config(model: Model, root: Path) -> Mapping[str, Any]:
         file = Path(cached) if isinstance(cached, str) else None
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -4,15 +4,14 @@ The number of shards does not show in the result: a row belongs to a shard by it
 is ordered by its key.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from salmon import artifacts, tables
+from salmon import artifacts, checked, tables
 from salmon.errors import UserError
 from salmon.tables import JUDGEMENTS, RESPONSES, Table
 
@@ -56,45 +55,51 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
         UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
             are empty.
     """
-    manifests = [_manifest(shard) for shard in shards]
+    manifests = [checked.read_manifest(shard) for shard in shards]
     _check_whole(shards, manifests)
     table = _table(shards[0])
-    rows = pl.concat([tables.read(shard, table) for shard in shards])
+    rows = pl.concat([checked.read(shard, table) for shard in shards])
     if rows.select(pl.len()).collect().item() == 0:
         raise UserError(
             f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
         )
-    tables.check_rows(rows, table, f"the table of {len(shards)} shards in {shards[0].parent}")
+    tables.check_rows(rows.select(list(table.key)), table, f"the table of {len(shards)} shards in {shards[0].parent}")
+    if table is JUDGEMENTS:
+        _check_judgements(rows, shards[0].parent)
     counts: Counter[str] = Counter()
     for each in manifests:
-        counts.update(each["counts"])
-    settings = {name: value for name, value in manifests[0]["settings"].items() if name not in ("shard", "shards")}
+        counts.update(each.counts)
+    settings = {name: value for name, value in manifests[0].settings.items() if name not in ("shard", "shards")}
     manifest = artifacts.manifest(settings, artifacts.hash_inputs(shards), counts)
     return rows.sort("prompt_id", maintain_order=True), manifest
 
 
-def _manifest(shard: Path) -> dict[str, Any]:
-    """Manifest of a shard."""
-    path = artifacts.manifest_path(shard)
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete {shard} and build it again") from None
-    return manifest
-
-
-def _check_whole(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse shards that are not exactly those of one table."""
-    numbers = [manifest["settings"]["shard"] for manifest in manifests]
-    of = manifests[0]["settings"]["shards"]
-    if sorted(numbers) != list(range(of)):
-        raise UserError(f"{shards[0].parent}: found shards {sorted(numbers)} of 0 to {of - 1}; give each of them once")
+def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) -> None:
+    """Refuse shards that are not exactly those of one table, each with the rows that its manifest counts."""
+    numbers = [manifest.settings.get("shard") for manifest in manifests]
+    of = manifests[0].settings.get("shards")
+    if len(numbers) != of or sorted(numbers, key=str) != sorted(range(of), key=str):
+        found = ", ".join(sorted(map(str, numbers)))
+        last = of - 1 if isinstance(of, int) else of
+        raise UserError(f"{shards[0].parent}: found shards [{found}] of 0 to {last}; give each of them once")
     for shard, manifest in zip(shards, manifests, strict=True):
         for part in ("settings", "inputs"):
-            mine, first = ({**each[part], "shard": None} for each in (manifest, manifests[0]))
+            mine, first = ({**getattr(each, part), "shard": None} for each in (manifest, manifests[0]))
             if mine != first:
                 other = ", ".join(sorted(name for name in mine | first if mine.get(name) != first.get(name)))
                 raise UserError(f"{shard} and {shards[0]} were made with other {part} ({other}); build both again")
+
+
+def _check_judgements(rows: pl.LazyFrame, where: Path) -> None:
+    """Refuse pairs that were judged by some of the principles only."""
+    numbers = rows.group_by("prompt_id").len().sort("len", "prompt_id").collect()
+    all_of_them = rows.select(pl.col("dimension").n_unique()).collect().item()
+    some = numbers.filter(pl.col("len") != all_of_them)
+    if some.height:
+        raise UserError(
+            f"{where}: {some.height} pairs were judged by some of {all_of_them} principles only, such as prompt_id "
+            f"{some['prompt_id'][0]} by {some['len'][0]}; delete the shards and judge again"
+        )
 
 
 def _table(shard: Path) -> Table:

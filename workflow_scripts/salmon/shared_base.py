@@ -17,7 +17,8 @@ from torch import nn
 from salmon import ppo_math
 from salmon.adapters import add_lora, load_adapter
 from salmon.config import Lora, Model
-from salmon.models import load_base, prepare, read_head
+from salmon.errors import UserError
+from salmon.models import load_base, prepare, read_head, width
 
 Role = Literal["policy", "reference", "value", "reward"]
 # The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
@@ -35,6 +36,11 @@ class SharedBase(nn.Module):
         super().__init__()
         head = read_head(reward_model).to(device)  # first, because it is refused sooner than a base model is loaded
         base = prepare(load_base(model, device), model)
+        if head.shape[1] != width(base):
+            raise UserError(
+                f"the head of {reward_model} reads {head.shape[1]} numbers, but {model.base} gives {width(base)}: the "
+                "reward model was trained from another base model"
+            )
         torch.manual_seed(seed)
         if model.adapter:
             revision = model.adapter_revision
