@@ -31,15 +31,21 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Read, aggregate, write the table and then its manifest."""
-    table, counts = aggregation.aggregate(
-        arguments.preferences,
-        arguments.response0,
-        arguments.response1,
-        principles=principles.read_judged(arguments.principles),
-        settings=arguments.aggregation,
-        turn_markers=arguments.turn_markers,
-    )
-    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
+    work = artifacts.WorkFolder(arguments.output)
+    work.create()
+    try:
+        table, counts = aggregation.aggregate(
+            arguments.preferences,
+            arguments.response0,
+            arguments.response1,
+            principles=principles.read_judged(arguments.principles),
+            settings=arguments.aggregation,
+            turn_markers=arguments.turn_markers,
+            folder=work.path,
+        )
+        artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
+    finally:
+        work.delete()
     artifacts.write_json(
         artifacts.manifest_path(arguments.output),
         artifacts.manifest(

@@ -20,9 +20,14 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Check the shards, write the manifest and then the table."""
-    table, manifest = shards.gather_shards(arguments.shards)
-    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
-    artifacts.write_table(table, arguments.output)
+    work = artifacts.WorkFolder(arguments.output)
+    work.create()
+    try:
+        table, manifest = shards.gather_shards(arguments.shards, work.path / "sorted")
+        artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
+        artifacts.write_table(table, arguments.output)
+    finally:
+        work.delete()
 
 
 if __name__ == "__main__":

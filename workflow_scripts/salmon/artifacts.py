@@ -33,6 +33,9 @@ PACKAGES = (
     *("datasets", "polars", "snakemake", "py3langid", "numpy"),
 )
 
+ROW_GROUP = 10_000
+"""Rows that are written, and later read, at a time. Polars' own number would be all of most tables."""
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -87,7 +90,7 @@ def write_table(rows: pl.LazyFrame | pl.DataFrame, path: Path, table: Table | No
     """
     with atomic(path) as temporary:
         if isinstance(rows, pl.LazyFrame):
-            rows.sink_parquet(temporary, compression="zstd", maintain_order=True)
+            rows.sink_parquet(temporary, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
         else:
             rows.write_parquet(temporary, compression="zstd")
         if table:

@@ -263,7 +263,7 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
     """
     key = list(table.key)
     whole = [name for name in rows.collect_schema().names() if not table.columns[name].nullable]
-    empty = rows.filter(pl.any_horizontal(pl.col(whole).is_null())).head(1).collect()
+    empty = rows.filter(pl.any_horizontal(pl.col(whole).is_null())).head(1).collect(engine="streaming")
     if empty.height:
         row = empty.row(0, named=True)
         named = ", ".join(f"{column} {row[column]}" for column in key)
@@ -271,7 +271,7 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
             f"{where} has nulls in {', '.join(name for name in whole if row[name] is None)}, first in the row of "
             f"{named}; delete the file and build it again"
         )
-    doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
+    doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect(engine="streaming")
     if doubled.height:
         named = ", ".join(f"{column} {doubled[column][0]}" for column in key)
         raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; delete the file and build it again")
