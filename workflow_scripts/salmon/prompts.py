@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from salmon.config import Prompts, RlPrompts, Source
-from salmon.encoding import count_tokens
 from salmon.errors import UserError
 from salmon.formats import PROMPT_FORMATS, Located, Prompt, QuestionType
 from salmon.randomness import digest, ranks
@@ -62,6 +61,7 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
         minimum: smallest number of tokens that is kept.
         maximum: largest number of tokens that is kept.
     """
+    from salmon.encoding import count_tokens  # which needs transformers; the prompts of step 1 do without
 
     def reject(texts: Sequence[str]) -> list[str | None]:
         return [

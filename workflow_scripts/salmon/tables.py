@@ -139,10 +139,12 @@ _RECORD = {
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
     "swapped": Column(_BOOL, "whether output_1 is response1"),
     "instruction_language": Column(
-        _STRING, "language of instruction and input (ISO 639); null if unknown", nullable=True
+        _STRING,
+        "language of instruction and input (ISO 639); null if unknown, or if the language rule is off",
+        nullable=True,
     ),
-    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null where it is unknown", nullable=True),
-    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null where it is unknown", nullable=True),
+    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null as above", nullable=True),
+    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null as above", nullable=True),
 }
 
 
