@@ -11,7 +11,7 @@ import pytest
 import gather_shards
 from salmon import artifacts
 from salmon.errors import UserError
-from salmon.shards import in_order
+from salmon.shards import in_order, in_order_of_keys, read_rows, sort_rows
 from salmon.tables import JUDGEMENTS, RESPONSES
 
 Schema = dict[str, Any]
@@ -69,6 +69,30 @@ def test_number_and_order_of_shards_do_not_show(tmp_path: Path, table: pl.DataFr
         paths = write(tmp_path / str(shards), table, shards)
         gather(paths[::-1], tmp_path / "out.parquet")
         assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_many_rows_are_sorted_in_parts_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    ids = [f"{number:06x}" for number in rng.permutation(5000)]
+    files = []
+    for shard in range(3):
+        keys = ids[shard::3]
+        table = pl.DataFrame({"prompt_id": keys * 2, "number": range(2 * len(keys))})
+        files.append(tmp_path / f"{shard}.parquet")
+        table.write_parquet(files[-1], row_group_size=700)
+    expected = pl.concat([pl.read_parquet(file) for file in files]).sort("prompt_id", maintain_order=True)
+    with caplog.at_level("INFO"):
+        parts = sort_rows(files, expected.columns, tmp_path / "sorted")
+    assert "3/3" in caplog.text
+    heights = [pl.read_parquet(part).height for part in parts]
+    assert max(heights) < 2 * min(heights) < 2 * 10_000 / 15
+    assert pl.concat([pl.read_parquet(part) for part in parts]).equals(expected)
+    assert in_order_of_keys(parts[0], tmp_path / "again") == [parts[0]]
+    copies = in_order_of_keys(files[0], tmp_path / "again")
+    assert (
+        list(read_rows(copies, ["number"]))
+        == pl.read_parquet(files[0]).sort("prompt_id", maintain_order=True).select("number").rows()
+    )
 
 
 def test_manifest_sums_the_counts(tmp_path: Path) -> None:

@@ -31,18 +31,20 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Read, aggregate, write the table and its manifest."""
-    table, counts = aggregation.aggregate(
-        arguments.preferences,
-        arguments.response0,
-        arguments.response1,
-        principles=principles.read_judged(arguments.principles),
-        settings=arguments.aggregation,
-        turn_markers=arguments.turn_markers,
-    )
-    inputs = [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
-    settings = {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers}
-    manifest = artifacts.manifest(settings, artifacts.hash_inputs(inputs), counts)
-    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
+    with artifacts.scratch(arguments.output) as folder:
+        table, counts = aggregation.aggregate(
+            arguments.preferences,
+            arguments.response0,
+            arguments.response1,
+            principles=principles.read_judged(arguments.principles),
+            settings=arguments.aggregation,
+            turn_markers=arguments.turn_markers,
+            folder=folder,
+        )
+        inputs = [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
+        settings = {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers}
+        manifest = artifacts.manifest(settings, artifacts.hash_inputs(inputs), counts)
+        artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 

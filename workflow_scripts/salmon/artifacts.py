@@ -32,6 +32,9 @@ PACKAGES = (
     *("datasets", "polars", "snakemake", "py3langid", "numpy"),
 )
 
+ROW_GROUP = 10_000
+"""Rows that are written, and later read, at a time. Polars' own number would be all of most tables."""
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -145,7 +148,7 @@ def write_table(
     """
     with atomic(path) as temporary:
         if isinstance(rows, pl.LazyFrame):
-            rows.sink_parquet(temporary, compression="zstd", maintain_order=True)
+            rows.sink_parquet(temporary, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
         else:
             rows.write_parquet(temporary, compression="zstd")
         if table:

@@ -101,5 +101,6 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
         return dict.fromkeys((PMP_RECORDS.name, PREFERENCE_RECORDS.name), counts["kept"])
     if "rows" in counts:
         return {RESPONSES.name: counts["rows"]}
-    kept = [number for name, number in counts.items() if name.endswith(": kept")]
-    return dict.fromkeys((PROMPTS.name, RL_PROMPTS.name), sum(kept)) if kept else {}
+    kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
+    kinds = (PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
+    return dict.fromkeys((kind.name for kind in kinds), sum(kept)) if kept else {}

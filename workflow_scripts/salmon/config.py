@@ -132,6 +132,9 @@ class Source(Section):
         None,
         description="at most so many prompts (of openorca: per family) or pairs after cleaning, drawn with the seed",
     )
+    max_bad_rows: int = Field(
+        0, ge=0, description="so many rows that are not of the format are left out and counted; more are an error"
+    )
     question_type: QuestionType = Field(
         "general", description="read for RL prompts only, where it decides which principles and length bonus apply"
     )

@@ -5,15 +5,21 @@ is ordered by its key.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from salmon import artifacts, checked, tables
 from salmon.errors import UserError
+from salmon.script import progress
 from salmon.tables import JUDGEMENTS, RESPONSES, Table
+
+BATCH_ROWS = 2000
+BUCKETS = 16
 
 
 def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
@@ -40,13 +46,71 @@ def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
     return ordered.select(rows.columns)
 
 
-def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The rows of a Parquet file in their order, some thousands at a time.
+
+    Polars' own scans hold a whole row group at least, which may be all of a table.
+    """
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+            yield pl.DataFrame(batch).select(columns)
+
+
+def read_rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of Parquet files in their order."""
+    for path in paths:
+        for batch in read_batches(path, columns):
+            yield from batch.iter_rows()
+
+
+def in_order_of_keys(path: Path, folder: Path) -> list[Path]:
+    """A Parquet file as files that are sorted by `prompt_id`: itself if it is, else a copy in the folder."""
+    table = pl.scan_parquet(path)
+    falls = (pl.col("prompt_id") > pl.col("prompt_id").shift(-1)).any()
+    if table.select(falls).collect(engine="streaming").item():
+        return sort_rows([path], table.collect_schema().names(), folder)
+    return [path]
+
+
+def sort_rows(paths: Sequence[Path], columns: Sequence[str], folder: Path) -> list[Path]:
+    """Sort rows by `prompt_id`, through files of a sixteenth each; memory holds one of those, and all ids.
+
+    Args:
+        paths: Parquet files. The order of rows with the same prompt_id stays, if these are in one file.
+        columns: of the rows.
+        folder: is created, and holds the result.
+
+    Returns:
+        Files that are the sorted table when read one after the other.
+    """
+    folder.mkdir()
+    ids = pl.scan_parquet(list(paths)).select("prompt_id").collect(engine="streaming").to_series().sort()
+    bounds = ids.gather([place * ids.len() // BUCKETS for place in range(1, BUCKETS)])
+    parts = [folder / f"{bucket:02}.unsorted" for bucket in range(BUCKETS)]
+    schema = pl.scan_parquet(paths[0]).select(columns).head(0).collect().to_arrow().schema
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pq.ParquetWriter(part, schema)) for part in parts]
+        for path in progress(paths, total=len(paths), what="files"):
+            for batch in read_batches(path, columns):
+                bucket = bounds.search_sorted(batch["prompt_id"].fill_null(""), side="right").alias("bucket")
+                rows = batch.with_columns(bucket).partition_by("bucket", as_dict=True, include_key=False)
+                for (number,), some in rows.items():
+                    writers[number].write_table(some.to_arrow())
+    files = [part.with_suffix(".parquet") for part in parts]
+    for part, file in zip(parts, files, strict=True):
+        pl.read_parquet(part).sort("prompt_id", maintain_order=True).write_parquet(file)
+        part.unlink()
+    return files
+
+
+def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, dict[str, Any]]:
     """One table of all shards, sorted by `prompt_id`; the order within a prompt stays.
 
     As all rows of a prompt are in one shard, the result does not depend on the number of shards.
 
     Args:
         shards: Parquet files of one table of ours, each beside its manifest.
+        folder: does not exist yet; holds the files of which the table is made.
 
     Returns:
         The table, and its manifest: settings of the shards, their summed counts, the hashes of their files.
@@ -63,7 +127,10 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
         raise UserError(
             f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
         )
-    tables.check_rows(rows.select(list(table.key)), table, f"the table of {len(shards)} shards in {shards[0].parent}")
+    files = sort_rows(shards, list(table.columns), folder)
+    for file in files:
+        keys = pl.scan_parquet(file).select(list(table.key))
+        tables.check_rows(keys, table, f"the table of {len(shards)} shards in {shards[0].parent}")
     if table is JUDGEMENTS:
         _check_judgements(rows, shards[0].parent)
     counts: Counter[str] = Counter()
@@ -71,7 +138,7 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
         counts.update(each.counts)
     settings = {name: value for name, value in manifests[0].settings.items() if name not in ("shard", "shards")}
     manifest = artifacts.manifest(settings, artifacts.hash_inputs(shards), counts)
-    return rows.sort("prompt_id", maintain_order=True), manifest
+    return pl.scan_parquet(files), manifest
 
 
 def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) -> None:

@@ -141,10 +141,12 @@ _RECORD = {
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
     "swapped": Column(_BOOL, "whether output_1 is response1"),
     "instruction_language": Column(
-        _STRING, "language of instruction and input (ISO 639); null if unknown", nullable=True
+        _STRING,
+        "language of instruction and input (ISO 639); null if unknown, or if the language rule is off",
+        nullable=True,
     ),
-    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null where it is unknown", nullable=True),
-    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null where it is unknown", nullable=True),
+    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null as above", nullable=True),
+    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null as above", nullable=True),
 }
 
 
@@ -305,7 +307,7 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
                 f"{where} has {what} in {', '.join(name for _, name in here)}, first in the row of {named}; delete the "
                 "file and build it again"
             )
-        doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
+        doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect(engine="streaming")
     if doubled.height:
         named = ", ".join(f"{column} {doubled[column][0]}" for column in key)
         raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; delete the file and build it again")
