@@ -14,7 +14,7 @@ import torch
 import yaml
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import check_model
 from salmon import checking, models
@@ -29,6 +29,7 @@ from tests import zoo
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
+SCORE = "base_model.model.score.weight"
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,166 @@ def test_a_prefix_is_mapped(llama: Path, adapter: Path, tmp_path: Path) -> None:
     found = logits(models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu"))
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
     assert (wanted - logits(models.load_base(settings(llama), "cpu"))).abs().max() > 0.1
+
+
+def change_json(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "of tomorrow"])
+def test_an_adapter_that_changes_the_base_is_refused(llama: Path, adapter: Path, tmp_path: Path, begun: str) -> None:
+    """Put on the base a second time, for the reference, it would change all that is on it already."""
+    shutil.copytree(adapter, tmp_path / "a")
+    change_json(tmp_path / "a" / "adapter_config.json", init_lora_weights=begun)
+    with pytest.raises(UserError, match=f"init_lora_weights '{begun}'.*path_initial_model_for_weight_conversion"):
+        models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_such_an_adapter_saved_as_plain_lora_is_right_in_rl(llama: Path, tmp_path: Path, begun: str) -> None:
+    """As the message says to save it."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=begun),
+    )
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "begun"))
+    model.peft_config["default"].init_lora_weights = begun
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
+    given = settings(llama, adapter=str(tmp_path / "a"))
+    models.new_reward_model(settings(llama), Lora(r=2), "cpu", 0).save_pretrained(str(tmp_path / "rm"))
+    shared = SharedBase(given, Lora(r=2), tmp_path / "rm", torch.device("cpu"), seed=0)
+    for role in ("policy", "reference"):
+        with shared.use(role):
+            torch.testing.assert_close(logits(shared), logits(model.eval()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"alpha_pattern": {"model.layers.0.mlp.gate_proj": 64}},
+        {"alpha_pattern": {r"^model\.layers\.0\.mlp\.gate_proj": 64}},
+        {"rank_pattern": {"model.layers.0.mlp.gate_proj": 2}},
+        {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {"up_proj": 8}},
+    ],
+)
+def test_patterns_of_an_adapter_are_mapped_with_its_keys(tmp_path: Path, patterns: dict[str, Any]) -> None:
+    """An adapter that was trained on the language model alone, put on it beside its tower."""
+    zoo.build("gemma3_vision", tmp_path / "m")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
+    text = AutoModelForCausalLM.from_config(whole.config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.tie_weights()
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "gate_proj", "up_proj"], **patterns)
+    model = randomised(get_peft_model(text, config)).eval()
+    model.save_pretrained(str(tmp_path / "a"))
+    # Also finding its targets in the tower: `q_proj` is there, too.
+    found = models.load_initial_policy(settings(tmp_path / "m", adapter=str(tmp_path / "a")), "cpu")
+    torch.testing.assert_close(logits(found), logits(model), atol=2e-4, rtol=2e-4)
+    assert not [key for key, _ in found.named_parameters() if "vision" in key and "lora" in key]
+
+
+def randomised(model: Any) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def test_lora_on_embeddings_is_verified_and_trained(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    model = randomised(get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)).eval()
+    model.save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    given = settings(llama, adapter=str(tmp_path / "a"))
+    models.new_reward_model(settings(llama), Lora(r=2), "cpu", 0).save_pretrained(str(tmp_path / "rm"))
+    shared = SharedBase(given, Lora(r=2), tmp_path / "rm", torch.device("cpu"), seed=0)
+    names = {id(parameter): key for key, parameter in shared.named_parameters()}
+    trained = {names[id(parameter)] for parameter in shared.trained()}
+    assert {key for key in names.values() if ".embed_tokens.lora_" in key and key.endswith("default")} <= trained
+    shared.save_policy(tmp_path / "policy")
+    again = models.load_initial_policy(settings(llama, adapter=str(tmp_path / "policy")), "cpu")
+    torch.testing.assert_close(logits(again), logits(model))
+    for half in "AB":
+        shutil.copytree(tmp_path / "a", tmp_path / half)
+        rewrite(tmp_path / half / ADAPTER, without(f"lora_embedding_{half}"))
+        with pytest.raises(UserError, match="are missing"):
+            models.load_initial_policy(settings(llama, adapter=str(tmp_path / half)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "said"),
+    [
+        ("adapter_config.json", "[]", "TypeError"),
+        ("adapter_config.json", "{", "cannot be loaded"),
+        ("adapter_config.json", {"r": "8"}, "cannot be loaded"),
+        (ADAPTER, "short", "cannot be loaded"),
+        ("adapter_model.bin", "no pickle", "cannot be loaded"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_a_sentence(
+    llama: Path, adapter: Path, tmp_path: Path, file: str, contents: Any, said: str
+) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    if isinstance(contents, dict):
+        change_json(tmp_path / "a" / file, **contents)
+    else:
+        (tmp_path / "a" / file).write_text(contents)
+    if file.endswith(".bin"):
+        (tmp_path / "a" / ADAPTER).unlink()
+    with pytest.raises(UserError, match=rf"(?s)adapter .*{said}.*It has to be a PEFT folder"):
+        models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "said"),
+    [
+        ("model.safetensors.index.json", {}, "KeyError"),
+        ("config.json", {"num_attention_heads": "four"}, "num_attention_heads"),
+        ("config.json", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}}, "rope"),
+    ],
+)
+def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
+    tmp_path: Path, file: str, entries: dict[str, Any], said: str
+) -> None:
+    zoo.build("phi3_longrope", tmp_path)
+    if "index" in file:
+        (tmp_path / WEIGHTS).unlink()
+        (tmp_path / file).write_text("{}")
+    change_json(tmp_path / file, **entries)
+    if "rope_scaling" in entries:
+        config = json.loads((tmp_path / file).read_text())
+        del config["rope_parameters"]
+        (tmp_path / file).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"(?s)cannot be loaded: .*{said}.*model\.base"):
+        models.load_base(settings(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data[:-50], "is damaged"),
+        (lambda w: w | {SCORE: torch.zeros(2, 64)}, r"shape \[2, 64\]"),
+        (lambda w: w | {SCORE: torch.zeros(64)}, r"shape \[64\]"),
+        (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, and .* gives 64|size mismatch"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(llama: Path, tmp_path: Path, change: Any, said: str) -> None:
+    models.new_reward_model(settings(llama), Lora(r=2), "cpu", 0).save_pretrained(str(tmp_path))
+    if said == "is damaged":
+        (tmp_path / ADAPTER).write_bytes(change((tmp_path / ADAPTER).read_bytes()))
+    else:
+        rewrite(tmp_path / ADAPTER, change)
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        models.load_reward_model(settings(llama), tmp_path, "cpu", trainable=False)
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        SharedBase(settings(llama), Lora(r=2), tmp_path, torch.device("cpu"), seed=0)
 
 
 def test_a_reward_model_without_a_layer_is_refused_in_rl(llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
-from salmon.adapters import HEAD, add_lora, load_adapter, some
+from salmon.adapters import HEAD, add_lora, load_adapter, some, told
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.identity import context_limit
@@ -132,14 +131,18 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
-    output = base.get_output_embeddings()
-    width = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
     weight = base.get_input_embeddings().weight
-    base.score = nn.Linear(width, 1, bias=False, device="meta").to_empty(device=weight.device)
+    base.score = nn.Linear(head_width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
         base.score.weight.normal_(0.0, getattr(base.config.get_text_config(), "initializer_range", 0.02))
     base.__class__ = type(f"{type(base).__name__}Scoring", (Scoring, type(base)), {})
     return base
+
+
+def head_width(base: PreTrainedModel) -> int:
+    """Numbers in a hidden state, which a head reads."""
+    output = base.get_output_embeddings()
+    return getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
 
 
 def read_head(folder: Path) -> torch.Tensor:
@@ -149,18 +152,23 @@ def read_head(folder: Path) -> torch.Tensor:
         float32, shape [1, hidden].
 
     Raises:
-        UserError: where the folder holds no adapter or no head.
+        UserError: where the folder holds no adapter, no head or one of another kind, or cannot be read.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{folder} holds no reward model ({file.name} is missing); build it first")
-    with safe_open(str(file), framework="pt") as tensors:
-        heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
-        if len(heads) != 1:
-            raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
-        head: torch.Tensor = tensors.get_tensor(heads[0]).float()
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            heads = [tensors.get_tensor(name) for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): it is damaged; build the reward model again") from error
+    if len(heads) != 1:
+        raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
+    head: torch.Tensor = heads[0].float()
+    if head.dim() != 2 or len(head) != 1:
+        raise UserError(f"{file} holds a head ({HEAD}) of shape {list(head.shape)}; a reward model's gives one number")
     return head
 
 
@@ -266,7 +274,7 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
             **remote,
             **_quantized(model, device),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what damaged files and unknown settings make of transformers is of many kinds
         raise UserError(f"{model.base} cannot be loaded: {_reason(error, model)}") from error
     _check_loading(model, info)
     if model.quantization == "none":
@@ -277,15 +285,15 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
 
 def _reason(error: Exception, model: Model) -> str:
     """What a library says, and which key or file to change."""
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = told(error)
     if "attention implementation" in str(error) or "does not support Flash Attention" in str(error):
         return f"this architecture has no {model.attention}: set model.attention to eager ({said})"
     if isinstance(error, OSError) and "safetensors" in str(error):
         return (
-            f"{said} Weights are read from safetensors only, since a pickle may run code: load the model where you "
+            f"{said}. Weights are read from safetensors only, since a pickle may run code: load the model where you "
             "trust it, and save it with save_pretrained"
         )
     return (
-        f"{said} Check model.base and model.revision; a gated model also needs a login on the hub, and a machine "
+        f"{said}. Check model.base and model.revision; a gated model also needs a login on the hub, and a machine "
         "without network a copy in the cache or a local folder."
     )

@@ -49,7 +49,7 @@ def _load(model: Model, name: str, revision: str | None, named: str) -> Any:
     """The tokenizer of a folder or hub model."""
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of the tokenizers library, too, which knows but one kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {reason}. Check {named}; a gated model also needs a login on "
@@ -68,8 +68,24 @@ def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
     if template := _file(adapter, model.adapter_revision, "chat_template.jinja"):
         base.chat_template = template.read_text(encoding="utf-8")
     elif settings := _file(adapter, model.adapter_revision, "tokenizer_config.json"):
-        base.chat_template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template", base.chat_template)
+        base.chat_template = _chat_template(settings) or base.chat_template
     return base
+
+
+def _chat_template(settings: Path) -> str | dict[str, str] | None:
+    """The chat template in a tokenizer_config.json, or several by their names; None where it has none.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    try:
+        found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        return {each["name"]: each["template"] for each in found} if isinstance(found, list) else found
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{settings} cannot be read as the settings of a tokenizer ({type(error).__name__}: {error}): copy the "
+            "adapter again, or delete the file where the base's chat template is meant"
+        ) from error
 
 
 def _file(name: str, revision: str | None, file: str) -> Path | None:
