@@ -25,7 +25,8 @@ _FUSED_OUTPUT = ("falcon_h1",)
 # Their experts are in one tensor, and PEFT does not know them by itself.
 _EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared")
 # Ways to begin LoRA that leave the base model's weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ, …) change them
-# again wherever a saved adapter is put on a model.
+# again wherever a saved adapter is put on a model, unless it is saved as plain LoRA.
+_BEGUN, _PLAIN = "init_lora_weights", "PEFT's save_pretrained with path_initial_model_for_weight_conversion"
 _LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _SHOWN = 3  # names of weights in a message
 
@@ -203,13 +204,12 @@ def _check_kind(adapter: str, config: PeftConfig, keys: Collection[str]) -> None
             f"adapter {adapter} holds {f'weights that are not LoRA ({some(others)})' if others else 'no weights'}: "
             "merge what it was trained with into the base model first, and name that as model.base"
         )
-    begun = getattr(config, "init_lora_weights", True)
+    begun = getattr(config, _BEGUN, True)
     if begun not in _LEAVES_BASE:
         raise UserError(
-            f"adapter {adapter} has init_lora_weights {begun!r} in its adapter_config.json, which changes the base "
-            "model's weights each time it is loaded, so that nothing else could be trained beside it: save it as plain "
-            "LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or merge it into the base "
-            "model and name that as model.base"
+            f"adapter {adapter} has {_BEGUN} {begun!r}, which changes the base model's weights each time it is loaded, "
+            f"so that nothing else could be trained beside it: save it as plain LoRA ({_PLAIN}), or merge it into the "
+            "base model and name that as model.base"
         )
 
 
