@@ -39,10 +39,11 @@ def model_files(folder: Path) -> list[Path]:
 
     Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
     adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
-    only where an adapter has no safetensors. Not the README, the manifest, metrics, logs or a trainer's state.
+    only where there is no `adapter_model.safetensors`, which would be read instead. Not the README, the manifest,
+    metrics, logs or a trainer's state.
     """
     found = _matching(folder, MODEL_FILES)
-    if not any(file.suffix == ".safetensors" for file in found):
+    if not (folder / "adapter_model.safetensors").is_file():
         found |= _matching(folder, ("adapter_model.bin",))
     return sorted(found)
 

@@ -133,18 +133,17 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
     weight = base.get_input_embeddings().weight
-    base.score = nn.Linear(width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
+    base.score = nn.Linear(head_width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
         base.score.weight.normal_(0.0, getattr(base.config.get_text_config(), "initializer_range", 0.02))
     base.__class__ = type(f"{type(base).__name__}Scoring", (Scoring, type(base)), {})
     return base
 
 
-def width(base: PreTrainedModel) -> int:
-    """Size of a model's last hidden states, which a head reads."""
+def head_width(base: PreTrainedModel) -> int:
+    """Numbers in a hidden state, which a head reads."""
     output = base.get_output_embeddings()
-    found: int = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
-    return found
+    return getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
 
 
 def read_head(folder: Path) -> torch.Tensor:
@@ -154,7 +153,7 @@ def read_head(folder: Path) -> torch.Tensor:
         float32, shape [1, hidden].
 
     Raises:
-        UserError: where the folder holds no adapter or no head.
+        UserError: where the folder holds no adapter, no head or one of another kind, or cannot be read.
     """
     from safetensors import safe_open
 

@@ -88,11 +88,19 @@ def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
     if template := find_file(adapter, model.adapter_revision, "chat_template.jinja"):
         base.chat_template = read_text(template, "", FETCH)
     elif settings := find_file(adapter, model.adapter_revision, "tokenizer_config.json"):
-        found = read_json(settings, "", FETCH)
-        if not isinstance(found, dict):
-            raise UserError(f"{settings} is not a JSON object; {FETCH}")
-        base.chat_template = found.get("chat_template", base.chat_template)
+        base.chat_template = _chat_template(settings) or base.chat_template
     return base
+
+
+def _chat_template(settings: Path) -> str | dict[str, str] | None:
+    """The chat template in a tokenizer_config.json, or several by their names; None where it has none.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    with reading(settings, FETCH):
+        found = read_json(settings, "", FETCH).get("chat_template")
+        return {each["name"]: each["template"] for each in found} if isinstance(found, list) else found
 
 
 def find_file(name: str, revision: str | None, file: str) -> Path | None:
