@@ -37,5 +37,6 @@ rule check_model:
             for word in (f"--{name}", section.model_dump_json())
         ],
     shell:
-        "python workflow_scripts/check_model.py --output {output:q} --parts {params.parts:q} {params.sections:q}"
-        " --device {resources.device} > {log:q} 2>&1"
+        f"python {SCRIPTS}/check_model.py"
+        " --output {output:q} --parts {params.parts:q} {params.sections:q}"
+        " --device {resources.device:q} > {log:q} 2>&1"

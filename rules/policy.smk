@@ -32,9 +32,9 @@ rule train_policy:
         ppo=lambda wildcards: run_settings(wildcards).ppo.model_dump_json(),
         scoring=settings.scoring.model_dump_json(),
     shell:
-        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_policy.py"
+        f"{LAUNCH}/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
-        " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size}"
-        " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
+        " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
+        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"

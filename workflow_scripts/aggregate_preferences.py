@@ -30,7 +30,7 @@ class Arguments(script.Arguments):
 
 
 def main(arguments: Arguments) -> None:
-    """Read, aggregate, write the table and then its manifest."""
+    """Read, aggregate, write the table and its manifest."""
     table, counts = aggregation.aggregate(
         arguments.preferences,
         arguments.response0,
@@ -39,17 +39,10 @@ def main(arguments: Arguments) -> None:
         settings=arguments.aggregation,
         turn_markers=arguments.turn_markers,
     )
-    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
-    artifacts.write_json(
-        artifacts.manifest_path(arguments.output),
-        artifacts.manifest(
-            {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers},
-            artifacts.hash_inputs(
-                [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
-            ),
-            counts,
-        ),
-    )
+    inputs = [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
+    settings = {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers}
+    manifest = artifacts.manifest(settings, artifacts.hash_inputs(inputs), counts)
+    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 

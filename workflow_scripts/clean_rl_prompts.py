@@ -26,10 +26,9 @@ def main(arguments: Arguments) -> None:
     settings, model = arguments.rl_prompts, arguments.model
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
-    artifacts.write_table(table, arguments.output, RL_PROMPTS)
     inputs = sources.identify_sources(settings.sources) | identity.identify_tokenizer(model)
     manifest = artifacts.manifest({"rl_prompts": settings, "model": model}, inputs, counts)
-    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
+    artifacts.write_table(table, arguments.output, RL_PROMPTS, manifest)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ Only the Snakefile loads one; a script receives the sections it needs (`config`)
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from salmon import principles, templates
+from salmon import principles, shipped, templates
 from salmon.config import (
     Aggregation,
     Judge,
@@ -113,7 +113,8 @@ class Config(Section):
             return raw
         pathvars = raw.get("pathvars")
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
-        raw = _fill_results(raw, results if isinstance(results, str) else PathVars().results)
+        results = results if results and isinstance(results, str) else PathVars().results
+        raw = _fill_results(raw, str(PurePosixPath(results)))
         for name in ("prompts", "pmp_data", "rl_prompts"):
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get("sources"), dict):
@@ -130,12 +131,13 @@ class Config(Section):
         return runs
 
 
-def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
+def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> dict[str, Config]:
     """Validate a raw configuration and everything it points to that can be checked before any job.
 
     Args:
         raw: the merged configuration, as Snakemake holds it.
         root: folder that relative paths start from.
+        checkout: of the workflow, where files that come with it are found (`shipped.find`).
 
     Returns:
         The configuration of every run (see `resolve_runs`).
@@ -144,7 +146,7 @@ def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
         UserError: with one line for every finding: key, value, what is allowed.
     """
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(shipped.find(raw, root, checkout))
     except ValidationError as error:
         raise UserError(describe_errors(error, Config, NAME)) from None
     lines: list[str] = []
