@@ -19,6 +19,8 @@ include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
 include: "rules/demo.smk"
+include: "rules/records.smk"
+include: "rules/verify.smk"
 
 
 for target in TARGETS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow_scripts"))
 
 from salmon.config import is_local
+from salmon import configuration
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
-from salmon.identity import model_files, tokenizer_files
+from salmon.identity import model_files, tokenizer_files, tokenizer_model
 
 # Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
@@ -65,14 +67,11 @@ def initial_policy():
 
 def own_tokenizer():
     """The initial policy's adapter, unless it is a local one without a tokenizer or chat template of its own."""
-    adapter = settings.model.adapter
-    without = adapter and Path(adapter).is_dir() and not tokenizer_files(Path(adapter))
-    return None if without else adapter
+    return tokenizer_model(settings.model).adapter
 
 
 # What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
-_NAMED = {"base", "revision", "trust_remote_code"} | ({"adapter", "adapter_revision"} if own_tokenizer() else set())
-TOKENIZER = settings.model.model_dump_json(include=_NAMED)
+TOKENIZER = tokenizer_model(settings.model).model_dump_json(exclude_unset=True)
 
 
 def tokenizer():
@@ -92,17 +91,23 @@ def judge_model():
 NO_ADAPTER = {"adapter": None, "adapter_revision": None}
 
 
+def deciding(section, without=()):
+    """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
+    return json.dumps({name: value for name, value in section.deciding().items() if name not in without})
+
+
+def free(**sections):
+    """What `deciding` leaves out, as options of a script. A resource, since a change of those reruns nothing either."""
+    return " ".join(
+        f"--{name}.{field} {shlex.quote(str(value))}".replace("_", "-", f"{name}.{field}".count("_"))
+        for name, section in sections.items()
+        for field, value in section.free().items()
+    )
+
+
 # Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for
 # the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
 HOME = "(runs/[^/]+/)?"
-
-
-def home(run, *sections):
-    """Home of a run's artifact that depends on these sections of its settings."""
-    owner = next(
-        name for name in RUNS if all(getattr(RUNS[name], part) == getattr(RUNS[run], part) for part in sections)
-    )
-    return "" if owner == "default" else f"runs/{owner}/"
 
 
 def run_settings(wildcards):
@@ -120,24 +125,21 @@ def run_name(wildcards):
 
 def reward_data(wildcards):
     """Records that a run's reward model is trained on."""
-    return f"<results>/{home(run_name(wildcards), 'aggregation')}reward_data/principle_preferences.parquet"
+    return f"<results>/{configuration.home(RUNS, run_name(wildcards), 'reward_data')}reward_data/principle_preferences.parquet"
 
 
 def pmp_model(wildcards):
     """Reward model that a run's reward model starts from, if any."""
     if run_settings(wildcards).reward_model.init == "base":
         return []
-    return f"<results>/{home(run_name(wildcards), 'pmp')}models/pmp"
+    return f"<results>/{configuration.home(RUNS, run_name(wildcards), 'pmp')}models/pmp"
 
 
 def reward_model_of(wildcards):
     """Reward model that a run's policy is trained against."""
-    sections = ["aggregation", "reward_model"]
-    if run_settings(wildcards).reward_model.init == "pmp":
-        sections.append("pmp")
-    return f"<results>/{home(run_name(wildcards), *sections)}models/reward_model"
+    return f"<results>/{configuration.home(RUNS, run_name(wildcards), 'reward_model')}models/reward_model"
 
 
 def rl_prompts_of(wildcards):
     """Prompts that a run's policy is trained on."""
-    return f"<results>/{home(run_name(wildcards), 'rl_prompts')}prompts/rl.parquet"
+    return f"<results>/{configuration.home(RUNS, run_name(wildcards), 'rl_prompts')}prompts/rl.parquet"

@@ -2,7 +2,7 @@
 
 # What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway.
 PARTS = {
-    "sampling": {"model": settings.model, "policy-prompt": settings.policy_prompt, "sampling": settings.sampling},
+    "sampling": {"model": settings.model, "policy_prompt": settings.policy_prompt, "sampling": settings.sampling},
     "judging": {"model": JUDGE_MODEL, "judge": settings.judge},
     "training": {"model": settings.model.model_copy(update=NO_ADAPTER), "lora": settings.lora},
 }
@@ -29,13 +29,15 @@ rule check_model:
     threads: 8
     resources:
         device="auto",
+        free=lambda wildcards: free(**PARTS[wildcards.part]),
     params:
         parts=lambda wildcards: json.dumps([wildcards.part]),
         sections=lambda wildcards: [
             word
             for name, section in PARTS[wildcards.part].items()
-            for word in (f"--{name}", section.model_dump_json())
+            for word in (f"--{name.replace('_', '-')}", deciding(section))
         ],
     shell:
         "python workflow_scripts/check_model.py --output {output:q} --parts {params.parts:q} {params.sections:q}"
+        " {resources.free}"
         " --device {resources.device} > {log:q} 2>&1"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from salmon import aggregation, artifacts, principles, script
+from salmon import aggregation, artifacts, principles, provenance, script
 from salmon.config import Aggregation, Marker
 from salmon.tables import PRINCIPLE_RECORDS
 
@@ -40,16 +40,15 @@ def main(arguments: Arguments) -> None:
         turn_markers=arguments.turn_markers,
     )
     artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
-    artifacts.write_json(
-        artifacts.manifest_path(arguments.output),
-        artifacts.manifest(
-            {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers},
-            artifacts.hash_inputs(
-                [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
-            ),
-            counts,
-        ),
+    origin = provenance.aggregate_preferences(
+        arguments.preferences,
+        arguments.response0,
+        arguments.response1,
+        arguments.principles,
+        aggregation=arguments.aggregation,
+        turn_markers=arguments.turn_markers,
     )
+    artifacts.write_json(artifacts.manifest_path(arguments.output), origin.manifest(origin.identify(), counts))
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 

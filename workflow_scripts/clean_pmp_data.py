@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, preference_data, script, sources
+from salmon import artifacts, preference_data, provenance, script
 from salmon.config import PmpData
 from salmon.errors import UserError
 from salmon.tables import PMP_RECORDS
@@ -42,7 +42,8 @@ def main(arguments: Arguments) -> None:
         artifacts.write_table(table, output, PMP_RECORDS)
     finally:
         work.delete()
-    manifest = artifacts.manifest({"pmp_data": settings}, sources.identify_sources(settings.sources), counts)
+    origin = provenance.clean_pmp_data(settings)
+    manifest = origin.manifest(origin.identify(), counts)
     artifacts.write_json(artifacts.manifest_path(output), manifest)
 
 

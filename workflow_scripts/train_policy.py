@@ -15,12 +15,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo, script, stopping, tables, templates
-from salmon.artifacts import WorkFolder, atomic, fingerprint, hash_inputs, manifest, manifest_path, write_json
+from salmon import distributed, ppo, provenance, script, stopping, tables, templates
+from salmon.artifacts import WorkFolder, atomic, manifest_path, write_json
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
-from salmon.identity import identify
 from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
@@ -58,16 +57,16 @@ def main(args: Arguments) -> None:
     tokenizer = load_tokenizer(args.model)
     prompts, counts = read_prompts(args, tokenizer)
     principles = read_principles(args)
-    settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
-    settings["scoring"] = args.scoring
-    files: list[Path | str] = [
+    origin = provenance.train_policy(
         args.prompts,
         args.reward_model,
-        args.ppo.principles,
-        args.ppo.template,
-        *args.policy_prompt.files,
-    ]
-    inputs = hash_inputs(files) | identify(args.model)
+        model=args.model,
+        lora=args.lora,
+        policy_prompt=args.policy_prompt,
+        ppo=args.ppo,
+        scoring=args.scoring,
+    )
+    inputs = origin.identify()
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
@@ -83,7 +82,7 @@ def main(args: Arguments) -> None:
     if distributed.is_main():
         # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
         layout = json.dumps([sharding, distributed.world()]) if args.deepspeed else ""
-        work.open(fingerprint({**settings, "ppo": args.ppo.model_dump(exclude={"save_steps"})}, inputs), layout)
+        work.open(origin.fingerprint(inputs), layout)
     distributed.barrier()
     if args.gradient_checkpointing:
         shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -112,7 +111,7 @@ def main(args: Arguments) -> None:
             shared.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
-            write_json(manifest_path(folder), manifest(settings, inputs, counts))
+            write_json(manifest_path(folder), origin.manifest(inputs, counts))
         work.delete()
     distributed.barrier()
     distributed.leave()

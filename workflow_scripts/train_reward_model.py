@@ -11,7 +11,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import polars as pl
 import torch
@@ -25,9 +25,9 @@ from salmon import (
     checkpoints,
     distributed,
     encoding,
-    identity,
     models,
     optimization,
+    provenance,
     reward_model,
     script,
     stopping,
@@ -67,7 +67,7 @@ class Arguments(script.Arguments):
         return self
 
     @property
-    def stage(self) -> str:
+    def stage(self) -> Literal["pmp", "reward_model"]:
         """Name of the stage's section in the configuration."""
         return "pmp" if self.pmp else "reward_model"
 
@@ -229,25 +229,22 @@ def check_init(init: Path, lora: Lora) -> None:
 
 def open_work(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; returns the manifest."""
-    settings = {
-        "model": arguments.model,
-        "lora": arguments.lora,
-        "scoring": arguments.scoring,
-        arguments.stage: arguments.settings.model_dump(mode="json", exclude={"init"}),
-    }
-    paths: list[Path | str] = [
+    origin = provenance.train_reward_model(
         arguments.records,
-        arguments.settings.template,
-        *([arguments.init] if arguments.init else []),
-    ]
-    tokenizer = identity.identify_tokenizer(arguments.tokenizer or arguments.model)
-    inputs = artifacts.hash_inputs(paths) | tokenizer | identity.identify(arguments.model)
+        arguments.init,
+        stage=arguments.stage,
+        settings=arguments.settings,
+        model=arguments.model,
+        tokenizer=arguments.tokenizer or arguments.model,
+        lora=arguments.lora,
+        scoring=arguments.scoring,
+    )
+    inputs = origin.identify()
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
     layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
-    same = arguments.settings.model_dump(mode="json", exclude={"init", "save_steps"})
-    work.open(artifacts.fingerprint({**settings, arguments.stage: same}, inputs), layout)
-    return artifacts.manifest(settings, inputs, counts)
+    work.open(origin.fingerprint(inputs), layout)
+    return origin.manifest(inputs, counts)
 
 
 def training_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:

@@ -125,7 +125,7 @@ def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
-    return hashlib.sha256(json.dumps([_plain(settings), dict(inputs)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain(settings), dict(inputs)], sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -148,13 +148,19 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
         except metadata.PackageNotFoundError:
             continue
     return {
-        "settings": _plain(settings),
+        "settings": plain(settings),
         "inputs": dict(inputs),
         "counts": dict(counts),
         "packages": versions,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as manifests hold them, as JSON types."""
+    found: dict[str, Any] = _plain(settings)
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -168,7 +174,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the workflow, with `-dirty` where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     described = subprocess.run(

@@ -16,6 +16,9 @@ from salmon import artifacts, tables
 from salmon.errors import UserError
 from salmon.tables import JUDGEMENTS, RESPONSES, Table
 
+OF_ONE_SHARD = ("shard", "shards")
+"""Settings in the manifest of a shard that the table of all of them does not depend on."""
+
 
 def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
     """The rows of one shard: row i of a table belongs to shard i % shards.
@@ -50,7 +53,8 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
         shards: Parquet files of one table of ours, each beside its manifest.
 
     Returns:
-        The table, and its manifest: settings of the shards, their summed counts, the hashes of their files.
+        The table, and its manifest: settings of the shards, their summed counts, their inputs and the hashes of their
+        files.
 
     Raises:
         UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
@@ -68,8 +72,10 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
     counts: Counter[str] = Counter()
     for each in manifests:
         counts.update(each["counts"])
-    settings = {name: value for name, value in manifests[0]["settings"].items() if name not in ("shard", "shards")}
-    manifest = artifacts.manifest(settings, artifacts.hash_inputs(shards), counts)
+    settings = {name: value for name, value in manifests[0]["settings"].items() if name not in OF_ONE_SHARD}
+    # The inputs of the shards, too: the shards may be deleted.
+    inputs = manifests[0]["inputs"] | artifacts.hash_inputs(shards)
+    manifest = artifacts.manifest(settings, inputs, counts)
     return rows.sort("prompt_id", maintain_order=True), manifest
 
 
