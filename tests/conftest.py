@@ -88,3 +88,13 @@ def policy(world: "World") -> Path:
     status, log = run(world.arguments(output))
     assert status == 0, log
     return output
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy."""
+    from tests.small_run import build
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    build(folder)
+    return folder
