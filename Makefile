@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds check-demo test lint unit test-real test-slurm breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds check-demo test lint unit test-real test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -49,6 +49,10 @@ test-real: $(INSTALLED)
 # apt-get install slurm-wlm slurmdbd munge mariadb-server
 test-slurm: $(INSTALLED)
 	python -m pytest -s tests/slurm
+
+# Every stage killed at random changes to the file system, 200 times: nothing lost, artifacts equal to the byte.
+soak: $(INSTALLED)
+	SOAK_KILLS=200 python -m pytest -s tests/test_pipeline.py -k nothing_is_lost
 
 # Every one of a list of deliberate errors has to fail a test.
 breakages: $(INSTALLED)

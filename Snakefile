@@ -9,9 +9,6 @@ from snakemake.utils import min_version
 min_version("9.19")
 
 
-configfile: "config.yaml"
-
-
 include: "rules/common.smk"
 include: "rules/model.smk"
 include: "rules/prompts.smk"
@@ -21,6 +18,15 @@ include: "rules/policy.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
 include: "rules/verify.smk"
+
+
+# Snakemake has taken over what jobs have finished, and deletes nothing of it any more.
+onsuccess:
+    work.sweep(Path(settings.pathvars.results))
+
+
+onerror:
+    work.sweep(Path(settings.pathvars.results))
 
 
 for target in TARGETS:

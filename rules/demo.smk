@@ -3,19 +3,7 @@
 
 rule make_demo_data:
     output:
-        multiext(
-            "<results>/data/",
-            "oasst1.jsonl",
-            "shp.jsonl",
-            "hh_rlhf.jsonl",
-            "openorca.parquet",
-            "sharegpt.json",
-            "sharegpt_90k.json",
-            "dolly.jsonl",
-            "math.jsonl",
-            "held_out.jsonl",
-            "manifest.json",
-        ),
+        multiext("<results>/data/", *DEMO_DATA, "manifest.json"),
     log:
         "<logs>/make_demo_data.log",
     benchmark:
@@ -26,7 +14,7 @@ rule make_demo_data:
         folder=subpath(output[0], parent=True),
         seed=settings.seed,
     shell:
-        "python demo/make_demo_data.py --output {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
+        f"python {DEMO}/make_demo_data.py" " --output {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
 # The demo's initial policy. One made by this script, with its default settings and two threads, is shipped as
@@ -42,7 +30,7 @@ rule train_demo_policy:
         "../envs/model.yaml"
     threads: 2
     shell:
-        "python demo/train_demo_policy.py --output {output:q} --threads {threads} > {log:q} 2>&1"
+        f"python {DEMO}/train_demo_policy.py" " --output {output:q} --threads {threads} > {log:q} 2>&1"
 
 
 rule evaluate_demo:
@@ -53,6 +41,7 @@ rule evaluate_demo:
         policies=expand("<results>/runs/{run}/policy", run=RUNS),
         templates=[settings.judge.template, settings.reward_model.template, *settings.policy_prompt.files],
         principles=settings.judge.principles,
+        world=demo_world,
     output:
         directory("<results>/evaluation"),
     log:
@@ -76,7 +65,8 @@ rule evaluate_demo:
         policies=lambda wildcards, input: json.dumps(input.policies),
         seed=settings.seed,
     shell:
-        "python demo/evaluate_demo.py --output {output:q} --model {params.model:q}"
+        f"python {DEMO}/evaluate_demo.py"
+        " --output {output:q} --model {params.model:q}"
         " --policy-prompt {params.policy_prompt:q} --judge {params.judge:q} --aggregation {params.aggregation:q}"
         " --ppo {params.ppo:q} --reward-settings {params.reward_settings:q} --reward-model {input.reward_model:q}"
         " --scoring {params.scoring:q} --pmp {params.pmp:q}"

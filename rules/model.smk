@@ -38,6 +38,7 @@ rule check_model:
             for word in (f"--{name.replace('_', '-')}", deciding(section))
         ],
     shell:
-        "python workflow_scripts/check_model.py --output {output:q} --parts {params.parts:q} {params.sections:q}"
+        f"python {SCRIPTS}/check_model.py"
+        " --output {output:q} --parts {params.parts:q} {params.sections:q}"
         " {resources.free}"
-        " --device {resources.device} > {log:q} 2>&1"
+        " --device {resources.device:q} > {log:q} 2>&1"

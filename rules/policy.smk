@@ -33,10 +33,10 @@ rule train_policy:
         ppo=lambda wildcards: deciding(run_settings(wildcards).ppo),
         scoring=deciding(settings.scoring),
     shell:
-        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_policy.py"
+        f"{LAUNCH}/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"
         " {resources.free}"
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
-        " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size}"
-        " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
+        " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
+        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"

@@ -7,6 +7,7 @@ rule sample_responses:
         model=initial_policy(),
         template=settings.policy_prompt.files,
         checked="<results>/check_model/sampling",
+        shard=shard_of("responses", "sampling.shards", settings.sampling.shards),
     output:
         table="<results>/responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
@@ -32,11 +33,11 @@ rule sample_responses:
         shards=settings.sampling.shards,  # decides which rows are in a shard
         policy_prompt=deciding(settings.policy_prompt),
     shell:
-        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/sample_responses.py"
+        f"{LAUNCH}/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
         " {resources.free}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
-        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
 
 rule judge_preferences:
@@ -47,6 +48,7 @@ rule judge_preferences:
         template=settings.judge.template,
         model=judge_model(),
         checked="<results>/check_model/judging",
+        shard=shard_of("judgements", "judge.shards", settings.judge.shards),
     output:
         table="<results>/preferences/preferences.shards/{shard}.parquet",
         manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",
@@ -70,11 +72,11 @@ rule judge_preferences:
         judge=deciding(settings.judge, without={"model"}),
         shards=settings.judge.shards,  # decides which rows are in a shard
     shell:
-        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/judge_preferences.py"
+        f"{LAUNCH}/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
         " {resources.free}"
         " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
-        " --batch-size {resources.batch_size} --tensor-parallel {resources.tensor_parallel} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
 
 rule gather_responses:
@@ -94,7 +96,7 @@ rule gather_responses:
     params:
         shards=lambda wildcards, input: json.dumps(list(input)),
     shell:
-        "python workflow_scripts/gather_shards.py --shards {params.shards:q} --output {output.table:q} > {log:q} 2>&1"
+        f"python {SCRIPTS}/gather_shards.py" " --shards {params.shards:q} --output {output.table:q} > {log:q} 2>&1"
 
 
 # The same, of the other scattered table.
@@ -116,6 +118,7 @@ rule aggregate_preferences:
         response0="<results>/responses/response0.parquet",
         response1="<results>/responses/response1.parquet",
         principles=settings.judge.principles,
+        home=at_home("reward_data"),
     output:
         table="<results>/{home}reward_data/principle_preferences.parquet",
         manifest="<results>/{home}reward_data/principle_preferences.manifest.json",
@@ -131,7 +134,7 @@ rule aggregate_preferences:
         aggregation=lambda wildcards: deciding(run_settings(wildcards).aggregation),
         turn_markers=json.dumps(settings.judge.turn_markers),
     shell:
-        "python workflow_scripts/aggregate_preferences.py"
+        f"python {SCRIPTS}/aggregate_preferences.py"
         " --preferences {input.preferences:q} --response0 {input.response0:q} --response1 {input.response1:q}"
         " --principles {input.principles:q} --output {output.table:q} --aggregation {params.aggregation:q}"
         " --turn-markers {params.turn_markers:q} > {log:q} 2>&1"

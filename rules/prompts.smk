@@ -16,14 +16,14 @@ rule clean_prompts:
     params:
         prompts=deciding(settings.prompts),
     shell:
-        "python workflow_scripts/clean_prompts.py"
-        " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
+        f"python {SCRIPTS}/clean_prompts.py" " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
 
 
 rule clean_rl_prompts:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).rl_prompts.sources),
         tokenizer=tokenizer(),
+        home=at_home("rl_prompts"),
     output:
         table="<results>/{home}prompts/rl.parquet",
         manifest="<results>/{home}prompts/rl.manifest.json",
@@ -39,5 +39,5 @@ rule clean_rl_prompts:
         rl_prompts=lambda wildcards: deciding(run_settings(wildcards).rl_prompts),
         model=TOKENIZER,
     shell:
-        "python workflow_scripts/clean_rl_prompts.py"
+        f"python {SCRIPTS}/clean_rl_prompts.py"
         " --output {output.table:q} --rl-prompts {params.rl_prompts:q} --model {params.model:q} > {log:q} 2>&1"

@@ -47,7 +47,7 @@ def target_paths(target):
 
 
 # The whole configuration for `verify`: in its command, it would be printed where something is stale.
-os.environ.update(SALMON_CONFIGURATION=json.dumps(config, default=str))
+os.environ.update(SALMON_CONFIGURATION=json.dumps(whole_configuration(), default=str))
 
 if workflow.is_main_process and "verify" not in sys.argv:
     warn_of_stale_results()

@@ -16,8 +16,7 @@ rule clean_pmp_data:
     params:
         pmp_data=deciding(settings.pmp_data),
     shell:
-        "python workflow_scripts/clean_pmp_data.py"
-        " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
+        f"python {SCRIPTS}/clean_pmp_data.py" " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
 
 
 rule train_reward_model:
@@ -28,6 +27,7 @@ rule train_reward_model:
         model=files_of(settings.model.base),
         tokenizer=files_of(own_tokenizer(), tokenizer_files),
         checked="<results>/check_model/training",
+        home=at_home("reward_model"),
     output:
         directory("<results>/{home}models/reward_model"),
     log:
@@ -47,7 +47,7 @@ rule train_reward_model:
         deepspeed="null",
         free=lambda wildcards: free(model=settings.model, reward_model=run_settings(wildcards).reward_model),
     params:
-        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
+        init=lambda wildcards, input: f"--init {shlex.quote(input.init)}" if input.init else "",
         model=deciding(settings.model, without=NO_ADAPTER),
         lora=deciding(settings.lora),
         tokenizer=TOKENIZER,
@@ -55,12 +55,12 @@ rule train_reward_model:
         stage="reward-model",
         settings=lambda wildcards: deciding(run_settings(wildcards).reward_model, without={"init"}),
     shell:
-        "bash workflow_scripts/launch.sh {resources.nodes} {resources.ranks} {threads} workflow_scripts/train_reward_model.py"
+        f"{LAUNCH}/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
         " --tokenizer {params.tokenizer:q} --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q}"
         " {resources.free}"
-        " --micro-batch-size {resources.micro_batch_size}"
-        " --gradient-checkpointing {resources.gradient_checkpointing} --deepspeed {resources.deepspeed} > {log:q} 2>&1"
+        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
 
 
 # The same training with other data, starting from the base model.
@@ -72,6 +72,7 @@ use rule train_reward_model as train_pmp with:
         model=files_of(settings.model.base),
         tokenizer=files_of(own_tokenizer(), tokenizer_files),
         checked="<results>/check_model/training",
+        home=at_home("pmp"),
     output:
         directory("<results>/{home}models/pmp"),
     log:

@@ -11,4 +11,4 @@ rule verify:
     conda:
         "../envs/data.yaml"
     shell:
-        'python workflow_scripts/verify.py --configuration "$SALMON_CONFIGURATION" 2>&1 | tee {log:q}'
+        f"python {SCRIPTS}/verify.py" ' --configuration "$SALMON_CONFIGURATION" 2>&1 | tee {log:q}'

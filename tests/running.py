@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from salmon import artifacts
+from salmon.work import WorkFolder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
@@ -40,7 +40,7 @@ def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> li
 
 def kill_at_first_part(arguments: list[str], output: Path) -> int:
     """Start a script, kill it as soon as it has kept something, and say how many parts it has left."""
-    folder = artifacts.WorkFolder(output).path
+    folder = WorkFolder(output).path
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + PATIENCE
     while not list(folder.glob("part-*.parquet")) and process.poll() is None and time.monotonic() < until:

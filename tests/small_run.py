@@ -67,10 +67,11 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path) -> None:
-    """All artifacts, built by one call; the configuration is beside them."""
+    """All artifacts, built by one call; the configuration and what Snakemake printed are beside them."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(configuration(folder)))
-    run = snakemake("--configfile", str(file))
+    run = snakemake("--configfile", str(file), "--printshellcmds")
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    (folder / "printed").write_text(run.stdout + run.stderr)
     again = snakemake("--configfile", str(file), "-n")
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -1,78 +1,69 @@
-"""Folders of work under way."""
+"""Artifacts and their manifests: whole or absent, whatever is killed."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from salmon import checkpoints
-from salmon.artifacts import WorkFolder
-from salmon.errors import UserError
+from salmon import artifacts
 from tests.running import environment
 
-
-def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
-    """Their work folders stand in one folder, which the last of them deletes, and the next makes again."""
-
-    def work(job: int) -> None:
-        for _ in range(300):
-            folder = WorkFolder(tmp_path / f"{job}.parquet")
-            folder.open("mark")
-            assert (folder.path / "fingerprint").read_text() == "mark"
-            folder.delete()
-
-    with ThreadPoolExecutor(8) as jobs:
-        list(jobs.map(work, range(8)))
-    assert not list(tmp_path.iterdir())
+DEAD = 2**22 + 7  # above the largest number that Linux gives a process
 
 
-def test_a_job_that_runs_twice(tmp_path: Path) -> None:
-    """The one that opened the work folder last keeps it; the other writes nothing into it any more."""
-    folder = WorkFolder(tmp_path / "policy")
-    folder.open("mark")
-    first = checkpoints.new(folder.path, 1)
-    other = "import pathlib, sys; from salmon.artifacts import *; WorkFolder(pathlib.Path(sys.argv[1])).open('mark')"
-    subprocess.run([sys.executable, "-c", other, tmp_path / "policy"], env=environment(), check=True)
-    with pytest.raises(UserError, match="taken over by another process"):
-        checkpoints.new(folder.path, 2)
-    with pytest.raises(UserError, match="taken over by another process"):
-        checkpoints.seal(first)
-    assert not (folder.path / "checkpoint-2").exists()
-    folder.open("mark")
-    checkpoints.new(folder.path, 2)
+KILLED = """
+import os, sys, pathlib
+import polars as pl
+from salmon import artifacts
+from tests.running import environment
+replace, left = os.replace, [int(sys.argv[2])]
+def counting(source, target):
+    if not left[0]:
+        os.kill(os.getpid(), 9)
+    left[0] -= 1
+    replace(source, target)
+os.replace = counting
+manifest = dict.fromkeys(("settings", "inputs", "counts"), 2)
+artifacts.write_table(pl.DataFrame({"a": [2]}), pathlib.Path(sys.argv[1]), manifest=manifest)
+"""
 
 
+def manifest(number: int) -> dict[str, int]:
+    return dict.fromkeys(("settings", "inputs", "counts"), number)
+
+
+@pytest.mark.parametrize("renamed", ["0", "1"])
+def test_a_table_never_stands_beside_the_manifest_of_another_one(tmp_path: Path, renamed: str) -> None:
+    """Killed after so many of the two files have got their names."""
+    file = tmp_path / "table.parquet"
+    artifacts.write_table(pl.DataFrame({"a": [1]}), file, manifest=manifest(1))
+    killed = subprocess.run([sys.executable, "-c", KILLED, file, renamed], env=environment(), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not file.exists()
+    artifacts.write_table(pl.DataFrame({"a": [3]}), file, manifest=manifest(3))
+    assert json.loads(artifacts.manifest_path(file).read_text()) == manifest(3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.manifest.json", "table.parquet"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize(
-    ("file", "kept", "layout", "resumed"),
+    ("owner", "left"),
     [
-        ("layout", "ZeRO-2, 8", "ZeRO-2, 8", True),
-        ("layout", "ZeRO-2, 8", "ZeRO-2, 4", False),
-        ("layout", "ZeRO-2, 8", "", False),
-        ("shards", "ZeRO-2, 8", "ZeRO-2, 8", True),  # the name of the file in version 0.1.0
-        ("shards", "ZeRO-2, 8", "", False),
-        ("shards", "", "", True),
-        (None, "", "", True),
-        (None, "", "ZeRO-2, 8", False),
+        (f"{DEAD}", False),  # as version 0.1.0 named them
+        (f"{os.uname().nodename}-{DEAD}", False),
+        (f"{os.uname().nodename}-{os.getppid()}", True),
+        (f"another-host-{DEAD}", True),
     ],
 )
-def test_checkpoints_of_another_layout_are_refused_and_kept(
-    tmp_path: Path, file: str | None, kept: str, layout: str, resumed: bool
-) -> None:
-    """Also in the work folders of earlier versions, which called the layout's file otherwise or had none."""
-    folder = WorkFolder(tmp_path / "policy")
-    folder.open("mark", kept)
-    (folder.path / "checkpoint-1").mkdir()
-    (folder.path / "layout").unlink()
-    if file:
-        (folder.path / file).write_text(kept)
-    if resumed:
-        folder.open("mark", layout)
-    else:
-        with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
-            folder.open("mark", layout)
-    assert (folder.path / "checkpoint-1").is_dir()
-    folder.open("another mark", layout)
-    assert not (folder.path / "checkpoint-1").exists()
-    assert (folder.path / "layout").read_text() == layout
+def test_what_killed_processes_have_left_is_deleted(tmp_path: Path, kind: str, owner: str, left: bool) -> None:
+    old = tmp_path / f".table.parquet.{owner}.tmp"
+    old.mkdir() if kind == "folder" else old.touch()
+    (tmp_path / f".other.parquet.{owner}.tmp").touch()
+    artifacts.write_table(pl.DataFrame({"a": [1]}), tmp_path / "table.parquet")
+    assert old.exists() == left
+    assert (tmp_path / f".other.parquet.{owner}.tmp").exists()

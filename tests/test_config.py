@@ -83,6 +83,7 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("prompts.sources.oasst1.path", ["a/b", 5], ["prompts.sources.oasst1.path: ", "string (got 5)"]),
         ("prompts.sources.oasst1", "a/b", ["prompts.sources.oasst1: ", "'a/b'"]),
         ("pathvars.result", "x", ["pathvars.result", "unknown key"]),
+        ("pathvars.logs", "a{b}*", ["pathvars.logs: ", "'*' '{' '}' cannot be in these paths"]),
         ("pmp.learning_rate", float("inf"), ["pmp.learning_rate", "finite"]),
         ("pmp.max_length", 100, ["pmp.max_length: 100", "no room", "pmp.query_length 256", "pmp.response_length 640"]),
         ("ppo.reward_max_length", 800, ["ppo.reward_max_length: 800", "no room", "ppo.reward_response_length 768"]),
@@ -227,6 +228,7 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
     config = load(changed, ROOT)["default"]
     assert config.prompts.sources["oasst1"].path == "elsewhere/a/b.json"
     assert config.pathvars.logs == "elsewhere/logs"
+    assert load(set_key(changed, "pathvars.results", "elsewhere/"), ROOT)["default"] == config
     del changed["pathvars"]
     assert load(changed, ROOT)["default"].prompts.sources["oasst1"].path == "results/a/b.json"
 

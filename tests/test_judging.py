@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import judge_preferences
-from salmon import artifacts, config, judging, margins, models, principles, templates
+from salmon import config, judging, margins, models, principles, templates
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair, PairPrompts
 from salmon.principles import JudgedPrinciple
 from salmon.tables import JUDGEMENTS, RESPONSES
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 from tests.running import TORCHRUN, command, kill_at_first_part
 
 ROOT = Path(__file__).parents[1]
@@ -444,7 +445,7 @@ def test_killed_and_resumed(work: Path, settings: config.Model) -> None:
 
 def test_other_settings_start_anew(work: Path, settings: config.Model) -> None:
     write_responses(work, PAIRS)
-    stale = artifacts.WorkFolder(work / "out.parquet")
+    stale = WorkFolder(work / "out.parquet")
     stale.open("other settings")
     rows = [("p0", name, 99.0, 99.0) for name in DIMENSIONS]
     stale.write_part(pl.DataFrame(rows, schema=JUDGEMENTS.schema, orient="row"))

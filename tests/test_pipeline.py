@@ -6,6 +6,9 @@ every stage does its work all the same.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import polars as pl
 import pytest
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM
+
+from tests.running import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +85,12 @@ def test_no_text_of_the_data_is_in_the_logs(results: Path) -> None:
     assert texts
     logs = "".join(path.read_text() for path in (results / "logs").rglob("*.log"))
     assert sum(text in logs for text in texts) == 0
+
+
+def test_killed_at_any_moment_nothing_is_lost(results: Path, tmp_path: Path) -> None:
+    """A short form of `make soak`."""
+    printed, kills = results.parent / "printed", os.environ.get("SOAK_KILLS", "16")
+    line = [sys.executable, ROOT / "tests" / "soak.py", printed, tmp_path / "soak", kills, os.environ.get("SEED", "0")]
+    done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

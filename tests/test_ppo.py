@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from salmon import distributed, models, ppo, reward_model, templates
-from salmon.artifacts import WorkFolder
 from salmon.errors import UserError
 from salmon.optimization import ReplicatedOptimizer
 from salmon.principles import draw_principles
 from salmon.randomness import rng
 from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
+from salmon.work import WorkFolder
 from tests.ppo_world import STEPS, World, flat_gradient, lengths, made_up, ready, relative, slow_gradient
 
 

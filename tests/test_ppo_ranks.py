@@ -1,6 +1,7 @@
 """PPO on several ranks, with the model whole on each and with DeepSpeed's shards, against one process."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,25 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
         assert found["response_tokens"] == expected["response_tokens"]
 
 
+class Payload:
+    """What a pickle can do when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def plant(work: Path, mark: Path) -> list[Path]:
+    """Put a payload into every pickle of the checkpoints; which these are."""
+    pickles = [file for file in work.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
+    for file in pickles:
+        torch.save(Payload(mark), file)
+    assert pickles
+    return pickles
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2), (2, 1)])
 def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     world: World, policy: Path, tmp_path: Path, stage: int, ranks: int
@@ -57,9 +77,11 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)
     assert stopped.returncode == 1, stopped.stderr
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr
+    planted = [] if ranks > 1 else plant(tmp_path / ".work" / "policy", tmp_path / "ran")
     done = launch(ranks, SCRIPTS / "train_policy.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "resuming after step 3" in done.stderr
+    assert ("which is damaged" if planted else "resuming after step 3") in done.stderr
+    assert not (tmp_path / "ran").exists()
     first, one, two = (weights(folder) for folder in (world.adapter, policy, output))
     assert relative(two - first, one - first) < 1e-3
     for found, expected in zip(read_metrics(output), read_metrics(policy), strict=True):

@@ -23,6 +23,7 @@ from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 from tests.running import PATIENCE, ROOT, environment, failing
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
@@ -538,9 +539,10 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         folder = tmp_path / str(number)
         shutil.copytree(killed, folder)
         arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
-        work = artifacts.WorkFolder(arguments.output)
-        train_reward_model.open_work(arguments, work, {})
-        return checkpoints.newest(work.path)
+        work = WorkFolder(arguments.output)
+        origin = train_reward_model.origin_of(arguments)
+        assert not train_reward_model.open_work(arguments, work, origin.fingerprint(origin.identify()))
+        return checkpoints.newest(work)
 
     other = tmp_path / "other.parquet"
     make_records(50, 2, seed=1).write_parquet(other)
@@ -554,7 +556,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read: they are not deleted
     with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
         found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
-    assert checkpoints.newest(artifacts.WorkFolder(tmp_path / "7" / "rm").path) is not None
+    assert checkpoints.newest(WorkFolder(tmp_path / "7" / "rm")) is not None
     weights = Path(trained["arguments"]["model"]["base"]) / "model.safetensors"
     before = weights.read_bytes()
     try:

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample_responses
-from salmon import artifacts, config, models, sampling, script
+from salmon import config, models, sampling, script
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
 from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 from tests.running import TORCHRUN, command, kill_at_first_part, on_a_full_disk
 
 PREAMBLE = "A conversation.\n\n### User\n"
@@ -221,7 +222,7 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
     run(work, model, "expected.parquet")
     written: list[pl.DataFrame] = []
 
-    class Interrupted(artifacts.WorkFolder):
+    class Interrupted(WorkFolder):
         def write_part(self, part: pl.DataFrame) -> None:
             if len(written) in done:
                 super().write_part(part)
@@ -232,7 +233,7 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
                 raise KeyboardInterrupt
             return super().read_parts(schema)
 
-    with patch.object(artifacts, "WorkFolder", Interrupted), pytest.raises(KeyboardInterrupt):
+    with patch.object(sample_responses, "WorkFolder", Interrupted), pytest.raises(KeyboardInterrupt):
         run(work, model)
     assert not (work / "out.parquet").exists()
     with patch.object(sampling, "generate", side_effect=generate) as again:

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from salmon import models, ppo
-from salmon.artifacts import WorkFolder
 from salmon.config import Model
 from salmon.generation import Generation, generate
 from salmon.optimization import ReplicatedOptimizer
 from salmon.sampling import Sampler, TransformersSampler
 from salmon.shared_base import SharedBase
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 from tests.ppo_world import World
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from snakemake.profiles import ProfileConfigFileParser
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
@@ -39,7 +40,8 @@ EXPECTED = {
     "train_demo_policy": ONE,
     "evaluate_demo": ONE,
 }
-TARGETS = ("policies", "evaluation", "demo_policy")
+PAPER = ("policies", "demo_policy")
+DEMO = ("evaluation", "--configfile", "demo/config.yaml")
 
 
 class Resources(dict[str, Any]):
@@ -48,12 +50,12 @@ class Resources(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
-def jobs(site: Path | None = None) -> Iterator[tuple[str, Resources]]:
-    """Rule and resources of every job of the paper's runs and of the demo's rules, from a dry run with the profile."""
+def jobs(*targets: str, site: Path | None = None, folder: Path = ROOT) -> Iterator[tuple[str, Resources]]:
+    """Rule and resources of every job, from a dry run with the profile."""
     environment = os.environ | ({"SALMON_SITE": str(site)} if site else {})
-    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n", *TARGETS]
+    line = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--profile", ROOT / "profiles" / "slurm", "-n"]
     done = subprocess.run(
-        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*line, *targets], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
     printed = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
@@ -61,7 +63,10 @@ def jobs(site: Path | None = None) -> Iterator[tuple[str, Resources]]:
         words = re.search(r"resources: (.*)", body)
         assert words, rule
         pairs = (pair.split("=", 1) for pair in re.split(r", (?=\w+=)", words[1]))
-        yield rule, Resources({name: int(value) if value.lstrip("-").isdigit() else value for name, value in pairs})
+        yield (
+            rule,
+            Resources({name: int(value) if value.isdigit() and name != "qos" else value for name, value in pairs}),
+        )
 
 
 def submit_line(rule: str, resources: Resources) -> str:
@@ -85,11 +90,12 @@ def minutes(value: Any) -> Any:
 
 
 def test_every_rule_asks_for_what_the_paper_ran_on() -> None:
-    seen: dict[str, str] = {}
-    for rule, resources in jobs():
+    asked = dict(jobs(*PAPER))
+    asked["evaluate_demo"] = dict(jobs(*DEMO))["evaluate_demo"]
+    for resources in asked.values():
         resources["runtime"] = minutes(resources["runtime"])
-        seen[rule] = submit_line(rule, resources)
-    for target in TARGETS:  # they have no job of their own
+    seen = {rule: submit_line(rule, resources) for rule, resources in asked.items()}
+    for target in PAPER:  # they have no job of their own
         del seen[target]
     assert seen == EXPECTED
 
@@ -100,7 +106,7 @@ def test_the_site_file_is_the_only_place_to_edit(tmp_path: Path) -> None:
     site |= {"qos": "long", "constraint": "ib", "tensor_parallel": True, "cpu_partition": "serial"}
     site |= {"policy_deepspeed": "profiles/deepspeed/zero3.json"}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    asked = dict(jobs(tmp_path / "site.yaml"))
+    asked = dict(jobs("policies", site=tmp_path / "site.yaml"))
     policy = asked["train_policy"]
     line = submit_line("train_policy", policy)
     for words in (
@@ -113,9 +119,56 @@ def test_the_site_file_is_the_only_place_to_edit(tmp_path: Path) -> None:
         "--ntasks-per-node=2 --cpus-per-task=4",
     ):
         assert words in line, words
-    assert (policy["ranks"], policy["deepspeed"]) == (1, "profiles/deepspeed/zero3.json")
+    assert (policy["ranks"], policy["deepspeed"]) == (1, str(ROOT / "profiles/deepspeed/zero3.json"))
     assert asked["sample_responses"]["tensor_parallel"] == asked["judge_preferences"]["tensor_parallel"] == "true"
     assert "-p serial" in submit_line("clean_prompts", asked["clean_prompts"])
+
+
+def test_names_of_the_site_are_taken_as_they_stand(tmp_path: Path) -> None:
+    """From any directory, though Snakemake evaluates resources as Python, and fills in environment variables."""
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    site |= {"account": "2024-15", "cpu_partition": "all", "gpu_partition": "it's $HOME", "constraint": "a100|h100"}
+    site |= {"qos": "007", "gres": "gpu:list"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(site))
+    (tmp_path / "zero.json").write_text("{}")
+    asked = dict(jobs("policy", "prompts", site=tmp_path / "mine.yaml", folder=tmp_path))
+    policy, prompts = asked["train_policy"], asked["clean_prompts"]
+    assert (prompts["slurm_account"], prompts["slurm_partition"]) == ("2024-15", "all")
+    names = ("slurm_account", "slurm_partition", "constraint", "qos", "gres")
+    assert [policy[name] for name in names] == ["2024-15", "it's $HOME", "a100|h100", "007", "gpu:list:8"]
+    assert policy["deepspeed"] == str(ROOT / "profiles" / "deepspeed" / "zero2.json")
+
+
+def test_a_name_that_yaml_does_not_take_for_one(tmp_path: Path) -> None:
+    text = (ROOT / "profiles" / "slurm" / "site.yaml").read_text()
+    (tmp_path / "site.yaml").write_text(text.replace("gpu_partition: gpu", "gpu_partition: on"))
+    environment = os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")}
+    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n"]
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode != 0
+    assert "site.yaml: gpu_partition: True is not a name; write it in quotes" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ([], "results/logs/slurm"),
+        (["--config", "seed=1", "pathvars={results: 'a b', logs: <results>/l}"], "a b/l/slurm"),
+        (["--configfile", "one.yaml", "two.yaml", "-n", "policy"], "one/x/slurm"),
+        (["--configfile", "one.yaml", "--config", "pathvars={results: three}", "--directory", "else where"], None),
+    ],
+)
+def test_slurms_logs_follow_the_path_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], expected: str | None
+) -> None:
+    (tmp_path / "one.yaml").write_text("pathvars: {results: one, logs: <results>/y}")
+    (tmp_path / "two.yaml").write_text("{pathvars: {logs: <results>/x}}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["snakemake", *line])
+    profile = ProfileConfigFileParser().parse((ROOT / "profiles" / "slurm" / "profile.yaml").open())
+    assert profile["slurm-logdir"] == str(tmp_path / (expected or "else where/three/y/slurm"))
 
 
 @pytest.mark.parametrize("nodes", ["2", "3"])

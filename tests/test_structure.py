@@ -171,7 +171,8 @@ def rules_with_a_model(blocks: list[str]) -> set[str]:
 
 def set_resources(profile: str) -> dict[str, dict[str, Any]]:
     """The resources of every rule, as Snakemake reads them from the profile."""
-    rendered = yte.process_yaml((ROOT / "profiles" / profile / "profile.yaml").read_text(), require_use_yte=True)
+    with (ROOT / "profiles" / profile / "profile.yaml").open() as stream:
+        rendered = yte.process_yaml(stream, require_use_yte=True)
     resources: dict[str, dict[str, Any]] = rendered["set-resources"]
     return resources
 
@@ -190,8 +191,8 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
     assert set_resources("local").get(rule, {}).get("gpu", 0) >= 1, "profiles/local/profile.yaml, set-resources"
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     asked = set_resources("slurm").get(rule, {})
-    assert asked.get("slurm_partition") == site["gpu_partition"], "profiles/slurm/profile.yaml, set-resources"
-    assert re.fullmatch(rf"{site['gres']}:[1-9]\d*", asked.get("gres", "")), (
+    assert asked.get("slurm_partition") == repr(site["gpu_partition"]), "profiles/slurm/profile.yaml, set-resources"
+    assert re.fullmatch(rf"'{site['gres']}:[1-9]\d*'", asked.get("gres", "")), (
         "profiles/slurm/profile.yaml, set-resources"
     )
 
@@ -259,7 +260,7 @@ def unknown_names(text: str) -> list[str]:
     columns |= {
         name for each in (*PROMPT_FORMATS.values(), *PAIR_FORMATS.values()) for name in each.row.__annotations__
     }
-    resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)\}", block)}
+    resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)(?::q)?\}", block)}
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     source = {key.rsplit(".", 1)[1] for key in KEYS if key.startswith("prompts.sources.")}
     files = {"site.yaml"}

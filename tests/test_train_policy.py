@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from salmon import ppo
-from salmon.artifacts import WorkFolder
 from salmon.config import Model
 from salmon.optimization import ReplicatedOptimizer
 from salmon.principles import WeightedPrinciple
 from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
+from salmon.work import WorkFolder
 from tests.ppo_world import (
     CHECKPOINT,
     LORA,

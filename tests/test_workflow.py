@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,46 @@ def test_an_unknown_run_is_named(tmp_path: Path) -> None:
     assert "there is no run nope" in run.stdout + run.stderr
 
 
+def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
+    """Of which Snakemake takes nearly all (benchmarks/dry_run.py): 7 s of CPU, and here up to twice that."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    shards = ("sampling={shards: 1000}", "judge={shards: 1000}")
+    run = snakemake("-n", "--quiet", "all", *elsewhere(tmp_path), *shards)
+    assert run.returncode == 0, run.stderr
+    assert "judge_preferences" in run.stdout + run.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("responses/response0.shards/99.parquet", "no shard 99 of the responses: sampling.shards is 4"),
+        ("preferences/preferences.shards/08.parquet", "no shard 08 of the judgements: judge.shards is 8"),
+        ("runs/harmless/models/reward_model", "the reward_model of the run harmless is results/models/reward_model"),
+        ("runs/default/models/pmp", "the pmp of the run default is results/models/pmp"),
+        ("runs/honest/prompts/rl.parquet", "the rl_prompts of the run honest is results/prompts/rl.parquet"),
+        (
+            "runs/no_pmp/reward_data/principle_preferences.parquet",
+            "the reward_data of the run no_pmp is results/reward_data/principle_preferences.parquet",
+        ),
+        ("evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
+    ],
+)
+def test_what_no_rule_should_make_is_refused(target: str, said: str) -> None:
+    """Rather than judged with a shard too many, trained a second time, or measured by oracles of another world."""
+    run = snakemake("-n", f"results/{target}")
+    assert run.returncode != 0
+    assert said in run.stdout + run.stderr
+    assert "Job stats" not in run.stdout + run.stderr
+
+
+def test_what_a_run_does_not_share_is_made(tmp_path: Path) -> None:
+    own = (f"{tmp_path}/runs/{name}" for name in ("harmless/prompts/rl.parquet", "no_pmp/models/reward_model"))
+    run = snakemake("-n", *own, *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert jobs(run.stdout + run.stderr)["train_reward_model"] == 1
+
+
 def test_a_wrong_key_ends_before_any_job_without_a_traceback() -> None:
     run = snakemake("-n", "--config", "ppo={temprature: 1}")
     assert run.returncode != 0
@@ -243,6 +284,11 @@ def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str
 )
 def test_a_changed_setting_reruns_what_depends_on_it(built: Path, setting: str, expected: set[str]) -> None:
     assert reruns(built, "--config", setting, f"model={{adapter: {ADAPTER}}}") == expected
+
+
+def test_a_trailing_slash_reruns_nothing(built: Path) -> None:
+    places = "pathvars={results: results//demo/, logs: <results>/logs/, benchmarks: ./results/demo/benchmarks}"
+    assert reruns(built, "--config", places, f"model={{adapter: {ADAPTER}}}") == set()
 
 
 def test_a_link_that_is_set_to_another_model(built: Path) -> None:

@@ -30,7 +30,7 @@ class Arguments(script.Arguments):
 
 
 def main(arguments: Arguments) -> None:
-    """Read, aggregate, write the table and then its manifest."""
+    """Read, aggregate, write the table and its manifest."""
     table, counts = aggregation.aggregate(
         arguments.preferences,
         arguments.response0,
@@ -39,7 +39,6 @@ def main(arguments: Arguments) -> None:
         settings=arguments.aggregation,
         turn_markers=arguments.turn_markers,
     )
-    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS)
     origin = provenance.aggregate_preferences(
         arguments.preferences,
         arguments.response0,
@@ -48,7 +47,8 @@ def main(arguments: Arguments) -> None:
         aggregation=arguments.aggregation,
         turn_markers=arguments.turn_markers,
     )
-    artifacts.write_json(artifacts.manifest_path(arguments.output), origin.manifest(origin.identify(), counts))
+    manifest = origin.manifest(origin.identify(), counts)
+    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 

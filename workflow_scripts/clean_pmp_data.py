@@ -29,22 +29,17 @@ def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     settings, output = arguments.pmp_data, arguments.output
     counts: Counter[str] = Counter()
-    work = artifacts.WorkFolder(output)
-    work.create()
-    try:
+    with artifacts.scratch(output) as folder:
         records = preference_data.pmp_records(settings, counts)
-        files = preference_data.shuffle(records, settings.seed, work.path)
+        files = preference_data.shuffle(records, settings.seed, folder)
         table = pl.scan_parquet(files)
         counts["kept"] = table.select(pl.len()).collect().item()
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not counts["kept"]:
             raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
-        artifacts.write_table(table, output, PMP_RECORDS)
-    finally:
-        work.delete()
-    origin = provenance.clean_pmp_data(settings)
-    manifest = origin.manifest(origin.identify(), counts)
-    artifacts.write_json(artifacts.manifest_path(output), manifest)
+        origin = provenance.clean_pmp_data(settings)
+        manifest = origin.manifest(origin.identify(), counts)
+        artifacts.write_table(table, output, PMP_RECORDS, manifest)
 
 
 if __name__ == "__main__":

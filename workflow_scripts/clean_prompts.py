@@ -22,10 +22,9 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     table, counts = prompts.collect_prompts(arguments.prompts)
-    artifacts.write_table(table, arguments.output, PROMPTS)
     origin = provenance.clean_prompts(arguments.prompts)
     manifest = origin.manifest(origin.identify(), counts)
-    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
+    artifacts.write_table(table, arguments.output, PROMPTS, manifest)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ def main(arguments: Arguments) -> None:
     settings, model = arguments.rl_prompts, arguments.model
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
-    artifacts.write_table(table, arguments.output, RL_PROMPTS)
     origin = provenance.clean_rl_prompts(settings, model)
     manifest = origin.manifest(origin.identify(), counts)
-    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
+    artifacts.write_table(table, arguments.output, RL_PROMPTS, manifest)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ class Arguments(script.Arguments):
 
 
 def main(arguments: Arguments) -> None:
-    """Check the shards, write the manifest and then the table."""
+    """Check the shards, write the table and its manifest."""
     table, manifest = shards.gather_shards(arguments.shards)
-    artifacts.write_json(artifacts.manifest_path(arguments.output), manifest)
-    artifacts.write_table(table, arguments.output)
+    artifacts.write_table(table, arguments.output, manifest=manifest)
 
 
 if __name__ == "__main__":

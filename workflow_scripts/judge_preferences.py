@@ -11,7 +11,6 @@ import polars as pl
 from pydantic import Field
 
 from salmon import (
-    artifacts,
     config,
     distributed,
     encoding,
@@ -30,6 +29,7 @@ from salmon.judging import Judge, Pair
 from salmon.tables import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
 from salmon.text import cut_at_markers, join_instruction
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,11 @@ def main(arguments: Arguments) -> None:
     table = read_shard(arguments)
     pairs, counts = select_pairs(table, arguments.judge)
 
-    work = artifacts.WorkFolder(arguments.output)
-    fingerprint = origin.fingerprint(inputs)
-    left = resuming.left_to_do(work, fingerprint, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
+    work = WorkFolder(arguments.output)
+    if work.open(origin.fingerprint(inputs)):
+        distributed.leave()
+        return
+    left = resuming.left_to_do(work, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
     if left:
         tokenizer = load_tokenizer(arguments.model)
         template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
@@ -98,7 +100,7 @@ def main(arguments: Arguments) -> None:
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
         counts["rows"] = whole.height
-        resuming.write_shard(work, whole, arguments.output, JUDGEMENTS, origin.manifest(inputs, counts))
+        resuming.write_shard(work, whole, JUDGEMENTS, origin.manifest(inputs, counts))
     distributed.leave()
 
 

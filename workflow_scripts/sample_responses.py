@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, distributed, encoding, models, provenance, resuming, script, shards, tables
+from salmon import distributed, encoding, models, provenance, resuming, script, shards, tables
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 
 
 class Arguments(script.Arguments):
@@ -48,10 +49,12 @@ def main(arguments: Arguments) -> None:
 
     origin = origin_of(arguments)
     inputs = origin.identify()
-    work = artifacts.WorkFolder(arguments.output)
-    fingerprint = origin.fingerprint(inputs)
+    work = WorkFolder(arguments.output)
+    if work.open(origin.fingerprint(inputs)):
+        distributed.leave()
+        return
     schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
-    left = resuming.left_to_do(work, fingerprint, table["prompt_id"].to_list(), schema)
+    left = resuming.left_to_do(work, table["prompt_id"].to_list(), schema)
     left = [row for row in left if len(prompts[row]) < sampling.max_length]
     if left:
         sampler = load_sampler(arguments, tokenizer, device)
@@ -91,7 +94,7 @@ def main(arguments: Arguments) -> None:
         responses = join(table, sampled.drop("thinking_cut"), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
         counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
-        resuming.write_shard(work, responses, arguments.output, RESPONSES, origin.manifest(inputs, counts))
+        resuming.write_shard(work, responses, RESPONSES, origin.manifest(inputs, counts))
     distributed.leave()
 
 

@@ -16,7 +16,6 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from salmon import distributed, ppo, provenance, script, stopping, tables, templates
-from salmon.artifacts import WorkFolder, atomic, manifest_path, write_json
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
@@ -27,6 +26,7 @@ from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.shared_base import SharedBase
 from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
@@ -70,20 +70,20 @@ def main(args: Arguments) -> None:
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
+    layout = ""  # other hardware may resume from a checkpoint, but for the shards of DeepSpeed
     if args.deepspeed:
         sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
+        layout = json.dumps([sharding, distributed.world()])
+    work = WorkFolder(args.output)
+    if work.open(origin.fingerprint(inputs), layout):
+        distributed.leave()
+        return
     shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
     around = len(encode_prompt(tokenizer, "", args.policy_prompt, read_preamble(args.policy_prompt)))
     longest = around + args.ppo.query_length + args.ppo.response_length
     check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
     check_context(shared.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
 
-    work = WorkFolder(args.output)
-    if distributed.is_main():
-        # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
-        layout = json.dumps([sharding, distributed.world()]) if args.deepspeed else ""
-        work.open(origin.fingerprint(inputs), layout)
-    distributed.barrier()
     if args.gradient_checkpointing:
         shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer: Optimizer = (
@@ -107,12 +107,10 @@ def main(args: Arguments) -> None:
     )
     weights = optimizer.trained_weights()
     if distributed.is_main():
-        with atomic(args.output) as folder:
+        with work.finish(origin.manifest(inputs, counts)) as folder:
             shared.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
-            write_json(manifest_path(folder), origin.manifest(inputs, counts))
-        work.delete()
     distributed.barrier()
     distributed.leave()
 

@@ -38,6 +38,7 @@ from salmon.encoding import Template
 from salmon.errors import UserError
 from salmon.models import check_context
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 
 log = logging.getLogger("salmon.train_reward_model")
 
@@ -82,8 +83,8 @@ class Arguments(script.Arguments):
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, work: WorkFolder) -> None:
+        self.stage, self.work = stage, work
         self.first_step = 0
         self.started = self.last = time.monotonic()
 
@@ -119,7 +120,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint after the last rank has written its part."""
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        checkpoints.seal(self.work, self.work.path / f"checkpoint-{state.global_step}")
 
 
 def main(arguments: Arguments) -> None:
@@ -150,11 +151,15 @@ def main(arguments: Arguments) -> None:
 
     if arguments.init:
         check_init(arguments.init, arguments.lora)
-    work = artifacts.WorkFolder(arguments.output)
+    work = WorkFolder(arguments.output)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
-    manifest = distributed.broadcast(open_work(arguments, work, counts) if distributed.is_main() else None)
-    checkpoint = checkpoints.newest(work.path)
+    origin = origin_of(arguments)
+    inputs = distributed.broadcast(origin.identify() if distributed.is_main() else None)
+    if open_work(arguments, work, origin.fingerprint(inputs)):
+        distributed.leave()
+        return
+    checkpoint = checkpoints.newest(work)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
 
@@ -169,7 +174,7 @@ def main(arguments: Arguments) -> None:
         data_collator=batch,
         train_dataset=order,
         compute_loss_func=partial(batch_loss, batch_size=settings.batch_size),
-        callbacks=[Reporter(arguments.stage)],
+        callbacks=[Reporter(arguments.stage, work)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
@@ -186,12 +191,10 @@ def main(arguments: Arguments) -> None:
             "evaluation": reward_model.evaluate(held, rewards.view(-1, 2)),
             "training": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
-        with artifacts.atomic(arguments.output) as folder:
+        with work.finish(origin.manifest(inputs, counts)) as folder:
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             artifacts.write_json(folder / "metrics.json", metrics)
-            artifacts.write_json(folder / "manifest.json", manifest)
         log.info("held out: %s", json.dumps(metrics["evaluation"]))
-        work.delete()
     distributed.barrier()
     distributed.leave()
 
@@ -227,9 +230,9 @@ def check_init(init: Path, lora: Lora) -> None:
         )
 
 
-def open_work(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str, int]) -> Any:
-    """Open the work folder, with the checkpoints of the same settings and inputs, if any; returns the manifest."""
-    origin = provenance.train_reward_model(
+def origin_of(arguments: Arguments) -> provenance.Origin:
+    """What decides the reward model."""
+    return provenance.train_reward_model(
         arguments.records,
         arguments.init,
         stage=arguments.stage,
@@ -239,12 +242,14 @@ def open_work(arguments: Arguments, work: artifacts.WorkFolder, counts: dict[str
         lora=arguments.lora,
         scoring=arguments.scoring,
     )
-    inputs = origin.identify()
+
+
+def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
+    """Open the work folder, with the checkpoints of the same settings and inputs, if any; see `WorkFolder.open`."""
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
     layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
-    work.open(origin.fingerprint(inputs), layout)
-    return origin.manifest(inputs, counts)
+    return work.open(fingerprint, layout)
 
 
 def training_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:

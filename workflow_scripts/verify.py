@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 
-from salmon import configuration, script, verification
+from salmon import configuration, script, shipped, verification
 from salmon.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Verify, and print what was found."""
-    raw = arguments.configuration or read([Path("config.yaml"), *arguments.configfile])
+    raw = arguments.configuration or read([shipped.CHECKOUT / "config.yaml", *arguments.configfile])
     report = verification.verify(configuration.load(raw, Path.cwd()))
     if arguments.forcerun:
         sys.stdout.write("".join(f"{word}\n" for word in ["--forcerun", *report.forcerun] if report.stale))

@@ -98,8 +98,6 @@ class World:
                 "3",
                 "--max-jobs-per-timespan",
                 "100/1s",
-                "--slurm-logdir",
-                str(results / "logs" / "slurm"),
             ]
         return [*line, "--configfile", "demo/config.yaml", str(file)]
 

@@ -1,18 +1,16 @@
-"""Artifacts: written beside and renamed, described by a manifest, resumed from a work folder.
+"""Artifacts: written beside and renamed, described by a manifest.
 
-An artifact is one file or one folder. Nothing of it is visible under its name before it is whole. What a long
-job needs to resume after an interruption lives in an undeclared work folder, because Snakemake deletes the
-declared outputs of a failed job.
+An artifact is one file or one folder. Nothing of it is visible under its name before it is whole.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +22,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from salmon.errors import UserError
+from salmon.shipped import short_name
 from salmon.tables import Table, check_written
 
 log = logging.getLogger(__name__)
@@ -39,20 +38,62 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` when the block ends without an error.
 
     Works for a file and for a folder; an older artifact is replaced only by a whole new one. A failure leaves
-    neither the temporary nor a partial artifact.
+    neither the temporary nor a partial artifact; what a killed process has left is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove(temporary)
+    _remove_leftovers(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         flush(temporary)
         if temporary.is_dir():
-            remove(path)
+            discard(path)
         os.replace(temporary, path)
     except BaseException:
         remove(temporary)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process prepares what will be at `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether this machine has such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A new folder beside an artifact for what is needed on the way to it, and deleted then."""
+    folder = path.with_name(f"{path.name}.parts")
+    _remove_leftovers(folder)
+    temporary = temporary_path(folder)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete temporaries of a path that belong to this process, or to one of this machine that has ended."""
+    # Version 0.1.0 did not name the machine.
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:(?P<host>.+)-)?(?P<pid>\d+)\.tmp")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        if (
+            (match := pattern.fullmatch(entry.name))
+            and match["host"] in (None, socket.gethostname())
+            and (int(match["pid"]) == os.getpid() or not _is_alive(int(match["pid"])))
+        ):
+            remove(entry)
 
 
 def flush(path: Path) -> None:
@@ -64,11 +105,22 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
+    """Delete a file or folder, if it is there; another process may do so, too."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        while path.is_dir():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a file or folder, if it is there; an interruption leaves it whole or not at all under its name."""
+    if folder.exists():
+        away = temporary_path(folder.with_name(f"{folder.name}.deleted"))
+        remove(away)
+        folder.rename(away)
+        remove(away)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,13 +129,19 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_table(rows: pl.LazyFrame | pl.DataFrame, path: Path, table: Table | None = None) -> None:
+def write_table(
+    rows: pl.LazyFrame | pl.DataFrame,
+    path: Path,
+    table: Table | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> None:
     """Write a Parquet file (zstd), atomically. A lazy frame is streamed.
 
     Args:
         rows: of the table, in order.
         path: of the file.
         table: what has been written is checked to be this one; None for parts, which are not whole yet.
+        manifest: written beside it. No interruption leaves a table beside the manifest of another one.
     """
     with atomic(path) as temporary:
         if isinstance(rows, pl.LazyFrame):
@@ -92,6 +150,19 @@ def write_table(rows: pl.LazyFrame | pl.DataFrame, path: Path, table: Table | No
             rows.write_parquet(temporary, compression="zstd")
         if table:
             check_written(temporary, table)
+        if manifest is not None:
+            flush(temporary)
+            if not _is_same(manifest_path(path), manifest):
+                remove(path)
+            write_json(manifest_path(path), manifest)
+
+
+def _is_same(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest in its place is of the same settings and inputs, as that of another process may be."""
+    with suppress(OSError, ValueError):
+        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return all(old.get(name) == manifest[name] for name in ("settings", "inputs", "counts"))
+    return False
 
 
 def hash_path(path: Path) -> str:
@@ -125,7 +196,8 @@ def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
-    return hashlib.sha256(json.dumps([plain(settings), dict(inputs)], sort_keys=True).encode()).hexdigest()
+    named = {short_name(path): what for path, what in inputs.items()}
+    return hashlib.sha256(json.dumps([plain(settings), named], sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -149,7 +221,7 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
             continue
     return {
         "settings": plain(settings),
-        "inputs": dict(inputs),
+        "inputs": {short_name(path): what for path, what in inputs.items()},
         "counts": dict(counts),
         "packages": versions,
         "git_commit": git_commit(),
@@ -164,14 +236,14 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON types."""
+    """Settings as JSON types, files of the checkout by their short names."""
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return short_name(str(value)) if isinstance(value, Path | str) else value
 
 
 def git_commit() -> str | None:
@@ -185,93 +257,3 @@ def git_commit() -> str | None:
         check=False,
     )
     return described.stdout.strip() or None
-
-
-def _me() -> str:
-    """A name for this process."""
-    return f"process {os.getpid()} on {socket.gethostname()}, SLURM job {os.environ.get('SLURM_JOB_ID', 'none')}"
-
-
-def check_owner(folder: Path) -> None:
-    """Raise a UserError if another process has opened this work folder since this one did.
-
-    That happens where a cluster runs one job twice (SLURM may create a job and yet report that it could not).
-    """
-    owner = (folder / "owner").read_text() if folder.is_dir() else "nobody"
-    if owner != _me():
-        raise UserError(
-            f"{folder} was taken over by another process ({owner}), which continues the work; this one ends"
-        )
-
-
-class WorkFolder:
-    """The undeclared folder in which a long job keeps what it needs to resume after an interruption.
-
-    It stands beside the artifact, in `.work/`, and belongs to one fingerprint of settings and inputs: opened
-    with another one, it is emptied, so that a changed configuration never continues a stale run.
-    """
-
-    def __init__(self, artifact: Path) -> None:
-        self.path = artifact.parent / ".work" / artifact.name
-
-    def create(self) -> None:
-        """Create the folder, empty: what a killed run may have left in it is deleted."""
-        remove(self.path)
-        while not self.path.is_dir():
-            with suppress(FileNotFoundError):  # another job has just deleted `.work/`, which was empty
-                self.path.mkdir(parents=True)
-
-    def open(self, fingerprint: str, layout: str = "") -> None:
-        """Create the folder, or keep what it holds if it belongs to the same fingerprint. One rank calls this.
-
-        Args:
-            fingerprint: of the settings and inputs.
-            layout: what else has to be the same for checkpoints to be read (DeepSpeed's sharding, the number of ranks).
-
-        Raises:
-            UserError: where there are checkpoints of the same settings and inputs, but of another layout: days of work,
-                which are not to be deleted because a cluster's file has changed.
-        """
-        fingerprint_file, layout_file = self.path / "fingerprint", self.path / "layout"
-        if fingerprint_file.is_file() and fingerprint_file.read_text() == fingerprint:
-            if not any(self.path.glob("checkpoint-*")):
-                layout_file.write_text(layout)
-            elif self._layout() != layout:
-                raise UserError(
-                    f"the checkpoints in {self.path} are of another number of GPUs, or of other DeepSpeed settings, "
-                    "than this run's, which cannot read them: go back to those, or delete the folder to start anew"
-                )
-            (self.path / "owner").write_text(_me())
-            log.info("continuing from %s", self.path)
-            return
-        if self.path.exists():
-            log.info("%s belongs to other settings or inputs: starting anew", self.path)
-        self.create()
-        layout_file.write_text(layout)
-        (self.path / "owner").write_text(_me())
-        with atomic(fingerprint_file) as temporary:
-            temporary.write_text(fingerprint)
-
-    def _layout(self) -> str:
-        """The layout that the folder was opened with; version 0.1.0 called the file `shards`, and before had none."""
-        files = (self.path / "layout", self.path / "shards")
-        return next((file.read_text() for file in files if file.is_file()), "")
-
-    def write_part(self, table: pl.DataFrame) -> None:
-        """Keep a finished batch of rows; parts are whole or absent, and any rank may write them."""
-        first_row = hashlib.sha256(table.row(0).__repr__().encode()).hexdigest()[:16]
-        write_table(table, self.path / f"part-{first_row}.parquet")
-
-    def read_parts(self, schema: Mapping[str, Any]) -> pl.DataFrame:
-        """All rows kept so far, in no particular order."""
-        parts = sorted(self.path.glob("part-*.parquet"))
-        empty = pl.DataFrame(schema=dict(schema))
-        return pl.concat([empty, *(pl.read_parquet(part) for part in parts)])
-
-    def delete(self) -> None:
-        """Delete the folder, once the artifact is whole."""
-        started = time.monotonic()
-        remove(self.path)
-        with suppress(OSError):  # work folders of other jobs are in it, or another job has deleted it
-            self.path.parent.rmdir()
-        log.debug("deleted %s in %.1f s", self.path, time.monotonic() - started)

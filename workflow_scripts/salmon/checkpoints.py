@@ -1,14 +1,16 @@
 """Checkpoints of trainers: folders `checkpoint-STEP` in a work folder, which several ranks may write together.
 
-A file in the folder says that all have; without it the folder is what an interruption left.
+A file in the folder says that all have, and what they have written; without it the folder is what an interruption left.
 """
 
+import json
 import logging
 import os
 from pathlib import Path
 
 from salmon import distributed
-from salmon.artifacts import check_owner, flush, remove
+from salmon.artifacts import flush, hash_path, remove, write_json
+from salmon.work import WorkFolder, check_private
 
 log = logging.getLogger(__name__)
 
@@ -21,47 +23,76 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def new(folder: Path, step: int) -> Path:
-    """An empty folder for a checkpoint. All ranks call this. A UserError if another job has taken the work over."""
-    checkpoint = folder / f"checkpoint-{step}"
+def new(work: WorkFolder, step: int) -> Path:
+    """An empty folder for a checkpoint. All ranks call this. A UserError if another process has taken the work over."""
+    checkpoint = work.path / f"checkpoint-{step}"
     if distributed.is_main():
-        check_owner(folder)
+        work.check()
         remove(checkpoint)
         checkpoint.mkdir()
     distributed.barrier()
     return checkpoint
 
 
-def seal(checkpoint: Path) -> None:
+def seal(work: WorkFolder, checkpoint: Path) -> None:
     """Say that a checkpoint is whole, and delete all but the newest. All ranks call this. Errors as for `new`."""
     if distributed.is_main():
-        check_owner(checkpoint.parent)
+        work.check()
     distributed.barrier()  # all have written their part
+    hashes: dict[str, str] = {}
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine, whose memory may hold what is not on the disk yet
         flush(checkpoint)
-    distributed.barrier()
+        hashes = _hashes(checkpoint)
+    # One machine may not see yet what another one has written.
+    parts = distributed.gather(hashes)
     if distributed.is_main():
-        (checkpoint / WHOLE).touch()
-        for old in _sorted(checkpoint.parent)[:-KEPT]:
+        write_json(checkpoint / WHOLE, {name: value for part in parts for name, value in part.items()})
+        for old in _sorted(work.path)[:-KEPT]:
             remove(old)
     distributed.barrier()
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what an interruption left incomplete is deleted. All ranks call this."""
-    return distributed.broadcast(_newest(folder) if distributed.is_main() else None)
+def newest(work: WorkFolder) -> Path | None:
+    """The newest checkpoint that is as it was written; what is not is deleted. All ranks call this.
+
+    Raises:
+        UserError: where somebody else could have written into the work folder.
+    """
+    return distributed.broadcast(_newest(work.path) if distributed.is_main() else None)
 
 
 def _newest(folder: Path) -> Path | None:
-    for checkpoint in _sorted(folder):
+    if folder.is_dir():
+        check_private(folder)
+    for checkpoint in reversed(_sorted(folder)):
         if not (checkpoint / WHOLE).is_file():
             log.info("deleting %s, which is incomplete", checkpoint)
-            remove(checkpoint)
-    whole = _sorted(folder)
-    if not whole:
+        elif damaged := _damage(checkpoint):
+            log.warning("deleting %s, which is damaged: %s is not as it was written", checkpoint, damaged)
+        else:
+            log.info("resuming after step %d", step_of(checkpoint))
+            return checkpoint
+        remove(checkpoint)
+    return None
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Name -> SHA-256 of each file of a checkpoint."""
+    files = (file for file in checkpoint.rglob("*") if file.is_file() and file.name != WHOLE)
+    return {str(file.relative_to(checkpoint)): hash_path(file) for file in files}
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Name of a file of a sealed checkpoint that is missing, new or changed, if there is one."""
+    text = (checkpoint / WHOLE).read_text(encoding="utf-8")
+    if not text:  # of version 0.1.0, which did not write more
         return None
-    log.info("resuming after step %d", step_of(whole[-1]))
-    return whole[-1]
+    try:
+        wanted = json.loads(text)
+    except ValueError:
+        return WHOLE
+    found = _hashes(checkpoint)
+    return next((name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)), None)
 
 
 def _sorted(folder: Path) -> list[Path]:

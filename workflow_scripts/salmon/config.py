@@ -9,7 +9,7 @@ from these models (`make docs-reference`).
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -179,6 +179,13 @@ class PathVars(Section):
     results: str = Field("results", min_length=1, description="folder of all artifacts")
     logs: str = Field("results/logs", min_length=1, description="folder of the logs, one log per job")
     benchmarks: str = Field("results/benchmarks", min_length=1, description="folder of run times and memory, per job")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _plain(cls, path: str) -> str:
+        if wrong := sorted({mark for mark in path if mark in "{}<>*?[]" or not mark.isprintable()}):
+            raise ValueError(f"{' '.join(map(repr, wrong))} cannot be in these paths")
+        return str(PurePosixPath(path))  # `results/` is `results`
 
 
 class PolicyPrompt(Section):

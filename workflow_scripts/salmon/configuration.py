@@ -5,13 +5,13 @@ Only the Snakefile loads one; a script receives the sections it needs (`config`)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from salmon import principles, templates
+from salmon import principles, shipped, templates
 from salmon.config import (
     Aggregation,
     Judge,
@@ -37,7 +37,14 @@ from salmon.identity import context_limit, read_config
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
 RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
-Shared = Literal["reward_data", "pmp", "reward_model", "rl_prompts"]  # artifacts, of runs that have the same settings
+Shared = Literal["reward_data", "pmp", "reward_model", "rl_prompts"]
+SHARED: dict[Shared, str] = {
+    "reward_data": "reward_data/principle_preferences.parquet",
+    "pmp": "models/pmp",
+    "reward_model": "models/reward_model",
+    "rl_prompts": "prompts/rl.parquet",
+}
+"""Artifacts that runs share where their settings are the same, below `home`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ class Config(Section):
             return raw
         pathvars = raw.get("pathvars")
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
-        raw = _fill_results(raw, results if isinstance(results, str) else PathVars().results)
+        results = results if results and isinstance(results, str) else PathVars().results
+        raw = _fill_results(raw, str(PurePosixPath(results)))
         for name in ("prompts", "pmp_data", "rl_prompts"):
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get("sources"), dict):
@@ -130,12 +138,13 @@ class Config(Section):
         return runs
 
 
-def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
+def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> dict[str, Config]:
     """Validate a raw configuration and everything it points to that can be checked before any job.
 
     Args:
         raw: the merged configuration, as Snakemake holds it.
         root: folder that relative paths start from.
+        checkout: of the workflow, where files that come with it are found (`shipped.find`).
 
     Returns:
         The configuration of every run (see `resolve_runs`).
@@ -144,7 +153,7 @@ def load(raw: dict[str, Any], root: Path) -> dict[str, Config]:
         UserError: with one line for every finding: key, value, what is allowed.
     """
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(shipped.find(raw, root, checkout))
     except ValidationError as error:
         raise UserError(describe_errors(error, Config, NAME)) from None
     lines: list[str] = []

@@ -9,10 +9,10 @@ but the rounding.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from salmon import checkpoints, distributed, ppo_math, stopping
-from salmon.artifacts import WorkFolder, atomic
+from salmon.artifacts import atomic
 from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo, Scoring
 from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble, read_template
@@ -35,6 +35,7 @@ from salmon.reward_model import reward_text_tokens
 from salmon.sampling import Sampler, without_thinking
 from salmon.shared_base import Role, SharedBase
 from salmon.text import join_instruction
+from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
@@ -378,14 +379,14 @@ def learning_rate(step: int, steps: int, settings: Ppo) -> float:
 
 def save_checkpoint(work: WorkFolder, optimizer: Optimizer, step: int) -> None:
     """Write the state after `step` steps, whole or not at all, and delete all but the newest checkpoints."""
-    folder = checkpoints.new(work.path, step)
+    folder = checkpoints.new(work, step)
     optimizer.save(folder)
-    checkpoints.seal(folder)
+    checkpoints.seal(work, folder)
 
 
 def load_checkpoint(work: WorkFolder, optimizer: Optimizer) -> int:
     """Continue from the newest checkpoint; returns the number of steps done, 0 where there is none."""
-    newest = checkpoints.newest(work.path)
+    newest = checkpoints.newest(work)
     if newest is None:
         return 0
     optimizer.load(newest)
@@ -395,11 +396,14 @@ def load_checkpoint(work: WorkFolder, optimizer: Optimizer) -> int:
 class Metrics:
     """Metrics of every step as JSON lines and for TensorBoard, in the work folder; one rank writes."""
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, work: WorkFolder, done: int) -> None:
+        self.work, folder = work, work.path
         self.file = folder / "metrics.jsonl"
         self.board: SummaryWriter | None = None
         if distributed.is_main():
             lines = self.file.read_text().splitlines() if self.file.exists() else []
+            if len(lines) < done:
+                raise UserError(f"{self.file} has {len(lines)} of {done} lines; delete {folder} to start anew")
             with atomic(self.file) as temporary:  # steps after the checkpoint are done once more
                 temporary.write_text("".join(f"{line}\n" for line in lines[:done]))
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
@@ -408,8 +412,11 @@ class Metrics:
         """Write one step's values (steps count from 1)."""
         if self.board is None:
             return
+        self.work.check()
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as what a checkpoint holds
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
@@ -448,7 +455,7 @@ def train(
         Stopped: where SIGTERM asked for it; the checkpoint is written.
     """
     done = load_checkpoint(work, optimizer)
-    metrics = Metrics(work.path, done)
+    metrics = Metrics(work, done)
     steps = total_steps(len(prompts), settings)
     began = time.monotonic()
     for step in range(done, steps):

@@ -5,23 +5,20 @@ Neither an interruption nor the number of ranks shows in the result, because the
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from salmon import artifacts, distributed, script
-from salmon.artifacts import WorkFolder
 from salmon.batching import batches
 from salmon.tables import Table
+from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
 
-def left_to_do(work: WorkFolder, fingerprint: str, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
-    """Open the work folder, and find the places of the keys of which it holds no row. All ranks call this."""
-    if distributed.is_main():
-        work.open(fingerprint)
+def left_to_do(work: WorkFolder, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
+    """Places of the keys of which the work folder holds no row. All ranks call this."""
     # One rank looks for all: other nodes may not see yet what is in the folder, and would form other batches.
     kept = work.read_parts(schema)["prompt_id"].to_list() if distributed.is_main() else None
     done = set(distributed.broadcast(kept))
@@ -56,9 +53,8 @@ def run_batches(
     distributed.barrier()
 
 
-def write_shard(work: WorkFolder, rows: pl.DataFrame, output: Path, table: Table, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a shard and then its table, whose presence says that both are whole."""
-    artifacts.write_json(artifacts.manifest_path(output), manifest)
-    artifacts.write_table(rows, output, table)
-    work.delete()
+def write_shard(work: WorkFolder, rows: pl.DataFrame, table: Table, manifest: Mapping[str, Any]) -> None:
+    """Write a shard and its manifest."""
+    with work.finish(manifest) as file:
+        artifacts.write_table(rows, file, table)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in manifest["counts"].items()))

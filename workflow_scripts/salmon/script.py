@@ -4,9 +4,11 @@ A script is a class of arguments and a `main`: the fields are the options of the
 of the configuration among them (`--model '{"base": …}'` or `--model.base …`).
 """
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -24,9 +26,11 @@ from pydantic_settings import (
 )
 from tqdm import tqdm
 
+from salmon import work
 from salmon.errors import UserError, describe_errors
 
 log = logging.getLogger("salmon")
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 T = TypeVar("T")
 
@@ -86,6 +90,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, at every step
     for chatty in ("httpx", "filelock", "fsspec", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    _end_with_launcher()
     try:
         parsed = CliApp.run(arguments)
     except ValidationError as error:
@@ -110,6 +115,19 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     _exit(0)
 
 
+def _end_with_launcher() -> None:
+    """Let this rank be killed when torchrun is, which could not end it any more: a new start would meet it at work.
+
+    Ranks that srun has started are ended by slurmstepd. A single process belongs to nobody: it works to its end, and
+    whoever is started on the same artifact waits for it (`work.WorkFolder`).
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it ended before this was set
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _exit(status: int) -> None:
     """End with a status; several ranks end at once, without what the interpreter would do for them.
 
@@ -117,6 +135,7 @@ def _exit(status: int) -> None:
     DeepSpeed, once in some eighty runs, a rank failed without a message while the interpreter ended, the artifact being
     whole; its status would make Snakemake delete the work of days.
     """
+    work.release_all()
     if "RANK" in os.environ:
         logging.shutdown()
         sys.stdout.flush()

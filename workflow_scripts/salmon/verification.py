@@ -16,20 +16,14 @@ import polars as pl
 
 from salmon import artifacts, configuration, provenance
 from salmon.config import is_local
-from salmon.configuration import TARGETS, Config, Shared, field_of
+from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
 from salmon.errors import UserError
 from salmon.identity import tokenizer_model
 from salmon.provenance import Input, Origin
 from salmon.shards import OF_ONE_SHARD
+from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
-SHARED: dict[Shared, str] = {
-    "reward_data": "reward_data/principle_preferences.parquet",
-    "pmp": "models/pmp",
-    "reward_model": "models/reward_model",
-    "rl_prompts": "prompts/rl.parquet",
-}
-"""Artifacts of runs, below the folder that `configuration.home` says."""
 CHECKED = {
     "sample_responses": "sampling",
     "judge_preferences": "judging",
@@ -310,7 +304,7 @@ class _Verifier:
         if origin is None:
             return
         recorded: dict[str, str] = dict(manifest["inputs"])
-        inputs = {one.name: one for one in origin.inputs}
+        inputs = {short_name(one.name): one for one in origin.inputs}  # as manifests call them
         named: set[str] = set()  # in settings that have changed
         old, new = origin.values(manifest["settings"]), origin.values()
         for key in {**new, **old}:
