@@ -31,6 +31,7 @@ demo-seeds: demo
 # Bounds for one seed, looser than those of the table (demo/report.py).
 check-demo: demo
 	python demo/summary.py results/demo --check
+	snakemake --profile profiles/demo verify
 
 test: lint unit check-demo
 

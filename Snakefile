@@ -16,6 +16,8 @@ include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
 include: "rules/demo.smk"
+include: "rules/records.smk"
+include: "rules/verify.smk"
 
 
 # Snakemake has taken over what jobs have finished, and deletes nothing of it any more.

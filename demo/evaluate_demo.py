@@ -29,10 +29,10 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
-    identity,
     models,
     ppo_math,
     principles,
+    provenance,
     randomness,
     reward_model,
     script,
@@ -46,6 +46,8 @@ log = logging.getLogger("salmon.evaluate_demo")
 
 BATCH = 64  # texts scored at once
 SAMPLED = 1000  # prompts sampled at once: all
+# Which are no settings: inputs, or hardware.
+OTHER_OPTIONS = {"output", "reward_model", "pmp", "policies", "threads"}
 Judgements = Sequence[Sequence[tuple[float, float]] | None]
 
 
@@ -376,8 +378,6 @@ def main(arguments: Arguments) -> None:
         log.info("reward model, drawn records: %s", results["sign_flips"])
     results["policies"] = measure_policies(arguments, model, sampler, tokenizer)
     results = {"headline": report.headline(results), **results}
-    folders = [folder for folder in (arguments.reward_model, arguments.pmp, *arguments.policies) if folder]
-    inputs = identity.identify(arguments.model) | artifacts.hash_inputs(folders)
     steps = {}
     for policy in arguments.policies:
         steps[policy.parent.name] = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
@@ -386,9 +386,14 @@ def main(arguments: Arguments) -> None:
         artifacts.write_json(folder / "evaluation.json", results)
         (folder / "evaluation.md").write_text(report.markdown([results]), encoding="utf-8")
         report.draw(results, steps, folder)
-        settings = json.loads(arguments.model_dump_json(exclude={"output"}))
+        origin = provenance.evaluate_demo(
+            arguments.reward_model,
+            arguments.pmp,
+            arguments.policies,
+            settings={name: value for name, value in arguments if name not in OTHER_OPTIONS},
+        )
         counts = {"pairs": len(pairs), "instructions": len(results["policies"]["initial"]["words"])}
-        artifacts.write_json(folder / "manifest.json", artifacts.manifest(settings, inputs, counts))
+        artifacts.write_json(folder / "manifest.json", origin.manifest(origin.identify(), counts))
     log.info("%s", results["headline"])
     distributed.leave()
 

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from salmon import tables  # noqa: E402
-from salmon.configuration import TARGETS, Config, RunSection  # noqa: E402
+from salmon.config import FREE  # noqa: E402
+from salmon.configuration import TARGETS, Config, RunSection, section_in  # noqa: E402
 
 TARGETS_MARK = "<!-- targets: written by `make docs-reference` -->"
 
@@ -67,6 +68,11 @@ def configuration() -> str:
         "checks the keys while you type: begin your own file with",
         "`# yaml-language-server: $schema=PATH/config.schema.json`.",
         "",
+        "A changed key reruns what depends on it, but for those that change no result (or by rounding only): they",
+        "rerun nothing, start no training anew, and make nothing stale for `snakemake verify`. One exception is",
+        "Snakemake's: where the number of shards is changed, it builds them again, and all that follows. `verify`",
+        "finds their table whole all the same: set the number back, or change it when the table is built anew anyway.",
+        "",
     ]
     lines += _section("config.yaml", Config, "")
     return "\n".join(lines).rstrip() + "\n"
@@ -80,27 +86,20 @@ def _section(title: str, model: type[BaseModel], prefix: str) -> list[str]:
     properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        lines.append(
-            f"| `{key}` | {_type(field, properties[name])} | {_default(field)} | {_escape(field.description or '')} |"
-        )
-        section = _model_in(field.annotation)
+        lines.append(f"| `{key}` | {_type(field, properties[name])} | {_default(field)} | {_meaning(field)} |")
+        section = section_in(field.annotation)
         if section is not None:
-            entries = field.annotation is not section  # a mapping of names to sections
+            entries = get_origin(field.annotation) is dict
             below += _section(f"{key}.*" if entries else key, section, f"{key}.{'NAME.' if entries else ''}")
     return [*lines, "", *below]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation holds, if any."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
-
-
 def _type(field: FieldInfo, schema: dict[str, Any]) -> str:
     """What values a field takes, from its JSON schema."""
-    if _model_in(field.annotation):
-        return "section" if field.annotation is _model_in(field.annotation) else "name: section"
+    if section_in(field.annotation):
+        if get_origin(field.annotation) is dict:
+            return "name: section"
+        return "section" if field.annotation is section_in(field.annotation) else "section or null"
     return _escape(_words(schema))
 
 
@@ -149,6 +148,11 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return ""
     return f"`{_escape(json.dumps(value))}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """What a field means, and whether it changes a result."""
+    return _escape(field.description or "") + ("; *changes no result*" if FREE in field.metadata else "")
 
 
 def _escape(text: str) -> str:

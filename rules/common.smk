@@ -48,11 +48,11 @@ def checkout(rules):
 CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
-from salmon import shipped, work
+from salmon import configuration, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
-from salmon.identity import model_files, tokenizer_files
+from salmon.identity import model_files, tokenizer_files, tokenizer_model
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
     raise WorkflowError(f"one workflow cannot use two checkouts of SALMON, {shipped.CHECKOUT} and {CHECKOUT}")
@@ -143,14 +143,11 @@ def initial_policy():
 
 def own_tokenizer():
     """The initial policy's adapter, unless it is a local one without a tokenizer or chat template of its own."""
-    adapter = settings.model.adapter
-    without = adapter and Path(adapter).is_dir() and not tokenizer_files(Path(adapter))
-    return None if without else adapter
+    return tokenizer_model(settings.model).adapter
 
 
 # What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
-_NAMED = {"base", "revision", "trust_remote_code"} | ({"adapter", "adapter_revision"} if own_tokenizer() else set())
-TOKENIZER = settings.model.model_dump_json(include=_NAMED)
+TOKENIZER = tokenizer_model(settings.model).model_dump_json(exclude_unset=True)
 
 
 def tokenizer():
@@ -170,39 +167,34 @@ def judge_model():
 NO_ADAPTER = {"adapter": None, "adapter_revision": None}
 
 
+def deciding(section, without=()):
+    """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
+    return json.dumps({name: value for name, value in section.deciding().items() if name not in without})
+
+
+def free(**sections):
+    """What `deciding` leaves out, as options of a script. A resource, since a change of those reruns nothing either."""
+    return " ".join(
+        f"--{name}.{field}".replace("_", "-") + f" {shlex.quote(str(value))}"
+        for name, section in sections.items()
+        for field, value in section.free().items()
+    )
+
+
 # Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for
 # the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
 HOME = "(runs/[^/]+/)?"
-SHARED = {
-    "reward_data": "reward_data/principle_preferences.parquet",
-    "pmp": "models/pmp",
-    "reward_model": "models/reward_model",
-    "rl_prompts": "prompts/rl.parquet",
-}
-
-
-def made_of(artifact, run):
-    """The sections of a run's settings that a shared artifact depends on."""
-    if artifact == "reward_data":
-        return ("aggregation",)
-    if artifact == "reward_model":
-        return ("aggregation", "reward_model") + (("pmp",) if RUNS[run].reward_model.init == "pmp" else ())
-    return (artifact,)
 
 
 @cache
 def home(run, artifact):
     """Home of a run's artifact."""
-    sections = made_of(artifact, run)
-    owner = next(
-        name for name in RUNS if all(getattr(RUNS[name], part) == getattr(RUNS[run], part) for part in sections)
-    )
-    return "" if owner == "default" else f"runs/{owner}/"
+    return configuration.home(RUNS, run, artifact)
 
 
 def path_of(artifact, run):
     """Where a run's artifact is, which it may share with others."""
-    return f"<results>/{home(run, artifact)}{SHARED[artifact]}"
+    return f"<results>/{home(run, artifact)}{configuration.SHARED[artifact]}"
 
 
 def at_home(artifact):

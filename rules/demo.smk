@@ -51,14 +51,16 @@ rule evaluate_demo:
     conda:
         "../envs/model.yaml"
     threads: 8
+    resources:
+        free=free(model=settings.model, judge=settings.judge, ppo=settings.ppo, reward_settings=settings.reward_model),
     params:
-        model=settings.model.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
-        judge=settings.judge.model_dump_json(),
-        aggregation=settings.aggregation.model_dump_json(),
-        ppo=settings.ppo.model_dump_json(),
-        reward_settings=settings.reward_model.model_dump_json(),
-        scoring=settings.scoring.model_dump_json(),
+        model=deciding(settings.model),
+        policy_prompt=deciding(settings.policy_prompt),
+        judge=deciding(settings.judge),
+        aggregation=deciding(settings.aggregation),
+        ppo=deciding(settings.ppo),
+        reward_settings=deciding(settings.reward_model),
+        scoring=deciding(settings.scoring),
         pmp=lambda wildcards, input: input.pmp or "null",
         policies=lambda wildcards, input: json.dumps(input.policies),
         seed=settings.seed,
@@ -68,4 +70,5 @@ rule evaluate_demo:
         " --policy-prompt {params.policy_prompt:q} --judge {params.judge:q} --aggregation {params.aggregation:q}"
         " --ppo {params.ppo:q} --reward-settings {params.reward_settings:q} --reward-model {input.reward_model:q}"
         " --scoring {params.scoring:q} --pmp {params.pmp:q}"
+        " {resources.free}"
         " --policies {params.policies:q} --seed {params.seed} --threads {threads} > {log:q} 2>&1"

@@ -9,7 +9,7 @@ PPO = Ppo.model_validate(settings.ppo.model_dump(include=PPO_KEYS))
 
 # What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway.
 PARTS = {
-    "sampling": {"model": settings.model, "policy-prompt": settings.policy_prompt, "sampling": settings.sampling},
+    "sampling": {"model": settings.model, "policy_prompt": settings.policy_prompt, "sampling": settings.sampling},
     "judging": {"model": JUDGE_MODEL, "judge": settings.judge},
     "training": {
         "model": settings.model.model_copy(update=NO_ADAPTER),
@@ -49,14 +49,16 @@ rule check_model:
     threads: 8
     resources:
         device="auto",
+        free=lambda wildcards: free(**PARTS[wildcards.part]),
     params:
         parts=lambda wildcards: json.dumps([wildcards.part]),
         sections=lambda wildcards: [
             word
             for name, section in PARTS[wildcards.part].items()
-            for word in (f"--{name}", section.model_dump_json())
+            for word in (f"--{name.replace('_', '-')}", deciding(section))
         ],
     shell:
         f"python {SCRIPTS}/check_model.py"
         " --output {output:q} --parts {params.parts:q} {params.sections:q}"
+        " {resources.free}"
         " --device {resources.device:q} > {log:q} 2>&1"

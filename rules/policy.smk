@@ -25,15 +25,17 @@ rule train_policy:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
+        free=lambda wildcards: free(model=settings.model, ppo=run_settings(wildcards).ppo),
     params:
-        model=settings.model.model_dump_json(),
-        lora=settings.lora.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
-        ppo=lambda wildcards: run_settings(wildcards).ppo.model_dump_json(),
-        scoring=settings.scoring.model_dump_json(),
+        model=deciding(settings.model),
+        lora=deciding(settings.lora),
+        policy_prompt=deciding(settings.policy_prompt),
+        ppo=lambda wildcards: deciding(run_settings(wildcards).ppo),
+        scoring=deciding(settings.scoring),
     shell:
         f"{LAUNCH}/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"
+        " {resources.free}"
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
         " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
         " --micro-batch-size {resources.micro_batch_size:q}"

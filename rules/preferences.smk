@@ -26,13 +26,16 @@ rule sample_responses:
         ranks=1,
         batch_size=32,
         tensor_parallel="false",
+        free=free(model=settings.model, sampling=settings.sampling),
     params:
-        model=settings.model.model_dump_json(),
-        sampling=settings.sampling.model_dump_json(),
-        policy_prompt=settings.policy_prompt.model_dump_json(),
+        model=deciding(settings.model),
+        sampling=deciding(settings.sampling),
+        shards=settings.sampling.shards,  # decides which rows are in a shard
+        policy_prompt=deciding(settings.policy_prompt),
     shell:
         f"{LAUNCH}/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
+        " {resources.free}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
         " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
@@ -63,12 +66,15 @@ rule judge_preferences:
         ranks=1,
         batch_size=4,
         tensor_parallel="false",
+        free=free(model=JUDGE_MODEL, judge=settings.judge.model_copy(update={"model": None})),
     params:
-        model=JUDGE_MODEL.model_dump_json(),
-        judge=settings.judge.model_dump_json(exclude={"model"}),
+        model=deciding(JUDGE_MODEL),
+        judge=deciding(settings.judge, without={"model"}),
+        shards=settings.judge.shards,  # decides which rows are in a shard
     shell:
         f"{LAUNCH}/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
+        " {resources.free}"
         " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
         " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
@@ -125,7 +131,7 @@ rule aggregate_preferences:
     conda:
         "../envs/data.yaml"
     params:
-        aggregation=lambda wildcards: run_settings(wildcards).aggregation.model_dump_json(),
+        aggregation=lambda wildcards: deciding(run_settings(wildcards).aggregation),
         turn_markers=json.dumps(settings.judge.turn_markers),
     shell:
         f"python {SCRIPTS}/aggregate_preferences.py"

@@ -14,7 +14,7 @@ rule clean_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        prompts=settings.prompts.model_dump_json(),
+        prompts=deciding(settings.prompts),
     shell:
         f"python {SCRIPTS}/clean_prompts.py" " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
 
@@ -36,7 +36,7 @@ rule clean_rl_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        rl_prompts=lambda wildcards: run_settings(wildcards).rl_prompts.model_dump_json(),
+        rl_prompts=lambda wildcards: deciding(run_settings(wildcards).rl_prompts),
         model=TOKENIZER,
     shell:
         f"python {SCRIPTS}/clean_rl_prompts.py"

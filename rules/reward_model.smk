@@ -14,7 +14,7 @@ rule clean_pmp_data:
     conda:
         "../envs/data.yaml"
     params:
-        pmp_data=settings.pmp_data.model_dump_json(),
+        pmp_data=deciding(settings.pmp_data),
     shell:
         f"python {SCRIPTS}/clean_pmp_data.py" " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
 
@@ -45,18 +45,20 @@ rule train_reward_model:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
+        free=lambda wildcards: free(model=settings.model, reward_model=run_settings(wildcards).reward_model),
     params:
         init=lambda wildcards, input: f"--init {shlex.quote(input.init)}" if input.init else "",
-        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
-        lora=settings.lora.model_dump_json(),
+        model=deciding(settings.model, without=NO_ADAPTER),
+        lora=deciding(settings.lora),
         tokenizer=TOKENIZER,
-        scoring=settings.scoring.model_dump_json(),
+        scoring=deciding(settings.scoring),
         stage="reward-model",
-        settings=lambda wildcards: run_settings(wildcards).reward_model.model_dump_json(exclude={"init"}),
+        settings=lambda wildcards: deciding(run_settings(wildcards).reward_model, without={"init"}),
     shell:
         f"{LAUNCH}/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
         " --tokenizer {params.tokenizer:q} --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q}"
+        " {resources.free}"
         " --micro-batch-size {resources.micro_batch_size:q}"
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
 
@@ -77,11 +79,18 @@ use rule train_reward_model as train_pmp with:
         "<logs>/{home}train_pmp.log",
     benchmark:
         "<benchmarks>/{home}train_pmp.tsv"
+    resources:
+        nodes=1,
+        ranks=1,
+        micro_batch_size=4,
+        gradient_checkpointing="true",
+        deepspeed="null",
+        free=lambda wildcards: free(model=settings.model, pmp=run_settings(wildcards).pmp),
     params:
         init="",
-        model=settings.model.model_dump_json(exclude={"adapter", "adapter_revision"}),
-        lora=settings.lora.model_dump_json(),
+        model=deciding(settings.model, without=NO_ADAPTER),
+        lora=deciding(settings.lora),
         tokenizer=TOKENIZER,
-        scoring=settings.scoring.model_dump_json(),
+        scoring=deciding(settings.scoring),
         stage="pmp",
-        settings=lambda wildcards: run_settings(wildcards).pmp.model_dump_json(),
+        settings=lambda wildcards: deciding(run_settings(wildcards).pmp),

@@ -101,3 +101,13 @@ def border_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["BorderWo
     forks = Forks()
     yield BorderWorld(tmp_path_factory.mktemp("border") / "world", forks)
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy."""
+    from tests.small_run import build
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    build(folder)
+    return folder

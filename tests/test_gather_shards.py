@@ -101,7 +101,7 @@ def test_manifest_sums_the_counts(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["counts"] == {"rows": 11, "of 0": 1, "of 1": 1}
     assert manifest["settings"] == {"temperature": 0.7}
-    assert manifest["inputs"] == {str(path): artifacts.hash_path(path) for path in paths}
+    assert manifest["inputs"] == {"prompts": "abc"} | {str(path): artifacts.hash_path(path) for path in paths}
 
 
 def test_a_shard_may_be_empty_but_not_all(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
 )
 def test_a_head_that_does_not_fit_is_refused(llama: Path, tmp_path: Path, change: Any, said: str) -> None:
     models.new_reward_model(settings(llama), Lora(r=2), "cpu", 0).save_pretrained(str(tmp_path))
-    if said == "is damaged":
+    if said.startswith("cannot be read"):
         (tmp_path / ADAPTER).write_bytes(change((tmp_path / ADAPTER).read_bytes()))
     else:
         rewrite(tmp_path / ADAPTER, change)

@@ -540,7 +540,8 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         shutil.copytree(killed, folder)
         arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
         work = WorkFolder(arguments.output)
-        assert not train_reward_model.open_work(arguments, work, *train_reward_model.settings_and_inputs(arguments))
+        origin = train_reward_model.origin_of(arguments)
+        assert not train_reward_model.open_work(arguments, work, origin.fingerprint(origin.identify()))
         return checkpoints.newest(work)
 
     other = tmp_path / "other.parquet"

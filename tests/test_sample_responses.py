@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample_responses
-from salmon import artifacts, config, models, sampling, script
+from salmon import config, models, sampling, script
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
 from salmon.randomness import seed_of
@@ -243,16 +243,14 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
 
 
 def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
-    arguments = sample_responses.Arguments(**options(work, model))
-    settings, inputs = sample_responses.settings_and_inputs(arguments)
-    mark = artifacts.fingerprint(settings, inputs)
+    def mark(changed: config.Model = model, **more: Any) -> str:
+        origin = sample_responses.origin_of(sample_responses.Arguments(**options(work, changed, **more)))
+        return origin.fingerprint(origin.identify())
 
-    def marked(**more: Any) -> str:
-        changed = sample_responses.Arguments(**options(work, model, **more))
-        return artifacts.fingerprint(*sample_responses.settings_and_inputs(changed))
-
-    assert marked(batch_size=7) == mark
-    assert marked(seeds=(42, 44)) == mark
+    first = mark()
+    assert mark(batch_size=7) == first
+    assert mark(seeds=(42, 44)) == first
+    assert mark(model.model_copy(update={"attention": "eager"})) == first
     for changed in (
         {"index": 1},
         {"temperature": 0.5},
@@ -261,9 +259,9 @@ def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
         {"shards": 2},
         {"shard": 1},
     ):
-        assert marked(**changed) != mark
+        assert mark(**changed) != first
     (work / "policy.txt").write_text("Other.")
-    assert marked() != mark
+    assert mark() != first
 
 
 def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:

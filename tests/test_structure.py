@@ -104,7 +104,7 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
     """Every key of the configuration, with its field."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
-        if (below := write_reference._model_in(field.annotation)) is not None:
+        if (below := write_reference.section_in(field.annotation)) is not None:
             yield from sections(below, f"{prefix}{name}.")
 
 

@@ -1,5 +1,6 @@
 """The DAG: dry runs of the paper's configuration, seen as a user sees them."""
 
+import contextlib
 import os
 import re
 import resource
@@ -11,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
-from salmon import configuration
-from tests.running import PATIENCE
+from salmon import configuration, verification
+from tests.running import PATIENCE, merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -348,3 +350,71 @@ def test_the_picture_of_the_rules_is_the_one_of_these_rules() -> None:
     drawn = (ROOT / "docs" / "rules.dot").read_text()
     labels = dict(re.findall(r'(\d+)\[label *= *"(\w+)', drawn))
     assert sorted((labels[start], labels[end]) for start, end in re.findall(r"(\d+) -> (\d+)", drawn)) == edges
+
+
+# ---- Provenance
+
+
+def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
+    """The same artifacts, each by its rule and from its inputs."""
+    raw = merge(
+        yaml.safe_load((ROOT / "config.yaml").read_text()), yaml.safe_load((ROOT / "demo/config.yaml").read_text())
+    )
+    raw = merge(raw, {"model": {"adapter": ADAPTER}, "runs": {"no_pmp": {"reward_model": {"init": "base"}}}})
+    raw = merge(raw, {"runs": {"noisy": {"aggregation": {"label_noise": 0.2}, "rl_prompts": {"max_tokens": 31}}}})
+    overlay = built / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"runs": raw["runs"]}))
+    words = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "--detailed-summary")
+    listed = snakemake(*words, "evaluation", "--config", f"model={{adapter: {ADAPTER}}}", folder=built)
+    assert listed.returncode == 0, listed.stderr
+    head, *lines = (line.split("\t") for line in listed.stdout.splitlines() if "\t" in line)
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    made = {row["output_file"]: (row["rule"], set(row["input-file(s)"].split(","))) for row in rows}
+    with contextlib.chdir(built):
+        known = verification.inventory(configuration.load(raw, built))
+    # The demo's data are one artifact of several files, and a manifest is a part of its table.
+    assert set(known) == {path for path in made if "/data/" not in path and not path.endswith(".manifest.json")} | {
+        "results/demo/data"
+    }
+    for path, artifact in known.items():
+        if path == "results/demo/data":
+            continue
+        rule, inputs = made[path]
+        assert artifact.rule == rule, path
+        assert artifact.origin is not None
+        for one in artifact.origin.inputs:
+            if one.kind in ("model", "tokenizer"):
+                assert any(name.startswith(f"{one.name}/") for name in inputs), (path, one)
+            elif not rule.startswith("gather_") or ".shards/" in one.name:
+                assert one.name in inputs, (path, one)
+
+
+@pytest.fixture
+def other_checkout(small_run: Path, tmp_path: Path) -> Path:
+    """A folder without records of Snakemake's, and the configuration of results that are there."""
+    file = tmp_path / "changed.yaml"
+    raw = yaml.safe_load((small_run / "config.yaml").read_text())
+    file.write_text(yaml.safe_dump(merge(raw, {"ppo": {"kl_coefficient": 0.5}})))
+    return file
+
+
+def test_a_warning_where_snakemake_has_no_record(small_run: Path, other_checkout: Path) -> None:
+    """It says `Nothing to be done`, as it cannot know better; where it has one, it needs no warning."""
+    stale = f"stale: {small_run}/results/runs/default/policy: ppo.kl_coefficient 0.01 -> 0.5"
+    words = ("-n", "--configfile", str(ROOT / "demo" / "config.yaml"), str(other_checkout))
+    forgotten = snakemake(*words, "--snakefile", str(ROOT / "Snakefile"), folder=other_checkout.parent)
+    assert forgotten.returncode == 0, forgotten.stderr
+    assert "Nothing to be done" in forgotten.stdout + forgotten.stderr
+    assert stale in forgotten.stderr
+    known = snakemake(*words)
+    assert jobs(known.stdout + known.stderr)["train_policy"] == 1
+    assert "stale" not in known.stderr
+
+
+def test_the_target_verify(small_run: Path, other_checkout: Path) -> None:
+    for file, status in ((small_run / "config.yaml", 0), (other_checkout, 1)):
+        words = ("--cores", "1", "--configfile", str(ROOT / "demo" / "config.yaml"), str(file), "verify")
+        run = snakemake(*words, "--snakefile", str(ROOT / "Snakefile"), folder=other_checkout.parent)
+        assert run.returncode == status, run.stdout + run.stderr
+        assert ("stale: " in run.stdout) == bool(status)
+        assert "whole: " in run.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from salmon import aggregation, artifacts, principles, script
+from salmon import aggregation, artifacts, principles, provenance, script
 from salmon.config import Aggregation, Marker
 from salmon.tables import PRINCIPLE_RECORDS
 
@@ -41,9 +41,15 @@ def main(arguments: Arguments) -> None:
             turn_markers=arguments.turn_markers,
             folder=folder,
         )
-        inputs = [arguments.preferences, arguments.response0, arguments.response1, arguments.principles]
-        settings = {"aggregation": arguments.aggregation, "turn_markers": arguments.turn_markers}
-        manifest = artifacts.manifest(settings, artifacts.hash_inputs(inputs), counts)
+        origin = provenance.aggregate_preferences(
+            arguments.preferences,
+            arguments.response0,
+            arguments.response1,
+            arguments.principles,
+            aggregation=arguments.aggregation,
+            turn_markers=arguments.turn_markers,
+        )
+        manifest = origin.manifest(origin.identify(), counts)
         artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from salmon import artifacts, checking, config, distributed, identity, script
+from salmon import artifacts, checking, config, distributed, provenance, script
 from salmon.errors import UserError
 
 
@@ -62,8 +62,8 @@ def main(arguments: Arguments) -> None:
             folder / "report.json", report.facts | {"refused": report.refusals} if report.refusals else report.facts
         )
         (folder / "report.md").write_text(report.markdown(arguments.model.base), encoding="utf-8")
-        manifest = artifacts.manifest(vars(settings), identity.identify(arguments.model), {})
-        artifacts.write_json(artifacts.manifest_path(folder), manifest)
+        origin = provenance.check_model(arguments.parts, **vars(settings))
+        artifacts.write_json(artifacts.manifest_path(folder), origin.manifest(origin.identify(), {}))
     if report.refusals:
         reasons = "; ".join(report.refusals.values())
         raise UserError(f"{arguments.model.base} is refused: {reasons}. The whole report is in {refused}")

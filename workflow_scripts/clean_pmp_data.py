@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, preference_data, script, sources
+from salmon import artifacts, preference_data, provenance, script
 from salmon.config import PmpData
 from salmon.errors import UserError
 from salmon.tables import PMP_RECORDS
@@ -35,7 +35,8 @@ def main(arguments: Arguments) -> None:
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not any(counts[f"{name}: kept"] for name in settings.sources):
             raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
-        manifest = artifacts.manifest({"pmp_data": settings}, sources.identify_sources(settings.sources), counts)
+        origin = provenance.clean_pmp_data(settings)
+        manifest = origin.manifest(origin.identify(), counts)
         artifacts.write_table(pl.scan_parquet(files), output, PMP_RECORDS, manifest)
 
 

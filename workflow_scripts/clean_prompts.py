@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from salmon import artifacts, prompts, script, sources
+from salmon import artifacts, prompts, provenance, script
 from salmon.config import Prompts
 from salmon.tables import PROMPTS
 
@@ -22,9 +22,8 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     table, counts = prompts.collect_prompts(arguments.prompts)
-    manifest = artifacts.manifest(
-        {"prompts": arguments.prompts}, sources.identify_sources(arguments.prompts.sources), counts
-    )
+    origin = provenance.clean_prompts(arguments.prompts)
+    manifest = origin.manifest(origin.identify(), counts)
     artifacts.write_table(table, arguments.output, PROMPTS, manifest)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from salmon import artifacts, identity, prompts, script, sources
+from salmon import artifacts, prompts, provenance, script
 from salmon.config import Model, RlPrompts
 from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
@@ -26,8 +26,8 @@ def main(arguments: Arguments) -> None:
     settings, model = arguments.rl_prompts, arguments.model
     tokenizer = load_tokenizer(model)
     table, counts = prompts.collect_rl_prompts(settings, tokenizer)
-    inputs = sources.identify_sources(settings.sources) | identity.identify_tokenizer(model)
-    manifest = artifacts.manifest({"rl_prompts": settings, "model": model}, inputs, counts)
+    origin = provenance.clean_rl_prompts(settings, model)
+    manifest = origin.manifest(origin.identify(), counts)
     artifacts.write_table(table, arguments.output, RL_PROMPTS, manifest)
 
 

@@ -6,21 +6,19 @@ Reference step 1, paper section 3.2; what the judge computes is in `salmon/judgi
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from pydantic import Field
 
 from salmon import (
-    artifacts,
     checked,
     config,
     distributed,
     encoding,
-    identity,
     judging,
     models,
     principles,
+    provenance,
     resuming,
     script,
     shards,
@@ -54,13 +52,14 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Judge what an earlier run has not judged, write the manifest and then the table."""
     device = distributed.init()
-    settings, inputs = settings_and_inputs(arguments)
+    origin = origin_of(arguments)
+    inputs = origin.identify()
     judged = principles.read_judged(arguments.principles)
     table = read_shard(arguments)
     pairs, counts = select_pairs(table, arguments.judge)
 
     work = WorkFolder(arguments.output)
-    if work.open(artifacts.fingerprint(settings, inputs)):
+    if work.open(origin.fingerprint(inputs)):
         distributed.leave()
         return
     left = resuming.left_to_do(work, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
@@ -103,18 +102,20 @@ def main(arguments: Arguments) -> None:
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
         counts["rows"] = whole.height
-        resuming.write_shard(work, whole, JUDGEMENTS, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, whole, JUDGEMENTS, origin.manifest(inputs, counts))
     distributed.leave()
 
 
-def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs that decide the judgements: the speed does not."""
-    settings = {"model": arguments.model, **arguments.judge.model_dump(), "shard": arguments.shard}
-    files = [arguments.response0, arguments.response1, arguments.principles, Path(arguments.judge.template)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} does not exist; build it first, or correct its name")
-    return settings, artifacts.hash_inputs(files) | identity.identify(arguments.model)
+def origin_of(arguments: Arguments) -> provenance.Origin:
+    """What decides the judgements of the shard."""
+    return provenance.judge_preferences(
+        arguments.response0,
+        arguments.response1,
+        arguments.principles,
+        arguments.shard,
+        model=arguments.model,
+        judge=arguments.judge,
+    )
 
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:

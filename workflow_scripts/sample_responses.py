@@ -6,14 +6,13 @@ neither shards nor batches nor ranks change what is sampled (see `salmon/generat
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, checked, distributed, encoding, identity, models, resuming, script, shards
+from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
@@ -48,9 +47,10 @@ def main(arguments: Arguments) -> None:
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
 
-    settings, inputs = settings_and_inputs(arguments)
+    origin = origin_of(arguments)
+    inputs = origin.identify()
     work = WorkFolder(arguments.output)
-    if work.open(artifacts.fingerprint(settings, inputs)):
+    if work.open(origin.fingerprint(inputs)):
         distributed.leave()
         return
     schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
         batch = table[rows]
         generations = sampler.sample(
             [prompts[row] for row in rows],
-            [seed_of("response", settings["seed"], prompt_id) for prompt_id in batch["prompt_id"]],
+            [seed_of("response", sampling.seeds[arguments.index], prompt_id) for prompt_id in batch["prompt_id"]],
             max_new_tokens=[sampling.max_length - len(prompts[row]) for row in rows],
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -94,7 +94,7 @@ def main(arguments: Arguments) -> None:
         responses = join(table, sampled.drop("thinking_cut"), sampling.max_length)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
         counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
-        resuming.write_shard(work, responses, RESPONSES, artifacts.manifest(settings, inputs, counts))
+        resuming.write_shard(work, responses, RESPONSES, origin.manifest(inputs, counts))
     distributed.leave()
 
 
@@ -122,17 +122,16 @@ def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: Poli
     ]
 
 
-def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs that decide what is sampled: those of the other response and of speed do not."""
-    settings = {
-        "model": arguments.model,
-        "policy_prompt": arguments.policy_prompt,
-        **arguments.sampling.model_dump(exclude={"seeds"}),
-        "seed": arguments.sampling.seeds[arguments.index],
-        "shard": arguments.shard,
-    }
-    inputs = artifacts.hash_inputs([arguments.prompts, *arguments.policy_prompt.files])
-    return settings, inputs | identity.identify(arguments.model)
+def origin_of(arguments: Arguments) -> provenance.Origin:
+    """What decides the responses of the shard."""
+    return provenance.sample_responses(
+        arguments.prompts,
+        arguments.index,
+        arguments.shard,
+        model=arguments.model,
+        sampling=arguments.sampling,
+        policy_prompt=arguments.policy_prompt,
+    )
 
 
 def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:

@@ -15,13 +15,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, distributed, ppo, script, stopping, templates
-from salmon.artifacts import fingerprint, hash_inputs, manifest
+from salmon import checked, distributed, ppo, provenance, script, stopping, templates
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
-from salmon.identity import identify
 from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
@@ -60,16 +58,16 @@ def main(args: Arguments) -> None:
     tokenizer = load_tokenizer(args.model)
     prompts, counts = read_prompts(args, tokenizer)
     principles = read_principles(args)
-    settings = {"model": args.model, "lora": args.lora, "policy_prompt": args.policy_prompt, "ppo": args.ppo}
-    settings["scoring"] = args.scoring
-    files: list[Path | str] = [
+    origin = provenance.train_policy(
         args.prompts,
         args.reward_model,
-        args.ppo.principles,
-        args.ppo.template,
-        *args.policy_prompt.files,
-    ]
-    inputs = hash_inputs(files) | identify(args.model)
+        model=args.model,
+        lora=args.lora,
+        policy_prompt=args.policy_prompt,
+        ppo=args.ppo,
+        scoring=args.scoring,
+    )
+    inputs = origin.identify()
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
@@ -78,7 +76,7 @@ def main(args: Arguments) -> None:
         sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
         layout = json.dumps([sharding, distributed.world()])
     work = WorkFolder(args.output)
-    if work.open(fingerprint({**settings, "ppo": args.ppo.model_dump(exclude={"save_steps"})}, inputs), layout):
+    if work.open(origin.fingerprint(inputs), layout):
         distributed.leave()
         return
     shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
@@ -110,7 +108,7 @@ def main(args: Arguments) -> None:
     )
     weights = optimizer.trained_weights()
     if distributed.is_main():
-        with work.finish(manifest(settings, inputs, counts)) as folder:
+        with work.finish(origin.manifest(inputs, counts)) as folder:
             shared.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")

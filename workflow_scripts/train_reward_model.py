@@ -11,7 +11,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import polars as pl
 import torch
@@ -25,9 +25,9 @@ from salmon import (
     checkpoints,
     distributed,
     encoding,
-    identity,
     models,
     optimization,
+    provenance,
     reward_model,
     script,
     stopping,
@@ -69,7 +69,7 @@ class Arguments(script.Arguments):
         return self
 
     @property
-    def stage(self) -> str:
+    def stage(self) -> Literal["pmp", "reward_model"]:
         """Name of the stage's section in the configuration."""
         return "pmp" if self.pmp else "reward_model"
 
@@ -155,8 +155,9 @@ def main(arguments: Arguments) -> None:
     work = WorkFolder(arguments.output)
     # ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     training = training_arguments(arguments, work.path, counts["steps"], device)
-    used, inputs = distributed.broadcast(settings_and_inputs(arguments) if distributed.is_main() else None)
-    if open_work(arguments, work, used, inputs):
+    origin = origin_of(arguments)
+    inputs = distributed.broadcast(origin.identify() if distributed.is_main() else None)
+    if open_work(arguments, work, origin.fingerprint(inputs)):
         distributed.leave()
         return
     checkpoint = checkpoints.newest(work)
@@ -191,7 +192,7 @@ def main(arguments: Arguments) -> None:
             "evaluation": reward_model.evaluate(held, rewards.view(-1, 2)),
             "training": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
-        with work.finish(artifacts.manifest(used, inputs, counts)) as folder:
+        with work.finish(origin.manifest(inputs, counts)) as folder:
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             artifacts.write_json(folder / "metrics.json", metrics)
         log.info("held out: %s", json.dumps(metrics["evaluation"]))
@@ -231,24 +232,21 @@ def check_init(init: Path, lora: Lora) -> None:
         )
 
 
-def settings_and_inputs(arguments: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs that the reward model is made of."""
-    settings = {
-        "model": arguments.model,
-        "lora": arguments.lora,
-        "scoring": arguments.scoring,
-        arguments.stage: arguments.settings.model_dump(mode="json", exclude={"init"}),
-    }
-    paths: list[Path | str] = [
+def origin_of(arguments: Arguments) -> provenance.Origin:
+    """What decides the reward model."""
+    return provenance.train_reward_model(
         arguments.records,
-        arguments.settings.template,
-        *([arguments.init] if arguments.init else []),
-    ]
-    tokenizer = identity.identify_tokenizer(arguments.tokenizer or arguments.model)
-    return settings, artifacts.hash_inputs(paths) | tokenizer | identity.identify(arguments.model)
+        arguments.init,
+        stage=arguments.stage,
+        settings=arguments.settings,
+        model=arguments.model,
+        tokenizer=arguments.tokenizer or arguments.model,
+        lora=arguments.lora,
+        scoring=arguments.scoring,
+    )
 
 
-def open_work(arguments: Arguments, work: WorkFolder, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; see `WorkFolder.open`."""
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
@@ -257,8 +255,7 @@ def open_work(arguments: Arguments, work: WorkFolder, settings: dict[str, Any], 
         if deepspeed
         else ""
     )
-    same = arguments.settings.model_dump(mode="json", exclude={"init", "save_steps"})
-    return work.open(artifacts.fingerprint({**settings, arguments.stage: same}, inputs), layout)
+    return work.open(fingerprint, layout)
 
 
 def training_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:

@@ -200,7 +200,7 @@ def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
     named = {short_name(path): what for path, what in inputs.items()}
-    return hashlib.sha256(json.dumps([_plain(settings), named], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain(settings), named], sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -223,13 +223,19 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
         except metadata.PackageNotFoundError:
             continue
     return {
-        "settings": _plain(settings),
+        "settings": plain(settings),
         "inputs": {short_name(path): what for path, what in inputs.items()},
         "counts": dict(counts),
         "packages": versions,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as manifests hold them, as JSON types."""
+    found: dict[str, Any] = _plain(settings)
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -243,7 +249,7 @@ def _plain(value: Any) -> Any:
     return short_name(str(value)) if isinstance(value, Path | str) else value
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the workflow, with `-dirty` where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     described = subprocess.run(

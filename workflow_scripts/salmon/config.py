@@ -76,10 +76,43 @@ class OneOf:
         return name
 
 
+@dataclass(frozen=True)
+class Free:
+    """Annotation of a field that changes how the work is done, and nothing of what comes out (but by rounding).
+
+    A change of it reruns no rule, starts no training anew and makes no artifact stale.
+    """
+
+
+FREE = Free()
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys and values of another type are errors; nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def free(self) -> dict[str, Any]:
+        """The fields marked `FREE`: name, or `section.name` of a section in this one -> value."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if FREE in field.metadata:
+                found[name] = value
+            elif isinstance(value, Section):
+                found |= {f"{name}.{below}": item for below, item in value.free().items()}
+        return found
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what comes out, those that are not free, as JSON types."""
+        dumped = self.model_dump(mode="json")
+        for name in self.free():
+            *sections, last = name.split(".")
+            place = dumped
+            for section in sections:
+                place = place[section]
+            del place[last]
+        return dumped
 
     @field_validator("*", mode="before")
     @classmethod
@@ -112,7 +145,7 @@ class Model(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="number type of weights and computation"
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+    attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], FREE] = Field(
         "sdpa", description="attention kernel; the judge takes sdpa where this is flash_attention_2"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -248,7 +281,9 @@ class Sampling(Section):
         1.0, gt=0, le=1, description="probability that the tokens drawn from reach together, the most probable first"
     )
     max_length: Tokens = Field(768, description="largest number of tokens of prompt and response together")
-    shards: Shards = Field(4, description="number of jobs that each table of responses is scattered over")
+    shards: Annotated[Shards, FREE] = Field(
+        4, description="number of jobs that each table of responses is scattered over"
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -301,7 +336,7 @@ class Judge(Scored):
         16, ge=0, description="smallest number of characters of a response; pairs with a shorter one are dropped"
     )
     turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
-    shards: Shards = Field(8, description="number of jobs that the judging is scattered over")
+    shards: Annotated[Shards, FREE] = Field(8, description="number of jobs that the judging is scattered over")
 
 
 class Aggregation(Section):
@@ -372,7 +407,7 @@ class RewardTraining(Section):
     eval_examples: int = Field(
         500, ge=0, description="number of pairs held out for evaluation, whole prompts at a time"
     )
-    save_steps: Count = Field(50, description="number of steps between two checkpoints")
+    save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
     seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
 
     @model_validator(mode="after")
@@ -457,7 +492,7 @@ class Ppo(Section):
     length_reward_cap: float = Field(
         0.8, description="largest value of tokens / response_length * length bonus that is rewarded"
     )
-    save_steps: Count = Field(10, description="number of PPO steps between two checkpoints")
+    save_steps: Annotated[Count, FREE] = Field(10, description="number of PPO steps between two checkpoints")
     seed: Seed = Field(
         42, description="seed of the order of prompts, sampling, principles, minibatches and fresh weights"
     )

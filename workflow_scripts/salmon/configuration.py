@@ -3,11 +3,13 @@
 Only the Snakefile loads one; a script receives the sections it needs (`config`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from salmon import principles, shipped, templates
 from salmon.config import (
@@ -35,6 +37,14 @@ from salmon.identity import context_limit, read_config
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
 RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
+Shared = Literal["reward_data", "pmp", "reward_model", "rl_prompts"]
+SHARED: dict[Shared, str] = {
+    "reward_data": "reward_data/principle_preferences.parquet",
+    "pmp": "models/pmp",
+    "reward_model": "models/reward_model",
+    "rl_prompts": "prompts/rl.parquet",
+}
+"""Artifacts that runs share where their settings are the same, below `home`."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     resolved: dict[str, Config] = {"default": config}
     lines: list[str] = []
     for name, changes in config.runs.items():
-        raw = _merge(config.model_dump(mode="json"), changes)
+        raw = merge(config.model_dump(mode="json"), changes)
         try:
             resolved[name] = _shift_seeds(Config.model_validate(raw))
         except ValidationError as error:
@@ -180,6 +190,59 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     if lines:
         raise UserError(describe(lines, NAME))
     return resolved
+
+
+def field_of(key: str) -> FieldInfo | None:
+    """The field of a key of the configuration, `a.b.c`; None where it is no key, or a part of a value."""
+    model: type[BaseModel] | None = Config
+    field: FieldInfo | None = None
+    names = key.split(".")
+    while names:
+        if model is None:
+            return None
+        name = names.pop(0)
+        field = model.model_fields.get(name)
+        if field is None:
+            return None
+        model = section_in(field.annotation)
+        if model is not None and field.annotation is not model and get_origin(field.annotation) is dict and names:
+            names.pop(0)  # the name of an entry
+    return field
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a type holds, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := section_in(part))), None)
+
+
+def made_of(artifact: Shared, run: Config) -> tuple[RunSection, ...]:
+    """The sections that an artifact depends on, of those that runs may set differently."""
+    if artifact == "reward_data":
+        return ("aggregation",)
+    if artifact == "reward_model":
+        return (
+            ("aggregation", "reward_model", "pmp")
+            if run.reward_model.init == "pmp"
+            else ("aggregation", "reward_model")
+        )
+    return (artifact,)
+
+
+def home(runs: Mapping[str, Config], run: str, artifact: Shared) -> str:
+    """Where a run's artifact is that other runs may share: the folder of the first run that has the same settings.
+
+    Returns:
+        The part of the path after the results' folder: empty for the default run, `runs/NAME/` for another.
+    """
+    sections = made_of(artifact, runs[run])
+
+    def settings(name: str) -> list[Any]:
+        return [getattr(runs[name], section).deciding() for section in sections]
+
+    owner = next(name for name in runs if settings(name) == settings(run))
+    return "" if owner == "default" else f"runs/{owner}/"
 
 
 def _shift_seeds(config: Config) -> Config:
@@ -202,12 +265,12 @@ def _fill_results(raw: Any, results: str) -> Any:
     return raw.replace("<results>", results) if isinstance(raw, str) else raw
 
 
-def _merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
     """Mappings key by key, to any depth; everything else is replaced."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

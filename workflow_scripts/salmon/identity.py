@@ -53,6 +53,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(_matching(folder, TOKENIZER_FILES))
 
 
+def tokenizer_model(model: Model) -> Model:
+    """As much of a model as its tokenizer depends on: the adapter's part only where it has a tokenizer or template."""
+    adapter = model.adapter
+    has_own = adapter and not (Path(adapter).is_dir() and not tokenizer_files(Path(adapter)))
+    names = {"base", "revision", "trust_remote_code"} | ({"adapter", "adapter_revision"} if has_own else set())
+    return Model.model_validate(model.model_dump(include=names))
+
+
 def identify(model: Model) -> dict[str, str]:
     """Identity of a model for manifests and fingerprints: name of the base, and of the adapter -> what it is.
 

@@ -21,6 +21,9 @@ from salmon.tables import JUDGEMENTS, RESPONSES, Table
 BATCH_ROWS = 2000
 BUCKETS = 16
 
+OF_ONE_SHARD = ("shard", "shards")
+"""Settings in the manifest of a shard that the table of all of them does not depend on."""
+
 
 def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
     """The rows of one shard: row i of a table belongs to shard i % shards.
@@ -113,7 +116,8 @@ def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, d
         folder: does not exist yet; holds the files of which the table is made.
 
     Returns:
-        The table, and its manifest: settings of the shards, their summed counts, the hashes of their files.
+        The table, and its manifest: settings of the shards, their summed counts, their inputs and the hashes of their
+        files.
 
     Raises:
         UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
@@ -136,9 +140,10 @@ def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, d
     counts: Counter[str] = Counter()
     for each in manifests:
         counts.update(each.counts)
-    settings = {name: value for name, value in manifests[0].settings.items() if name not in ("shard", "shards")}
-    manifest = artifacts.manifest(settings, artifacts.hash_inputs(shards), counts)
-    return pl.scan_parquet(files), manifest
+    settings = {name: value for name, value in manifests[0].settings.items() if name not in OF_ONE_SHARD}
+    # The inputs of the shards, too: the shards may be deleted.
+    inputs = manifests[0].inputs | artifacts.hash_inputs(shards)
+    return pl.scan_parquet(files), artifacts.manifest(settings, inputs, counts)
 
 
 def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) -> None:

@@ -1,0 +1,53 @@
+"""What Snakemake does not know of results that are already there: it has a record only of what was built in this folder."""
+
+from snakemake.io import IOFile
+from snakemake.logging import logger
+from snakemake.persistence.file import FilePersistence
+
+
+def has_no_record():
+    """Whether an artifact is there of which Snakemake does not know what it was made of, as a function of its path.
+
+    Such results were moved, or built from another checkout: a changed setting would rerun nothing.
+    """
+    records = FilePersistence(nolock=True)
+
+    def check(path):
+        named = {"data": f"{path}/manifest.json"}.get(Path(path).name, path)
+        return Path(path).exists() and records.metadata(IOFile(named)) is None
+
+    return check
+
+
+def warn_of_stale_results():
+    """Name what is stale where Snakemake cannot know, before the first job. Looks at manifests only where it has to."""
+    unknown = has_no_record()
+    if not any(unknown(str(path)) for target in TARGETS for path in target_paths(target)):
+        return
+    from salmon import verification
+
+    try:
+        found = verification.verify(RUNS, unknown)
+    except UserError as error:
+        logger.warning(f"results without a record of Snakemake's cannot be verified: {error}")
+        return
+    lines = [str(finding) for finding in found.findings if finding.kind in ("stale", "follows")]
+    if lines:
+        lines += [
+            "Snakemake has no record of how these were made, and will not rebuild them by itself; `snakemake verify`",
+            "looks at all results, and `python workflow_scripts/verify.py --forcerun` prints what makes it rebuild them.",
+        ]
+        logger.warning("\n".join(lines))
+
+
+def target_paths(target):
+    """The artifacts of a target, as paths."""
+    results = settings.pathvars.results
+    return [f"{results}/{TARGETS[target].artifact.format(run=run)}" for run in RUNS]
+
+
+# The whole configuration for `verify`: in its command, it would be printed where something is stale.
+os.environ.update(SALMON_CONFIGURATION=json.dumps(whole_configuration(), default=str))
+
+if workflow.is_main_process and "verify" not in sys.argv:
+    warn_of_stale_results()

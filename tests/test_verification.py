@@ -1,0 +1,375 @@
+"""What `snakemake verify` finds: on a small run of the whole DAG, each key of the configuration changed in its turn."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import polars as pl
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import verify
+from salmon import artifacts, configuration, verification
+from salmon.config import FREE
+from salmon.configuration import Config, field_of, section_in
+from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
+from tests.running import PATIENCE, environment, merge
+
+ROOT = Path(__file__).parents[1]
+POLICY = "runs/default/policy"
+ALL = {
+    "check_model/sampling",
+    "check_model/judging",
+    "check_model/training",
+    "prompts/oasst1.parquet",
+    *(f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)),
+    "responses/response0.parquet",
+    "responses/response1.parquet",
+    *(f"preferences/preferences.shards/{shard}.parquet" for shard in (0, 1)),
+    "preferences/preferences.parquet",
+    "reward_data/principle_preferences.parquet",
+    "reward_data/pmp.parquet",
+    "models/pmp",
+    "models/reward_model",
+    "prompts/rl.parquet",
+    POLICY,
+}
+
+
+def named(*words: str) -> set[str]:
+    """The artifacts with one of these words in their paths."""
+    return {path for path in ALL if any(word in path for word in words)}
+
+
+SAMPLED, JUDGED, TRAINED = named("responses/"), named("preferences/"), named("models/", POLICY)
+# Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
+# result is not here.
+STALE = {
+    "targets": set(),
+    "pathvars": set(),
+    "seed": ALL - named("check_model/judging", "check_model/training", "preferences/"),
+    "model": ALL - named("reward_data/", "oasst1", "rl.parquet"),
+    "model.base": ALL - named("reward_data/", "oasst1"),
+    "model.revision": ALL - named("reward_data/", "oasst1"),
+    "model.trust_remote_code": ALL - named("reward_data/", "oasst1"),
+    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training"),  # it may have a tokenizer
+    "model.adapter_revision": SAMPLED | JUDGED | named("check_model/sampling", "check_model/judging", POLICY),
+    "policy_prompt": SAMPLED | named("check_model/sampling", POLICY),
+    "prompts": named("oasst1"),
+    "sampling": SAMPLED | named("check_model/sampling"),
+    "judge": JUDGED | named("check_model/judging"),
+    "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences"),
+    "judge.principles": JUDGED | named("check_model/judging", "principle_preferences"),
+    "aggregation": named("principle_preferences"),
+    "pmp_data": named("pmp.parquet"),
+    "lora": TRAINED | named("check_model/training"),
+    "scoring": TRAINED,
+    "pmp": named("models/pmp"),
+    "reward_model": named("models/reward_model"),
+    "rl_prompts": named("rl.parquet"),
+    "ppo": named(POLICY),
+}
+
+
+@pytest.fixture
+def copy(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the results, to be changed, with their configuration."""
+    shutil.copytree(small_run / "results", tmp_path / "results")
+    shutil.copy(small_run / "config.yaml", tmp_path)
+    return tmp_path
+
+
+def load(folder: Path, results: Path | None = None, **changes: Any) -> dict[str, Config]:
+    """The configuration of the small run, for results that may be elsewhere."""
+    raw = verify.read([ROOT / "config.yaml", folder / "config.yaml"])
+    places = {"pathvars": {"results": str(results or folder / "results")}}
+    return configuration.load(merge(merge(raw, places), changes), ROOT)
+
+
+def look(runs: dict[str, Config], kind: str = "stale") -> set[tuple[str, str]]:
+    """What is found of a kind: paths below the results, and why."""
+    root = Path(runs["default"].pathvars.results)
+    found = verification.verify(runs).findings
+    return {(Path(one.path).relative_to(root).as_posix(), one.text) for one in found if one.kind == kind}
+
+
+def paths(found: set[tuple[str, str]]) -> set[str]:
+    return {path for path, _ in found}
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_nothing_of_a_whole_run_is_stale(small_run: Path) -> None:
+    report = verification.verify(load(small_run))
+    assert [one for one in report.findings if one.kind != "note"] == []
+    assert report.whole == len(ALL)
+
+
+# ---- Every key
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of values, with their fields; an entry of a mapping of sections is called *."""
+    for name, field in model.model_fields.items():
+        below = section_in(field.annotation)
+        if below is None:
+            yield f"{prefix}{name}", field
+        else:
+            entry = ".*" if get_origin(field.annotation) is dict else ""
+            yield from fields(below, f"{prefix}{name}{entry}.")
+
+
+KEYS = {key: field for key, field in fields(Config) if key != "runs"}
+# Values that the rules below would not find.
+VALUES: dict[str, Any] = {
+    "pathvars.results": None,  # other results
+    "targets": ["prompts"],
+    "model.base": "HuggingFaceTB/SmolLM2-135M",
+    "sampling.seeds": [7, 8],
+    "aggregation.dimensions": ["Concise"],
+    "policy_prompt.thinking": ["<t>", "</t>"],
+    "judge.model.base": "HuggingFaceTB/SmolLM2-135M",
+    "judge.max_length": 500,
+    "ppo.rollout_batch_size": 32,
+    "ppo.minibatch_size": 4,
+    "policy_prompt.template_variables": {"answer": "short"},
+    "judge.template_variables": {"answer": "short"},
+    "scoring.template_variables": {"answer": "short"},
+    "ppo.boosted_words": {"reasoning": ["logic"]},
+    "rl_prompts.length_bonus": {"general": 0.5},
+    "rl_prompts.min_tokens": 3,
+}
+CHAT = {"policy_prompt": {"template": "chat"}, "judge": {"format": "chat"}, "scoring": {"format": "chat"}}
+
+
+def other(key: str, old: Any, folder: Path) -> Any:
+    """Another value that the key may have; of a file, a copy with other contents."""
+    if key in VALUES:
+        return VALUES[key]
+    annotation = str(KEYS[key].annotation)
+    if isinstance(old, bool):
+        return not old
+    if choices := next((get_args(part) for part in (KEYS[key].annotation, *get_args(KEYS[key].annotation))), ()):
+        strings = [choice for choice in choices if isinstance(choice, str) and choice != old]
+        if strings:
+            return strings[0]
+    if isinstance(old, int):
+        return old + 1
+    if isinstance(old, float):
+        return 0.375 if 0 <= old <= 1 else old * 1.25
+    if isinstance(old, list):
+        return [*old, "other"]
+    if isinstance(old, str) and Path(old).is_file() and Path(old).suffix in (".txt", ".json"):
+        text = Path(old).read_text()
+        (folder / Path(old).name).write_text(f"Other.\n{text}" if old.endswith(".txt") else f"{text}\n")
+        return str(folder / Path(old).name)
+    if isinstance(old, str) and Path(old).exists():
+        return "owner/other"
+    if isinstance(old, str):
+        if key.endswith(".format"):
+            return next(name for name in (PAIR_FORMATS if "pmp" in key else PROMPT_FORMATS) if name != old)
+        return f"{old}other"
+    return 5 if "int" in annotation else "owner/other"
+
+
+def leaves(key: str, raw: dict[str, Any]) -> Iterator[tuple[list[str], Any]]:
+    """The places of a key in a configuration, of a mapping in its first entry, with their values."""
+    parts: list[tuple[list[str], Any]] = [([], raw)]
+    for name in key.split("."):
+        parts = [
+            ([*path, step], part[step])
+            for path, part in parts
+            if part is not None
+            for step in (list(part)[:1] if name == "*" else [name])
+        ]
+    yield from parts
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "pathvars.results"])
+def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path: Path, key: str) -> None:
+    """And nothing else."""
+    section = key.partition(".")[0]
+    raw = load(small_run)["default"].model_dump(mode="json", exclude={"runs"})
+    base: dict[str, Any] = {}  # what there has to be for the key to be set
+    if key.startswith("judge.model."):
+        base = {"judge": {"model": raw["model"]}}
+    if key.endswith("template_variables"):
+        base = {section: CHAT[section]}
+    expected = STALE[max((begin for begin in STALE if f"{key}.".startswith(f"{begin}.")), key=len)]
+    if FREE in KEYS[key].metadata:
+        expected = set()
+    before = look(load(small_run, **base))
+    for path, old in list(leaves(key, merge(raw, base))):
+        new = other(key, old, tmp_path)
+        assert new != old
+        changes: Any = new
+        for name in reversed(path):
+            changes = {name: changes}
+        found = look(load(small_run, **merge(base, changes))) - before
+        assert paths(found) == expected, (path, new, found)
+
+
+def test_every_key_has_an_expectation() -> None:
+    """A new section is added above."""
+    assert set(Config.model_fields) - {"runs"} <= {key.split(".")[0] for key in STALE}
+    for key, field in KEYS.items():
+        assert field_of(key.replace("*", "name")) is field
+
+
+# ---- Files
+
+
+def rewrite_table(path: Path, change: pl.Expr) -> None:
+    pl.read_parquet(path).with_columns(change).write_parquet(path)
+
+
+def test_a_table_with_other_contents(copy: Path) -> None:
+    """Its consumers hashed another one; it has itself the rows that it should have."""
+    rewrite_table(copy / "results" / "prompts" / "rl.parquet", pl.col("length_bonus") + 1)
+    runs = load(copy)
+    assert look(runs) == {(POLICY, f"inputs changed ({copy}/results/prompts/rl.parquet)")}
+    rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
+    shards = {f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)}
+    gathered = {f"responses/response{index}.parquet" for index in (0, 1)}
+    assert paths(look(runs)) == {POLICY} | shards | gathered
+    assert paths(look(runs, "follows")) == JUDGED | {"reward_data/principle_preferences.parquet", "models/reward_model"}
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("prompts/rl.parquet", lambda path: pl.read_parquet(path)[1:].write_parquet(path), "rows, its manifest counts"),
+        ("prompts/rl.parquet", damage, "cannot be read as Parquet"),
+        ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read"),
+        ("prompts/rl.manifest.json", lambda path: path.write_text("[]"), "rl.manifest.json is no manifest"),
+        ("prompts/rl.manifest.json", Path.unlink, "has no manifest"),
+        ("models/pmp/manifest.json", Path.unlink, "has no manifest"),
+        ("models/pmp/adapter_model.safetensors", damage, "inputs changed"),
+    ],
+)
+def test_a_damaged_file_is_noticed(copy: Path, file: str, change: Any, said: str) -> None:
+    change(copy / "results" / file)
+    texts = [text for _, text in look(load(copy))]
+    assert any(said in text for text in texts), texts
+
+
+def test_every_table_is_held_against_its_rows(copy: Path) -> None:
+    tables = [path for path in ALL if path.endswith(".parquet")]
+    for path in tables:
+        whole = pl.read_parquet(copy / "results" / path)
+        pl.concat([whole, whole[:1]]).write_parquet(copy / "results" / path)
+    found = look(load(copy))
+    assert {path for path, text in found if "rows, its manifest counts" in text} == set(tables)
+
+
+def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
+    """Contents count, and not names."""
+    moved = copy / "elsewhere.json"
+    shutil.copy(ROOT / "demo" / "principles" / "rl.json", moved)
+    runs = load(copy, ppo={"principles": str(moved)})
+    assert look(runs) == set()
+    moved.write_text(moved.read_text().replace("1", "2", 1))
+    assert paths(look(runs)) == {POLICY}
+
+
+def test_results_that_were_moved(small_run: Path, copy: Path) -> None:
+    """And are known there by other paths, as are the inputs that moved with them."""
+    assert look(load(copy)) == set()
+    assert verification.verify(load(copy)).whole == len(ALL)
+    rewrite_table(copy / "results" / "responses" / "response0.parquet", pl.col("response") + "x")
+    assert {"reward_data/principle_preferences.parquet", *named("preferences.shards")} <= paths(look(load(copy)))
+
+
+def test_shards(copy: Path) -> None:
+    """Neither their number nor whether they are kept makes a whole table stale; a shard that is another one does."""
+    other = {"sampling": {"shards": 3}, "judge": {"shards": 1}}
+    assert look(load(copy, **other)) == set()
+    rewrite_table(copy / "results" / "responses" / "response0.shards" / "1.parquet", pl.col("response") + "x")
+    assert paths(look(load(copy))) == {"responses/response0.parquet"}
+    for folder in (copy / "results").rglob("*.shards"):
+        shutil.rmtree(folder)
+    assert look(load(copy)) == set()
+    rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
+    assert paths(look(load(copy))) == {"responses/response0.parquet", "responses/response1.parquet"}
+
+
+def test_shards_of_a_table_that_is_not_there_yet(copy: Path) -> None:
+    (copy / "results" / "responses" / "response0.parquet").unlink()
+    found = look(load(copy, sampling={"shards": 3}))
+    assert found == {(f"responses/response0.shards/{shard}.parquet", "shards 2 -> 3") for shard in (0, 1)}
+
+
+def test_manifests_of_earlier_versions(copy: Path) -> None:
+    """Without the judge's model, the inputs of the shards, what the check reads, and keys that are new since then."""
+    for path in sorted((copy / "results").rglob("*manifest.json")):
+        manifest = json.loads(path.read_text())
+        settings, inputs = manifest["settings"], manifest["inputs"]
+        if "min_characters" in settings:
+            settings["model"] = None
+        if path.with_name(path.name.replace(".manifest.json", ".shards")).is_dir():
+            manifest["inputs"] = {name: what for name, what in inputs.items() if ".shards/" in name}
+        if "check_model" in path.parts:
+            manifest["inputs"] = {name: what for name, what in inputs.items() if name == "demo/model"}
+        if "ppo" in settings:
+            del settings["ppo"]["boost"], settings["scoring"]
+        path.write_text(json.dumps(manifest))
+    assert look(load(copy)) == set()
+    assert look(load(copy, ppo={"boost": 3.0})) == {(POLICY, "ppo.boost not set -> 3.0")}
+    assert "models/pmp" in paths(look(load(copy, model={"dtype": "bfloat16"})))
+
+
+def test_missing(copy: Path) -> None:
+    """What the targets need; what is there is held against the manifest all the same."""
+    shutil.rmtree(copy / "results" / "models" / "pmp")
+    (copy / "results" / "prompts" / "rl.parquet").unlink()
+    runs = load(copy)
+    assert paths(look(runs, "missing")) == {"models/pmp", "prompts/rl.parquet"}
+    assert look(runs) == look(runs, "follows") == set()
+    assert look(load(copy, targets=["reward_model"]), "missing") == {("models/pmp", "")}
+
+
+# ---- As people call it
+
+
+def test_the_script(small_run: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump({"ppo": {"kl_coefficient": 0.5}, "pmp": {"save_steps": 7}}))
+
+    def run(*arguments: str, files: list[Path]) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, ROOT / "workflow_scripts" / "verify.py"]
+        line += ["--configfile", json.dumps([str(small_run / "config.yaml"), *map(str, files)]), *arguments]
+        return subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+    whole = run(files=[])
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.splitlines()[-1] == f"whole: {len(ALL)} artifacts"
+    stale = run(files=[changed])
+    policy = small_run / "results" / POLICY
+    assert stale.returncode == 1
+    assert f"stale: {policy}: ppo.kl_coefficient 0.01 -> 0.5\n" in stale.stdout
+    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1} artifacts"
+    assert run("--forcerun", files=[changed]).stdout.split() == ["--forcerun", str(policy)]
+    assert run("--forcerun", files=[]).stdout == ""
+
+
+def test_the_commit_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy / "results" / "models" / "pmp" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"git_commit": "0123456789abcdef-dirty"}))
+    monkeypatch.setattr(artifacts, "git_commit", lambda: manifest["git_commit"] or "fedcba9876543210")
+    assert ("models/pmp", "made by commit 0123456789-dirty, the checkout is at") in {
+        (path, text.rpartition(" ")[0]) for path, text in look(load(copy), "note")
+    }
+    assert look(load(copy)) == set()

@@ -1,0 +1,278 @@
+"""What decides an artifact: its settings and inputs, for manifests, for fingerprints, and to find what is stale.
+
+One function for each rule. The script that makes an artifact and `verification`, which compares its manifest with the
+configuration, call the same one, so that they cannot differ.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from salmon import artifacts, sources
+from salmon.config import (
+    FREE,
+    Aggregation,
+    Judge,
+    Lora,
+    Model,
+    PmpData,
+    PolicyPrompt,
+    Ppo,
+    Prompts,
+    RewardModel,
+    RewardTraining,
+    RlPrompts,
+    Sampling,
+    Scoring,
+    Section,
+    Source,
+)
+from salmon.configuration import field_of
+from salmon.identity import identify, identify_tokenizer
+from salmon.shards import OF_ONE_SHARD
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of an artifact: a file or folder, a model, its tokenizer, or a data set.
+
+    Attributes:
+        name: path or hub id.
+        kind: how it is identified.
+        revision: on the hub.
+    """
+
+    name: str
+    kind: Literal["file", "model", "tokenizer", "source"]
+    revision: str | None = None
+
+    def identity(self) -> str:
+        """The hash of what is local, the revision of what is on the hub.
+
+        Raises:
+            UserError: where it does not exist or is damaged.
+        """
+        if self.kind == "file":
+            return artifacts.hash_path(Path(self.name))
+        if self.kind == "source":
+            source = Source(format="", path=self.name, revision=self.revision)
+            return sources.identify_sources({"": source})[self.name]
+        model = Model(base=self.name, revision=self.revision)
+        return (identify if self.kind == "model" else identify_tokenizer)(model)[self.name]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What decides an artifact.
+
+    Attributes:
+        settings: as the manifest holds them: sections of the configuration, and values that stand alone.
+        inputs: what it is made from; of two of the same name the last one counts.
+        keys: name in `settings` -> key of the configuration, where that is another one.
+        unrecorded: names of settings and inputs that manifests of earlier versions do not have.
+    """
+
+    settings: Mapping[str, Any]
+    inputs: Sequence[Input] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    unrecorded: frozenset[str] = frozenset()
+
+    def identify(self) -> dict[str, str]:
+        """Name -> identity of the inputs.
+
+        Raises:
+            UserError: where one does not exist or is damaged.
+        """
+        return {one.name: one.identity() for one in {one.name: one for one in self.inputs}.values()}
+
+    def values(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Key of the configuration -> value, of all settings that decide something.
+
+        Args:
+            settings: of another artifact of the kind, read from its manifest; None for these.
+        """
+        plain = artifacts.plain(self.settings if settings is None else settings)
+        named = {self.keys.get(name, name): value for name, value in plain.items() if name in self.settings}
+        return {key: value for key, value in _leaves(named) if not is_free(key)}
+
+    def fingerprint(self, identities: Mapping[str, str]) -> str:
+        """Equal exactly where a run may continue another one; see `artifacts.fingerprint`."""
+        return artifacts.fingerprint(self.values(), identities)
+
+    def manifest(self, identities: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
+        """The manifest of the artifact; see `artifacts.manifest`."""
+        return artifacts.manifest(self.settings, identities, counts)
+
+
+def is_free(key: str) -> bool:
+    """Whether a key of the configuration changes no result (`config.FREE`)."""
+    found = field_of(key)
+    return found is not None and FREE in found.metadata
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key -> value of nested mappings; a list is one value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _files(*paths: Path | str | None) -> list[Input]:
+    return [Input(str(path), "file") for path in paths if path]
+
+
+def _model(model: Model, kind: Literal["model", "tokenizer"] = "model") -> list[Input]:
+    named = [Input(model.base, kind, model.revision)]
+    return [*named, Input(model.adapter, kind, model.adapter_revision)] if model.adapter else named
+
+
+def _sources(named: Mapping[str, Source]) -> list[Input]:
+    return [Input(path, "source", source.revision) for source in named.values() for path in source.paths]
+
+
+def _alone(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of settings of a section that stand alone in a manifest."""
+    return {name: f"{section}.{name}" for name in settings}
+
+
+def clean_prompts(prompts: Prompts) -> Origin:
+    """Prompts of the synthetic preferences."""
+    return Origin({"prompts": prompts}, _sources(prompts.sources))
+
+
+def clean_rl_prompts(rl_prompts: RlPrompts, tokenizer: Model) -> Origin:
+    """Prompts of RL."""
+    inputs = _sources(rl_prompts.sources) + _model(tokenizer, "tokenizer")
+    return Origin({"rl_prompts": rl_prompts, "model": tokenizer}, inputs)
+
+
+def clean_pmp_data(pmp_data: PmpData) -> Origin:
+    """Records of PMP."""
+    return Origin({"pmp_data": pmp_data}, _sources(pmp_data.sources))
+
+
+def sample_responses(
+    prompts: Path | str, index: int, shard: int, *, model: Model, sampling: Sampling, policy_prompt: PolicyPrompt
+) -> Origin:
+    """One shard of the responses: the settings of the other response do not decide it."""
+    alone = sampling.model_dump(exclude={"seeds", "shards"})
+    return Origin(
+        {
+            "model": model,
+            "policy_prompt": policy_prompt,
+            **alone,
+            "seed": sampling.seeds[index],
+            "shard": shard,
+            "shards": sampling.shards,
+        },
+        _files(prompts, *policy_prompt.files) + _model(model),
+        keys=_alone("sampling", alone) | {"seed": f"sampling.seeds.{index}"},
+    )
+
+
+def judge_preferences(
+    response0: Path | str, response1: Path | str, principles: Path | str, shard: int, *, model: Model, judge: Judge
+) -> Origin:
+    """One shard of the judgements, by a model that need not be the one of the settings."""
+    alone = judge.model_dump(exclude={"model", "shards"})
+    return Origin(
+        {"model": model, **alone, "shard": shard, "shards": judge.shards},
+        _files(response0, response1, principles, judge.template) + _model(model),
+        keys=_alone("judge", alone),
+        unrecorded=frozenset({"model"}),
+    )
+
+
+def gather_shards(shard: Origin) -> Origin:
+    """The table of all shards, given what decides one of them."""
+    settings = {name: value for name, value in shard.settings.items() if name not in OF_ONE_SHARD}
+    names = frozenset(one.name for one in shard.inputs)
+    return replace(shard, settings=settings, unrecorded=shard.unrecorded | names)
+
+
+def aggregate_preferences(
+    preferences: Path | str,
+    response0: Path | str,
+    response1: Path | str,
+    principles: Path | str,
+    *,
+    aggregation: Aggregation,
+    turn_markers: Sequence[str],
+) -> Origin:
+    """Records of the reward model."""
+    return Origin(
+        {"aggregation": aggregation, "turn_markers": list(turn_markers)},
+        _files(preferences, response0, response1, principles),
+        keys=_alone("judge", {"turn_markers": None}),
+    )
+
+
+def train_reward_model(
+    records: Path | str,
+    init: Path | str | None,
+    *,
+    stage: Literal["pmp", "reward_model"],
+    settings: RewardTraining,
+    model: Model,
+    tokenizer: Model,
+    lora: Lora,
+    scoring: Scoring,
+) -> Origin:
+    """A reward model of either stage; what it starts from is an input, whatever `reward_model.init` says."""
+    if isinstance(settings, RewardModel):
+        settings = RewardTraining.model_validate(settings.model_dump(exclude={"init"}))
+    return Origin(
+        {"model": model, "lora": lora, "scoring": scoring, stage: settings},
+        _files(records, settings.template, init) + _model(tokenizer, "tokenizer") + _model(model),
+    )
+
+
+def train_policy(
+    prompts: Path | str,
+    reward_model: Path | str,
+    *,
+    model: Model,
+    lora: Lora,
+    policy_prompt: PolicyPrompt,
+    ppo: Ppo,
+    scoring: Scoring,
+) -> Origin:
+    """A policy."""
+    return Origin(
+        {"model": model, "lora": lora, "policy_prompt": policy_prompt, "ppo": ppo, "scoring": scoring},
+        _files(prompts, reward_model, ppo.principles, ppo.template, *policy_prompt.files) + _model(model),
+    )
+
+
+def check_model(
+    parts: Sequence[str], *, model: Model, policy_prompt: PolicyPrompt, sampling: Sampling, judge: Judge, lora: Lora
+) -> Origin:
+    """A report on a model: what a part of the check reads is what its stages read, and no more."""
+    settings: dict[str, Section] = {"model": model}
+    inputs = _model(model)
+    if "sampling" in parts:
+        settings |= {"policy_prompt": policy_prompt, "sampling": sampling}
+        inputs += _files(*policy_prompt.files)
+    if "judging" in parts:
+        settings |= {"judge": judge}
+        inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
+    if "training" in parts:
+        settings |= {"lora": lora}
+    return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
+
+
+def evaluate_demo(
+    reward_model: Path | str | None,
+    pmp: Path | str | None,
+    policies: Sequence[Path | str],
+    *,
+    settings: Mapping[str, Any],
+) -> Origin:
+    """The demo's measurements; of the settings, those that stand alone are its own."""
+    model: Model = settings["model"]
+    return Origin(
+        settings, _model(model) + _files(reward_model, pmp, *policies), keys={"reward_settings": "reward_model"}
+    )

@@ -1,0 +1,443 @@
+"""Which artifacts are what the configuration says: manifests against settings, inputs, rows and the code's commit.
+
+Snakemake forgets why something was built when results are moved, shared with another checkout, or lose their
+`.snakemake` folder. Manifests go where the results go.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from salmon import artifacts, configuration, provenance
+from salmon.config import is_local
+from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
+from salmon.errors import UserError
+from salmon.identity import tokenizer_model
+from salmon.provenance import Input, Origin
+from salmon.shards import OF_ONE_SHARD
+from salmon.shipped import short_name
+
+HASH = re.compile(r"[0-9a-f]{64}")
+CHECKED = {
+    "sample_responses": "sampling",
+    "judge_preferences": "judging",
+    "train_pmp": "training",
+    "train_reward_model": "training",
+    "train_policy": "training",
+}
+"""Rule -> the part of `check_model` that comes before it."""
+NOT_SET = object()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that a rule makes.
+
+    Attributes:
+        path: where it is.
+        rule: which makes it.
+        origin: what decides it; None where that is not in the configuration.
+        whole: of a shard, the table that it is a part of.
+    """
+
+    path: str
+    rule: str
+    origin: Origin | None
+    whole: str | None = None
+
+    @property
+    def manifest(self) -> Path:
+        """Its manifest."""
+        return artifacts.manifest_path(Path(self.path))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of what was found.
+
+    Attributes:
+        kind: `stale`: not what the configuration says; `follows`: made of something stale; `missing`: wanted by the
+            targets and not built; `note`: worth knowing.
+        path: of the artifact.
+        text: what is wrong, empty where the kind says it.
+    """
+
+    kind: Literal["stale", "follows", "missing", "note"]
+    path: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.path}" + (f": {self.text}" if self.text else "")
+
+
+@dataclass
+class Report:
+    """What was found, in the order in which things are built."""
+
+    findings: list[Finding] = field(default_factory=list)
+    stale: list[Artifact] = field(default_factory=list)
+    whole: int = 0
+
+    @property
+    def forcerun(self) -> list[str]:
+        """What Snakemake has to be told to rebuild; what follows from it, it finds itself."""
+        # All files of the demo's data come from one job.
+        return [one.rule if one.rule == "make_demo_data" else one.path for one in self.stale]
+
+
+def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
+    """All artifacts of a configuration by their paths, what others are made of before them.
+
+    Args:
+        runs: as `configuration.load` has them.
+    """
+    return {one.path: one for one in _inventory(runs)}
+
+
+def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
+    config = runs["default"]
+    results, model = config.pathvars.results, config.model
+    tokenizer, bare = tokenizer_model(model), model.model_copy(update={"adapter": None, "adapter_revision": None})
+    judge_model = config.judge.model or model
+
+    def shared(run: str, name: Shared) -> str:
+        return f"{results}/{configuration.home(runs, run, name)}{SHARED[name]}"
+
+    def shards(table: str, rule: str, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
+        """The shards that are there, and their table."""
+        folder = Path(table).with_suffix(".shards")
+        numbers = sorted(int(file.stem) for file in folder.glob("*.parquet") if file.stem.isdigit())
+        yield from (Artifact(f"{folder}/{number}.parquet", rule, origin(number), table) for number in numbers)
+        gather = "gather_responses" if rule == "sample_responses" else "gather_preferences"
+        parts = tuple(Input(f"{folder}/{number}.parquet", "file") for number in numbers)
+        gathered = provenance.gather_shards(origin(0))
+        yield Artifact(table, gather, replace(gathered, inputs=(*gathered.inputs, *parts)))
+
+    made = {path for run in runs.values() for path in _source_paths(run) if path.startswith(f"{results}/data/")}
+    if made:
+        yield Artifact(f"{results}/data", "make_demo_data", Origin({"seed": config.seed}))
+    if model.base == f"{results}/demo_policy" or "demo_policy" in config.targets:
+        yield Artifact(f"{results}/demo_policy", "train_demo_policy", None)
+    for part, checked in {"sampling": model, "judging": judge_model, "training": bare}.items():
+        origin = provenance.check_model(
+            [part],
+            model=checked,
+            policy_prompt=config.policy_prompt,
+            sampling=config.sampling,
+            judge=config.judge,
+            lora=config.lora,
+        )
+        yield Artifact(f"{results}/check_model/{part}", "check_model", origin)
+
+    prompts = f"{results}/{TARGETS['prompts'].artifact}"
+    yield Artifact(prompts, "clean_prompts", provenance.clean_prompts(config.prompts))
+    response0, response1 = (f"{results}/{TARGETS[name].artifact}" for name in ("response0", "response1"))
+    for index, table in enumerate((response0, response1)):
+
+        def sampled(shard: int, index: int = index) -> Origin:
+            return provenance.sample_responses(
+                prompts, index, shard, model=model, sampling=config.sampling, policy_prompt=config.policy_prompt
+            )
+
+        yield from shards(table, "sample_responses", sampled)
+    preferences = f"{results}/{TARGETS['preferences'].artifact}"
+
+    def judged(shard: int) -> Origin:
+        origin = provenance.judge_preferences(
+            response0, response1, config.judge.principles, shard, model=judge_model, judge=config.judge
+        )
+        return replace(origin, keys={**origin.keys, "model": "judge.model"}) if config.judge.model else origin
+
+    yield from shards(preferences, "judge_preferences", judged)
+    for name, run in runs.items():
+        aggregated = provenance.aggregate_preferences(
+            preferences,
+            response0,
+            response1,
+            config.judge.principles,
+            aggregation=run.aggregation,
+            turn_markers=config.judge.turn_markers,
+        )
+        yield Artifact(shared(name, "reward_data"), "aggregate_preferences", aggregated)
+    pmp_data = f"{results}/{TARGETS['pmp_data'].artifact}"
+    yield Artifact(pmp_data, "clean_pmp_data", provenance.clean_pmp_data(config.pmp_data))
+    training: dict[str, Any] = {"model": bare, "tokenizer": tokenizer, "lora": config.lora, "scoring": config.scoring}
+    for name, run in runs.items():
+        if run.reward_model.init == "pmp":
+            origin = provenance.train_reward_model(pmp_data, None, stage="pmp", settings=run.pmp, **training)
+            yield Artifact(shared(name, "pmp"), "train_pmp", origin)
+    for name, run in runs.items():
+        init = shared(name, "pmp") if run.reward_model.init == "pmp" else None
+        origin = provenance.train_reward_model(
+            shared(name, "reward_data"), init, stage="reward_model", settings=run.reward_model, **training
+        )
+        yield Artifact(shared(name, "reward_model"), "train_reward_model", origin)
+    for name, run in runs.items():
+        origin = provenance.clean_rl_prompts(run.rl_prompts, tokenizer)
+        yield Artifact(shared(name, "rl_prompts"), "clean_rl_prompts", origin)
+    policies = {name: f"{results}/runs/{name}/policy" for name in runs}
+    for name, run in runs.items():
+        origin = provenance.train_policy(
+            shared(name, "rl_prompts"),
+            shared(name, "reward_model"),
+            model=model,
+            lora=config.lora,
+            policy_prompt=config.policy_prompt,
+            ppo=run.ppo,
+            scoring=config.scoring,
+        )
+        yield Artifact(policies[name], "train_policy", origin)
+    evaluation = provenance.evaluate_demo(
+        shared("default", "reward_model"),
+        shared("default", "pmp") if config.reward_model.init == "pmp" else None,
+        list(policies.values()),
+        settings={
+            "model": model,
+            "policy_prompt": config.policy_prompt,
+            "judge": config.judge,
+            "aggregation": config.aggregation,
+            "ppo": config.ppo,
+            "reward_settings": config.reward_model,
+            "scoring": config.scoring,
+            "seed": config.seed,
+        },
+    )
+    yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
+
+
+def _source_paths(config: Config) -> Iterator[str]:
+    for section in (config.prompts, config.pmp_data, config.rl_prompts):
+        for source in section.sources.values():
+            yield from source.paths
+
+
+def verify(runs: Mapping[str, Config], only: Callable[[str], bool] = lambda path: True) -> Report:
+    """Hold every artifact that is there against the configuration.
+
+    Args:
+        runs: as `configuration.load` has them.
+        only: whether to look at the artifact of a path.
+    """
+    known = inventory(runs)
+    made_from = {path: _made_from(artifact, known) for path, artifact in known.items()}
+    wanted = _wanted(runs, known, made_from)
+    report, verifier = Report(), _Verifier()
+    behind: dict[str, str] = {}  # artifact that is stale or follows -> the first stale one before it
+    commits: dict[str, list[str]] = defaultdict(list)
+    for path, artifact in known.items():
+        if not only(path):
+            continue
+        if not Path(path).exists():
+            if path in wanted:
+                report.findings.append(Finding("missing", path))
+            continue
+        reasons, commit = verifier.look(artifact)
+        before = next((behind[one] for one in made_from[path] if one in behind), None)
+        if reasons:
+            report.findings += [Finding("stale", path, reason) for reason in reasons]
+            report.stale.append(artifact)
+            behind[path] = path
+        elif before:
+            report.findings.append(Finding("follows", path, before))
+            behind[path] = before
+        else:
+            report.whole += 1
+        if commit:
+            commits[commit].append(path)
+    here = artifacts.git_commit()
+    for commit, paths in commits.items():
+        if here and commit != here:
+            shown = paths[0] if len(paths) == 1 else f"{len(paths)} artifacts ({paths[0]}, …)"
+            report.findings.append(
+                Finding("note", shown, f"made by commit {_short(commit)}, the checkout is at {_short(here)}")
+            )
+    return report
+
+
+def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
+    """The artifacts that one is made from, itself or a file in it named as an input."""
+    names = [one.name for one in artifact.origin.inputs] if artifact.origin else []
+    return [path for name in names for path in (name, str(Path(name).parent)) if path in known]
+
+
+def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
+    """What the configuration's targets consist of; shards only where their table is not there."""
+    results = runs["default"].pathvars.results
+    left = [
+        f"{results}/{TARGETS[target].artifact.format(run=run)}" for target in runs["default"].targets for run in runs
+    ]
+    wanted: set[str] = set()
+    while left:
+        path = left.pop()
+        if path not in wanted:
+            wanted.add(path)
+            left += made_from[path]
+            rules = {known[path].rule, "sample_responses" if known[path].rule == "gather_responses" else ""}
+            rules |= {"judge_preferences"} if known[path].rule == "gather_preferences" else set()
+            left += [f"{results}/check_model/{CHECKED[rule]}" for rule in rules if rule in CHECKED]
+    return wanted
+
+
+class _Verifier:
+    """Looks at artifacts, and hashes each input once."""
+
+    def __init__(self) -> None:
+        self.identities: dict[Input, str | None] = {}
+
+    def look(self, artifact: Artifact) -> tuple[list[str], str | None]:
+        """Reasons why an artifact is stale, and the commit that made it."""
+        try:
+            manifest = _read(artifact.manifest)
+            reasons = [*self._differences(artifact, manifest), *_rows(artifact, manifest["counts"])]
+        except UserError as error:
+            return [str(error)], None
+        return reasons, manifest.get("git_commit")
+
+    def _differences(self, artifact: Artifact, manifest: Mapping[str, Any]) -> Iterator[str]:
+        origin = artifact.origin
+        if origin is None:
+            return
+        recorded: dict[str, str] = dict(manifest["inputs"])
+        inputs = {short_name(one.name): one for one in origin.inputs}  # as manifests call them
+        named: set[str] = set()  # in settings that have changed
+        old, new = origin.values(manifest["settings"]), origin.values()
+        for key in {**new, **old}:
+            if key in OF_ONE_SHARD and artifact.whole and Path(artifact.whole).exists():
+                continue  # the table is there, and does not depend on it
+            then, now = old.get(key, NOT_SET), new.get(key, NOT_SET)
+            if then == now or (then is NOT_SET and (_is_default(key, now) or _unrecorded(key, origin))):
+                continue
+            if now is NOT_SET and then is None:  # where there is a section now
+                continue
+            if self._same_files(then, now, recorded, inputs):
+                continue
+            named |= {name for value in (then, now) for name in _names(value)}
+            yield f"{key} {_shown(then)} -> {_shown(now)}"
+        changed = [name for name in self._changed(artifact, recorded, inputs, origin) if name not in named]
+        if changed:
+            yield f"inputs changed ({', '.join(changed)})"
+
+    def _same_files(self, then: Any, now: Any, recorded: Mapping[str, str], inputs: Mapping[str, Input]) -> bool:
+        """Whether two settings name files of the same contents, which have only been moved."""
+        old, new = list(_names(then)), list(_names(now))
+        return len(old) == len(new) > 0 and all(
+            one == other
+            or (
+                one in recorded
+                and other in inputs
+                and HASH.fullmatch(recorded[one]) is not None
+                and recorded[one] == self._identity(inputs[other])
+            )
+            for one, other in zip(old, new, strict=True)
+        )
+
+    def _changed(
+        self, artifact: Artifact, recorded: dict[str, str], inputs: Mapping[str, Input], origin: Origin
+    ) -> Iterator[str]:
+        """Names of inputs that are not the recorded ones. What is not there any more cannot be compared."""
+        folder = Path(artifact.path).with_suffix(".shards")
+        left = dict(recorded)
+        elsewhere: list[Input] = []
+        for name, one in inputs.items():
+            if name not in left:
+                elsewhere.append(one)
+            elif self._identity(one) not in (left.pop(name), None):
+                yield name
+        for one in elsewhere:  # recorded by other names, where the results have been moved
+            identity = self._identity(one)
+            same = (name for name in left if left[name] == identity and HASH.fullmatch(left[name]))
+            tail = Path(one.name).parts[-2:]
+            moved = next(same, None) or next((name for name in left if Path(name).parts[-2:] == tail), None)
+            if moved is None:
+                in_folder = Path(one.name).parent == folder
+                if identity is not None and one.name not in origin.unrecorded and not in_folder:
+                    yield one.name
+            elif left.pop(moved) != identity and identity is not None:
+                yield one.name
+        yield from (name for name in left if Path(name).parent.name != folder.name)
+
+    def _identity(self, one: Input) -> str | None:
+        """Identity of an input; None where it is not there."""
+        if one not in self.identities:
+            there = Path(one.name).expanduser().exists() or not is_local(one.name)
+            self.identities[one] = one.identity() if there else None
+        return self.identities[one]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A manifest.
+
+    Raises:
+        UserError: where there is none, or it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("has no manifest") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} cannot be read ({type(error).__name__})") from None
+    parts = {"settings": dict, "inputs": dict, "counts": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in parts.items()):
+        raise UserError(f"{path.name} is no manifest")
+    return found
+
+
+def _rows(artifact: Artifact, counts: Mapping[str, Any]) -> Iterator[str]:
+    """A table with other rows than its manifest counts."""
+    path = Path(artifact.path)
+    if path.suffix != ".parquet":
+        return
+    if artifact.rule in ("clean_prompts", "clean_rl_prompts"):
+        counted = sum(number for name, number in counts.items() if name.endswith(": kept"))
+    else:
+        name = {"clean_pmp_data": "kept", "aggregate_preferences": "records"}.get(artifact.rule, "rows")
+        counted = counts.get(name)
+    try:
+        rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        yield f"cannot be read as Parquet ({type(error).__name__})"
+        return
+    if rows != counted:
+        yield f"{rows} rows, its manifest counts {counted}"
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether a setting that an older manifest does not have has the value that does what was done before."""
+    found = field_of(key)
+    return found is not None and not found.is_required() and _plain(found.default) == value
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _unrecorded(key: str, origin: Origin) -> bool:
+    """Whether a setting is one that older manifests do not have."""
+    names = [origin.keys.get(name, name) for name in origin.unrecorded]
+    return any(key.startswith(f"{name}.") for name in names)
+
+
+def _short(commit: str) -> str:
+    """A commit as people read it, with its `-dirty`."""
+    name, _, dirty = commit.partition("-")
+    return f"{name[:10]}-{dirty}" if dirty else name[:10]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Texts in a setting, which may name files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from (item for item in value if isinstance(item, str))
+
+
+def _shown(value: Any) -> str:
+    """A value in a line."""
+    text = "not set" if value is NOT_SET else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return repr(text) if "\n" in text else text if len(text) <= 80 else f"{text[:77]}..."
