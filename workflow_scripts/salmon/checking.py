@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import judging, models, principles, reward_model, templates
 from salmon.adapters import uncovered
-from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, Sampling, Scoring
+from salmon.config import Judge, Lora, Model, PolicyPrompt, PpoTexts, Sampling, Scoring
 from salmon.encoding import (
     Template,
     as_template,
@@ -70,7 +70,7 @@ class Settings:
     lora: Lora
     scoring: Scoring = field(default_factory=Scoring)
     tokenizer: Model | None = None
-    ppo: Ppo | None = None
+    ppo: PpoTexts | None = None
 
 
 @dataclass
