@@ -105,6 +105,13 @@ def test_tied_output_layers_are_not_missing(tmp_path: Path) -> None:
     models.load_base(settings(tmp_path), "cpu")
 
 
+def test_a_model_in_the_home_folder(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.parent))
+    model = settings(Path("~") / llama.name, adapter="~/a")
+    assert (model.base, model.adapter) == (str(llama), str(llama.parent / "a"))
+    models.load_base(model, "cpu")
+
+
 def test_attention_that_a_model_does_not_have_names_the_key(tmp_path: Path) -> None:
     zoo.build("bloom", tmp_path)
     with pytest.raises(UserError, match=r"has no sdpa: set model\.attention to eager"):
