@@ -7,6 +7,7 @@ stage) is a resource of the profile and does not appear here. `config.schema.jso
 from these models (`make docs-reference`).
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -149,6 +150,12 @@ class Model(Section):
         "sdpa", description="attention kernel; the judge takes sdpa where this is flash_attention_2"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("base", "adapter")
+    @classmethod
+    def _in_full(cls, name: str | None) -> str | None:
+        """`~/model` as a path that everybody understands."""
+        return name and os.path.expanduser(name)
 
 
 class Source(Section):
