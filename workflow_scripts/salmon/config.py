@@ -472,7 +472,7 @@ class Ppo(PpoTexts):
         description="words in a principle's name that fit a question type",
     )
     learning_rate: Rate = Field(2e-5, description="peak learning rate of policy and value model")
-    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up, before a cosine to 0")
+    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up from a rate of 0, before a cosine to 0")
     epochs: Count = Field(2, le=100_000, description="number of passes over the prompts")
     max_steps: Count | None = Field(None, description="largest number of PPO steps, where the epochs have more")
     rollout_batch_size: Count = Field(576, description="rollouts per PPO step, over all GPUs")

@@ -370,9 +370,12 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def learning_rate(step: int, steps: int, settings: Ppo) -> float:
-    """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0)."""
+    """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0).
+
+    As transformers' schedule, and so the reward model's, it counts from 0: the rate of the first step is 0.
+    """
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return settings.learning_rate * step / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
