@@ -341,7 +341,7 @@ def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer: a token a word, and one in front that does not count."""
+    """A tokenizer: a token a word, and one in front."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -352,8 +352,8 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
     plain = [{"instruction": "word " * number} for number in range(1, 7)]
     own = [{"instruction": "a b", "question_type": 1, "length_bonus": 0.25}, {"instruction": "c d", "input": "e f g h"}]
     raw = {
-        "min_tokens": 2,
-        "max_tokens": 5,
+        "min_tokens": 3,  # the one in front counts
+        "max_tokens": 6,
         "sources": {
             "plain": {"format": "prompts", "path": str(write_json(tmp_path / "p.json", plain))},
             "own": {
@@ -369,8 +369,8 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
         *[("plain", "general", 1.0)] * 4,
         ("own", "reasoning", 0.25),
     ]
-    assert counts["plain: fewer than 2 tokens"] == counts["plain: more than 5 tokens"] == 1
-    assert counts["own: more than 5 tokens"] == 1
+    assert counts["plain: fewer than 3 tokens"] == counts["plain: more than 6 tokens"] == 1
+    assert counts["own: more than 6 tokens"] == 1
     with pytest.raises(ValueError, match="no factor for reasoning, red_teaming"):
         RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}})
 
@@ -536,7 +536,7 @@ def test_the_rl_script_counts_tokens_with_the_models_tokenizer(tmp_path: Path, t
 
     texts = [" ".join(["planet"] * number) for number in range(1, 40)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    lengths = {text: len(tokenizer.tokenize(text)) for text in texts}
+    lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
     path = write_json(tmp_path / "in.json", [{"instruction": text} for text in texts])
     raw = {"max_tokens": 60, "min_tokens": 10, "sources": {"it": {"format": "prompts", "path": str(path)}}}
     output = tmp_path / "out.parquet"

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import checked, distributed, ppo, provenance, script, stopping, templates
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
-from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
 from salmon.models import check_context
@@ -80,9 +79,8 @@ def main(args: Arguments) -> None:
         distributed.leave()
         return
     shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
-    around = len(encode_prompt(tokenizer, "", args.policy_prompt, read_preamble(args.policy_prompt)))
-    longest = around + args.ppo.query_length + args.ppo.response_length
-    check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+    longest = args.ppo.query_length + args.ppo.response_length
+    check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
     check_context(shared.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
 
     if args.gradient_checkpointing:
@@ -149,11 +147,13 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
             f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
             "build the file again"
         )
-    used = ppo.within_query_length(table, tokenizer, args.ppo)
+    used = ppo.within_query_length(table, tokenizer, args.ppo, args.policy_prompt)
     left_out = len(table) - len(used)
     if left_out:
         log.warning(
-            "%d prompts of more than %d tokens (ppo.query_length) are left out", left_out, args.ppo.query_length
+            "%d prompts of more than %d tokens with their template (ppo.query_length) are left out",
+            left_out,
+            args.ppo.query_length,
         )
     return used, {"rows": len(table), "prompts": len(used), "longer_than_query_length": left_out}
 

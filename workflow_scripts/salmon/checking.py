@@ -21,12 +21,14 @@ from salmon.config import Judge, Lora, Model, PolicyPrompt, PpoTexts, Sampling, 
 from salmon.encoding import (
     Template,
     as_template,
+    check_query_length,
     encode_prompt,
     guard,
     prompt_text,
     read_preamble,
     read_template,
     render,
+    shared_tokens,
     tokenize,
 )
 from salmon.errors import UserError
@@ -199,7 +201,8 @@ def sampling(
     """
     preamble = read_preamble(settings.policy_prompt)
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
-    models.check_context(model, settings.sampling.max_length, "sampling.max_length")
+    longest = shared_tokens(tokenizer, settings.policy_prompt, preamble) + settings.sampling.max_length
+    models.check_context(model, longest, "policy_prompt.template's preamble + sampling.max_length")
     _check_vocabulary(tokenizer, model, queries)
     sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
     answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)
@@ -287,9 +290,9 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
                 "merge it into the base model, and name that as model.base"
             ) from error
     if ppo := settings.ppo:
-        around = len(encode_prompt(tokenizer, "", settings.policy_prompt, read_preamble(settings.policy_prompt)))
-        longest = around + ppo.query_length + ppo.response_length
-        models.check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+        check_query_length(tokenizer, ppo, settings.policy_prompt)
+        longest = ppo.query_length + ppo.response_length
+        models.check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
         models.check_context(shared.lm, ppo.reward_max_length, "ppo.reward_max_length")
     with torch.no_grad():
         bound = tolerance(model, float(wanted[0].std())) + 4 * largest * torch.finfo(getattr(torch, model.dtype)).eps

@@ -257,8 +257,14 @@ class Prompts(Section):
 class RlPrompts(Prompts):
     """Prompts of the RL stage."""
 
-    min_tokens: Tokens = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
-    max_tokens: Tokens = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
+    min_tokens: Tokens = Field(
+        2,
+        description="smallest number of tokens of an instruction, with its input and the beginning token; shorter ones "
+        "are dropped",
+    )
+    max_tokens: Tokens = Field(
+        256, description="largest number of tokens of an instruction, counted alike; longer ones are dropped"
+    )
     length_bonus: dict[QuestionType, Number] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
@@ -287,7 +293,11 @@ class Sampling(Section):
     top_p: float = Field(
         1.0, gt=0, le=1, description="probability that the tokens drawn from reach together, the most probable first"
     )
-    max_length: Tokens = Field(768, description="largest number of tokens of prompt and response together")
+    max_length: Tokens = Field(
+        768,
+        description="largest number of tokens of prompt and response together, counted from after the preamble, which "
+        "all prompts begin with",
+    )
     shards: Annotated[Shards, FREE] = Field(
         4, description="number of jobs that each table of responses is scattered over"
     )
@@ -443,7 +453,9 @@ class PpoTexts(Section):
         description="template file of the reward model's text in RL: {Output} {Input} {Dimensions}, and fixed lines"
     )
     query_length: Tokens = Field(
-        256, description="largest number of tokens of an instruction; longer ones are left out"
+        256,
+        description="largest number of tokens of a whole prompt: preamble, instruction and markers; longer ones are "
+        "left out",
     )
     response_length: Tokens = Field(1024, description="largest number of tokens sampled")
     reward_query_length: Tokens = Field(

@@ -26,7 +26,15 @@ from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import atomic
 from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo, Scoring
-from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble, read_template
+from salmon.encoding import (
+    begins_thinking,
+    check_query_length,
+    encode_prompt,
+    prompt_text,
+    read_preamble,
+    read_template,
+    tokenize,
+)
 from salmon.errors import UserError
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
@@ -71,15 +79,24 @@ class Rollout:
     returns: torch.Tensor = _UNSET
 
 
-def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo) -> pl.DataFrame:
-    """The prompts whose instruction, with its input, has at most `query_length` tokens.
+def within_query_length(
+    prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo, policy_prompt: PolicyPrompt
+) -> pl.DataFrame:
+    """The prompts of at most `query_length` tokens as the policy reads them, template included.
 
     Longer ones are left out, not cut: of half an instruction nobody knows what answers it.
+
+    Raises:
+        UserError: where the policy's template alone has as many tokens.
     """
+    check_query_length(tokenizer, settings, policy_prompt)
+    preamble = read_preamble(policy_prompt)
     fits: list[bool] = []
     for part in prompts.iter_slices(4096):
-        texts = [join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
-        fits += [number <= settings.query_length for number in count_tokens(tokenizer, texts)]
+        rows = part.select("instruction", "input").iter_rows()
+        texts = [prompt_text(tokenizer, join_instruction(*row), policy_prompt, preamble) for row in rows]
+        encoded = tokenize(tokenizer, texts, add_special_tokens=not policy_prompt.is_chat)
+        fits += [len(each) <= settings.query_length for each in encoded]
     return prompts.filter(pl.Series(fits, dtype=pl.Boolean))
 
 
