@@ -197,7 +197,7 @@ def test_metrics_are_means_over_rollouts_or_tokens(world: World, rollouts: list[
     ]
     names = ("kl_token", "entropy", "returns", "value_error")
     expected = {name: sum(row[i] for row in tokens) / len(tokens) for i, name in enumerate(names)}
-    for name in ("score", "reward", "finished", "thinking_cut"):
+    for name in ("score", "reward", "finished", "thinking_cut", "marker_cut"):
         expected[name] = sum(getattr(rollout, name) for rollout in rollouts) / len(rollouts)
     expected["response_tokens"] = len(tokens) / len(rollouts)
     expected["kl_sequence"] = sum(row[0] for row in tokens) / len(rollouts)

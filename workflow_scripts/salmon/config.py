@@ -493,6 +493,11 @@ class Ppo(PpoTexts):
     temperature: float = Field(
         0.7, ge=COLDEST, le=1000, description="sampling temperature; PPO improves the policy at this temperature"
     )
+    cut_markers: list[Marker] = Field(
+        ["\nNote", "\nUpdate", "\nComment"],
+        description="a response is cut before the first of these, and counts as one that did not end by itself: such "
+        "lines praise or amend the response",
+    )
     kl_coefficient: float = Field(
         0.01, ge=0, description="coefficient of the KL penalty in the reward, the same at every step"
     )

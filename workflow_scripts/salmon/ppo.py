@@ -40,9 +40,9 @@ from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
-from salmon.sampling import Sampler, without_thinking
+from salmon.sampling import Sampler, tokens_of_beginning, without_thinking
 from salmon.shared_base import Role, SharedBase
-from salmon.text import join_instruction
+from salmon.text import cut_at_markers, join_instruction
 from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ DOCUMENT = Scoring()
 class Rollout:
     """One prompt, the response that the policy sampled, and what was measured on it.
 
-    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking.
+    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking. Both end
+    before the first of the cut markers.
 
     Tensors are float32 [R] on the CPU, R the tokens of the response.
     """
@@ -69,6 +70,7 @@ class Rollout:
     text: str
     finished: bool
     thinking_cut: bool = False
+    marker_cut: bool = False
     score: float = 0.0
     reward: float = 0.0
     logprobs: torch.Tensor = _UNSET
@@ -153,23 +155,30 @@ def sample(
             temperature=settings.temperature,
             stop=policy_prompt.stop,
         )
-    answers = [without_thinking(tokenizer, each, policy_prompt.thinking, begun=begun) for each in generations]
-    return [
-        Rollout(
-            place=place,
-            query=query,
-            instruction=instruction,
-            question_type=record["question_type"],
-            length_bonus=record["length_bonus"],
-            response=generation.tokens,
-            text=text,
-            finished=generation.finish_reason != "length",
-            thinking_cut=cut,
+    rollouts = []
+    for place, query, instruction, record, generation in zip(
+        places, queries, instructions, records, generations, strict=True
+    ):
+        whole, thinking_cut = without_thinking(tokenizer, generation, policy_prompt.thinking, begun=begun)
+        text, response = cut_at_markers(whole, settings.cut_markers), generation.tokens
+        marker_cut = text != whole
+        if marker_cut:  # what follows is lost, and with it the stop
+            response = tokens_of_beginning(tokenizer, generation, text, policy_prompt.thinking, begun=begun)
+        rollouts.append(
+            Rollout(
+                place=place,
+                query=query,
+                instruction=instruction,
+                question_type=record["question_type"],
+                length_bonus=record["length_bonus"],
+                response=response,
+                text=text,
+                finished=generation.finish_reason != "length" and not marker_cut,
+                thinking_cut=thinking_cut,
+                marker_cut=marker_cut,
+            )
         )
-        for place, query, instruction, record, generation, (text, cut) in zip(
-            places, queries, instructions, records, generations, answers, strict=True
-        )
-    ]
+    return rollouts
 
 
 @torch.no_grad()
@@ -371,6 +380,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_tokens": [float(len(r.response)) for r in rollouts],
         "finished": [float(r.finished) for r in rollouts],
         "thinking_cut": [float(r.thinking_cut) for r in rollouts],
+        "marker_cut": [float(r.marker_cut) for r in rollouts],
         "kl_sequence": [float((r.logprobs - r.reference).sum()) for r in rollouts],
     }
     per_token = {
