@@ -399,7 +399,7 @@ class PmpData(Section):
 
 
 class Lora(Section):
-    """Adapters of all trained models (QLoRA)."""
+    """Adapters of all trained models (QLoRA); their weights are float32, in the paper's RL bfloat16."""
 
     r: Count = Field(64, le=16384, description="rank of the adapters")
     alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
@@ -422,7 +422,10 @@ class RewardTraining(Section):
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
     eval_examples: int = Field(
-        500, ge=0, description="number of pairs held out for evaluation, whole prompts at a time"
+        500,
+        ge=0,
+        description="number of pairs held out for evaluation, whole prompts at a time; the paper trains on all, as 0 "
+        "does, and evaluates on 500 human preferences of another data set",
     )
     save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
     seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
