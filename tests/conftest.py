@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ os.environ["CXX"] = "false"  # nothing is compiled at run time: see distributed.
 import pytest
 
 if TYPE_CHECKING:
+    from tests.border_world import BorderWorld
     from tests.ppo_world import World
 
 TEXT = """
@@ -88,6 +90,17 @@ def policy(world: "World") -> Path:
     status, log = run(world.arguments(output))
     assert status == 0, log
     return output
+
+
+@pytest.fixture(scope="session")
+def border_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["BorderWorld"]:
+    """Inputs and artifacts of all scripts; tests that change them take a copy."""
+    from tests.border_world import BorderWorld
+    from tests.forks import Forks
+
+    forks = Forks()
+    yield BorderWorld(tmp_path_factory.mktemp("border") / "world", forks)
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -27,5 +27,7 @@ def _below(part: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
     if isinstance(entry := part.get("additionalProperties"), dict) and name in allowed:
         yield entry
     yield from part.get("patternProperties", {}).values()
-    if name.isdigit() and isinstance(entry := part.get("items"), dict):
-        yield entry
+    if name.isdigit():
+        if isinstance(entry := part.get("items"), dict):
+            yield entry
+        yield from part.get("prefixItems", [])[int(name) :][:1]

@@ -60,9 +60,9 @@ def failing(arguments: list[Any], **more: Any) -> str:
     return done.stderr
 
 
-def on_a_full_disk(arguments: list[Any], size: int) -> str:
+def on_a_full_disk(arguments: list[Any], size: int, **more: Any) -> str:
     """The same, where it can write no file of more than `size` bytes."""
-    return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), **more)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

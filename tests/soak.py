@@ -84,6 +84,7 @@ def start(stage: Stage, kill_at: int | None, log: Path) -> tuple[int, int]:
 
         sys.addaudithook(hook)
         module = importlib.import_module(stage.name.split()[0])
+        os.environ["SALMON_KEEP_FINISHED"] = "1"  # as Snakemake's jobs have it
         sys.argv = [stage.name, *stage.line]
         status = 0
         try:
@@ -128,6 +129,16 @@ def contents(artifact: Path) -> dict[str, Any]:
             found[str(file.relative_to(artifact.parent))] = file.read_bytes()
     manifest = json.loads(manifest_of(artifact).read_text())
     return {**found, "manifest": {name: manifest[name] for name in ("settings", "inputs", "counts")}}
+
+
+def sweep(stage: Stage) -> None:
+    """What Snakemake does when it ends."""
+    process = os.fork()
+    if not process:
+        work = importlib.import_module("salmon.work")
+        work.sweep(stage.output.parent)
+        os._exit(0)
+    os.waitpid(process, 0)
 
 
 def kept(stage: Stage) -> tuple[int, int]:
@@ -175,6 +186,7 @@ def once(stage: Stage, kills: int, draws: random.Random) -> None:
                 stage.found["lost"] += 1
                 print(f"{stage.name}: kept {before}, resumed from {(parts, steps)}", log.read_text()[-1500:])
         break
+    sweep(stage)
     if contents(stage.output) != stage.expected:
         stage.found["unequal"] += 1
     expected = {stage.output.name, *([manifest_of(stage.output).name] if stage.output.is_file() else [])}

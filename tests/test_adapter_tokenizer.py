@@ -61,15 +61,35 @@ def test_an_adapters_tokenizer_without_a_chat_template_takes_the_bases(base: Pat
     assert found("a")["input_ids"] == found("a", add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_an_adapters_chat_template_alone(base: Path, adapter: Path, file: str) -> None:
-    (adapter / file).write_text(OWN if file.endswith("jinja") else json.dumps({"chat_template": OWN}))
-    assert load(base, adapter).chat_template == OWN
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("chat_template.jinja", OWN),
+        ("tokenizer_config.json", json.dumps({"chat_template": OWN})),
+        (
+            "tokenizer_config.json",
+            json.dumps(
+                {"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN}]}
+            ),
+        ),
+    ],
+)
+def test_an_adapters_chat_template_alone(base: Path, adapter: Path, file: str, contents: str) -> None:
+    (adapter / file).write_text(contents)
+    assert load(base, adapter).get_chat_template() == OWN
 
 
-def test_settings_of_a_tokenizer_without_a_template_change_nothing(base: Path, adapter: Path) -> None:
-    (adapter / "tokenizer_config.json").write_text("{}")
+@pytest.mark.parametrize("settings", ["{}", '{"chat_template": null}'])
+def test_settings_of_a_tokenizer_without_a_template_change_nothing(base: Path, adapter: Path, settings: str) -> None:
+    (adapter / "tokenizer_config.json").write_text(settings)
     assert load(base, adapter).chat_template == CHATML
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"chat_template": [1]}'])
+def test_damaged_settings_of_a_tokenizer_are_refused(base: Path, adapter: Path, settings: str) -> None:
+    (adapter / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read"):
+        load(base, adapter)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,7 @@ def test_an_adapter_that_is_not_there(base: Path, adapter: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist \(model\.adapter\)"):
         load(base, adapter.parent / "other")
     (adapter / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"Check model\.adapter and model\.adapter_revision"):
+    with pytest.raises(UserError, match=r"check model\.adapter and model\.adapter_revision"):
         load(base, adapter)
 
 
@@ -123,13 +143,21 @@ def test_the_identity_of_a_tokenizer_is_that_of_both_folders(base: Path, adapter
 @pytest.mark.parametrize("own", [True, False])
 def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path, own: bool) -> None:
     """To what reads tokens only, and to the training of reward models, whose base is without the adapter."""
-    for name in ("Snakefile", "config.yaml", "rules", "workflow_scripts", "prompts", "envs", "demo"):
-        (base.parent / name).symlink_to(ROOT / name)
     if own:
         (adapter / "chat_template.jinja").write_text(OWN)
     overlay = {"model": {"base": "base", "adapter": "adapter"}}
     (base.parent / "mine.yaml").write_text(yaml.safe_dump(overlay))
-    words = [shutil.which("snakemake"), "-n", "-p", "--configfile", "config.yaml", "mine.yaml", "--", "policy"]
+    words = [
+        shutil.which("snakemake"),
+        "-n",
+        "-p",
+        "-s",
+        ROOT / "Snakefile",
+        "--configfile",
+        "mine.yaml",
+        "--",
+        "policy",
+    ]
     done = subprocess.run(words, cwd=base.parent, env=environment(), capture_output=True, text=True, check=False)  # type: ignore[arg-type]
     assert done.returncode == 0, done.stdout + done.stderr
     scripts = {"clean_rl_prompts.py": "--model '", "train_reward_model.py": "--tokenizer '"}

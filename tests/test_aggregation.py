@@ -4,6 +4,8 @@ import ast
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from math import sqrt
@@ -77,10 +79,12 @@ class Inputs:
         return paths[0], paths[1], paths[2]
 
     def aggregate(self, **changes: Any) -> tuple[pl.DataFrame, dict[str, int]]:
-        table, counts = aggregate(
-            *self.write(), principles=PRINCIPLES, settings=settings(**changes), turn_markers=MARKERS
-        )
-        return table.collect(), counts
+        paths = self.write()
+        with tempfile.TemporaryDirectory() as folder:
+            table, counts = aggregate(
+                *paths, principles=PRINCIPLES, settings=settings(**changes), turn_markers=MARKERS, folder=Path(folder)
+            )
+            return table.collect(), counts
 
 
 @pytest.fixture
@@ -103,7 +107,8 @@ def slow_reference(inputs: Inputs, chosen: Aggregation) -> list[dict[str, Any]]:
         if (key, NAMES[0]) not in judged:
             continue
         texts = [row["response"].split(MARKERS[0])[0] for row in (first[key], second[key])]
-        asked, *spoken = language.detect([first[key]["instruction"], *texts])
+        looked_at = [first[key]["instruction"], *texts] if chosen.language_rule else []
+        asked, *spoken = language.detect(looked_at) or [None] * 3
         for number in range(chosen.passes):
             rng = randomness.rng("aggregation", chosen.seed, number, key)
             largest = min(chosen.max_principles, len(NAMES))
@@ -462,6 +467,34 @@ def test_languages_are_named_only_with_confidence() -> None:
     unclear = ["", " ", "42", "3.14159 * 2 = 6.28318", "OK", "Paris", "!!! ???", "$\\frac{1}{2}$", "for i in x: i += 1"]
     assert language.detect(unclear) == [None] * len(unclear)
     assert language.detect([]) == []
+
+
+def test_long_texts_are_looked_at_up_to_a_length() -> None:
+    code = "".join(f"x{number} = {number} + y[{number}]\n" for number in range(100))
+    assert len(code) > language.PREFIXES[0]
+    assert language.detect([ENGLISH * 10 + GERMAN * 100, code + ENGLISH * 20]) == ["en", "en"]
+    assert language.detect([code * 3 + ENGLISH * 20]) == [None]
+    started = time.process_time()
+    language.detect([ENGLISH * 100_000])  # a minute, if all of it were
+    assert time.process_time() - started < 5
+
+
+def test_no_language_is_detected_for_a_rule_that_is_off(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> Any:
+        raise AssertionError("a text was looked at")
+
+    monkeypatch.setattr(language, "detect", refuse)
+    table, _ = inputs.aggregate(language_rule=False)
+    assert table.height
+    for name in ("instruction_language", "output_1_language", "output_2_language"):
+        assert table[name].null_count() == table.height
+
+
+def test_progress_is_told(inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        inputs.aggregate()
+    assert "60/60" in caplog.text
+    assert "pairs" in caplog.text
 
 
 def test_responses_are_cut_before_anything_looks_at_them(inputs: Inputs) -> None:

@@ -111,6 +111,25 @@ def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("begins", "rest"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think>\n\n</think>\n\n"),
+        ("[THINK]", "[THINK]\n\n[/THINK]\n\n"),
+        ("<seed:think>\nSo", "<seed:think>\nSo\n\n</seed:think>\n\n"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("</think><think>", "</think><think>\n\n</think>\n\n"),
+        ("<answer>", "<answer>"),
+    ],
+)
+def test_a_begun_thinking_is_closed_before_the_verdict(tmp_path: Path, begins: str, rest: str) -> None:
+    """As DeepSeek-R1's and Qwen3-Thinking's chat templates begin the assistant's turn."""
+    template = "You may <think>." + CHATML.replace("assistant\n", f"assistant\n{begins}")
+    found = read_template(chatml(template), write(tmp_path, REWARD), CHAT, "scoring.format")
+    assert found.text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{rest}The quality is")
+
+
+@pytest.mark.parametrize(
     ("template", "text", "message"),
     [
         (None, REWARD, r"scoring\.format is `chat`, but the tokenizer has no chat template"),
@@ -121,6 +140,8 @@ def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
             r"scoring\.format .* \(not today\); check the variables",
         ),
         ("{{ messages[-1]['content'] | upper }}", REWARD, r"scoring\.format .*it changes the text"),
+        ("{{ messages[-1]['content'] + 1 }}", REWARD, r"scoring\.format .*can only concatenate str"),
+        ("{{ strftime_now('%d') }}" + CHATML, REWARD, r"scoring\.format .*it writes the date"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, template: str, text: str, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import gather_shards
 from salmon import artifacts
 from salmon.errors import UserError
-from salmon.shards import in_order
+from salmon.shards import in_order, in_order_of_keys, read_rows, sort_rows
 from salmon.tables import JUDGEMENTS, RESPONSES
 
 Schema = dict[str, Any]
@@ -48,7 +48,8 @@ def write(folder: Path, table: pl.DataFrame, shards: int, **changed: Any) -> lis
         part = table.filter(shard_of == shard)
         part.write_parquet(path)
         settings = {"temperature": 0.7, "shard": shard, "shards": shards} | changed.get("settings", {})
-        manifest = artifacts.manifest(settings, {"prompts": "abc"}, {"rows": part.height, f"of {shard}": 1})
+        counts = {"rows": part.height, f"of {shard}": 1} | ({"judged": 1} if "s12" in table.columns else {})
+        manifest = artifacts.manifest(settings, {"prompts": "abc"}, counts)
         artifacts.write_json(artifacts.manifest_path(path), manifest)
         paths.append(path)
     return paths
@@ -68,6 +69,30 @@ def test_number_and_order_of_shards_do_not_show(tmp_path: Path, table: pl.DataFr
         paths = write(tmp_path / str(shards), table, shards)
         gather(paths[::-1], tmp_path / "out.parquet")
         assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_many_rows_are_sorted_in_parts_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    ids = [f"{number:06x}" for number in rng.permutation(5000)]
+    files = []
+    for shard in range(3):
+        keys = ids[shard::3]
+        table = pl.DataFrame({"prompt_id": keys * 2, "number": range(2 * len(keys))})
+        files.append(tmp_path / f"{shard}.parquet")
+        table.write_parquet(files[-1], row_group_size=700)
+    expected = pl.concat([pl.read_parquet(file) for file in files]).sort("prompt_id", maintain_order=True)
+    with caplog.at_level("INFO"):
+        parts = sort_rows(files, expected.columns, tmp_path / "sorted")
+    assert "3/3" in caplog.text
+    heights = [pl.read_parquet(part).height for part in parts]
+    assert max(heights) < 2 * min(heights) < 2 * 10_000 / 15
+    assert pl.concat([pl.read_parquet(part) for part in parts]).equals(expected)
+    assert in_order_of_keys(parts[0], tmp_path / "again") == [parts[0]]
+    copies = in_order_of_keys(files[0], tmp_path / "again")
+    assert (
+        list(read_rows(copies, ["number"]))
+        == pl.read_parquet(files[0]).sort("prompt_id", maintain_order=True).select("number").rows()
+    )
 
 
 def test_manifest_sums_the_counts(tmp_path: Path) -> None:
@@ -104,7 +129,8 @@ def test_one_row_in_two_shards(tmp_path: Path) -> None:
         paths = write(tmp_path, table, 2)
         key = pl.read_parquet(paths[0])["prompt_id"][0]
         first = pl.concat([pl.read_parquet(path).head(1) for path in paths])
-        pl.concat([pl.read_parquet(paths[1]), first.head(1)]).write_parquet(paths[1])
+        rows = pl.read_parquet(paths[1])
+        pl.concat([rows[1:], first.head(1)]).write_parquet(paths[1])
         with pytest.raises(UserError, match=f"has 2 rows of {named.format(key)};"):
             gather(paths, tmp_path / "out.parquet")
 
@@ -114,7 +140,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     paths = write(tmp_path, responses(), 3)
     whole = paths[1].read_bytes()
     paths[1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"1\.parquet cannot be read as Parquet"):
+    with pytest.raises(UserError, match=r"1\.parquet cannot be read: parquet"):
         gather(paths, output)
     pl.read_parquet(paths[0]).drop("response").write_parquet(paths[1])
     with pytest.raises(UserError, match=r"1\.parquet lacks columns: response"):
@@ -122,9 +148,60 @@ def test_damaged_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither responses nor judgements"):
         gather([paths[1], paths[0], paths[2]], output)
     artifacts.manifest_path(paths[2]).unlink()
-    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read .* build it again"):
+    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* build it again"):
         gather(paths, output)
     assert not output.exists()
+
+
+def test_rows_that_its_manifest_does_not_count(tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    for table in (responses(), judgements()):
+        paths = write(tmp_path, table, 2)
+        rows = pl.read_parquet(paths[1])
+        rows[1:].write_parquet(paths[1])
+        said = rf"1\.parquet has {rows.height - 1} rows, but its manifest counts {rows.height}; delete both and build"
+        with pytest.raises(UserError, match=said):
+            gather(paths, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m | {"counts": {"rows": 4}}, "is not the manifest of a table of judgements: it counts rows"),
+        (lambda m: m | {"counts": {"rows": -4}}, r"counts\.rows: Input should be greater"),
+        (lambda m: m | {"counts": {"rows": 1e400, "judged": 1}}, r"counts\.rows: "),
+        (lambda m: m | {"settings": []}, "settings: Input should be a valid dictionary"),
+        (lambda m: [m], "is not valid"),
+        (lambda m: m | {"settings": {}}, "found shards"),
+        (lambda m: m | {"settings": m["settings"] | {"shard": None}}, "found shards"),
+        (lambda m: m | {"settings": m["settings"] | {"shards": 10**12}}, "found shards"),
+    ],
+)
+def test_manifests_that_are_no_manifests_of_the_shard(tmp_path: Path, change: Any, said: str) -> None:
+    paths = write(tmp_path, judgements(), 2)
+    for path in paths:
+        file = artifacts.manifest_path(path)
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=said):
+        gather(paths, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        # In each, the table has the rows that its manifest counts.
+        (lambda t: t.filter(pl.int_range(pl.len()) > 0), r"1 pairs were judged by some of 3 principles only, such as"),
+        (lambda t: t.with_columns(s21=pl.lit(None, pl.Float64)), r"has nulls in s21, first in the row of prompt_id"),
+        (lambda t: t.with_columns(s12=pl.lit(float("nan"))), r"has numbers that are not finite, .* in s12, first in"),
+        (lambda t: t.with_columns(s12=pl.lit(1e13)), r"larger than 1e\+12, in s12, first in the row of prompt_id"),
+    ],
+)
+def test_half_of_the_judgements(tmp_path: Path, change: Any, said: str) -> None:
+    paths = write(tmp_path, change(judgements()), 2)
+    with pytest.raises(UserError, match=said):
+        gather(paths, tmp_path / "out.parquet")
 
 
 def test_rows_in_the_order_of_their_keys() -> None:

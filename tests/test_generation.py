@@ -263,6 +263,9 @@ def test_stop_strings(tokenizer: Any, said: str, stop: str, text: str, reason: s
         ("A<|im_end|><|im_end|>B", "<|im_end|>B", "A", "stop"),
         ("A<|im_start|>B<|im_end|>C", "<|im_end|>", "AB", "stop"),
         ("東京🙂<|im_end|>", "<|im_end|>", "東京🙂", "stop"),
+        ("A<|im_end|><|im_start|>B", "<|im_end|><|im_start|>", "A", "stop"),
+        ("A<|im_end|>B<|im_start|>", "<|im_end|><|im_start|>", "AB", "eos"),
+        ("A.<|im_end|>\n<|im_start|>", ".<|im_end|>\n<|im_start|>", "A", "stop"),
     ],
 )
 def test_stop_strings_with_special_tokens(said: str, stop: str, text: str, reason: str) -> None:

@@ -87,6 +87,15 @@ def test_the_files_of_a_folder_from_the_hub(tmp_path: Path) -> None:
     assert names(identity.model_files(tmp_path), tmp_path) == sorted(tokenizer | {"adapter_model.bin"})
 
 
+def test_an_adapter_in_a_pickle_beside_other_weights(tmp_path: Path) -> None:
+    """It is read where there is no adapter_model.safetensors."""
+    for name in ("adapter_config.json", "adapter_model.bin", "value_head.safetensors"):
+        (tmp_path / name).write_text(name)
+    before = of(tmp_path)
+    (tmp_path / "adapter_model.bin").write_text("another")
+    assert of(tmp_path) != before
+
+
 def test_without_torch() -> None:
     code = "import sys; from salmon import identity; sys.exit('torch' in sys.modules or 'polars' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

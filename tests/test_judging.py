@@ -498,7 +498,7 @@ def test_damaged_files(work: Path, settings: config.Model) -> None:
     file = work / "response1.parquet"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"response1\.parquet cannot be read as Parquet"):
+    with pytest.raises(UserError, match=r"response1\.parquet cannot be read: parquet"):
         run(work, settings)
     response_rows(PAIRS, 1).drop("response").write_parquet(file)
     with pytest.raises(UserError, match=r"response1\.parquet lacks columns: response"):

@@ -15,8 +15,9 @@ import pytest
 
 from salmon import preference_data as data
 from salmon.config import PmpData
-from salmon.formats import Comparison
+from salmon.formats import PAIR_FORMATS, Comparison
 from salmon.tables import PMP_RECORDS
+from tests import synthetic
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -31,7 +32,6 @@ def taken(kind: str, row: dict[str, Any]) -> Any:
     """Query, preferred and other of a row, or the reason why it gives nothing."""
     counts: Counter[str] = Counter()
     found = [tuple(comparison[:3]) for comparison in data.extract(kind, [("row 1", row)], 2.0, counts)]
-    assert counts.pop("rows") == 1
     assert len(found) + counts.total() == 1
     return found[0] if found else next(iter(counts))
 
@@ -78,6 +78,13 @@ QUERY = "Human: hello\n\nAssistant: hi\n\nHuman: how?"
         (f"{START} so", f"{START} so ", "identical outputs"),
         (f"{START} so", START, "empty output"),
         (f"{START} so", f"{START} \n", "empty output"),
+        # a human turn in which nothing is said
+        (f"{START} so\n\nHuman: ", f"{START} thus", (QUERY, "so", "thus")),
+        (f"{START} so\n\nHuman:", f"{START} thus \n\nHuman:\n\nHuman: \n", (QUERY, "so", "thus")),
+        (f"{START} so\n\nHuman:", f"{START} so", "identical outputs"),
+        (f"{START}\n\nHuman:", f"{START} so", "empty output"),
+        (f"{START} hi\n\nHuman: \n\nAssistant: a", f"{START} hi\n\nHuman: \n\nAssistant: b", "empty human turn"),
+        ("\n\nHuman:\n\nAssistant: so", "\n\nHuman:\n\nAssistant: thus", "empty human turn"),
         ("\n\nAssistant: so", "\n\nAssistant: thus", "empty query"),
         ("\n\nHuman: hello", "\n\nHuman: hello", "no assistant turn in common"),
         ("\n\nHuman: a\n\nAssistant: so", "\n\nHuman: b\n\nAssistant: so", "no assistant turn in common"),
@@ -93,7 +100,7 @@ def test_reasons_are_counted() -> None:
     counts: Counter[str] = Counter()
     rows = [("a", shp()), ("b", shp(score_ratio=1.5)), ("c", shp(history=""))]
     assert len(list(data.extract("shp", rows, 2.0, counts))) == 1
-    assert counts == {"rows": 3, "score ratio too small": 1, "empty query": 1}
+    assert counts == {"score ratio too small": 1, "empty query": 1}
 
 
 MANY = [Comparison(f"query {number // 2}", f"good {number}", f"bad {number}") for number in range(3000)]
@@ -101,7 +108,10 @@ MANY = [Comparison(f"query {number // 2}", f"good {number}", f"bad {number}") fo
 
 def table(comparisons: Sequence[Comparison], folder: Path, seed: int = 0) -> pl.DataFrame:
     folder.mkdir()
-    files = data.shuffle((data.record("it", comparison, seed) for comparison in comparisons), seed, folder)
+    counts: Counter[str] = Counter()
+    files = data.shuffle((data.record("it", comparison, seed) for comparison in comparisons), seed, folder, counts)
+    distinct = len(set(comparisons))
+    assert counts == Counter({"it: kept": distinct, "it: duplicate": len(comparisons) - distinct})
     assert sorted(folder.iterdir()) == files  # no part is left
     return pl.concat([pl.read_parquet(file) for file in files])
 
@@ -186,6 +196,25 @@ def test_the_limit_of_a_source_is_kept(tmp_path: Path) -> None:
     assert counts == {"posts: rows": 50, "posts: over the limit": 43}
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+def test_the_counts_add_up_to_the_rows_read(tmp_path: Path, limit: int | None) -> None:
+    (tmp_path / "s.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*synthetic.shp(), *synthetic.shp(), 1])
+    )
+    paths = {"shp": [str(tmp_path / "s.jsonl")], "hh_rlhf": [str(DATA / "hh-rlhf"), str(tmp_path / "h.jsonl")]}
+    (tmp_path / "h.jsonl").write_text("{\n" + json.dumps({"chosen": "", "rejected": None}))
+    sources = {kind: {"format": kind, "path": paths[kind], "limit": limit, "max_bad_rows": 1} for kind in PAIR_FORMATS}
+    counts: Counter[str] = Counter()
+    settings = PmpData.model_validate({"sources": sources})
+    data.shuffle(data.pmp_records(settings, counts), 0, tmp_path, counts)
+    for name in sources:
+        here = {what.partition(": ")[2]: number for what, number in counts.items() if what.startswith(f"{name}: ")}
+        assert here.pop("rows") == sum(here.values())
+        assert min(here.values()) >= 0
+        assert here["bad rows"] == 1
+        assert here["kept"] > 0
+
+
 def run(output: Path, sources: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     settings = PmpData.model_validate({"sources": sources, **more})
     script = ROOT / "workflow_scripts" / "clean_pmp_data.py"
@@ -211,7 +240,7 @@ def test_the_script_writes_both_data_sets_and_a_manifest(tmp_path: Path) -> None
     assert dict(found.schema) == PMP_RECORDS.schema
     assert dict(found["source"].value_counts().iter_rows()) == {"posts": 40, "talks": 30}
     manifest = json.loads((tmp_path / "out" / "pmp.manifest.json").read_text())
-    assert manifest["counts"] == {"posts: rows": 40, "talks: rows": 30, "kept": 70}
+    assert manifest["counts"] == {"posts: rows": 40, "talks: rows": 30, "posts: kept": 40, "talks: kept": 30}
     assert set(manifest["inputs"]) == {str(tmp_path / "s.parquet"), str(tmp_path / "h.jsonl")}
     assert sorted(file.name for file in output.parent.iterdir()) == ["pmp.manifest.json", "pmp.parquet"]
     before = output.read_bytes()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from salmon import formats, prompts
 from salmon.config import Prompts, RlPrompts
 from salmon.errors import UserError
-from salmon.formats import Prompt
+from salmon.formats import PROMPT_FORMATS, Prompt
 from salmon.tables import PROMPTS, RL_PROMPTS
 from tests import synthetic
 
@@ -74,6 +74,22 @@ def test_oasst1_gives_the_roots_that_have_a_reply_whatever_the_order() -> None:
         found, counts = extract("oasst1", rows)
         assert [prompt.instruction for prompt in found] == ["asked"]
         assert counts == {"no root of a tree": 4, "root without a reply": 1, "empty": 1}
+
+
+def test_deleted_messages_and_spam_of_oasst1_are_no_messages() -> None:
+    rows = [
+        {**message("asked", None), "deleted": False, "review_result": True},
+        {**message("reply", "asked"), "deleted": None, "review_result": None},
+        {**message("deleted", None), "deleted": True, "review_result": None},
+        message("reply to deleted", "deleted"),
+        {**message("spam", None), "review_result": False},
+        message("reply to spam", "spam"),
+        message("answered by spam", None),
+        {**message("spam reply", "answered by spam"), "deleted": False, "review_result": False},
+    ]
+    found, counts = extract("oasst1", rows)
+    assert [prompt.instruction for prompt in found] == ["text"]
+    assert counts == {"deleted": 1, "spam": 2, "no root of a tree": 3, "root without a reply": 1}
 
 
 def test_a_message_that_occurs_twice_is_an_error() -> None:
@@ -191,9 +207,52 @@ def test_what_the_page_added_is_stripped(text: str, clean: str) -> None:
     assert formats.clean_web_text(text) == clean
 
 
-@pytest.mark.parametrize("piece", ["1 / 1", "1", " ", "1 / ", "Language: ", "Share Prompt", "\n"])
+def plain_clean(text: str) -> str:
+    """The same cleaning step by step on whole texts, which takes time in the square of their length."""
+    label = re.compile(r"(?:Share Prompt|Translate now|지금 번역하기|Language: ?[^\W\d_]+)$")
+    previous = None
+    while text != previous:
+        previous = text
+        text = label.sub("", text.strip()).rstrip()
+        counter = re.search(r"(\d{1,3}) / (\d{1,3})$", text)
+        pages = [n for n in range(3) if counter and n < len(counter[1]) and int(counter[1][n:]) <= int(counter[2])]
+        if counter and pages:
+            text = text[: counter.start(1) + pages[0]]
+        elif (counter := re.match(r"(\d{1,3}) / (\d{1,3})(?!\d)", text)) and int(counter[1]) <= int(counter[2]):
+            text = text[counter.end() :]
+    text = re.split(r"(?<!\d)1 / 1(?!\d)", text)[-1].lstrip()
+    first, _, rest = text.partition("\n")
+    return (rest if "\n" in text and "Bing is powered by AI" in first else text).strip()
+
+
+def test_cleaning_is_that_of_the_plain_rules() -> None:
+    pieces = [
+        "1 / 1",
+        "2 / 3",
+        " / ",
+        "1",
+        "333",
+        " ",
+        "\n",
+        "\x1f",
+        "x",
+        "²",
+        "٣",
+        "_",
+        "Share Prompt",
+        "Translate now",
+    ]
+    pieces += ["지금 번역하기", "Language: ", "Language:", "English", "한국어", "Bing is powered by AI"]
+    rng = random.Random(4)
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        assert formats.clean_web_text(text) == plain_clean(text)
+
+
+@pytest.mark.parametrize("piece", ["1 / 1", "1", " ", "1 / ", "Language: ", "Language: x", "Share Prompt", "\n", "x"])
 def test_cleaning_takes_time_in_proportion_to_the_text(piece: str) -> None:
-    formats.clean_web_text("x" + piece * 20_000 + "x")  # minutes, if it were quadratic
+    for before, after in (("x", "x"), ("", ""), ("", "x" * 100_000), ("x" * 100_000, "")):
+        formats.clean_web_text(before + piece * 20_000 + after)  # minutes, if it were quadratic
 
 
 # Draws
@@ -314,6 +373,40 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
     assert counts["own: more than 5 tokens"] == 1
     with pytest.raises(ValueError, match="no factor for reasoning, red_teaming"):
         RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}})
+
+
+COUNTED = {
+    "oasst1": DATA / "oasst1",
+    "hh_rlhf": DATA / "hh-rlhf",
+    "dolly": DATA / "databricks-dolly-15k",
+    "math": DATA / "MATH",
+    "sharegpt": synthetic.sharegpt,
+    "openorca": synthetic.openorca,
+    "prompts": lambda: [{"instruction": text} for text in ("a b", "a b", " ", "c d", "e", "f g")],
+}
+
+
+@pytest.mark.parametrize("kind", list(PROMPT_FORMATS))
+@pytest.mark.parametrize("limit", [None, 3])
+def test_the_counts_add_up_to_the_rows_read(tmp_path: Path, kind: str, limit: int | None) -> None:
+    origin = COUNTED[kind]
+    folder = origin if isinstance(origin, Path) else tmp_path / "in"
+    if callable(origin):
+        folder.mkdir()
+        write_json(folder / "rows.json", origin())
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"else": 1}\n[]\n{')
+    sources = {
+        name: {"format": kind, "path": [str(folder), str(bad)], "limit": limit, "max_bad_rows": 3}
+        for name in ("a", "b")
+    }
+    raw = {"sources": sources, "max_tokens": 40}
+    table, counts = prompts.collect_rl_prompts(RlPrompts.model_validate(raw), word_tokenizer())
+    for name in ("a", "b"):
+        here = {what.partition(": ")[2]: number for what, number in counts.items() if what.startswith(f"{name}: ")}
+        assert here.pop("rows") == sum(here.values()) > here["bad rows"] == 3
+        assert min(here.values()) >= 0
+        assert here["kept"] == (table["source"] == name).sum()
 
 
 # Real data, and made-up data where no licence lets us ship real ones

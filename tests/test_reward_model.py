@@ -581,6 +581,12 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         (lambda table: pl.concat([table, table]), "2 rows of record_id 0000-0"),
         (
             lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))),
+            "are not of the same principles, the first is record 0000-0",
+        ),
+        (
+            lambda table: table.with_columns(
+                pl.lit([], table.schema[name]).alias(name) for name in ("dimensions", "negated", "definitions")
+            ).with_columns(deciding=pl.lit(None, pl.String)),
             "0 principles, but reward_model.template",
         ),
     ],
@@ -616,6 +622,6 @@ def test_the_script_exits_with_an_error(trained, tmp_path):
     arguments = trained["arguments"] | {"records": str(tmp_path / "broken.parquet"), "output": str(tmp_path / "rm")}
     done = subprocess.run(command(arguments), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
-    assert "cannot be read as Parquet" in done.stderr
+    assert "cannot be read: parquet" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "rm").exists()

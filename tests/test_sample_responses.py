@@ -299,7 +299,7 @@ def test_bad_prompts(work: Path, model: config.Model) -> None:
             run(work, model)
     table(INSTRUCTIONS).write_parquet(file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"prompts\.parquet cannot be read as Parquet"):
+    with pytest.raises(UserError, match=r"prompts\.parquet cannot be read: parquet"):
         run(work, model)
     assert not (work / "out.parquet").exists()
 

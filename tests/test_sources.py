@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ SECRET = "tulip-7319"  # stands for the texts of a data set, which no message ma
 ROWS = [{"problem": f"{SECRET} {number}"} for number in range(2500)]
 
 
-def read(path: Path | str | list[str], kind: str = "math", **more: Any) -> list[tuple[str, Any]]:
+def read(
+    path: Path | str | list[str], kind: str = "math", counts: Counter[str] | None = None, **more: Any
+) -> list[tuple[str, Any]]:
     found = path if isinstance(path, list) else str(path)
     source_type, formats = (PromptSource, PROMPT_FORMATS) if kind in PROMPT_FORMATS else (PairSource, PAIR_FORMATS)
-    return list(sources.read_source(source_type(format=kind, path=found, **more), formats[kind].row))
+    source = source_type(format=kind, path=found, **more)
+    return list(sources.read_source(source, formats[kind].row, Counter() if counts is None else counts))
 
 
 def fails(path: Path | str | list[str], kind: str = "math", **more: Any) -> str:
@@ -108,7 +112,7 @@ def test_inputs_are_described_by_hash_or_revision(tmp_path: Path) -> None:
     [
         (b'{"problem": "tulip-7319"', "broken JSON"),
         (b'{"problem": "tulip-7319 \xff"}', "not UTF-8"),
-        (b'{"solution": "tulip-7319"}', "column problem is missing; format math needs problem"),
+        (b'{"solution": "tulip-7319"}', "column problem is missing"),
         (b'{"problem": ["tulip-7319"]}', "column problem: input should be a valid string"),
         (b'{"problem": 7319}', "column problem"),
         (b'["tulip-7319"]', "not an object with named columns"),
@@ -157,10 +161,75 @@ def test_a_file_of_no_bytes_is_named(tmp_path: Path, name: str) -> None:
     assert f"{tmp_path / name} holds no rows" in fails(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
+def test_all_bad_rows_are_listed_in_one_pass(tmp_path: Path, name: str) -> None:
+    mixed: list[dict[str, Any]] = [
+        {"history": SECRET, "human_ref_A": SECRET, "human_ref_B": SECRET, "labels": number % 5, "score_ratio": 3.0}
+        for number in range(100)
+    ]
+    path = write(tmp_path / name, mixed)
+    good = write(tmp_path / "good.jsonl", [row for row in mixed if row["labels"] < 2])
+    message = fails([str(path), str(good)], "shp")
+    *told, more, last = message.split("\n")
+    unit = "line" if "jsonl" in name else "row"
+    wanted = [number + 1 for number in range(100) if number % 5 > 1]
+    assert [line.partition(": column labels: ")[0] for line in told] == [
+        f"{path}, {unit} {number}" for number in wanted[:20]
+    ]
+    assert more == "... and 40 more"
+    assert "60 bad rows, where max_bad_rows of the source allows 0; format shp needs" in last
+    assert "allows 59" in fails([str(path), str(good)], "shp", max_bad_rows=59)
+    counts: Counter[str] = Counter()
+    found = read([str(path), str(good)], "shp", counts, max_bad_rows=60)
+    assert [row["labels"] for _, row in found] == [row["labels"] for row in mixed if row["labels"] < 2] * 2
+    assert counts == {"rows": 140, "bad rows": 60}
+
+
+def test_broken_lines_are_bad_rows_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"problem": "tulip-7319"\n{"problem": "\xff"}\n{"problem": 1}\n' + json_lines(ROWS[:2]))
+    message = fails(path)
+    assert [line.partition(": ")[0] for line in message.split("\n")[:3]] == [f"{path}, line {n}" for n in (1, 2, 3)]
+    counts: Counter[str] = Counter()
+    assert [row for _, row in read(path, counts=counts, max_bad_rows=3)] == ROWS[:2]
+    assert counts == {"rows": 5, "bad rows": 3}
+
+
+def test_a_folder_of_objects_one_a_file(tmp_path: Path) -> None:
+    """MATH as published: train/algebra/1.json and so on."""
+    for number, subject in enumerate(["algebra", "algebra", "geometry"]):
+        path = tmp_path / "train" / subject / f"{number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"problem": f"{SECRET} {number}", "level": "Level 1", "type": subject}, indent=1))
+    assert [row for _, row in read(tmp_path / "train")] == [{"problem": f"{SECRET} {number}"} for number in range(3)]
+    path.write_text(json.dumps({"solution": SECRET}))
+    assert fails(tmp_path / "train").startswith(f"{path}, row 1: column problem is missing")
+    path.write_text('{"problem": "tulip-7319')
+    assert f"{path}: broken JSON" in fails(tmp_path / "train")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_of_any_size_are_read_and_scores_are_finite(tmp_path: Path, name: str) -> None:
+    def line(ratio: str) -> Path:
+        row = f'{{"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": {ratio}, "id": '
+        text = row + f"{2**64}, " + '"x": -1e400}'
+        (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+        return tmp_path / name
+
+    for ratio in ("3", "2.1", "1e30", f"{10**30}"):
+        [(_, row)] = read(line(ratio), "shp")
+        assert row["score_ratio"] == float(ratio)
+    for ratio in (f"{10**400}", "null", '"3"', *(["NaN", "-Infinity", "1e400"] if name == "a.jsonl" else ["-1e400"])):
+        assert "column score_ratio: " in fails(line(ratio), "shp")
+    assert "broken JSON" in fails(line("7" * 5000), "shp")
+
+
 def test_a_json_list_is_told_from_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(json_lines(ROWS[:2]))
     assert "ends with .jsonl" in fails(path)
+    path.write_text('"tulip-7319"')
+    assert "neither a JSON list nor an object" in fails(path)
 
 
 def test_bad_rows_of_a_json_list_are_named(tmp_path: Path) -> None:

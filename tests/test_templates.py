@@ -100,7 +100,7 @@ def test_reading_strips_one_line_break_only(tmp_path: Path) -> None:
 
 def test_unreadable_templates_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin1\.txt is not UTF-8 \(byte 3\)"):
+    with pytest.raises(UserError, match=r"latin1\.txt cannot be read: not UTF-8 \(byte 3\)"):
         templates.read(tmp_path / "latin1.txt")
     with pytest.raises(UserError, match=r"missing\.txt cannot be read"):
         templates.read(tmp_path / "missing.txt")

@@ -102,6 +102,74 @@ def test_a_prompt_that_begins_thinking_is_seen() -> None:
     assert begins_thinking(byte_tokenizer(), PolicyPrompt(template="policy.txt", assistant_marker="<think>"), "")
 
 
+@pytest.mark.parametrize("about", ["Put thoughts after <think>.", "Do not <think>.", "First </think>."])
+def test_a_prompt_that_speaks_of_thinking_does_not_begin_it(about: str) -> None:
+    chat = PolicyPrompt(template="chat")
+    assert not begins_thinking(byte_tokenizer(), PolicyPrompt(template="policy.txt"), about)
+    assert not begins_thinking(byte_tokenizer(template=about + CHATML), chat, "")
+    assert begins_thinking(byte_tokenizer(template=about + BEGUN), chat, "")
+
+
+def test_a_chat_template_that_refuses_an_empty_turn() -> None:
+    empty = "{% if not messages[0].content %}{{ raise_exception('empty') }}{% endif %}"
+    assert begins_thinking(byte_tokenizer(template=empty + BEGUN), PolicyPrompt(template="chat"), "")
+
+
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("markers", "said", "rest", "cut"),
+    [
+        ((ANALYSIS, FINAL), f"{ANALYSIS}Hm.<|end|>{FINAL}Yes.<|return|>", "Yes.", True),
+        ((ANALYSIS, "<|channel|>final<|message|>"), f"{ANALYSIS}Hm.<|end|>{FINAL}Yes.", "Yes.", True),
+        ((ANALYSIS, "<|channel|>final<|message|>"), "<|channel|>final<|message|>Yes.<|return|>", "Yes.", True),
+        ((ANALYSIS, FINAL), f"{ANALYSIS}Hm.<|end|>", "", True),
+        ((ANALYSIS, FINAL), "Yes.<|end|>", "Yes.", False),
+        ((ANALYSIS, FINAL), "Yes<|message|>.<|end|>", "Yes.", False),
+        ((ANALYSIS, "<|end|>"), f"{ANALYSIS}Hm.<|end|>Yes.<|end|>", "Yes.", True),
+    ],
+)
+def test_markers_of_several_special_tokens(markers: tuple[str, str], said: str, rest: str, cut: bool) -> None:
+    """As gpt-oss's channels."""
+    tokenizer = byte_tokenizer(special=CHANNELS)
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    ended = said.endswith(("<|return|>", "<|end|>"))
+    generation = Generation(ids, tokenizer.decode(ids, skip_special_tokens=True), "eos" if ended else "length")
+    assert without_thinking(tokenizer, generation, markers, begun=False) == (rest, cut)
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}." + CHATML
+LLAMA = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}" + CHATML
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "begins"),
+    [
+        (DATED, {}, None),
+        (DATED, {"strftime_now": "2026-01-31"}, "Today is 31 Jan 2026.<"),
+        (DATED, {"strftime_now": "tomorrow"}, None),
+        (LLAMA, {}, None),
+        (LLAMA, {"date_string": "1 May"}, "1 May<"),
+        ("{% set today = strftime_now('%d') %}" + CHATML, {}, "<|im_start|>user"),
+    ],
+)
+def test_a_chat_template_that_writes_the_date(template: str, variables: dict[str, Any], begins: str | None) -> None:
+    """Else the prompts of a run would change at midnight."""
+    prompt = PolicyPrompt(template="chat", template_variables=variables)
+    tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=template)
+    if begins is None:
+        said = "Invalid isoformat" if variables else "it writes the date.*date_string"
+        with pytest.raises(UserError, match=rf"{said}.*policy_prompt\.template_variables"):
+            encode_prompt(tokenizer, "Why?", prompt, "")
+    else:
+        assert tokenizer.decode(encode_prompt(tokenizer, "Why?", prompt, "")).startswith(begins)
+
+
 def test_variables_reach_the_chat_template() -> None:
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, added=THINK, template=QWEN)
     for variables, ends in (({}, "assistant\n"), ({"enable_thinking": False}, "assistant\n<think>\n\n</think>\n\n")):

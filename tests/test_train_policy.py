@@ -226,7 +226,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no reward model": (lambda w: ({"reward-model": w.folder / "none"}, {}), "none does not exist; build it first"),
     "no head": (lambda w: ({"reward-model": without_head(w)}, {}), "holds no head"),
     "unknown key": (lambda w: ({}, {"temprature": 1.0}), "ppo.temprature: unknown key"),
-    "value out of range": (lambda w: ({}, {"temperature": 0}), "ppo.temperature: .*greater than 0"),
+    "value out of range": (lambda w: ({}, {"temperature": 0}), "ppo.temperature: .*greater than or equal to 0.001"),
     "batches do not divide": (
         lambda w: ({}, {"minibatch_size": 3}),
         r"ppo\.rollout_batch_size: \d+ is not a multiple of ppo\.minibatch_size 3",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pytest
 
@@ -225,6 +226,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert checkpoints.newest(folder) == folder.path / "checkpoint-2"
     assert "which is damaged" in caplog.text
     assert not newest.exists()
+
+
+def test_a_damaged_part_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = WorkFolder(tmp_path / "table.parquet")
+    folder.open("mark")
+    for row in ("a", "b"):
+        folder.write_part(pl.DataFrame({"prompt_id": [row]}))
+    part = min(folder.path.glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-9])
+    kept = folder.read_parts({"prompt_id": pl.String})
+    assert len(kept) == 1
+    assert f"deleting {part}, which is damaged" in caplog.text
+    assert not part.exists()
 
 
 def test_a_checkpoint_of_version_0_1_0_is_read(tmp_path: Path) -> None:

@@ -282,6 +282,10 @@ def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str
         ("ppo={learning_rate: 0.00123}", {"train_policy", "evaluate_demo"}),
         ("sampling={temperature: 0.7}", POLICY),
         ("pmp={learning_rate: 0.00123}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
+        # What the check of the model reads, too.
+        ("ppo={reward_max_length: 440}", {"train_policy", "evaluate_demo"}),
+        ("reward_model={max_length: 440}", {"train_reward_model", "train_policy", "evaluate_demo"}),
+        ("scoring={format: chat}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
     ],
 )
 def test_a_changed_setting_reruns_what_depends_on_it(built: Path, setting: str, expected: set[str]) -> None:

@@ -31,24 +31,26 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Read, aggregate, write the table and its manifest."""
-    table, counts = aggregation.aggregate(
-        arguments.preferences,
-        arguments.response0,
-        arguments.response1,
-        principles=principles.read_judged(arguments.principles),
-        settings=arguments.aggregation,
-        turn_markers=arguments.turn_markers,
-    )
-    origin = provenance.aggregate_preferences(
-        arguments.preferences,
-        arguments.response0,
-        arguments.response1,
-        arguments.principles,
-        aggregation=arguments.aggregation,
-        turn_markers=arguments.turn_markers,
-    )
-    manifest = origin.manifest(origin.identify(), counts)
-    artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
+    with artifacts.scratch(arguments.output) as folder:
+        table, counts = aggregation.aggregate(
+            arguments.preferences,
+            arguments.response0,
+            arguments.response1,
+            principles=principles.read_judged(arguments.principles),
+            settings=arguments.aggregation,
+            turn_markers=arguments.turn_markers,
+            folder=folder,
+        )
+        origin = provenance.aggregate_preferences(
+            arguments.preferences,
+            arguments.response0,
+            arguments.response1,
+            arguments.principles,
+            aggregation=arguments.aggregation,
+            turn_markers=arguments.turn_markers,
+        )
+        manifest = origin.manifest(origin.identify(), counts)
+        artifacts.write_table(table, arguments.output, PRINCIPLE_RECORDS, manifest)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 

@@ -4,6 +4,7 @@ Weights all used; batches, caches and shared adapters as single texts; ends of t
 be; the way in which the judge computes its prompts. See `salmon/checking.py`.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,15 @@ class Arguments(script.Arguments):
         description="section of the configuration",
     )
     lora: config.Lora = Field(config.Lora(), description="section of the configuration")
+    scoring: config.Scoring = Field(config.Scoring(), description="section of the configuration")
+    tokenizer: config.Model | None = Field(
+        None, description="model whose tokenizer reward models are trained with; without it, that of model.base"
+    )
+    ppo: config.Ppo | None = Field(
+        None, description="section of the configuration, of which lengths and template are checked"
+    )
     parts: script.JsonList[checking.Part] = Field(
-        ["sampling", "judging", "training"], min_length=1, description="JSON list: what is checked"
+        ["sampling", "judging", "training", "rl"], min_length=1, description="JSON list: what is checked"
     )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="hardware: the GPU, if there is one; or the CPU, for a model that does not fit one GPU"
@@ -42,7 +50,7 @@ def main(arguments: Arguments) -> None:
     if arguments.device == "cpu":
         device = torch.device("cpu")
     settings = checking.Settings(
-        arguments.model, arguments.policy_prompt, arguments.sampling, arguments.judge, arguments.lora
+        **{each.name: getattr(arguments, each.name) for each in dataclasses.fields(checking.Settings)}
     )
     report = checking.check_model(settings, arguments.parts, device)
     # Under another name where it is refused: that the report is there lets the stages run.

@@ -31,15 +31,13 @@ def main(arguments: Arguments) -> None:
     counts: Counter[str] = Counter()
     with artifacts.scratch(output) as folder:
         records = preference_data.pmp_records(settings, counts)
-        files = preference_data.shuffle(records, settings.seed, folder)
-        table = pl.scan_parquet(files)
-        counts["kept"] = table.select(pl.len()).collect().item()
+        files = preference_data.shuffle(records, settings.seed, folder, counts)
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
-        if not counts["kept"]:
+        if not any(counts[f"{name}: kept"] for name in settings.sources):
             raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
         origin = provenance.clean_pmp_data(settings)
         manifest = origin.manifest(origin.identify(), counts)
-        artifacts.write_table(table, output, PMP_RECORDS, manifest)
+        artifacts.write_table(pl.scan_parquet(files), output, PMP_RECORDS, manifest)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Check the shards, write the table and its manifest."""
-    table, manifest = shards.gather_shards(arguments.shards)
-    artifacts.write_table(table, arguments.output, manifest=manifest)
+    with artifacts.scratch(arguments.output) as folder:
+        table, manifest = shards.gather_shards(arguments.shards, folder / "sorted")
+        artifacts.write_table(table, arguments.output, manifest=manifest)
 
 
 if __name__ == "__main__":

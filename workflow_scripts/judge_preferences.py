@@ -11,6 +11,7 @@ import polars as pl
 from pydantic import Field
 
 from salmon import (
+    checked,
     config,
     distributed,
     encoding,
@@ -21,7 +22,7 @@ from salmon import (
     resuming,
     script,
     shards,
-    tables,
+    templates,
 )
 from salmon.config import Model
 from salmon.errors import UserError
@@ -65,6 +66,7 @@ def main(arguments: Arguments) -> None:
     if left:
         tokenizer = load_tokenizer(arguments.model)
         template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
+        templates.check_slots(template.text, arguments.judge.template, templates.JUDGE_SLOTS, "judge.template")
         model = models.load_judge(arguments.model, device, together=arguments.tensor_parallel)
         models.check_context(model, arguments.judge.max_length, "judge.max_length")
         judge = Judge(
@@ -125,10 +127,8 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
     Raises:
         UserError: where the two files are not of the same prompts.
     """
-    first = tables.read(arguments.response0, RESPONSES)
-    second = tables.read(arguments.response1, RESPONSES)
-    for table, path in ((first, arguments.response0), (second, arguments.response1)):
-        tables.check_rows(table, RESPONSES, path)
+    first = checked.read(arguments.response0, RESPONSES)
+    second = checked.read(arguments.response1, RESPONSES)
     key = ["prompt_id", "instruction", "input"]
     for one, other, here, there in (
         (first, second, arguments.response0, arguments.response1),

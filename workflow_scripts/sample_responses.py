@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, encoding, models, provenance, resuming, script, shards, tables
+from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
@@ -109,8 +109,7 @@ def load_sampler(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, devic
 
 def read_shard(arguments: Arguments) -> pl.DataFrame:
     """The prompts of the shard: prompt_id, source, instruction, input."""
-    whole = tables.read(arguments.prompts, PROMPTS)
-    tables.check_rows(whole, PROMPTS, arguments.prompts)
+    whole = checked.read(arguments.prompts, PROMPTS)
     return shards.rows_of(whole, arguments.shard, arguments.sampling.shards).collect()
 
 

@@ -15,10 +15,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import distributed, ppo, provenance, script, stopping, tables, templates
+from salmon import checked, distributed, ppo, provenance, script, stopping, templates
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.encoding import encode_prompt, read_preamble
 from salmon.errors import UserError
+from salmon.formats import QUESTION_TYPES
 from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
@@ -141,9 +142,13 @@ def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, 
 
 def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[pl.DataFrame, dict[str, int]]:
     """The prompts that are used, and the counts of those in the table, used and left out."""
-    rows = tables.read(args.prompts, RL_PROMPTS, ("prompt_id", "instruction", "input", "question_type", "length_bonus"))
-    tables.check_rows(rows, RL_PROMPTS, args.prompts)
-    table = rows.collect()
+    columns = ("prompt_id", "instruction", "input", "question_type", "length_bonus")
+    table = checked.read(args.prompts, RL_PROMPTS, columns).collect()
+    if unknown := set(table["question_type"]) - set(QUESTION_TYPES):
+        raise UserError(
+            f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
+            "build the file again"
+        )
     used = ppo.within_query_length(table, tokenizer, args.ppo)
     left_out = len(table) - len(used)
     if left_out:
@@ -155,9 +160,8 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
 
 def read_principles(args: Arguments) -> list[WeightedPrinciple]:
     """The principles to draw from, and a look at the template that shows them."""
-    missing = set(templates.REWARD_SLOTS) - templates.slots(templates.read(args.ppo.template))
-    if missing:
-        raise UserError(f"template {args.ppo.template} has no slot {{{min(missing)}}} (ppo.template)")
+    template = args.ppo.template
+    templates.check_slots(templates.read(template), template, templates.REWARD_SLOTS, "ppo.template")
     principles = read_weighted(args.ppo.principles)
     drawable = sum(principle.weight > 0 for principle in principles)
     if drawable < args.ppo.principles_per_rollout:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import polars as pl
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from pydantic import Field, model_validator
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -33,6 +33,7 @@ from salmon import (
     stopping,
     templates,
 )
+from salmon.border import read_json, reading
 from salmon.config import Lora, Model, RewardModel, RewardTraining, Scoring
 from salmon.encoding import Template
 from salmon.errors import UserError
@@ -202,9 +203,8 @@ def main(arguments: Arguments) -> None:
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template, with the slots that any reward model needs."""
     template = encoding.read_template(tokenizer, arguments.settings.template, arguments.scoring, "scoring.format")
-    missing = [name for name in templates.PMP_SLOTS if name not in templates.slots(template.text)]
-    if missing:
-        raise UserError(f"{arguments.stage}.template {arguments.settings.template} has no slot {{{missing[0]}}}")
+    key = f"{arguments.stage}.template"
+    templates.check_slots(template.text, arguments.settings.template, templates.PMP_SLOTS, key)
     return template
 
 
@@ -222,7 +222,9 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
 def check_init(init: Path, lora: Lora) -> None:
     """The reward model to start from is whole, and its adapter is as the settings say."""
     models.read_head(init)
-    adapter = PeftConfig.from_pretrained(str(init))
+    with reading(f"adapter {init}", "build the reward model again"):
+        adapter = PeftConfig.from_pretrained(str(init))
+        adapter = LoraConfig(r=adapter.r, lora_alpha=adapter.lora_alpha)  # which another kind of adapter has not
     if (adapter.r, adapter.lora_alpha) != (lora.r, lora.alpha):
         raise UserError(
             f"{init} has r {adapter.r} and alpha {adapter.lora_alpha}, but the configuration has lora.r {lora.r} and "
@@ -248,7 +250,11 @@ def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; see `WorkFolder.open`."""
     # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
     deepspeed = arguments.deepspeed
-    layout = json.dumps([json.loads(deepspeed.read_text()), distributed.world()]) if deepspeed else ""
+    layout = (
+        json.dumps([read_json(deepspeed, "", "it has to be a DeepSpeed configuration in JSON"), distributed.world()])
+        if deepspeed
+        else ""
+    )
     return work.open(fingerprint, layout)
 
 

@@ -3,16 +3,17 @@
 import logging
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from salmon.border import reading
 from salmon.config import Lora
 from salmon.errors import UserError
 
@@ -25,14 +26,20 @@ HEAD = "score.weight"
 _FUSED_OUTPUT = ("falcon_h1",)
 # Their experts are in one tensor, and PEFT does not know them by itself.
 _EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared")
+ADVICE = "it has to be a PEFT folder of LoRA in safetensors, made for this base model and vocabulary"
+# Ways to begin LoRA that leave the base model's weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ, …) change them
+# again wherever a saved adapter is put on a model, unless it is saved as plain LoRA.
+_BEGUN, _PLAIN = "init_lora_weights", "PEFT's save_pretrained with path_initial_model_for_weight_conversion"
+_LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _SHOWN = 3  # names of weights in a message
 
 
 def add_lora(base: PreTrainedModel, lora: Lora, task: TaskType) -> PeftModel:
     """Fresh LoRA on every linear layer of the language model but the output layer, experts among them (QLoRA).
 
-    Not on: embeddings, routers of experts, small convolutions, a tower for images or sound (no text reaches it, so
-    that its gradients would be missing), and the output projection of Mamba layers (kernels read it past LoRA).
+    Not on: embeddings, small convolutions, a tower for images or sound (no text reaches it, so that its gradients would
+    be missing), and the output projection of Mamba layers (kernels read it past LoRA). Routers of experts have it where
+    they are ordinary linear layers (qwen3_moe).
 
     Raises:
         UserError: where weights of the language model would be left without LoRA, or the settings do not allow it.
@@ -64,10 +71,15 @@ def lora_config(lora: Lora, task: TaskType, base: PreTrainedModel) -> LoraConfig
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
-        exclude_modules=rf"(?:{'|'.join(excluded)})(?:\..*)?" if excluded else None,
+        exclude_modules=_with_children(excluded),
         target_parameters=_parameters_for_lora(base) or None,
         task_type=task,
     )
+
+
+def _with_children(patterns: Collection[str]) -> str | None:
+    """A pattern of these modules and all below them, as PEFT takes it for exceptions."""
+    return rf"(?:{'|'.join(patterns)})(?:\..*)?" if patterns else None
 
 
 def _parameters_for_lora(base: PreTrainedModel) -> list[str]:
@@ -143,28 +155,27 @@ def load_adapter(
             model's LoRA layers are not the same ones.
     """
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
+    with reading(f"adapter {adapter}", ADVICE):
+        if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+            raise UserError(f"adapter {adapter} has no weights in safetensors; {ADVICE}")
+        config = PeftConfig.from_pretrained(adapter, **options)
         keys = set(load_peft_weights(adapter, device="cpu", **options))
-        others = sorted(key for key in keys if ".lora_" not in key and not key.endswith(HEAD))
-        if others or not keys:
-            raise UserError(
-                f"adapter {adapter} holds {f'weights that are not LoRA ({some(others)})' if others else 'no weights'}: "
-                "merge what it was trained with into the base model first, and name that as model.base"
+        _check_kind(adapter, config, keys)
+        options["key_mapping"] = _fit(config, base.get_base_model() if isinstance(base, PeftModel) else base, keys)
+        if isinstance(base, PeftModel):
+            config.inference_mode = not trainable
+            base.add_adapter(name, config)
+            if trainable:
+                base.set_requires_grad(name)
+        else:
+            base = PeftModel.from_pretrained(
+                base, adapter, adapter_name=name, is_trainable=trainable, config=config, **options
             )
-        options["key_mapping"] = _prefix_mapping(base, keys)
-        if not isinstance(base, PeftModel):
-            base = PeftModel.from_pretrained(base, adapter, adapter_name=name, is_trainable=trainable, **options)
         # `from_pretrained` does not tell what it has left out; reading the same weights once more does.
         result = base.load_adapter(adapter, name, is_trainable=trainable, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"adapter {adapter} cannot be loaded: {reason}. It has to be a PEFT folder of LoRA in safetensors, made "
-            "for this base model and vocabulary"
-        ) from error
     unexpected = [key for key in result.unexpected_keys if not (head_elsewhere and key.endswith(HEAD))]
     # PEFT looks for the adapter's name anywhere in a key; `value` is also in `query_key_value`.
-    missing = [key for key in result.missing_keys if f".{name}." in key]
+    missing = [key for key in result.missing_keys if of_adapter(key, name)]
     if missing or unexpected:
         raise UserError(
             f"adapter {adapter} does not fit {type(base.get_base_model()).__name__}: "
@@ -178,29 +189,79 @@ def load_adapter(
     return base
 
 
-def _prefix_mapping(base: nn.Module, keys: Collection[str]) -> dict[str, str] | None:
-    """A renaming that makes an adapter's keys fit where they differ from the model's names in a prefix only.
+def of_adapter(key: str, name: str) -> bool:
+    """Whether a weight is of the adapter of this name; one on embeddings has the name at its end."""
+    return f".{name}." in f"{key}."
 
-    That is so for models with a tower: their classes name the same layers `model.layers` or
-    `model.language_model.layers`.
+
+def _check_kind(adapter: str, config: PeftConfig, keys: Collection[str]) -> None:
+    """Refuse an adapter that is more than LoRA beside the base model's own weights."""
+    others = sorted(key for key in keys if ".lora_" not in key and not key.endswith(HEAD))
+    if others or not keys:
+        raise UserError(
+            f"adapter {adapter} holds {f'weights that are not LoRA ({some(others)})' if others else 'no weights'}: "
+            "merge what it was trained with into the base model first, and name that as model.base"
+        )
+    begun = getattr(config, _BEGUN, True)
+    if begun not in _LEAVES_BASE:
+        raise UserError(
+            f"adapter {adapter} has {_BEGUN} {begun!r}, which changes the base model's weights each time it is loaded, "
+            f"so that nothing else could be trained beside it: save it as plain LoRA ({_PLAIN}), or merge it into the "
+            "base model and name that as model.base"
+        )
+
+
+def _fit(config: PeftConfig, base: nn.Module, keys: Collection[str]) -> dict[str, str] | None:
+    """Make an adapter fit where the model's class names its layers otherwise, or has a tower besides.
+
+    Classes of models with a tower name the same layers `model.layers` or `model.language_model.layers`. An adapter that
+    was trained without the tower often has targets, such as `q_proj`, that the tower has as well.
+
+    Args:
+        config: of the adapter; its patterns and exceptions are changed to fit.
+        base: the model, with other adapters or without.
+        keys: of the adapter's weights.
+
+    Returns:
+        Renaming of the keys, for PEFT; None where they fit as they are.
     """
-    inner = base.get_base_model() if isinstance(base, PeftModel) else base
-    modules = {name.replace(".base_layer", "") for name, _ in inner.named_modules()}
+    modules = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     wanted = {
         key.partition(".lora_")[0].removeprefix("base_model.model.").replace(".base_layer", "")
         for key in keys
         if ".lora_" in key
     }
-    if wanted <= modules or not wanted:
-        return None
+    theirs, ours = ("", "") if wanted <= modules else _prefixes(wanted, modules)
+    if theirs != ours:
+        log.info("the adapter's layers are called %s…, the model's %s…: taken for the same", theirs, ours)
+        for patterns in ("alpha_pattern", "rank_pattern"):
+            setattr(config, patterns, {_renamed(key, theirs, ours): n for key, n in getattr(config, patterns).items()})
+    outside = list(_outside_decoder(base))
+    fitted = (ours + name.removeprefix(theirs) for name in wanted)
+    if outside and not any(name.startswith(f"{each}.") for name in fitted for each in outside):
+        config.exclude_modules = config.exclude_modules or _with_children(list(map(re.escape, outside)))
+    return {rf"^{re.escape(theirs)}": ours} if theirs != ours else None
+
+
+def _prefixes(wanted: Collection[str], modules: Collection[str]) -> tuple[str, str]:
+    """Beginnings of the adapter's and of the model's names of modules, if they differ in that only; else twice ""."""
     starts = {name.partition("layers.")[0] for name in wanted}
-    ours = {name.partition("layers.")[0] for name in modules if "layers." in name}
-    for theirs in starts if len(starts) == 1 else ():
-        fitting = [start for start in ours if {start + name.removeprefix(theirs) for name in wanted} <= modules]
-        if len(fitting) == 1:
-            log.info("the adapter's layers are called %s…, the model's %s…: taken for the same", theirs, fitting[0])
-            return {rf"^{re.escape(theirs)}": fitting[0]}
-    return None
+    fitting = [
+        (theirs, start)
+        for theirs in (starts if len(starts) == 1 else ())
+        for start in {name.partition("layers.")[0] for name in modules if "layers." in name}
+        if {start + name.removeprefix(theirs) for name in wanted} <= set(modules)
+    ]
+    return fitting[0] if len(fitting) == 1 else ("", "")
+
+
+def _renamed(pattern: str, theirs: str, ours: str) -> str:
+    """A pattern of modules, its prefix changed where it has that; one without it fits the end of any name."""
+    bare = pattern.removeprefix("^")
+    for start in (theirs, re.escape(theirs)):
+        if bare.startswith(start) and (start or bare != pattern):
+            return pattern[: len(pattern) - len(bare)] + ours + bare.removeprefix(start)
+    return pattern
 
 
 def some(names: Collection[str]) -> str:

@@ -1,31 +1,34 @@
 """Judgements of single principles to reward-model records (paper section 3.2; reference step 2).
 
-What is decided depends on numbers and a few traits of the texts; the texts themselves are only looked at and
-joined, streamed by polars. Kept in memory, per pair: one number per principle, the traits and the drawn records.
+What is decided depends on numbers and a few traits of the texts. Kept in memory, per pair: its id and one number per
+principle, some 400 bytes, and while inputs are checked a few hashes. Texts and records pass batch by batch.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
-from salmon import language, randomness, tables
+from salmon import checked, language, randomness, shards, tables
+from salmon.border import LARGEST
 from salmon.config import Aggregation
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
-from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RECORD_TEXTS, RESPONSES
+from salmon.script import progress
+from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
 from salmon.text import cut_at_markers
 
 log = logging.getLogger(__name__)
 
-_ANSWERS = ("response0", "response1")
-DRAWN = {name: kind for name, kind in PRINCIPLE_RECORDS.schema.items() if name not in RECORD_TEXTS}
-"""The columns that are drawn: all but the texts."""
+PART_RECORDS = 2000
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,19 @@ class Traits:
     languages: tuple[str | None, str | None]
 
 
+class Pair(NamedTuple):
+    """A prompt and its two responses, response0 first."""
+
+    prompt_id: str
+    instruction: str
+    input: str
+    responses: tuple[str, str]
+    traits: Traits
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """A record but for its texts: the columns of `DRAWN`."""
+    """A record but for its texts."""
 
     record_id: str
     prompt_id: str
@@ -77,10 +90,14 @@ def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) ->
     if mean.size == 0 or mean.min() == mean.max():
         raise ValueError("no variance")
     agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0))
-    scaled: npt.NDArray[np.float64] = np.where(agree, mean / mean.var(), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled: npt.NDArray[np.float64] = np.where(agree, mean / mean.var(), 0.0)
+    if not np.isfinite(scaled).all():  # means so near to each other that their variance is rounded to nothing
+        raise ValueError("no variance")
     return scaled
 
 
+@cache
 def count_probabilities(p: float, largest: int) -> npt.NDArray[np.float64]:
     """Probabilities of showing 1 ... `largest` principles: Geometric(p), redrawn while larger."""
     weights = (1 - p) ** np.arange(largest)
@@ -175,26 +192,34 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
             judged by every principle, principles that were not judged at all or judge all pairs alike.
     """
     rows = tables.read(path, JUDGEMENTS)
-    tables.check_rows(rows.select(list(JUDGEMENTS.key)), JUDGEMENTS, path)
+    checked.check_count(path, JUDGEMENTS)
+    keys = rows.select(list(JUDGEMENTS.key))
+    with tables.reading_table(path):
+        names = keys.select(pl.col("dimension").unique().sort()).collect(engine="streaming")["dimension"]
+    for name in names:
+        tables.check_rows(keys.filter(pl.col("dimension").eq_missing(pl.lit(name))), JUDGEMENTS, path)
     rows = rows.filter(pl.col("dimension").is_in(list(dimensions)))
-    broken = rows.filter(~(pl.col("s12").is_finite() & pl.col("s21").is_finite()).fill_null(False)).head(1).collect()
+    sound = (pl.col("s12", "s21").is_finite() & (pl.col("s12", "s21").abs() <= LARGEST)).fill_null(False)
+    with tables.reading_table(path):
+        broken = rows.filter(~pl.all_horizontal(sound)).head(1).collect(engine="streaming")
     if broken.height:
         raise UserError(
             f"{path}: prompt_id {broken['prompt_id'][0]}, {broken['dimension'][0]}: s12 {broken['s12'][0]} and s21 "
-            f"{broken['s21'][0]} are not both finite numbers; judge again (a half-precision judge may overflow)"
+            f"{broken['s21'][0]} are not both finite, or larger than {LARGEST:.0e}; judge again (a judge in half "
+            "precision may overflow)"
         )
-    by_dimension = rows.collect().partition_by("dimension", as_dict=True)
-    ids: list[str] = []
+    ids = pl.Series(dtype=pl.String)
     columns = []
     for position, dimension in enumerate(dimensions):
-        if (dimension,) not in by_dimension:
+        judged = rows.filter(pl.col("dimension") == dimension).drop("dimension").collect(engine="streaming")
+        if not judged.height:
             raise UserError(
                 f"{path} has no rows of the dimension {dimension}; judge with a principle file that defines it, or "
                 "take it out of aggregation.dimensions"
             )
-        judged = by_dimension.pop((dimension,)).sort("prompt_id")
-        here = judged["prompt_id"].to_list()
-        if position and here != ids:
+        judged = judged.sort("prompt_id")
+        here = judged["prompt_id"]
+        if position and not here.equals(ids):
             key = min(set(here) ^ set(ids))
             raise UserError(
                 f"{path}: prompt_id {key} was judged by one of {dimensions[0]} and {dimension}, but not by the other; "
@@ -208,28 +233,26 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
                 f"{path}: dimension {dimension} has the same score for all {len(ids)} pairs, so that it cannot be "
                 "scaled by its variance; judge more pairs, check the judge, or take it out of aggregation.dimensions"
             ) from None
-    return ids, np.stack(columns, axis=1)
+    return ids.to_list(), np.stack(columns, axis=1)
 
 
-def join_responses(response0: Path, response1: Path, turn_markers: Sequence[str]) -> pl.LazyFrame:
-    """Both responses of every prompt, cut at the first turn marker, joined by prompt_id.
+def check_responses(response0: Path, response1: Path) -> pl.DataFrame:
+    """Refuse responses that are not about the same prompts, or with values that are null.
 
     Returns:
-        Columns prompt_id, instruction, input, response0, response1.
+        Their keys: one column prompt_id, sorted.
 
     Raises:
-        UserError: where the tables are not about the same prompts, or a value is null.
+        UserError: naming file, key and what is wrong.
     """
     both = []
     for path in (response0, response1):
-        table = tables.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
-        tables.check_rows(table, RESPONSES, path)
+        table = checked.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
         # Hashes stand for the texts, so that checking needs no memory for them.
         same = pl.concat_str(pl.col("instruction").hash(0), pl.col("input").hash(0), separator=" ").alias(str(path))
-        both.append((table, table.select("prompt_id", same)))
-    (table0, texts0), (table1, texts1) = both
-    texts = texts0.join(texts1, on="prompt_id", how="full", coalesce=True).sort("prompt_id")
-    differing = texts.filter(pl.col(str(response0)).ne_missing(pl.col(str(response1)))).head(1).collect()
+        both.append(table.select("prompt_id", same).collect(engine="streaming"))
+    texts = both[0].join(both[1], on="prompt_id", how="full", coalesce=True).sort("prompt_id")
+    differing = texts.filter(pl.col(str(response0)).ne_missing(pl.col(str(response1)))).head(1)
     if differing.height:
         key, in0, in1 = differing.row(0)
         lacking = response0 if in0 is None else response1
@@ -238,46 +261,46 @@ def join_responses(response0: Path, response1: Path, turn_markers: Sequence[str]
             f"{response0} and {response1} are not about the same prompts: prompt_id {key} {what}; delete the older "
             "one and sample it again from the same prompts"
         )
-
-    def cut(name: str) -> pl.Expr:
-        return pl.col(name).map_elements(lambda text: cut_at_markers(text, turn_markers), return_dtype=pl.String)
-
-    other = table1.select("prompt_id", response1="response")
-    return (
-        table0.rename({"response": "response0"})
-        .join(other, on="prompt_id", how="inner")
-        .with_columns(cut("response0"), cut("response1"))
-    )
+    return texts.select("prompt_id")
 
 
-def read_traits(pairs: pl.LazyFrame, refusal_phrase: str) -> dict[str, Traits]:
-    """What the rules look at in every pair, by prompt_id; texts are streamed.
+def read_pairs(
+    response0: Path,
+    response1: Path,
+    turn_markers: Sequence[str],
+    folder: Path,
+    judged: Container[str],
+    settings: Aggregation,
+) -> Iterator[Pair]:
+    """Both responses of every judged prompt, cut at the first turn marker, sorted by prompt_id.
 
     Args:
-        pairs: as `join_responses` gives them.
-        refusal_phrase: marks a refusal wherever it stands; empty, nothing is one.
+        response0: of the prompts that `check_responses` has found to be those of response1.
+        response1: the other one.
+        turn_markers: where responses are cut.
+        folder: for sorted copies of files that are not sorted.
+        judged: prompt_ids.
+        settings: which rules are on, so that their traits are looked at.
     """
+    files = [shards.in_order_of_keys(path, folder / str(number)) for number, path in enumerate((response0, response1))]
+    names = ("prompt_id", "instruction", "input", "response")
+    rows = (shards.read_rows(each, names) for each in files)
+    for (key, instruction, extra, first), (other, _, _, second) in zip(*rows, strict=True):
+        if key != other:
+            raise RuntimeError(f"{response0} and {response1} have been changed while they were read")
+        if key in judged:
+            responses = cut_at_markers(first, turn_markers), cut_at_markers(second, turn_markers)
+            yield Pair(key, instruction, extra, responses, look(instruction, extra, responses, settings))
 
-    def detect(texts: pl.Series) -> pl.Series:
-        return pl.Series(language.detect(texts.to_list()), dtype=pl.String)
 
-    def refuses(name: str) -> pl.Expr:
-        if not refusal_phrase:
-            return pl.lit(False).alias(f"refuses_{name}")
-        return pl.col(name).str.contains(refusal_phrase, literal=True).alias(f"refuses_{name}")
-
-    questions = pl.concat_str("instruction", "input", separator="\n\n")
-    table = pairs.select(
-        "prompt_id",
-        refuses("response0"),
-        refuses("response1"),
-        questions.map_batches(detect, return_dtype=pl.String, is_elementwise=True).alias("instruction_language"),
-        *(pl.col(name).map_batches(detect, return_dtype=pl.String, is_elementwise=True) for name in _ANSWERS),
-    ).collect(engine="streaming")
-    return {
-        key: Traits((refuses0, refuses1), instruction_language, (language0, language1))
-        for key, refuses0, refuses1, instruction_language, language0, language1 in table.iter_rows()
-    }
+def look(instruction: str, extra: str, responses: Sequence[str], settings: Aggregation) -> Traits:
+    """The traits of a pair: languages only if their rule is on, refusals only if they have a phrase."""
+    phrase = settings.refusal_phrase
+    first, second = (bool(phrase) and phrase in text for text in responses)
+    if not settings.language_rule:
+        return Traits((first, second), None, (None, None))
+    asked, *spoken = language.detect([f"{instruction}\n\n{extra}", *responses])
+    return Traits((first, second), asked, (spoken[0], spoken[1]))
 
 
 def aggregate(
@@ -288,6 +311,7 @@ def aggregate(
     principles: Sequence[JudgedPrinciple],
     settings: Aggregation,
     turn_markers: Sequence[str],
+    folder: Path,
 ) -> tuple[pl.LazyFrame, dict[str, int]]:
     """Make reward-model records of judged pairs.
 
@@ -300,9 +324,10 @@ def aggregate(
         principles: with the texts to show; `settings.dimensions` picks some of them.
         settings: passes, draws and rules.
         turn_markers: where responses are cut.
+        folder: empty; holds the files of which the table is made.
 
     Returns:
-        The records (`PRINCIPLE_RECORDS`), sorted by prompt_id and pass, not yet materialised; and how many there
+        The records (`PRINCIPLE_RECORDS`), sorted by prompt_id and pass, in files; and how many there
         are and were left out, by reason.
 
     Raises:
@@ -317,43 +342,59 @@ def aggregate(
         )
     shown = [by_name[name] for name in settings.dimensions]
     ids, scores = read_scores(preferences, settings.dimensions)
-    pairs = join_responses(response0, response1, turn_markers)
-    sampled = set(pairs.select("prompt_id").collect()["prompt_id"])
-    if lost := sorted(set(ids) - sampled):
+    sampled = check_responses(response0, response1)
+    lost = sorted(set(ids).difference(sampled["prompt_id"]))
+    if lost:
         raise UserError(
             f"{preferences} judges prompt_id {lost[0]} and {len(lost) - 1} others that are not in {response0}; judge "
             "the present responses"
         )
-    counts: Counter[str] = Counter(pairs=len(sampled), pairs_not_judged=len(sampled) - len(ids))
-    judged = pl.LazyFrame({"prompt_id": ids}, schema={"prompt_id": pl.String})
-    traits = read_traits(pairs.join(judged, on="prompt_id", how="semi"), settings.refusal_phrase)
-    log.info("looked at %d pairs, %d of them judged", len(sampled), len(ids))
+    counts: Counter[str] = Counter(pairs=sampled.height, pairs_not_judged=sampled.height - len(ids))
+    log.info("%d pairs, %d of them judged", sampled.height, len(ids))
 
-    drawn = []
-    for key, row in zip(ids, scores.tolist(), strict=True):
+    places = {key: place for place, key in enumerate(ids)}
+    files: list[Path] = []
+    drawn: list[tuple[Drawn, Pair]] = []
+    for pair in progress(
+        read_pairs(response0, response1, turn_markers, folder, places, settings), total=len(ids), what="pairs"
+    ):
+        row = scores[places[pair.prompt_id]].tolist()
         for number in range(settings.passes):
-            record = draw_record(key, number, row, traits[key], principles=shown, settings=settings)
+            record = draw_record(pair.prompt_id, number, row, pair.traits, principles=shown, settings=settings)
             if isinstance(record, str):
                 counts[f"skipped_{record}"] += 1
                 continue
             counts["records"] += 1
             counts["flipped"] += record.flipped
             counts[f"decided_by_{record.rule or settings.decision}"] += 1
-            drawn.append(record)
-    if not drawn:
+            drawn.append((record, pair))
+        if len(drawn) >= PART_RECORDS:
+            files.append(_write_records(drawn, folder / f"{len(files):06}.parquet"))
+            drawn = []
+    if drawn:
+        files.append(_write_records(drawn, folder / f"{len(files):06}.parquet"))
+    if not files:
         raise UserError(
             f"{preferences}: none of {len(ids)} pairs gives a record (skipped: "
             + ", ".join(f"{reason.removeprefix('skipped_')} {n}" for reason, n in counts.items() if "skipped" in reason)
             + "); the judge's two orders never agree, or no answer is in the language of its instruction"
         )
-    records = pl.DataFrame([vars(record) for record in drawn], schema=DRAWN).lazy()
-    first, second = (pl.col(name) for name in _ANSWERS)
-    table = (
-        records.join(pairs, on="prompt_id", how="left", maintain_order="left")
-        .with_columns(
-            output_1=pl.when("swapped").then(second).otherwise(first),
-            output_2=pl.when("swapped").then(first).otherwise(second),
-        )
-        .select(list(PRINCIPLE_RECORDS.columns))
-    )
-    return table, dict(counts)
+    return pl.scan_parquet(files), dict(counts)
+
+
+def _write_records(drawn: Sequence[tuple[Drawn, Pair]], path: Path) -> Path:
+    """Write some records with their texts."""
+    texts = {
+        "instruction": [pair.instruction for _, pair in drawn],
+        "input": [pair.input for _, pair in drawn],
+        "output_1": [pair.responses[record.swapped] for record, pair in drawn],
+        "output_2": [pair.responses[not record.swapped] for record, pair in drawn],
+    }
+    columns = {
+        name: texts[name] if name in texts else [getattr(record, name) for record, _ in drawn]
+        for name in PRINCIPLE_RECORDS.columns
+    }
+    # Polars makes a series of every list in a column of lists; Arrow does not.
+    schema = pl.DataFrame(schema=PRINCIPLE_RECORDS.schema).to_arrow().schema
+    pl.DataFrame(pa.table(columns, schema=schema)).write_parquet(path)
+    return path

@@ -32,6 +32,9 @@ PACKAGES = (
     *("datasets", "polars", "snakemake", "py3langid", "numpy"),
 )
 
+ROW_GROUP = 10_000
+"""Rows that are written, and later read, at a time. Polars' own number would be all of most tables."""
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -116,11 +119,11 @@ def remove(path: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a file or folder, if it is there; an interruption leaves it whole or not at all under its name."""
+    away = folder.with_name(f"{folder.name}.deleted")
+    _remove_leftovers(away)
     if folder.exists():
-        away = temporary_path(folder.with_name(f"{folder.name}.deleted"))
-        remove(away)
-        folder.rename(away)
-        remove(away)
+        folder = folder.rename(temporary_path(away))
+        remove(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,7 +148,7 @@ def write_table(
     """
     with atomic(path) as temporary:
         if isinstance(rows, pl.LazyFrame):
-            rows.sink_parquet(temporary, compression="zstd", maintain_order=True)
+            rows.sink_parquet(temporary, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
         else:
             rows.write_parquet(temporary, compression="zstd")
         if table:

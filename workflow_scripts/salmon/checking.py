@@ -15,14 +15,24 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from salmon import judging, models, principles, reward_model
+from salmon import judging, models, principles, reward_model, templates
 from salmon.adapters import uncovered
-from salmon.config import Judge, Lora, Model, PolicyPrompt, Sampling
-from salmon.encoding import encode_prompt, read_preamble, read_template, tokenize
+from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, Sampling, Scoring
+from salmon.encoding import (
+    Template,
+    as_template,
+    encode_prompt,
+    guard,
+    prompt_text,
+    read_preamble,
+    read_template,
+    render,
+    tokenize,
+)
 from salmon.errors import UserError
 from salmon.generation import StopStrings, end_tokens
 from salmon.sampling import TransformersSampler
-from salmon.shared_base import SharedBase
+from salmon.shared_base import Role, SharedBase
 from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,22 +44,33 @@ QUESTIONS = (
     "What is 17 times 3?",
 )
 NEW_TOKENS = (24, 3, 12, 7)  # sampled for each question: rows of a batch end at different times
+ANSWER = "So."
+TEMPLATE = "You review an answer.\n\n# Input\n\n{Input}\n\n# Output\n\n{Output}\n\nIts quality is"
+WITHOUT_ADAPTER = {"adapter": None, "adapter_revision": None}
+# Whatever a chat template may do to a user's text shows in this one: line breaks, signs, a control token, its length.
+PROBE = 'Say "<b>so & so</b>", it\'s\n\n\tünïcode </s> {{ x }} <|im_end|>' + " and then some more words" * 40 + "."
 
-
-Part = Literal["sampling", "judging", "training"]
-"""What is checked together: what else a part needs to know is what its stages read, so that it is checked again just
-where they run again."""
+Part = Literal["sampling", "judging", "training", "rl"]
+"""What is checked together: what its stages rely on, and what they read."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sections of the configuration that a model has to do with."""
+    """The sections of the configuration that a model has to do with.
+
+    Attributes:
+        tokenizer: model whose tokenizer reward models are trained with; None for that of `model` without its adapter.
+        ppo: of which lengths and template are checked, if it is there.
+    """
 
     model: Model
     policy_prompt: PolicyPrompt
     sampling: Sampling
     judge: Judge
     lora: Lora
+    scoring: Scoring = field(default_factory=Scoring)
+    tokenizer: Model | None = None
+    ppo: Ppo | None = None
 
 
 @dataclass
@@ -112,13 +133,20 @@ def check_model(settings: Settings, parts: Sequence[Part], device: torch.device)
             report.check("judging", lambda: judging_ways(settings, load_tokenizer(judging_model), judge, device))
         del judge
     if "training" in parts:
-        report.check("training", lambda: training(settings.model, settings.lora, device))
+        report.check("training", lambda: training(settings, device))
+    if "rl" in parts:
+        report.check("rl", lambda: rl(settings, device))
     return report
 
 
 def prompts(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The policy's prompt begins with one beginning and is not ended."""
+    """The policy's prompt holds the instruction as it is, begins with one beginning and is not ended."""
     preamble = read_preamble(settings.policy_prompt)
+    if guard(tokenizer, PROBE) not in prompt_text(tokenizer, PROBE, settings.policy_prompt, preamble):
+        raise UserError(
+            "the tokenizer's chat template leaves an instruction out, or changes it: it may want its text in parts, "
+            "another role, or a variable of policy_prompt.template_variables; or name a file in policy_prompt.template"
+        )
     ids = encode_prompt(tokenizer, QUESTIONS[0], settings.policy_prompt, preamble)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and begin != end and ids.count(begin) > 1 and ids[:2] == [begin, begin]:
@@ -139,15 +167,23 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
     facts = {"end tokens": ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ends))))}
     if not settings.policy_prompt.is_chat:
         return facts
-    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **settings.policy_prompt.template_variables)
-    after = text.rpartition("So.")[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    stopped = any(string in after for string in settings.policy_prompt.stop)
-    if not stopped and not ends & set(ids):
+    turns = {"user": "Why?", "assistant": ANSWER}
+    text = render(tokenizer, turns, settings.policy_prompt.template_variables, begin=False)
+    _, found, after = text.rpartition(ANSWER)
+    if not found:
         raise UserError(
-            f"in this chat template an answer ends with {after.strip()!r}, which is neither an end token of the model "
-            "nor in policy_prompt.stop: every answer would run to its limit; add it there"
+            "the tokenizer's chat template leaves an assistant's answer out, or changes it, so that nobody knows how "
+            "one ends: check policy_prompt.template_variables, or name a file in policy_prompt.template"
+        )
+    # An end token further on, such as that of the whole conversation, does not end the turn.
+    rest = after.lstrip()
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    first = next((token for token in ids if tokenizer.decode([token]).strip()), None)
+    stopped = any(string in after and rest.startswith(string.lstrip()) for string in settings.policy_prompt.stop)
+    if not stopped and first not in ends:
+        raise UserError(
+            f"in this chat template an answer ends with {after.strip()!r}, which begins neither with an end token of "
+            "the model nor with one of policy_prompt.stop: every answer would run to its limit; add how it begins there"
         )
     return {**facts, "an answer's turn ends with": repr(after)}
 
@@ -156,13 +192,15 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
 def sampling(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Greedy answers of a batch whose rows end at different times are those of each prompt alone.
+    """Greedy answers of a batch whose rows end at different times are those of each prompt alone; positions suffice.
 
     Held against one forward pass over each prompt and answer: every token taken has the largest logit there, up to
     rounding.
     """
     preamble = read_preamble(settings.policy_prompt)
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
+    models.check_context(model, settings.sampling.max_length, "sampling.max_length")
+    _check_vocabulary(tokenizer, model, queries)
     sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
     answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)
     regret, largest, spread = 0.0, 0.0, []
@@ -188,10 +226,13 @@ def judging_ways(
 ) -> dict[str, Any]:
     """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
     models.check_context(model, settings.judge.max_length, "judge.max_length")
+    template = read_template(tokenizer, settings.judge.template, settings.judge, "judge.format")
+    templates.check_slots(template.text, settings.judge.template, templates.JUDGE_SLOTS, "judge.template")
+    _check_vocabulary(tokenizer, model, template.encode(tokenizer, [template.text]))
     judge = judging.Judge(
         model,
         tokenizer,
-        template=read_template(tokenizer, settings.judge.template, settings.judge, "judge.format"),
+        template=template,
         principles=principles.read_judged(settings.judge.principles),
         max_length=settings.judge.max_length,
         device=device,
@@ -199,23 +240,60 @@ def judging_ways(
     return asdict(judging.prove(judge))
 
 
-def training(model: Model, lora: Lora, device: torch.device) -> dict[str, Any]:
-    """Reward model and RL: the same scores in both, batches as single texts, gradients for all that is trained."""
-    model = model.model_copy(update={"adapter": None, "adapter_revision": None})
-    fresh = models.new_reward_model(model, lora, device, seed=0)
-    covered = sum(hasattr(module, "lora_A") for module in fresh.modules())
-    long = "Because it is so, and not otherwise. "
-    texts = tokenize(load_tokenizer(model), [f"{question} {long * row}" for row, question in enumerate(QUESTIONS)])
-    alone = _strengthen(fresh, texts, model, device)
-    together = reward_model.score(fresh, texts, len(texts), device)
-    limit = tolerance(model, float(alone.std()) + float(alone.abs().mean()))
-    _same("a batch of the reward model and its single texts", together, alone, limit)
+def training(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """A reward model: texts in batches as alone, saved as loaded, and in the format in which they are read."""
+    model = settings.model.model_copy(update=WITHOUT_ADAPTER)
+    tokenizer = load_tokenizer(settings.tokenizer or model)
+    texts = _made_texts(
+        tokenizer, as_template(tokenizer, TEMPLATE, settings.scoring, "scoring.format", "a made-up one")
+    )
     with tempfile.TemporaryDirectory() as folder:
+        fresh = models.new_reward_model(model, settings.lora, device, seed=0)
+        _check_vocabulary(tokenizer, fresh, texts)
+        alone, limit = _strengthen(fresh, texts, model, device)
+        covered, left_out = sum(hasattr(module, "lora_A") for module in fresh.modules()), len(uncovered(fresh))
+        together = reward_model.score(fresh, texts, len(texts), device)
+        _same("a batch of the reward model and its single texts", together, alone, limit)
         fresh.save_pretrained(folder)
         del fresh
-        shared = SharedBase(model, lora, Path(folder), device, seed=0)
-    with torch.no_grad(), shared.use("reward"):
-        _same("the reward model and RL's reward", shared.rewards(texts).cpu(), alone, limit)
+        loaded = models.load_reward_model(model, Path(folder), device, trainable=False)
+    _same("a reward model and the same one saved", reward_model.score(loaded, texts, len(texts), device), alone, limit)
+    return {"layers with LoRA": covered, "linear weights without": left_out, "rounding explains": f"{limit:.1e}"}
+
+
+def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """The four models of RL on one base: each what it is alone, gradients for all that is trained; RL's lengths."""
+    model = settings.model
+    tokenizer = load_tokenizer(model)
+    file = settings.ppo.template if settings.ppo else None
+    template = read_template(tokenizer, file, settings.scoring, "scoring.format") if file else Template(TEMPLATE)
+    texts = _made_texts(tokenizer, template)
+    queries, responses = [text[: len(text) // 2] for text in texts], [text[len(text) // 2 :] for text in texts]
+    policy = models.load_initial_policy(model, device)
+    _check_vocabulary(tokenizer, policy, texts)
+    wanted, largest = _logprobs(policy, texts, device)
+    del policy
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = models.new_reward_model(model.model_copy(update=WITHOUT_ADAPTER), settings.lora, device, seed=0)
+        alone, limit = _strengthen(fresh, texts, model, device)
+        fresh.save_pretrained(folder)
+        del fresh
+        shared = SharedBase(model, settings.lora, Path(folder), device, seed=0)
+    if ppo := settings.ppo:
+        around = len(encode_prompt(tokenizer, "", settings.policy_prompt, read_preamble(settings.policy_prompt)))
+        longest = around + ppo.query_length + ppo.response_length
+        models.check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+        models.check_context(shared.lm, ppo.reward_max_length, "ppo.reward_max_length")
+    with torch.no_grad():
+        bound = tolerance(model, float(wanted[0].std())) + 4 * largest * torch.finfo(getattr(torch, model.dtype)).eps
+        role: Role
+        for role in ("policy", "reference"):
+            with shared.use(role):
+                found = shared.logprobs(queries, responses, 1.0)[0].cpu()
+            for row, response, each in zip(found, responses, wanted, strict=True):
+                _same(f"RL's {role} and the initial policy", row[: len(response)], each[-len(response) :], bound)
+        with shared.use("reward"):
+            _same("the reward model and RL's reward", shared.rewards(texts).cpu(), alone, limit)
     untouched = _gradients(shared, texts)
     if untouched:
         raise UserError(
@@ -223,19 +301,50 @@ def training(model: Model, lora: Lora, device: torch.device) -> dict[str, Any]:
             "supported, see docs/models.md"
         )
     return {
-        "layers with LoRA": covered,
-        "linear weights without": len(uncovered(shared.lm)),
-        "rounding explains": f"{limit:.1e}",
-        "trained parameters of RL": sum(parameter.numel() for parameter in shared.trained()),
+        "rounding explains": f"{bound:.1e} in log probabilities, {limit:.1e} in rewards",
+        "trained parameters": sum(parameter.numel() for parameter in shared.trained()),
     }
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Sequence[list[int]]) -> None:
+    """Refuse a tokenizer that makes tokens of which the model knows nothing."""
+    size, largest = len(model.get_input_embeddings().weight), max(map(max, rows))
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeddings of {size}; prompts hold the token "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, which has none: take the tokenizer that the model was "
+            "trained with, or another template"
+        )
+
+
+def _made_texts(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[list[int]]:
+    """Made-up texts of different lengths, and the frame of a template."""
+    long = "Because it is so, and not otherwise. "
+    texts = tokenize(tokenizer, [f"{question} {long * row}" for row, question in enumerate(QUESTIONS)])
+    return texts + template.encode(tokenizer, [template.text])
+
+
+@torch.no_grad()
+def _logprobs(policy: Any, texts: Sequence[list[int]], device: torch.device) -> tuple[list[torch.Tensor], float]:
+    """Log probabilities of the tokens after the first for each text alone, [T - 1], and the largest logit."""
+    rows, largest = [], 0.0
+    for text in texts:
+        ids = torch.tensor([text], device=device)
+        logits = policy(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        rows.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].float().cpu())
+        largest = max(largest, float(logits.abs().max()))
+    return rows, largest
 
 
 def _strengthen(
     adapted: Any, texts: Sequence[list[int]], model: Model, device: torch.device, attempts: int = 6
-) -> torch.Tensor:
-    """Make a fresh adapter so strong that rounding does not explain what it changes; returns the scores with it.
+) -> tuple[torch.Tensor, float]:
+    """Make a fresh adapter so strong that rounding does not explain what it changes.
 
     Else a stage that leaves the adapter out would pass in 16 bits.
+
+    Returns:
+        The scores of each text alone, and what rounding may change in them.
     """
     bare = reward_model.score(adapted, texts, 1, device)
     for attempt in range(attempts):
@@ -244,8 +353,9 @@ def _strengthen(
                 if "lora_B" in name:
                     parameter.normal_(0.0, 0.02 * 2**attempt)
         scores = reward_model.score(adapted, texts, 1, device)
-        if float((scores - bare).abs().max()) > 2 * tolerance(model, float(scores.std()) + float(scores.abs().mean())):
-            return scores
+        limit = tolerance(model, float(scores.std()) + float(scores.abs().mean()))
+        if float((scores - bare).abs().max()) > 2 * limit:
+            return scores, limit
     raise UserError(
         "a LoRA adapter hardly changes the scores of a reward model on it: this architecture is not supported, see "
         "docs/models.md"

@@ -25,13 +25,19 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from salmon.border import LARGEST, Number
 from salmon.errors import in_field
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Shards = Annotated[int, Field(ge=1, le=100_000)]
+Tokens = Annotated[int, Field(ge=1, le=10_000_000)]  # more than any model reads
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes them
 Marker = Annotated[str, Field(min_length=1)]
+COLDEST = 0.001  # a lower temperature takes the most probable token anyway, and rounding decides what is learnt of it
 # What transformers gives a chat template itself, or takes for an option.
 _RESERVED_VARIABLES = frozenset(
     {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
@@ -116,6 +122,14 @@ class Section(BaseModel):
             raise ValueError("true and false are not allowed here")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _reject_what_overflows(cls, value: Any) -> Any:
+        """Models compute in single precision, which a finite number may still leave."""
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            raise ValueError(f"no number here may be larger than {LARGEST:.0e}")
+        return value
+
 
 class Model(Section):
     """A base model, and the adapter that makes it the initial policy (paper section 3.1)."""
@@ -150,6 +164,9 @@ class Source(Section):
     limit: Count | None = Field(
         None,
         description="at most so many prompts (of openorca: per family) or pairs after cleaning, drawn with the seed",
+    )
+    max_bad_rows: int = Field(
+        0, ge=0, description="so many rows that are not of the format are left out and counted; more are an error"
     )
     question_type: QuestionType = Field(
         "general", description="read for RL prompts only, where it decides which principles and length bonus apply"
@@ -227,15 +244,15 @@ class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
     sources: dict[str, PromptSource] = Field(min_length=1, description="name -> data set")
-    seed: int = Field(42, description="seed of the draw where a source has a limit")
+    seed: Seed = Field(42, description="seed of the draw where a source has a limit")
 
 
 class RlPrompts(Prompts):
     """Prompts of the RL stage."""
 
-    min_tokens: Count = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
-    max_tokens: Count = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
-    length_bonus: dict[QuestionType, float] = Field(
+    min_tokens: Tokens = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
+    max_tokens: Tokens = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
+    length_bonus: dict[QuestionType, Number] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
     )
@@ -258,15 +275,22 @@ class RlPrompts(Prompts):
 class Sampling(Section):
     """response0 and response1."""
 
-    seeds: tuple[int, int] = Field((42, 43), description="seeds of response0 and response1")
-    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0 takes the most probable token")
+    seeds: tuple[Seed, Seed] = Field((42, 43), description="seeds of response0 and response1")
+    temperature: float = Field(0.7, ge=0, le=1000, description="sampling temperature; 0 takes the most probable token")
     top_p: float = Field(
         1.0, gt=0, le=1, description="probability that the tokens drawn from reach together, the most probable first"
     )
-    max_length: Count = Field(768, description="largest number of tokens of prompt and response together")
-    shards: Annotated[Count, FREE] = Field(
+    max_length: Tokens = Field(768, description="largest number of tokens of prompt and response together")
+    shards: Annotated[Shards, FREE] = Field(
         4, description="number of jobs that each table of responses is scattered over"
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_nearly_zero(cls, temperature: float) -> float:
+        if 0 < temperature < COLDEST:
+            raise ValueError(f"a temperature below {COLDEST} is as good as 0; set it to 0")
+        return temperature
 
     @field_validator("seeds")
     @classmethod
@@ -305,21 +329,21 @@ class Judge(Scored):
         description="template file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
     )
     principles: str = Field(description="JSON file: a list of dimension, definition, negative_definition")
-    max_length: Count = Field(
+    max_length: Tokens = Field(
         1536, description="largest number of tokens of a prompt; longer ones are shortened in the responses"
     )
     min_characters: int = Field(
         16, ge=0, description="smallest number of characters of a response; pairs with a shorter one are dropped"
     )
     turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
-    shards: Annotated[Count, FREE] = Field(8, description="number of jobs that the judging is scattered over")
+    shards: Annotated[Shards, FREE] = Field(8, description="number of jobs that the judging is scattered over")
 
 
 class Aggregation(Section):
     """Judgements to reward-model records (paper section 3.2, reference step 2)."""
 
     dimensions: list[str] = Field(min_length=1, description="names of the judged principles that are used")
-    passes: Count = Field(4, description="number of records drawn per pair, at most")
+    passes: Count = Field(4, le=1000, description="number of records drawn per pair, at most")
     geometric_p: float = Field(
         0.2,
         gt=0,
@@ -339,7 +363,7 @@ class Aggregation(Section):
     language_rule: bool = Field(True, description="whether an output in another language than the instruction loses")
     label_noise: Probability = Field(0.1, description="probability that a label is flipped")
     rule_label_noise: Probability = Field(0.25, description="probability that a label is flipped where a rule decided")
-    seed: int = Field(42, description="seed of all draws of the aggregation")
+    seed: Seed = Field(42, description="seed of all draws of the aggregation")
 
     @field_validator("dimensions")
     @classmethod
@@ -354,29 +378,29 @@ class PmpData(Section):
 
     sources: dict[str, PairSource] = Field(min_length=1, description="name -> data set")
     min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
-    seed: int = Field(42, description="seed of the order of outputs and records, and of the draw under a limit")
+    seed: Seed = Field(42, description="seed of the order of outputs and records, and of the draw under a limit")
 
 
 class Lora(Section):
     """Adapters of all trained models (QLoRA)."""
 
-    r: Count = Field(64, description="rank of the adapters")
+    r: Count = Field(64, le=16384, description="rank of the adapters")
     alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
-    dropout: Probability = Field(0.0, description="dropout of the adapters' inputs while a reward model is trained")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the adapters' inputs while a reward model is trained"
+    )
 
 
 class RewardTraining(Section):
     """One stage of reward-model training."""
 
     template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
-    learning_rate: Positive = Field(
-        description="peak learning rate, after linear warm-up and before half a cosine to 0"
-    )
-    epochs: Positive = Field(1.0, description="number of passes over the records; need not be whole")
+    learning_rate: Rate = Field(description="peak learning rate, after linear warm-up and before half a cosine to 0")
+    epochs: Positive = Field(1.0, le=1000, description="number of passes over the records; need not be whole")
     batch_size: Count = Field(64, description="pairs per step, over all GPUs")
-    max_length: Count = Field(description="largest number of tokens of the whole text")
-    query_length: Count = Field(description="largest number of tokens of the instruction, which is cut on its left")
-    response_length: Count = Field(description="largest number of tokens of the response, which is cut on its right")
+    max_length: Tokens = Field(description="largest number of tokens of the whole text")
+    query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
+    response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     warmup_ratio: Probability = Field(0.03, description="share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
@@ -384,7 +408,7 @@ class RewardTraining(Section):
         500, ge=0, description="number of pairs held out for evaluation, whole prompts at a time"
     )
     save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
-    seed: int = Field(42, description="seed of the split, the order of the records and the fresh weights")
+    seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -418,27 +442,31 @@ class Ppo(Section):
         description="number of principles shown, drawn by weight without replacement; 0 shows none, as a control run",
     )
     boost: float = Field(128.0, ge=0, description="added to the weight of principles that fit the question type")
-    boosted_words: dict[QuestionType, list[str]] = Field(
+    boosted_words: dict[QuestionType, list[Marker]] = Field(
         {"reasoning": ["reason", "numerical"], "red_teaming": ["ethical", "harmless"]},
         description="words in a principle's name that fit a question type",
     )
-    learning_rate: Positive = Field(2e-5, description="peak learning rate of policy and value model")
+    learning_rate: Rate = Field(2e-5, description="peak learning rate of policy and value model")
     warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up, before a cosine to 0")
-    epochs: Count = Field(2, description="number of passes over the prompts")
+    epochs: Count = Field(2, le=100_000, description="number of passes over the prompts")
     max_steps: Count | None = Field(None, description="largest number of PPO steps, where the epochs have more")
     rollout_batch_size: Count = Field(576, description="rollouts per PPO step, over all GPUs")
     minibatch_size: Count = Field(288, description="rollouts per optimiser step, over all GPUs")
-    inner_epochs: Count = Field(2, description="number of passes over the rollouts of a step")
-    temperature: Positive = Field(0.7, description="sampling temperature; PPO improves the policy at this temperature")
-    query_length: Count = Field(256, description="largest number of tokens of an instruction; longer ones are left out")
-    response_length: Count = Field(1024, description="largest number of tokens sampled")
-    reward_query_length: Count = Field(
+    inner_epochs: Count = Field(2, le=100_000, description="number of passes over the rollouts of a step")
+    temperature: float = Field(
+        0.7, ge=COLDEST, le=1000, description="sampling temperature; PPO improves the policy at this temperature"
+    )
+    query_length: Tokens = Field(
+        256, description="largest number of tokens of an instruction; longer ones are left out"
+    )
+    response_length: Tokens = Field(1024, description="largest number of tokens sampled")
+    reward_query_length: Tokens = Field(
         128, description="largest number of tokens of the instruction that the reward model reads"
     )
-    reward_response_length: Count = Field(
+    reward_response_length: Tokens = Field(
         768, description="largest number of tokens of the response that the reward model reads"
     )
-    reward_max_length: Count = Field(
+    reward_max_length: Tokens = Field(
         1280, description="largest number of tokens of the whole text that the reward model reads"
     )
     kl_coefficient: float = Field(
@@ -465,7 +493,7 @@ class Ppo(Section):
         0.8, description="largest value of tokens / response_length * length bonus that is rewarded"
     )
     save_steps: Annotated[Count, FREE] = Field(10, description="number of PPO steps between two checkpoints")
-    seed: int = Field(
+    seed: Seed = Field(
         42, description="seed of the order of prompts, sampling, principles, minibatches and fresh weights"
     )
 

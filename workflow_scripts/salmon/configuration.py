@@ -93,7 +93,10 @@ class Config(Section):
         ["policy"], min_length=1, description="what is built where no target is named"
     )
     seed: int = Field(
-        0, ge=0, description=f"number of the repetition: {SEED_STEP} times this is added to every seed of the sections"
+        0,
+        ge=0,
+        le=1_000_000,
+        description=f"number of the repetition: {SEED_STEP} times this is added to every seed of the sections",
     )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
@@ -175,16 +178,18 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     Raises:
         UserError: with one line for every finding, as `load` does.
     """
-    resolved, lines = {"default": config}, []
+    resolved: dict[str, Config] = {"default": config}
+    lines: list[str] = []
     for name, changes in config.runs.items():
         raw = merge(config.model_dump(mode="json"), changes)
         try:
-            resolved[name] = Config.model_validate(raw)
+            resolved[name] = _shift_seeds(Config.model_validate(raw))
         except ValidationError as error:
-            lines += [f"runs.{name}.{line}" for line in findings(error, Config)]
+            prefix = "" if name == "default" else f"runs.{name}."
+            lines += [f"{prefix}{line}" for line in findings(error, Config) if line not in lines]
     if lines:
         raise UserError(describe(lines, NAME))
-    return {name: _shift_seeds(run) for name, run in resolved.items()}
+    return resolved
 
 
 def field_of(key: str) -> FieldInfo | None:

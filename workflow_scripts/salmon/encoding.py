@@ -13,6 +13,7 @@ sentinels is encoded by the tokenizer as it is.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,25 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
+from salmon.border import reason
 from salmon.config import PolicyPrompt, Scored
 from salmon.errors import UserError
 
 SENTINEL = "\ufdd0"
 """A noncharacter, which Unicode keeps out of texts that are interchanged."""
+
+DATE = "strftime_now"
+"""The function by which chat templates write the date; as a variable of a template, the day that it takes for today."""
+# Put before a chat template, the same function for a given day; transformers takes variables, but no functions.
+_GIVEN_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set ns = namespace(text=format) -%}"
+    "{%- for code, value in given_date.items() -%}{%- set ns.text = ns.text.replace(code, value) -%}{%- endfor -%}"
+    "{{- ns.text -}}{%- endmacro %}\n"
+)
+
+_SOME_QUESTION = "Is it so?"
+# What opens thinking, by whatever name and brackets: <think>, [THINK], <seed:think>, ◁think▷.
+_OPENS_THINKING = re.compile(r"([<\[◁])([\w:]*think[\w:]*)([>\]▷])", flags=re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +147,9 @@ def begins_thinking(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, pr
     if prompt.thinking is None:
         return False
     opening, closing = prompt.thinking
-    text = _prompt_text(tokenizer, "", prompt, preamble)
-    return text.rfind(opening) > text.rfind(closing)
+    # The preamble or a system's turn may speak of the markers.
+    _, _, after = prompt_text(tokenizer, _SOME_QUESTION, prompt, preamble).rpartition(_SOME_QUESTION)
+    return after.rfind(opening) > after.rfind(closing)
 
 
 def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
@@ -157,7 +173,7 @@ def encode_prompt(
     Raises:
         UserError: where the tokenizer has no chat template, or it refuses the prompt.
     """
-    text = _prompt_text(tokenizer, instruction, prompt, preamble)
+    text = prompt_text(tokenizer, instruction, prompt, preamble)
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
@@ -184,21 +200,31 @@ class Template:
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Scored, key: str) -> Template:
+    """The template in a file, as `as_template` makes it.
+
+    Raises:
+        UserError: as `as_template`, or where the file cannot be read.
+    """
+    return as_template(tokenizer, templates.read(file), form, key, f"template {file}")
+
+
+def as_template(tokenizer: PreTrainedTokenizerBase, text: str, form: Scored, key: str, name: str) -> Template:
     """The template of a model that scores, as a chat where the settings say so.
 
     It becomes a chat before it is filled, so that neither the chat template nor what it strips touches the values, and
-    that filled texts are cut, packed and counted as any others.
+    that filled texts are cut, packed and counted as any others. Where the chat template begins the assistant's turn
+    with thinking (DeepSeek-R1), that is closed, empty, before the template's last line: the verdict comes without.
 
     Args:
         tokenizer: of the model.
-        file: of the template.
+        text: of the template.
         form: its format, and the variables of the chat template.
         key: of the format in the configuration, for messages.
+        name: of the template, for messages.
 
     Raises:
-        UserError: where the file cannot be read, the tokenizer has no chat template, or one does not take it.
+        UserError: where the tokenizer has no chat template, or one does not take it.
     """
-    text = templates.read(file)
     if form.format == "text":
         return Template(text)
     if not tokenizer.chat_template:
@@ -206,21 +232,21 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Sc
     try:
         system, user, begun = templates.turns(text)
     except UserError as error:
-        raise UserError(f"{key} is `chat`, but template {file} does not fit: {error}") from None
-    reason = ""
+        raise UserError(f"{key} is `chat`, but {name} does not fit: {error}") from None
+    why = ""
     # Some chat templates refuse a system's turn, or leave it out.
     joined = f"{system}\n\n{user}" if system else user
     for parts in ({"system": system, "user": user}, {"user": joined}) if system else ({"user": user},):
         try:
-            chat = _render(tokenizer, parts, form.template_variables)
+            chat = render(tokenizer, parts, form.template_variables)
         except _RefusedError as error:
-            reason = str(error)
+            why = str(error)
             continue
         if all(part.strip() in chat for part in parts.values()):
-            return Template(chat + begun, is_chat=True)
-        reason = "it changes the text"
+            return Template(_close_thinking(chat, parts["user"].strip()) + begun, is_chat=True)
+        why = "it changes the text"
     raise UserError(
-        f"{key} is `chat`, but the tokenizer's chat template does not take {file} ({reason}); check the variables "
+        f"{key} is `chat`, but the tokenizer's chat template does not take {name} ({why}); check the variables "
         f"beside it, or set {key} to `text`"
     )
 
@@ -230,15 +256,15 @@ def read_preamble(prompt: PolicyPrompt) -> str:
     return "" if prompt.is_chat else templates.read(prompt.template)
 
 
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str) -> str:
-    """The text of the policy's prompt, the instruction guarded."""
+def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str) -> str:
+    """The text of the policy's prompt, the instruction guarded; see `encode_prompt`."""
     instruction = guard(tokenizer, instruction)
     if not prompt.is_chat:
         return templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
     if not tokenizer.chat_template:
         raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
     try:
-        return _render(tokenizer, {"user": instruction}, prompt.template_variables)
+        return render(tokenizer, {"user": instruction}, prompt.template_variables)
     except _RefusedError as error:
         raise UserError(
             f"the tokenizer's chat template refuses a prompt of one user turn ({error}); check "
@@ -246,24 +272,61 @@ def _prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: P
         ) from None
 
 
-class _RefusedError(Exception):
+class _RefusedError(UserError):
     """A chat template did not take turns."""
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variables: Mapping[str, Any]) -> str:
-    """The text that the chat template makes of turns (role -> text), with the assistant's turn begun.
+def render(
+    tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variables: Mapping[str, Any], *, begin: bool = True
+) -> str:
+    """The text that the chat template makes of turns (role -> text).
+
+    Args:
+        tokenizer: has the template.
+        turns: in their order.
+        variables: of the template.
+        begin: whether the assistant's turn is begun after them.
 
     Raises:
-        _RefusedError: where the template does.
+        UserError: where the template does not take them, or writes the date of today.
     """
-    from jinja2 import TemplateError  # which only chat templates need
-
     messages = [{"role": role, "content": text} for role, text in turns.items()]
+    options: dict[str, Any] = {"add_generation_prompt": begin, "tokenize": False, **variables}
     try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
-    except TemplateError as error:
-        raise _RefusedError(str(error)) from error
+        if DATE not in str(tokenizer.chat_template):
+            texts = {tokenizer.apply_chat_template(messages, **options)}
+        else:
+            options["chat_template"] = _GIVEN_DATE + tokenizer.get_chat_template()
+            fixed = options.pop(DATE, None)
+            texts = {
+                tokenizer.apply_chat_template(messages, given_date=_date_codes(day), **options)
+                for day in ([date.fromisoformat(fixed)] if fixed else [date(1999, 12, 31), date(2022, 2, 1)])
+            }
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise _RefusedError(reason(error)) from error
+    if len(texts) > 1:
+        raise _RefusedError(
+            "it writes the date, so that prompts would be others tomorrow; set the variable that it has for that "
+            f'(Llama 3: date_string), or {DATE} to a day such as "2026-01-31", which it then takes for today'
+        )
+    text: str = texts.pop()
     return text
+
+
+def _date_codes(day: date) -> dict[str, str]:
+    """What the codes of `strftime` stand for on a day, at midnight."""
+    codes = [f"%{flag}{letter}" for letter in "aAbBcdHIjmMpSuUVwWxXyYzZ" for flag in ("", "-")]
+    return {code: day.strftime(code) for code in codes}
+
+
+def _close_thinking(chat: str, said: str) -> str:
+    """A rendered chat whose assistant's turn, after what the user said, does not begin inside of thinking."""
+    turn = chat.rpartition(said)[2]
+    opened = list(_OPENS_THINKING.finditer(turn))
+    closing = "{}/{}{}".format(*opened[-1].groups()) if opened else ""
+    return f"{chat.rstrip()}\n\n{closing}\n\n" if opened and closing not in turn[opened[-1].end() :] else chat
 
 
 def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:

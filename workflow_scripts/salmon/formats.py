@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NotRequired, TypeVar, get_args, get_type_hints
 
+from pydantic import FiniteFloat
 from typing_extensions import TypedDict, is_typeddict
 
+from salmon.border import Number
 from salmon.errors import UserError
 from salmon.text import join_instruction
 
@@ -25,11 +27,13 @@ OPENORCA_FAMILIES = ("niv", "flan", "t0", "cot")
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
-_NLI = re.compile(r"[Pp]remise|[Hh]ypothesis|it is not possible to tell")
+_NLI = ("premise", "Premise", "hypothesis", "Hypothesis", "it is not possible to tell")
 _COUNTER_AT_END = re.compile(r"(\d{1,3}) / (\d{1,3})$")
 _COUNTER_AT_START = re.compile(r"(\d{1,3}) / (\d{1,3})(?!\d)")
+_COUNTER_LENGTH = len("999 / 999")
 _FIRST_OF_ONE = re.compile(r"(?<!\d)1 / 1(?!\d)")
-_LABEL_AT_END = re.compile(r"(?:Share Prompt|Translate now|지금 번역하기|Language: ?[^\W\d_]+)$")
+_LABELS = ("Share Prompt", "Translate now", "지금 번역하기")
+_LANGUAGE_LABELS = ("Language: ", "Language:")  # before the name of a language
 _BING = "Bing is powered by AI"
 
 
@@ -142,15 +146,20 @@ def _add(formats: dict[str, Any], name: str, entry: Any) -> None:
 
 
 class Oasst1Row(TypedDict):
-    """One message of a tree (`OpenAssistant/oasst1`); a root has no parent."""
+    """One message of a tree (`OpenAssistant/oasst1`); a root has no parent, and spam a negative review result."""
 
     message_id: str
     parent_id: str | None
     text: str | None
+    deleted: NotRequired[bool | None]
+    review_result: NotRequired[bool | None]
 
 
 def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -> Iterator[Prompt]:
     """Root messages that have at least one reply, in the order in which they appear.
+
+    Deleted messages and spam are no messages, as in upstream's own exports: they ask nothing and reply to nothing. (The
+    hub's table has some of them, though its trees are those that were ready for export.)
 
     Replies may come before their root, and messages whose parent is absent are no trouble. Memory: the roots and
     the ids of all messages.
@@ -165,7 +174,11 @@ def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) 
         if row["message_id"] in ids:
             raise UserError(f"{place}: message_id occurs twice; take out one of the files or rows that hold it")
         ids.add(row["message_id"])
-        if row["parent_id"]:
+        if row.get("deleted"):
+            counts["deleted"] += 1
+        elif row.get("review_result") is False:
+            counts["spam"] += 1
+        elif row["parent_id"]:
             parents.add(row["parent_id"])
             counts["no root of a tree"] += 1
         else:
@@ -188,7 +201,7 @@ class ShpRow(TypedDict):
     human_ref_A: str | None
     human_ref_B: str | None
     labels: Literal[0, 1]
-    score_ratio: float
+    score_ratio: FiniteFloat
 
 
 @comparisons_from("shp")
@@ -211,15 +224,25 @@ def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
     r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
 
     The query keeps the names of the speakers. A dialogue that is the beginning of the other one is not a special case:
-    the assistant's turn that one ends and the other continues begins after the query.
+    the assistant's turn that one ends and the other continues begins after the query. A human turn in which nothing is
+    said ends no answer, and asks for none.
     """
     preferred, other = row["chosen"] or "", row["rejected"] or ""
     shared = os.path.commonprefix([preferred, other])  # noqa: RUF071 (character by character is what we want)
     query, marker, _ = shared.rpartition(ASSISTANT_TURN)
     if not marker:
         return Skipped("no assistant turn in common")
+    if query.rstrip().endswith(HUMAN_TURN):
+        return Skipped("empty human turn")
     start = len(query) + len(marker)
-    return Comparison(query, preferred[start:], other[start:])
+    return Comparison(query, _without_empty_turn(preferred[start:]), _without_empty_turn(other[start:]))
+
+
+def _without_empty_turn(answer: str) -> str:
+    """An answer without the human turns at its end in which nothing is said."""
+    while (end := answer.rstrip()).endswith(HUMAN_TURN):
+        answer = end.removesuffix(HUMAN_TURN)
+    return answer
 
 
 @prompts_from("hh_rlhf")
@@ -250,7 +273,7 @@ def openorca_prompt(row: OpenOrcaRow) -> Prompt | Skipped:
 
 def is_nli(question: str) -> bool:
     """Whether a question is a task of natural language inference (reference: step 3)."""
-    return _NLI.search(question) is not None
+    return any(word in question for word in _NLI)
 
 
 # A turn of a conversation; `zetavg/ShareGPT-Processed` has its text as markdown, too.
@@ -280,17 +303,45 @@ def clean_web_text(text: str) -> str:
     Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions; at the start:
     page counters, everything up to a counter `1 / 1`, and a line with Bing's disclaimer.
     """
+    start, end = 0, len(text)  # what is left; slicing the text at every step would take time in its square
+    unlabelled = -1  # the end at which no label was found
     previous = None
-    while text != previous:
-        previous = text
-        text = _LABEL_AT_END.sub("", text.strip()).rstrip()
-        if (counter := _COUNTER_AT_END.search(text)) and (page := _page(counter)):
-            text = text[: counter.end(1) - len(page)]
-        elif (counter := _COUNTER_AT_START.match(text)) and int(counter[1]) <= int(counter[2]):
-            text = text[counter.end() :]
-    *_, text = _FIRST_OF_ONE.split(text)
+    while (start, end) != previous:
+        previous = start, end
+        start, end = _strip(text, start, end)
+        if end != unlabelled:
+            label = _label_length(text, start, end)
+            start, end = _strip(text, start, end - label)
+            unlabelled = -1 if label else end
+        last = max(start, end - _COUNTER_LENGTH)
+        if (counter := _COUNTER_AT_END.search(text[last:end])) and (page := _page(counter)):
+            end = last + counter.end(1) - len(page)
+        elif (counter := _COUNTER_AT_START.match(text, start, end)) and int(counter[1]) <= int(counter[2]):
+            start = counter.end()
+    *_, text = _FIRST_OF_ONE.split(text[start:end])
     first, line_break, rest = text.lstrip().partition("\n")
     return (rest if line_break and _BING in first else text).strip()
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """Start and end of a part of a text without white space around it."""
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    while start < end and text[start].isspace():
+        start += 1
+    return start, end
+
+
+def _label_length(text: str, start: int, end: int) -> int:
+    """Length of the page's label with which a part of a text ends, 0 where there is none."""
+    for label in _LABELS:
+        if text.endswith(label, start, end):
+            return len(label)
+    name = end
+    while name > start and text[name - 1].isalnum() and not text[name - 1].isdecimal():
+        name -= 1
+    label = next((label for label in _LANGUAGE_LABELS if name < end and text.endswith(label, start, name)), "")
+    return end - name + len(label) if label else 0
 
 
 def _page(counter: re.Match[str]) -> str:
@@ -333,7 +384,7 @@ class PromptRow(TypedDict):
     instruction: str | None
     input: NotRequired[str | None]
     question_type: NotRequired[Literal[0, 1, 2] | QuestionType | None]
-    length_bonus: NotRequired[float | None]
+    length_bonus: NotRequired[Number | None]
 
 
 @prompts_from("prompts")

@@ -198,7 +198,7 @@ def without_thinking(
     Args:
         tokenizer: of the model.
         generation: what was sampled.
-        markers: that open and close thinking, as text or as special tokens, which `generation.text` lacks; None cuts
+        markers: that open and close thinking, of text and of special tokens, which `generation.text` lacks; None cuts
             nothing.
         begun: whether the prompt ends inside of thinking (`encoding.begins_thinking`).
 
@@ -207,25 +207,31 @@ def without_thinking(
     """
     if markers is None:
         return generation.text, False
-    text = generation.text
+    text, tokens = generation.text, generation.tokens
+    if generation.finish_reason == "eos":
+        tokens = tokens[:-1]
     special = encoding.special_tokens(tokenizer)
-    names = {special[marker]: marker for marker in markers if marker in special}
-    if not names.keys().isdisjoint(generation.tokens):
-        # The special markers are put back where they stood; the end, with a stop string, is cut off as it was.
+    names = {token: name for name, token in special.items() if name and any(name in marker for marker in markers)}
+    put_back = names.keys() & set(tokens)
+    if put_back:
+        # Special tokens of markers are put back where they stood; the end, with a stop string, is cut off as it was.
         parts: list[list[int]] = [[]]
         marks: list[str] = []
-        for token in generation.tokens:
+        for token in tokens:
             if token in names:
                 marks.append(names[token])
                 parts.append([])
             else:
                 parts[-1].append(token)
         *texts, last = [_decode(tokenizer, part) for part in parts]
-        surplus = len(_decode(tokenizer, generation.tokens)) - len(text)
+        surplus = len(_decode(tokenizer, tokens)) - len(text)
         last = last[: max(0, len(last) - surplus)]
         text = "".join(part + mark for part, mark in zip(texts, marks, strict=True)) + last
     cut = cut_thinking(f"{markers[0]}{text}" if begun else text, *markers)
-    return cut, begun or cut != text
+    was_cut = begun or cut != text
+    for token in put_back:  # those that stood elsewhere
+        cut = cut.replace(names[token], "")
+    return cut, was_cut
 
 
 class StopStrings:
@@ -292,7 +298,7 @@ class StopStrings:
     def _can_complete(self, token: int) -> bool:
         """Whether a token may hold the last character of a stop string; remembered, most tokens come often."""
         if token not in self.completing:
-            piece = self._decode([token])
+            piece = self._decode([token], skip_special_tokens=False)
             # A part of a character decodes to U+FFFD alone; a space at the beginning may be stripped.
             self.completing[token] = token in self.special or (
                 bool(self.last) and (not self.last.isdisjoint(piece) or "\ufffd" in piece or " " in self.last)

@@ -39,10 +39,11 @@ def model_files(folder: Path) -> list[Path]:
 
     Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
     adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
-    only where an adapter has no safetensors. Not the README, the manifest, metrics, logs or a trainer's state.
+    only where there is no `adapter_model.safetensors`, which would be read instead. Not the README, the manifest,
+    metrics, logs or a trainer's state.
     """
     found = _matching(folder, MODEL_FILES)
-    if not any(file.suffix == ".safetensors" for file in found):
+    if not (folder / "adapter_model.safetensors").is_file():
         found |= _matching(folder, ("adapter_model.bin",))
     return sorted(found)
 
@@ -157,12 +158,14 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for part in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):  # by type of layer, in some
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    parts = [rope, *rope.values()] if isinstance(rope, Mapping) else []  # by type of layer, in some
+    for part in (part for part in parts if isinstance(part, Mapping)):
         if "longrope" in (part.get("rope_type"), part.get("type")):
             name = "original_max_position_embeddings"
             limits.append(part.get(name) or config.get(name))
-    return min((int(limit) for limit in limits if limit), default=None)
+    # What is no number, those who load the model find.
+    return min((int(limit) for limit in limits if limit and isinstance(limit, int | float)), default=None)
 
 
 def read_config(model: Model, root: Path) -> Mapping[str, Any]:
@@ -183,6 +186,6 @@ def read_config(model: Model, root: Path) -> Mapping[str, Any]:
         file = Path(cached) if isinstance(cached, str) else None
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -22,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
 from salmon.adapters import HEAD, add_lora, load_adapter, some
+from salmon.border import read_json, reading
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.identity import context_limit
-from salmon.tokenizers import check_folder
+from salmon.tokenizers import check_depth, check_folder, find_file
 
 log = logging.getLogger(__name__)
 # Their bars and reports are made for a terminal; what a script's log should say, the script says.
@@ -132,14 +132,18 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
-    output = base.get_output_embeddings()
-    width = getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
     weight = base.get_input_embeddings().weight
-    base.score = nn.Linear(width, 1, bias=False, device="meta").to_empty(device=weight.device)
+    base.score = nn.Linear(head_width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
         base.score.weight.normal_(0.0, getattr(base.config.get_text_config(), "initializer_range", 0.02))
     base.__class__ = type(f"{type(base).__name__}Scoring", (Scoring, type(base)), {})
     return base
+
+
+def head_width(base: PreTrainedModel) -> int:
+    """Numbers in a hidden state, which a head reads."""
+    output = base.get_output_embeddings()
+    return getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
 
 
 def read_head(folder: Path) -> torch.Tensor:
@@ -149,18 +153,20 @@ def read_head(folder: Path) -> torch.Tensor:
         float32, shape [1, hidden].
 
     Raises:
-        UserError: where the folder holds no adapter or no head.
+        UserError: where the folder holds no adapter, no head or one of another kind, or cannot be read.
     """
     from safetensors import safe_open
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{folder} holds no reward model ({file.name} is missing); build it first")
-    with safe_open(str(file), framework="pt") as tensors:
+    with reading(file, "build the reward model again"), safe_open(str(file), framework="pt") as tensors:
         heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
         if len(heads) != 1:
             raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
+        if head.dim() != 2 or head.shape[0] != 1:
+            raise UserError(f"the head in {file} has the shape {tuple(head.shape)}, not one output: build it again")
     return head
 
 
@@ -250,7 +256,8 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     """
     check_folder(model.base, "model.base")
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
+    with reading(model.base, lambda error: _advice(error, model)):
+        check_depth(model.base, model.revision)
         config = AutoConfig.from_pretrained(model.base, **remote)
         for part in (config, config.get_text_config()):
             for name, value in vars(part).items():
@@ -266,26 +273,39 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
             **remote,
             **_quantized(model, device),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model.base} cannot be loaded: {_reason(error, model)}") from error
     _check_loading(model, info)
+    _check_generation_config(model)
     if model.quantization == "none":
         loaded = loaded.to(device)
     base: PreTrainedModel = loaded.eval()
     return base
 
 
-def _reason(error: Exception, model: Model) -> str:
-    """What a library says, and which key or file to change."""
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "attention implementation" in str(error) or "does not support Flash Attention" in str(error):
-        return f"this architecture has no {model.attention}: set model.attention to eager ({said})"
-    if isinstance(error, OSError) and "safetensors" in str(error):
+def _check_generation_config(model: Model) -> None:
+    """Refuse a generation_config.json that transformers would leave out without a word: end tokens are in it."""
+    file = find_file(model.base, model.revision, "generation_config.json")
+    if file is None:
+        return
+    found = read_json(file, "", "fetch the model again")
+    ends = found.get("eos_token_id") if isinstance(found, dict) else "nothing"
+    if not all(
+        type(token) is int and token >= 0
+        for token in (ends if isinstance(ends, list) else [0 if ends is None else ends])
+    ):
+        raise UserError(f"{file} names end tokens that are no numbers of tokens; fetch the model again")
+
+
+def _advice(error: BaseException, model: Model) -> str:
+    """Which key or file to change after what a library says."""
+    said = str(error)
+    if "attention implementation" in said or "does not support Flash Attention" in said:
+        return f"this architecture has no {model.attention}: set model.attention to eager"
+    if isinstance(error, OSError) and "safetensors" in said:
         return (
-            f"{said} Weights are read from safetensors only, since a pickle may run code: load the model where you "
-            "trust it, and save it with save_pretrained"
+            "weights are read from safetensors only, since a pickle may run code: load the model where you trust it, "
+            "and save it with save_pretrained"
         )
     return (
-        f"{said} Check model.base and model.revision; a gated model also needs a login on the hub, and a machine "
-        "without network a copy in the cache or a local folder."
+        "check model.base and model.revision, or fetch the model again. A gated model also needs a login on the hub, "
+        "and a machine without network a copy in the cache or a local folder"
     )

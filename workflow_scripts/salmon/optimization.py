@@ -4,13 +4,13 @@ Losses are divided by totals over all ranks, so that the gradient of a minibatch
 take the same steps up to rounding.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from salmon import distributed
+from salmon.border import read_json
 from salmon.errors import UserError
 from salmon.shared_base import SharedBase
 
@@ -151,11 +151,13 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
     What is `auto` in the file (transformers' Trainer fills it in) is left to DeepSpeed. The trained weights are
     float32, and are trained as such.
     """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a DeepSpeed configuration: {error}") from error
-    zero = {name: value for name, value in raw.get("zero_optimization", {}).items() if value != "auto"}
+    raw = read_json(file, "", "it has to be a DeepSpeed configuration in JSON")
+    zero = raw.get("zero_optimization", {}) if isinstance(raw, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"{file} is no DeepSpeed configuration: it has to be a JSON object with zero_optimization.stage"
+        )
+    zero = {name: value for name, value in zero.items() if value != "auto"}
     if zero.get("stage") not in (2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {zero.get('stage')}; RL takes 2 or 3")
     return {

@@ -32,11 +32,10 @@ def extract(
         format_name: of the rows, one of `PAIR_FORMATS`.
         rows: as `read_source` yields them.
         min_score_ratio: comparisons that have a score ratio have a larger one.
-        counts: gains the number of rows read (`rows`) and left out by reason.
+        counts: gains the number of rows left out by reason.
     """
     compare = PAIR_FORMATS[format_name].compare
     for _, row in rows:
-        counts["rows"] += 1
         comparison = compare(row)
         if not isinstance(comparison, Skipped):
             comparison = _complete(comparison, min_score_ratio)
@@ -80,7 +79,7 @@ def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
     }
 
 
-def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path) -> list[Path]:
+def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str]) -> list[Path]:
     """Write records, each once, to files that are the shuffled table when read one after the other.
 
     A record's place is a hash of (seed, record_id), 63 bits. Its upper bits say which file it belongs to; a file
@@ -90,6 +89,7 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path) -> list[
         records: of `PMP_RECORDS`, in any order, on which the result does not depend.
         seed: of the shuffle.
         folder: empty; holds the files.
+        counts: gains the numbers of records written and left out, by source (`name: kept`, `name: duplicate`).
 
     Returns:
         The files in order.
@@ -114,9 +114,14 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path) -> list[
         flush(bucket)
         rows = pl.concat([pl.read_parquet(part) for part in parts[bucket]])
         files.append(folder / f"{bucket:02}.parquet")
-        rows.unique("record_id").sort("place").drop("place").write_parquet(files[-1])
+        distinct = rows.unique("record_id")
+        for what, table, sign in (("kept", distinct, 1), ("duplicate", rows, 1), ("duplicate", distinct, -1)):
+            for source, number in table.group_by("source").len().iter_rows():
+                counts[f"{source}: {what}"] += sign * number
+        distinct.sort("place").drop("place").write_parquet(files[-1])
         for part in parts[bucket]:
             part.unlink()
+    counts += Counter()  # drops the zeros
     return files
 
 
@@ -139,7 +144,8 @@ def draw_records(
         if len(kept) >= 2 * limit:
             kept = {place: kept[place] for place in sorted(kept)[:limit]}
     drawn = [kept[place] for place in sorted(kept)[:limit]]
-    counts["over the limit"] += number - len(drawn)
+    if number > len(drawn):
+        counts["over the limit"] += number - len(drawn)
     return drawn
 
 
@@ -154,7 +160,7 @@ def pmp_records(settings: PmpData, counts: Counter[str]) -> Iterator[dict[str, A
     """
     for name, source in settings.sources.items():
         here: Counter[str] = Counter()
-        rows = progress(read_source(source, PAIR_FORMATS[source.format].row), total=None, what=f"rows of {name}")
+        rows = progress(read_source(source, PAIR_FORMATS[source.format].row, here), total=None, what=f"rows of {name}")
         comparisons = extract(source.format, rows, settings.min_score_ratio, here)
         records = (record(name, comparison, settings.seed) for comparison in comparisons)
         yield from records if source.limit is None else draw_records(records, source.limit, settings.seed, here)

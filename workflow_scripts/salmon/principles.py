@@ -1,19 +1,22 @@
 """Principles: the sentences that judge and reward model follow, and the draw of them at RL time."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from salmon.border import read_json
 from salmon.config import Ppo
 from salmon.errors import UserError, describe_errors
 
+ADVICE = "a file of principles is a JSON list in UTF-8, as those in prompts/principles are"
+HEAVIEST = 1e9  # with larger weights beside smaller ones, the probability of a principle would be rounded to 0
+
 
 class _Principle(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
     dimension: str = Field(min_length=1)
     definition: str = Field(min_length=1)
@@ -28,19 +31,21 @@ class JudgedPrinciple(_Principle):
 class WeightedPrinciple(_Principle):
     """A principle for RL, drawn in proportion to its weight."""
 
-    weight: float = Field(ge=0)
+    weight: float = Field(ge=0, le=HEAVIEST)
+
+    @field_validator("weight")
+    @classmethod
+    def _not_lost_in_the_sum(cls, weight: float) -> float:
+        if 0 < weight < 1 / HEAVIEST:
+            raise ValueError(f"a weight is 0 or at least {1 / HEAVIEST:.0e}")
+        return weight
 
 
 def _read(path: str | Path, kind: Any) -> Any:
     """Read a JSON list of principles in the authors' format, refusing duplicates."""
+    raw = read_json(path, "principles", ADVICE)
     try:
-        principles = TypeAdapter(list[kind]).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"principles {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"principles {path} are not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"principles {path} are not JSON: {error.msg} in line {error.lineno}") from None
+        principles = TypeAdapter(list[kind]).validate_python(raw)
     except ValidationError as error:
         raise UserError(describe_errors(error, list[kind], f"principles {path}")) from None
     names = [principle.dimension for principle in principles]

@@ -1,23 +1,22 @@
 """Public data sets to prompts: what is asked in each, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
 
 `formats` says what a row gives. A draw under a limit takes the prompts of smallest hash of (seed, source, text): it
-depends on the seed and on what the data set holds, not on the order of its rows. At most what the result needs is kept
-in memory.
+depends on the seed and on what the data set holds, not on the order of its rows. Memory: four times the prompts that a
+limit allows, or all that are kept where there is none.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from salmon.config import Prompts, RlPrompts, Source
-from salmon.encoding import count_tokens
 from salmon.errors import UserError
 from salmon.formats import PROMPT_FORMATS, Located, Prompt, QuestionType
-from salmon.randomness import digest, seed_of
+from salmon.randomness import digest, ranks
 from salmon.script import progress
 from salmon.sources import read_source
 from salmon.tables import PROMPTS, RL_PROMPTS
@@ -25,6 +24,8 @@ from salmon.tables import PROMPTS, RL_PROMPTS
 log = logging.getLogger(__name__)
 
 BATCH = 1000
+WAITING = 3
+"""So many times a family's limit may wait to be tested."""
 
 Reject = Callable[[Sequence[str]], Sequence[str | None]]  # texts -> for each, the reason to leave it out, or None
 
@@ -38,11 +39,13 @@ def extract(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> 
         counts: gains the number of rows left out by reason.
     """
     for prompt in PROMPT_FORMATS[format_name].extract(rows, counts):
-        stripped = prompt._replace(instruction=prompt.instruction.strip(), input=prompt.input.strip())
-        if stripped.instruction:
-            yield stripped
-        else:
+        instruction, extra = prompt.instruction.strip(), prompt.input.strip()
+        if not instruction:
             counts["empty"] += 1
+        elif (instruction, extra) == prompt[:2]:
+            yield prompt
+        else:
+            yield prompt._replace(instruction=instruction, input=extra)
 
 
 def keep_all(texts: Sequence[str]) -> list[None]:
@@ -58,6 +61,7 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
         minimum: smallest number of tokens that is kept.
         maximum: largest number of tokens that is kept.
     """
+    from salmon.encoding import count_tokens  # which needs transformers; the prompts of step 1 do without
 
     def reject(texts: Sequence[str]) -> list[str | None]:
         return [
@@ -73,10 +77,55 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
 
 
 class _Candidate(NamedTuple):
-    rank: int
     position: int
     key: str
     prompt: Prompt
+
+
+@dataclass
+class _Family:
+    """The candidates of one family, by rank.
+
+    Texts are tested in the order of their ranks and as late as memory allows: most of a large data set is over the
+    limit, and needs no test.
+
+    Attributes:
+        limit: how many are drawn; None for all.
+        cutoff: no candidate of a larger rank can be drawn any more; None while any can.
+        tested: candidates that are not rejected.
+        untested: those that wait for their test.
+    """
+
+    limit: int | None
+    cutoff: int | None = None
+    tested: dict[int, _Candidate] = field(default_factory=dict)
+    untested: dict[int, _Candidate] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many wait that they should be tested."""
+        return len(self.untested) >= (max(BATCH, WAITING * self.limit) if self.limit else BATCH)
+
+    def settle(self, reject: Reject, counts: Counter[str]) -> None:
+        """Test what waits, as far as it can be drawn, and drop what cannot."""
+        waiting = sorted(self.untested)
+        while tests := waiting[:BATCH]:
+            if self.cutoff is not None and tests[0] > self.cutoff:
+                break
+            del waiting[:BATCH]
+            found = [self.untested[rank] for rank in tests]
+            for rank, candidate, reason in zip(tests, found, reject([c.prompt.text for c in found]), strict=True):
+                if reason:
+                    counts[reason] += 1
+                else:
+                    self.tested[rank] = candidate
+            if self.limit and len(self.tested) >= self.limit:
+                kept = sorted(self.tested)[: self.limit]
+                counts["over the limit"] += len(self.tested) - len(kept)
+                self.tested = {rank: self.tested[rank] for rank in kept}
+                self.cutoff = kept[-1]
+        counts["over the limit"] += len(waiting)
+        self.untested = {}
 
 
 def draw_prompts(
@@ -91,8 +140,8 @@ def draw_prompts(
 ) -> list[Prompt]:
     """Distinct prompts that are not rejected, at most `limit` a family, in the order of first appearance.
 
-    A prompt is tokenised only while it can still be among the `limit` of smallest rank, and at most twice as many
-    as the result has are kept. A text in two families counts for the first of them.
+    Four times as many prompts as a family's limit are kept at most. A text in two families counts for the first of
+    them.
 
     Args:
         prompts: in any order; which are drawn does not depend on it.
@@ -104,54 +153,31 @@ def draw_prompts(
         counts: gains the numbers left out: `duplicate`, the reasons of `reject`, and `over the limit`, among which
             there may be further duplicates and texts to reject.
     """
-    families: dict[str, dict[str, _Candidate]] = {}
-    cutoffs: dict[str, int] = {}
-    numbered = enumerate(prompts)
-    while batch := list(islice(numbered, BATCH)):
-        fresh: dict[tuple[str, str], _Candidate] = {}
-        for position, prompt in batch:
-            family, key = prompt.family, digest(prompt.text)
-            rank = seed_of("draw", seed, name, prompt.text)
-            if key in taken or (family, key) in fresh or key in families.get(family, ()):
-                counts["duplicate"] += 1
-            elif family in cutoffs and rank > cutoffs[family]:
-                counts["over the limit"] += 1
-            else:
-                fresh[family, key] = _Candidate(rank, position, key, prompt)
-        for candidate, reason in zip(fresh.values(), reject([c.prompt.text for c in fresh.values()]), strict=True):
-            if reason:
-                counts[reason] += 1
-            else:
-                families.setdefault(candidate.prompt.family, {})[candidate.key] = candidate
-        for family, candidates in families.items():
-            if limit and len(candidates) >= 2 * limit:
-                families[family] = _smallest(candidates, limit, counts)
-                cutoffs[family] = max(candidate.rank for candidate in families[family].values())
-    smallest = [_smallest(families[family], limit, counts) for family in sorted(families)]
-    kept = _merge(smallest, taken, counts)
-    return [candidate.prompt for candidate in sorted(kept, key=lambda candidate: candidate.position)]
-
-
-def _merge(
-    families: Iterable[dict[str, _Candidate]], taken: MutableSet[str], counts: Counter[str]
-) -> Iterator[_Candidate]:
-    """The candidates of all families; a text goes to the first that has it."""
-    for family in families:
-        for candidate in family.values():
+    families: dict[str, _Family] = {}
+    rank_of = ranks("draw", seed, name)
+    for position, prompt in enumerate(prompts):
+        family = families.setdefault(prompt.family, _Family(limit))
+        text = prompt.text
+        rank = rank_of(text)
+        if family.cutoff is not None and rank > family.cutoff:
+            counts["over the limit"] += 1
+        elif rank in family.tested or rank in family.untested or (key := digest(text)) in taken:
+            counts["duplicate"] += 1
+        else:
+            family.untested[rank] = _Candidate(position, key, prompt)
+            if family.is_full:
+                family.settle(reject, counts)
+    kept = []
+    for _, family in sorted(families.items()):
+        family.settle(reject, counts)
+        for candidate in family.tested.values():
             if candidate.key in taken:
                 counts["duplicate"] += 1
             else:
                 taken.add(candidate.key)
-                yield candidate
-
-
-def _smallest(candidates: dict[str, _Candidate], limit: int | None, counts: Counter[str]) -> dict[str, _Candidate]:
-    """The `limit` candidates of smallest rank, or all."""
-    if limit is None:
-        return candidates
-    ranked = sorted(candidates.values())
-    counts["over the limit"] += len(ranked[limit:])
-    return {candidate.key: candidate for candidate in ranked[:limit]}
+                kept.append(candidate)
+    counts += Counter()  # drops the zeros
+    return [candidate.prompt for candidate in sorted(kept)]
 
 
 def collect_prompts(
@@ -176,8 +202,8 @@ def collect_prompts(
     totals: dict[str, int] = {}
     for name, source in settings.sources.items():
         counts: Counter[str] = Counter()
-        rows = _counted(
-            progress(read_source(source, PROMPT_FORMATS[source.format].row), total=None, what=f"rows of {name}"), counts
+        rows = progress(
+            read_source(source, PROMPT_FORMATS[source.format].row, counts), total=None, what=f"rows of {name}"
         )
         prompts = draw_prompts(
             extract(source.format, rows, counts),
@@ -215,10 +241,3 @@ def _record(
         return common
     kind = prompt.question_type or source.question_type
     return (*common, kind, bonuses[kind] if prompt.length_bonus is None else prompt.length_bonus)
-
-
-def _counted(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Located]:
-    """The rows, counted as they pass."""
-    for row in rows:
-        counts["rows"] += 1
-        yield row

@@ -6,6 +6,7 @@ that no order of rows, no sharding, no rank and no earlier draw can change it.
 
 import hashlib
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,6 +27,19 @@ def seed_of(*key: object) -> int:
     # A repr never holds a raw NUL character, so that different keys give different texts.
     digest = hashlib.sha256("\0".join(map(repr, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def ranks(*key: object) -> Callable[[str], int]:
+    """`seed_of(*key, text)` as a function of the text, with the key hashed once: for draws of millions of texts."""
+    parts = "\0".join(map(repr, key))
+    begun = hashlib.sha256(f"{parts}\0".encode())
+
+    def rank(text: str) -> int:
+        whole = begun.copy()
+        whole.update(repr(text).encode())
+        return int.from_bytes(whole.digest()[:8], "big") >> 1
+
+    return rank
 
 
 def rng(*key: object) -> np.random.Generator:

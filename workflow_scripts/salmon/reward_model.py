@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import tables, templates
+from salmon import checked, templates
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
@@ -39,15 +39,21 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     Raises:
         UserError: for an unreadable file, missing columns, nulls, doubled ids, a preference that is not 1 or 2.
     """
-    rows = tables.read(path, PREFERENCE_RECORDS)
-    tables.check_rows(rows, PREFERENCE_RECORDS, path)
-    table = rows.sort("record_id").collect()
+    table = checked.read(path, PREFERENCE_RECORDS).sort("record_id").collect()
     wrong = table.filter(~pl.col("preference").is_in([1, 2]))
     if len(wrong):
         first = wrong.row(0, named=True)
         raise UserError(
             f"{path}: {len(wrong)} records have a preference that is neither 1 nor 2, the first is record "
             f"{first['record_id']} with {first['preference']}"
+        )
+    lists = (pl.col(name).list.len() for name in ("dimensions", "negated", "definitions"))
+    shown = pl.col("deciding").is_null() | pl.col("deciding").is_in(pl.col("dimensions"))
+    odd = table.filter(~(pl.all_horizontal(each == pl.col("definitions").list.len() for each in lists) & shown))
+    if len(odd):
+        raise UserError(
+            f"{path}: in {len(odd)} records, dimensions, negated, definitions and deciding are not of the same "
+            f"principles, the first is record {odd['record_id'][0]}; build the file again"
         )
     whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
     return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, TypeVar
 
+import polars as pl
 from pydantic import BeforeValidator, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -27,6 +28,7 @@ from pydantic_settings import (
 from tqdm import tqdm
 
 from salmon import work
+from salmon.border import reason
 from salmon.errors import UserError, describe_errors
 
 log = logging.getLogger("salmon")
@@ -67,6 +69,7 @@ class Arguments(BaseSettings):
 
 A = TypeVar("A", bound=Arguments)
 
+UNEXPECTED = "unexpected error; please report it with the lines above and below"
 INTERVAL = float(os.environ.get("SALMON_PROGRESS_SECONDS", "15"))
 """Seconds between two lines of progress."""
 
@@ -96,8 +99,8 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     except ValidationError as error:
         log.error(describe_errors(error, arguments, "the command line"))
         sys.exit(2)
-    except SettingsError as error:
-        log.error("the command line is not valid: %s", error)
+    except (SettingsError, RecursionError) as error:
+        log.error("the command line is not valid: %s; a section is given as JSON", reason(error))
         sys.exit(2)
     started = time.monotonic()
     try:
@@ -105,11 +108,18 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     except UserError as error:
         log.error("%s", error)
         _exit(1)
-    except OSError as error:
-        log.error("%s: %s", error.strerror or type(error).__name__, error.filename or error, exc_info=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # as polars says it
+            log.exception(UNEXPECTED)
+            _exit(1)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        log.error("%s%s; check the path, who may use it, and the room on the disk", where, reason(error))
+        _exit(1)
+    except MemoryError:
+        log.error("not enough memory; give the job more, or lower its batch sizes")
         _exit(1)
     except Exception:
-        log.exception("unexpected error; please report it with the lines above and below")
+        log.exception(UNEXPECTED)
         _exit(1)
     log.info("done in %.0f s", time.monotonic() - started)
     _exit(0)

@@ -4,17 +4,22 @@ The number of shards does not show in the result: a row belongs to a shard by it
 is ordered by its key.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 
-from salmon import artifacts, tables
+from salmon import artifacts, checked, tables
 from salmon.errors import UserError
+from salmon.script import progress
 from salmon.tables import JUDGEMENTS, RESPONSES, Table
+
+BATCH_ROWS = 2000
+BUCKETS = 16
 
 OF_ONE_SHARD = ("shard", "shards")
 """Settings in the manifest of a shard that the table of all of them does not depend on."""
@@ -44,13 +49,71 @@ def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
     return ordered.select(rows.columns)
 
 
-def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]:
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The rows of a Parquet file in their order, some thousands at a time.
+
+    Polars' own scans hold a whole row group at least, which may be all of a table.
+    """
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+            yield pl.DataFrame(batch).select(columns)
+
+
+def read_rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of Parquet files in their order."""
+    for path in paths:
+        for batch in read_batches(path, columns):
+            yield from batch.iter_rows()
+
+
+def in_order_of_keys(path: Path, folder: Path) -> list[Path]:
+    """A Parquet file as files that are sorted by `prompt_id`: itself if it is, else a copy in the folder."""
+    table = pl.scan_parquet(path)
+    falls = (pl.col("prompt_id") > pl.col("prompt_id").shift(-1)).any()
+    if table.select(falls).collect(engine="streaming").item():
+        return sort_rows([path], table.collect_schema().names(), folder)
+    return [path]
+
+
+def sort_rows(paths: Sequence[Path], columns: Sequence[str], folder: Path) -> list[Path]:
+    """Sort rows by `prompt_id`, through files of a sixteenth each; memory holds one of those, and all ids.
+
+    Args:
+        paths: Parquet files. The order of rows with the same prompt_id stays, if these are in one file.
+        columns: of the rows.
+        folder: is created, and holds the result.
+
+    Returns:
+        Files that are the sorted table when read one after the other.
+    """
+    folder.mkdir()
+    ids = pl.scan_parquet(list(paths)).select("prompt_id").collect(engine="streaming").to_series().sort()
+    bounds = ids.gather([place * ids.len() // BUCKETS for place in range(1, BUCKETS)])
+    parts = [folder / f"{bucket:02}.unsorted" for bucket in range(BUCKETS)]
+    schema = pl.scan_parquet(paths[0]).select(columns).head(0).collect().to_arrow().schema
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pq.ParquetWriter(part, schema)) for part in parts]
+        for path in progress(paths, total=len(paths), what="files"):
+            for batch in read_batches(path, columns):
+                bucket = bounds.search_sorted(batch["prompt_id"].fill_null(""), side="right").alias("bucket")
+                rows = batch.with_columns(bucket).partition_by("bucket", as_dict=True, include_key=False)
+                for (number,), some in rows.items():
+                    writers[number].write_table(some.to_arrow())
+    files = [part.with_suffix(".parquet") for part in parts]
+    for part, file in zip(parts, files, strict=True):
+        pl.read_parquet(part).sort("prompt_id", maintain_order=True).write_parquet(file)
+        part.unlink()
+    return files
+
+
+def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, dict[str, Any]]:
     """One table of all shards, sorted by `prompt_id`; the order within a prompt stays.
 
     As all rows of a prompt are in one shard, the result does not depend on the number of shards.
 
     Args:
         shards: Parquet files of one table of ours, each beside its manifest.
+        folder: does not exist yet; holds the files of which the table is made.
 
     Returns:
         The table, and its manifest: settings of the shards, their summed counts, their inputs and the hashes of their
@@ -60,47 +123,55 @@ def gather_shards(shards: Sequence[Path]) -> tuple[pl.LazyFrame, dict[str, Any]]
         UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
             are empty.
     """
-    manifests = [_manifest(shard) for shard in shards]
+    manifests = [checked.read_manifest(shard) for shard in shards]
     _check_whole(shards, manifests)
     table = _table(shards[0])
-    rows = pl.concat([tables.read(shard, table) for shard in shards])
+    rows = pl.concat([checked.read(shard, table) for shard in shards])
     if rows.select(pl.len()).collect().item() == 0:
         raise UserError(
             f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
         )
-    tables.check_rows(rows, table, f"the table of {len(shards)} shards in {shards[0].parent}")
+    files = sort_rows(shards, list(table.columns), folder)
+    for file in files:
+        keys = pl.scan_parquet(file).select(list(table.key))
+        tables.check_rows(keys, table, f"the table of {len(shards)} shards in {shards[0].parent}")
+    if table is JUDGEMENTS:
+        _check_judgements(rows, shards[0].parent)
     counts: Counter[str] = Counter()
     for each in manifests:
-        counts.update(each["counts"])
-    settings = {name: value for name, value in manifests[0]["settings"].items() if name not in OF_ONE_SHARD}
+        counts.update(each.counts)
+    settings = {name: value for name, value in manifests[0].settings.items() if name not in OF_ONE_SHARD}
     # The inputs of the shards, too: the shards may be deleted.
-    inputs = manifests[0]["inputs"] | artifacts.hash_inputs(shards)
-    manifest = artifacts.manifest(settings, inputs, counts)
-    return rows.sort("prompt_id", maintain_order=True), manifest
+    inputs = manifests[0].inputs | artifacts.hash_inputs(shards)
+    return pl.scan_parquet(files), artifacts.manifest(settings, inputs, counts)
 
 
-def _manifest(shard: Path) -> dict[str, Any]:
-    """Manifest of a shard."""
-    path = artifacts.manifest_path(shard)
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete {shard} and build it again") from None
-    return manifest
-
-
-def _check_whole(shards: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse shards that are not exactly those of one table."""
-    numbers = [manifest["settings"]["shard"] for manifest in manifests]
-    of = manifests[0]["settings"]["shards"]
-    if sorted(numbers) != list(range(of)):
-        raise UserError(f"{shards[0].parent}: found shards {sorted(numbers)} of 0 to {of - 1}; give each of them once")
+def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) -> None:
+    """Refuse shards that are not exactly those of one table, each with the rows that its manifest counts."""
+    numbers = [manifest.settings.get("shard") for manifest in manifests]
+    of = manifests[0].settings.get("shards")
+    if len(numbers) != of or sorted(numbers, key=str) != sorted(range(of), key=str):
+        found = ", ".join(sorted(map(str, numbers)))
+        last = of - 1 if isinstance(of, int) else of
+        raise UserError(f"{shards[0].parent}: found shards [{found}] of 0 to {last}; give each of them once")
     for shard, manifest in zip(shards, manifests, strict=True):
         for part in ("settings", "inputs"):
-            mine, first = ({**each[part], "shard": None} for each in (manifest, manifests[0]))
+            mine, first = ({**getattr(each, part), "shard": None} for each in (manifest, manifests[0]))
             if mine != first:
                 other = ", ".join(sorted(name for name in mine | first if mine.get(name) != first.get(name)))
                 raise UserError(f"{shard} and {shards[0]} were made with other {part} ({other}); build both again")
+
+
+def _check_judgements(rows: pl.LazyFrame, where: Path) -> None:
+    """Refuse pairs that were judged by some of the principles only."""
+    numbers = rows.group_by("prompt_id").len().sort("len", "prompt_id").collect()
+    all_of_them = rows.select(pl.col("dimension").n_unique()).collect().item()
+    some = numbers.filter(pl.col("len") != all_of_them)
+    if some.height:
+        raise UserError(
+            f"{where}: {some.height} pairs were judged by some of {all_of_them} principles only, such as prompt_id "
+            f"{some['prompt_id'][0]} by {some['len'][0]}; delete the shards and judge again"
+        )
 
 
 def _table(shard: Path) -> Table:

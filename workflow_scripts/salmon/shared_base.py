@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salmon import ppo_math
-from salmon.adapters import add_lora, load_adapter
+from salmon.adapters import add_lora, load_adapter, of_adapter
 from salmon.config import Lora, Model
-from salmon.models import load_base, prepare, read_head
+from salmon.errors import UserError
+from salmon.models import head_width, load_base, prepare, read_head
 
 Role = Literal["policy", "reference", "value", "reward"]
 # The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
@@ -35,6 +36,11 @@ class SharedBase(nn.Module):
         super().__init__()
         head = read_head(reward_model).to(device)  # first, because it is refused sooner than a base model is loaded
         base = prepare(load_base(model, device), model)
+        if head.shape[1] != head_width(base):
+            raise UserError(
+                f"the head of reward model {reward_model} reads {head.shape[1]} numbers, and {model.base} gives "
+                f"{head_width(base)}: it was trained on another base model"
+            )
         torch.manual_seed(seed)
         if model.adapter:
             revision = model.adapter_revision
@@ -52,7 +58,7 @@ class SharedBase(nn.Module):
         self._trained = [
             parameter
             for name, parameter in self.lm.named_parameters()
-            if any(f".{_ADAPTER[role]}." in name for role in ("policy", "value")) and "lora_" in name
+            if any(of_adapter(name, _ADAPTER[role]) for role in ("policy", "value")) and "lora_" in name
         ]
         self._trained.append(self.value_head)
         self._mark_trained()
@@ -136,7 +142,10 @@ class SharedBase(nn.Module):
             weights: those of `trained_names`, where DeepSpeed keeps shards of them.
         """
         state = weights and {name.removeprefix("lm."): value for name, value in weights.items()}
-        self.lm.save_pretrained(str(folder), selected_adapters=[_ADAPTER["policy"]], state_dict=state)
+        # Where LoRA is on the embeddings, PEFT would save those as well, which are the base model's.
+        self.lm.save_pretrained(
+            str(folder), selected_adapters=[_ADAPTER["policy"]], state_dict=state, save_embedding_layers=False
+        )
 
     def save_trained(self, file: Path) -> None:
         """Write all trained parameters, exactly, for going on later."""

@@ -1,14 +1,16 @@
 """Public data sets, row by row, in their upstream schemas: from the hub, or from local files.
 
 Every row is checked against the schema of its format, so that what follows can rely on names and types. What is
-wrong is said with file, row or line, and column, never with a text of the data. Memory does not grow with a
-file. Strings stay strings: nothing that a file holds is evaluated.
+wrong is said with file, row or line, and column, never with a text of the data: of all rows, not of the first alone.
+Memory does not grow with a file. Strings stay strings: nothing that a file holds is evaluated.
 """
 
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,23 +26,41 @@ from salmon.formats import Located
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 BATCH_ROWS = 1000
+BAD_ROWS_TOLD = 20
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_source(source: Source, schema: Any) -> Iterator[Located]:
+class _Broken(str):
+    """Stands for a row that cannot be read, and says why."""
+
+    __slots__ = ()
+
+
+def read_source(source: Source, schema: Any, counts: Counter[str]) -> Iterator[Located]:
     """Rows of a data set, file by file in the order of the configuration, each with the place where it stands.
+
+    Bad rows, which are not of the format, are left out, up to `source.max_bad_rows`. If there are more, no row is
+    yielded from there on, but the rest is read all the same: the error lists them all.
 
     Args:
         source: which.
         schema: `TypedDict` of the columns that are needed (`formats`).
+        counts: gains the number of rows read (`rows`) and of those left out (`bad rows`).
 
     Yields:
         (place, row): row is a dict of the schema's columns; other columns are left out.
 
     Raises:
-        UserError: where a file, folder or hub data set is missing, damaged, empty or not of the format.
+        UserError: where a file, folder or hub data set is missing, damaged or empty, or has too many bad rows.
     """
     check = TypeAdapter(schema).validate_python
+    told: list[str] = []
+
+    def bad(place: str, reason: str) -> None:
+        counts["bad rows"] += 1
+        if len(told) < BAD_ROWS_TOLD:
+            told.append(f"{place}: {reason}")
+
     for path in source.paths:
         parts: list[tuple[str, Iterator[Located]]]
         if is_local(path):
@@ -50,12 +70,33 @@ def read_source(source: Source, schema: Any) -> Iterator[Located]:
         for name, rows in parts:
             place = ""
             for place, row in rows:
+                counts["rows"] += 1
+                if isinstance(row, _Broken):
+                    bad(place, row)
+                    continue
                 try:
-                    yield place, check(row, strict=True)
+                    checked = check(row, strict=True)
                 except ValidationError as error:
-                    raise UserError(f"{place}: {_finding(error)}; {_needs(source.format, schema)}") from None
+                    bad(place, _finding(error))
+                    continue
+                if counts["bad rows"] <= source.max_bad_rows:
+                    yield place, checked
             if not place:
                 raise UserError(f"{name} holds no rows; fetch it again or take it out of the sources")
+    if counts["bad rows"] > source.max_bad_rows:
+        raise UserError(_describe_bad_rows(told, counts["bad rows"], source, schema))
+
+
+def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any) -> str:
+    """The bad rows of a data set, the first of them one by one, and what to do."""
+    needed = ", ".join(sorted(schema.__required_keys__))
+    lines = [*told, f"... and {number - len(told)} more"] if number > len(told) else told
+    lines.append(
+        f"{number} bad rows, where max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
+        f"needs {needed}: mend the rows (fetch the file again if it was cut off), set the format that it has, or raise "
+        "max_bad_rows to leave them out"
+    )
+    return "\n".join(lines)
 
 
 def identify_sources(sources: Mapping[str, Source]) -> dict[str, str]:
@@ -103,14 +144,6 @@ def _finding(error: ValidationError) -> str:
     return f"column {column}: {message}" if column else "the row is not an object with named columns"
 
 
-def _needs(name: str, schema: Any) -> str:
-    """What a format wants, and what to do."""
-    return (
-        f"format {name} needs {', '.join(sorted(schema.__required_keys__))}: "
-        "mend the file, or set the format that it has"
-    )
-
-
 def _wanted(columns: list[str], schema: Any, path: str) -> list[str]:
     """Columns to read of a file that knows its columns.
 
@@ -131,7 +164,7 @@ def _read_file(path: Path, schema: Any) -> Iterator[Located]:
         elif ".jsonl" in path.suffixes[-2:]:
             yield from _read_json_lines(path)
         else:
-            yield from _read_json_list(path)
+            yield from _read_json(path)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path} is damaged or cut off (gzip); fetch it again") from None
     except OSError as error:
@@ -165,34 +198,47 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
             try:
                 row = json.loads(line.decode("utf-8"))
                 if b"\\ud" in line.lower():
-                    # Half of a surrogate pair is not a character, and no table can hold it: "?", as ijson has it.
-                    row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                    row = _without_surrogates(row)
                 yield place, row
             except UnicodeDecodeError as error:
-                raise UserError(f"{place}: not UTF-8 (byte {error.start} of the line); save it as UTF-8") from None
+                yield place, _Broken(f"not UTF-8 (byte {error.start} of the line)")
             except (ValueError, RecursionError) as error:
                 where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+                yield place, _Broken(f"broken JSON{where}")
+
+
+def _read_json(path: Path) -> Iterator[Located]:
+    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published)."""
+    number = 0
+    for parser in (ijson, ijson.get_backend("python")):
+        with _open(path) as stream:
+            start = stream.peek(1 << 12).lstrip()[:1]  # type: ignore[attr-defined]
+            if not start:
+                return
+            if start not in (b"[", b"{"):
                 raise UserError(
-                    f"{place}: broken JSON{where}; mend the line, or fetch the file again if it was cut off"
+                    f"{path} is neither a JSON list nor an object; correct it, or take it out of the sources"
+                )
+            rows = parser.items(stream, "item" if start == b"[" else "", use_float=True)
+            try:
+                for row in islice(rows, number, None):
+                    number += 1
+                    yield f"{path}, row {number}", row if parser is ijson else _without_surrogates(row)
+                return
+            except (ijson.JSONError, ValueError) as error:  # their messages quote the data
+                # The parser in C takes no numbers beyond 64 bits; the one in Python, 40 times slower, goes on there.
+                if parser is ijson and "overflow" in str(error):
+                    continue
+                lines = "; JSON lines belong in a file that ends with .jsonl" if start == b"{" else ""
+                raise UserError(
+                    f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut "
+                    f"off{lines}"
                 ) from None
 
 
-def _read_json_list(path: Path) -> Iterator[Located]:
-    """Objects of one JSON list, parsed as it is read."""
-    number = 0
-    with _open(path) as stream:
-        start = stream.peek(1 << 12).lstrip()[:1]  # type: ignore[attr-defined]
-        if start not in (b"[", b""):
-            raise UserError(f"{path} is not a JSON list; JSON lines belong in a file that ends with .jsonl")
-        if not start:
-            return
-        try:
-            for number, row in enumerate(ijson.items(stream, "item", use_float=True), start=1):
-                yield f"{path}, row {number}", row
-        except (ijson.JSONError, UnicodeDecodeError):  # their messages quote the data
-            raise UserError(
-                f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut off"
-            ) from None
+def _without_surrogates(row: Any) -> Any:
+    """A row whose halves of surrogate pairs, which are no characters and which no table can hold, are "?"."""
+    return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -4,12 +4,14 @@ Writers build their rows with a table's `schema`, readers open a file with `read
 here (`make docs-reference`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
+from salmon.border import LARGEST, reading
 from salmon.errors import UserError
 
 
@@ -139,10 +141,12 @@ _RECORD = {
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
     "swapped": Column(_BOOL, "whether output_1 is response1"),
     "instruction_language": Column(
-        _STRING, "language of instruction and input (ISO 639); null if unknown", nullable=True
+        _STRING,
+        "language of instruction and input (ISO 639); null if unknown, or if the language rule is off",
+        nullable=True,
     ),
-    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null where it is unknown", nullable=True),
-    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null where it is unknown", nullable=True),
+    "output_1_language": Column(_STRING, "language of output_1 (ISO 639); null as above", nullable=True),
+    "output_2_language": Column(_STRING, "language of output_2 (ISO 639); null as above", nullable=True),
 }
 
 
@@ -200,6 +204,17 @@ PRINCIPLE_RECORDS = _records(
 TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
 
 
+def _rebuild(error: BaseException) -> str:
+    """What to do about a file that cannot be read."""
+    missing = isinstance(error, FileNotFoundError)
+    return "build it first, or correct its name" if missing else "delete it and run again"
+
+
+def reading_table(where: object) -> AbstractContextManager[None]:
+    """What is raised in this block is about this table; see `border.reading`."""
+    return reading(where, _rebuild)
+
+
 def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """Open a Parquet file of ours, checking that it is whole and has the columns it must have, of their types.
 
@@ -219,7 +234,8 @@ def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.L
             f"{path} lacks columns: {', '.join(wrong)}; as a table of {table.name} it needs them: build it again, or "
             "name the right file"
         )
-    return pl.scan_parquet(path).select(list(wanted))
+    # Without the statistics that a file keeps of its columns, which could hide rows, and damage.
+    return pl.scan_parquet(path, glob=False, use_statistics=False).select(list(wanted))
 
 
 def schema_of(path: Path) -> pl.Schema:
@@ -228,11 +244,19 @@ def schema_of(path: Path) -> pl.Schema:
     Raises:
         UserError: where it cannot be read.
     """
-    try:
-        return pl.scan_parquet(path).collect_schema()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as Parquet ({reason}); delete it and run again") from None
+    with reading_table(path):
+        return pl.scan_parquet(path, glob=False).collect_schema()
+
+
+def number_of_rows(path: Path) -> int:
+    """Rows of a Parquet file, as it says itself.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    with reading_table(path):
+        rows: int = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+    return rows
 
 
 def check_written(path: Path, table: Table) -> None:
@@ -251,7 +275,7 @@ def check_written(path: Path, table: Table) -> None:
 
 
 def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
-    """Refuse nulls where the table has none, and two rows of one key.
+    """Read all rows once, and refuse nulls where the table has none, numbers that are none, and two rows of one key.
 
     Args:
         rows: some or all columns of the table, those of its key among them.
@@ -262,16 +286,48 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
         UserError: naming the file, the columns and the first such row.
     """
     key = list(table.key)
-    whole = [name for name in rows.collect_schema().names() if not table.columns[name].nullable]
-    empty = rows.filter(pl.any_horizontal(pl.col(whole).is_null())).head(1).collect()
-    if empty.height:
-        row = empty.row(0, named=True)
-        named = ", ".join(f"{column} {row[column]}" for column in key)
-        raise UserError(
-            f"{where} has nulls in {', '.join(name for name in whole if row[name] is None)}, first in the row of "
-            f"{named}; delete the file and build it again"
-        )
-    doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect()
+    names = rows.collect_schema().names()
+    flaws = {
+        ("nulls", name): _holds(name, table, pl.Expr.is_null) for name in names if not table.columns[name].nullable
+    }
+    too_large = f"numbers that are not finite, or larger than {LARGEST:.0e},"
+    numbers = [name for name in names if _element(table, name).is_float()]
+    flaws |= {(too_large, name): _holds(name, table, _no_number) for name in numbers}
+    with reading_table(where):
+        # Every column is read to its end, whatever is looked for in it: damage shows here, and not later.
+        every = pl.all().null_count().name.suffix(" ")
+        counts = rows.select(every, *(flaw.sum().alias(" ".join(at)) for at, flaw in flaws.items()))
+        found = counts.collect(engine="streaming").row(0, named=True)
+        if wrong := [at for at in flaws if found[" ".join(at)]]:
+            what = wrong[0][0]
+            here = [at for at in wrong if at[0] == what]
+            row = rows.filter(pl.any_horizontal(flaws[at] for at in here)).head(1).select(key).collect()
+            named = ", ".join(f"{column} {row[column][0]}" for column in key)
+            raise UserError(
+                f"{where} has {what} in {', '.join(name for _, name in here)}, first in the row of {named}; delete the "
+                "file and build it again"
+            )
+        doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect(engine="streaming")
     if doubled.height:
         named = ", ".join(f"{column} {doubled[column][0]}" for column in key)
         raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; delete the file and build it again")
+
+
+def _element(table: Table, name: str) -> pl.DataType:
+    """Type of a column, or of what its lists hold."""
+    kind = table.columns[name].type
+    return kind.inner if isinstance(kind, pl.List) else kind  # type: ignore[return-value]
+
+
+def _holds(name: str, table: Table, flaw: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
+    """Whether a column has a flaw, itself or in its lists."""
+    column = pl.col(name)
+    if isinstance(table.columns[name].type, pl.List):
+        inside = column.list.eval(flaw(pl.element())).list.any().fill_null(False)
+        return column.is_null() | inside if flaw is pl.Expr.is_null else inside
+    return flaw(column).fill_null(False)
+
+
+def _no_number(value: pl.Expr) -> pl.Expr:
+    """Whether a number is none that can be computed with."""
+    return ~(value.is_finite() & (value.abs() <= LARGEST))

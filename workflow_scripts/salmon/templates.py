@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from salmon.border import read_text
 from salmon.errors import UserError
 
 JUDGE_SLOTS = ("UserInstruction", "OutputA", "OutputB", "Dimension", "Definition")
@@ -27,17 +28,25 @@ def read(path: str | Path) -> str:
     Raises:
         UserError: where the file is missing or not UTF-8.
     """
-    try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise UserError(f"template {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"template {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return read_text(path, "template", "a template is a text file in UTF-8").removesuffix("\n")
 
 
 def slots(template: str) -> set[str]:
     """Names of the slots that a template has."""
     return {match[1] for match in _SLOT.finditer(template)}
+
+
+def check_slots(template: str, path: str | Path, needed: Iterable[str], key: str) -> None:
+    """Refuse a template that has no place for what it should show.
+
+    Args:
+        template: the text.
+        path: its file, for the message.
+        needed: names of slots.
+        key: of the file in the configuration, for the message.
+    """
+    if missing := [f"{{{name}}}" for name in needed if name not in slots(template)]:
+        raise UserError(f"template {path} has no slot {', '.join(missing)} ({key})")
 
 
 def turns(template: str) -> tuple[str, str, str]:

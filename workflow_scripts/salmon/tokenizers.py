@@ -1,17 +1,36 @@
 """The model's tokenizer. Apart from `models`, because the data rules do without torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from salmon.border import read_json, read_text, reading
 from salmon.config import Model, is_local
 from salmon.errors import UserError
+from salmon.identity import read_config
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 """A folder with one of these has a tokenizer of its own."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEEPEST = 10_000
+FETCH = "save or fetch the adapter again"
+
+
+def check_depth(name: str, revision: str | None) -> None:
+    """Refuse a configuration of a model of so many layers that a library would be busy with it for ever.
+
+    Args:
+        name: of a base model or adapter, hub id or folder.
+        revision: on the hub.
+    """
+    raw = read_config(Model(base=name, revision=revision), Path())
+    for part in (raw, raw.get("text_config")):
+        for key in LAYERS:
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > DEEPEST:
+                raise UserError(f"config.json of {name} has {layers} layers in {key}; fetch it again")
 
 
 def check_folder(name: str, key: str) -> None:
@@ -47,36 +66,48 @@ def load_tokenizer(model: Model) -> Any:
 
 def _load(model: Model, name: str, revision: str | None, named: str) -> Any:
     """The tokenizer of a folder or hub model."""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {reason}. Check {named}; a gated model also needs a login on "
-            "the hub, and a machine without network a copy in the cache or a local folder."
-        ) from error
+    advice = (
+        f"check {named}. A gated model also needs a login on the hub, and a machine without network a copy in the "
+        "cache or a local folder"
+    )
+    with reading(f"the tokenizer of {name}", advice):
+        check_depth(name, revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+        tokenizer("a")  # some settings are looked at only now
+        return tokenizer
 
 
 def _with_adapter(model: Model, adapter: str, base: Any) -> Any:
     """The adapter's tokenizer, or the base's with the adapter's chat template."""
-    if any(_file(adapter, model.adapter_revision, name) for name in VOCABULARIES):
+    if any(find_file(adapter, model.adapter_revision, name) for name in VOCABULARIES):
         own = _load(model, adapter, model.adapter_revision, "model.adapter and model.adapter_revision")
         _check_vocabulary(model, own.get_vocab(), base.get_vocab())
         # Where only the base has a chat template, the adapter was trained with that or with none.
         own.chat_template = own.chat_template or base.chat_template
         return own
-    if template := _file(adapter, model.adapter_revision, "chat_template.jinja"):
-        base.chat_template = template.read_text(encoding="utf-8")
-    elif settings := _file(adapter, model.adapter_revision, "tokenizer_config.json"):
-        base.chat_template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template", base.chat_template)
+    if template := find_file(adapter, model.adapter_revision, "chat_template.jinja"):
+        base.chat_template = read_text(template, "", FETCH)
+    elif settings := find_file(adapter, model.adapter_revision, "tokenizer_config.json"):
+        base.chat_template = _chat_template(settings) or base.chat_template
     return base
 
 
-def _file(name: str, revision: str | None, file: str) -> Path | None:
+def _chat_template(settings: Path) -> str | dict[str, str] | None:
+    """The chat template in a tokenizer_config.json, or several by their names; None where it has none.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    with reading(settings, FETCH):
+        found = read_json(settings, "", FETCH).get("chat_template")
+        return {each["name"]: each["template"] for each in found} if isinstance(found, list) else found
+
+
+def find_file(name: str, revision: str | None, file: str) -> Path | None:
     """A file of a folder, or of a hub model if it can be had; None where there is none."""
     if Path(name).is_dir():
         found = Path(name) / file
-        return found if found.is_file() else None
+        return found if found.exists() else None
     missing = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     cached = cached_file(
         name, file, revision=revision, **{f"_raise_exceptions_for_{what}": value for what, value in missing.items()}

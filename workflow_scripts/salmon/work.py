@@ -93,7 +93,7 @@ class WorkFolder:
 
     def _acquire(self, seconds: float) -> bool:
         """Try to get the lease. The main rank calls this."""
-        while True:
+        for attempt in range(100):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lease = _leases.get(self.path) or SoftFileLease(
                 self.path.with_name(f"{self.path.name}.lock"), lease_duration=LEASE, thread_local=False
@@ -106,9 +106,12 @@ class WorkFolder:
             except Timeout:
                 return False
             except FileNotFoundError:  # another job has just deleted `.work/`, which was empty
+                if attempt == 99:  # nobody deletes it so often
+                    raise
                 continue
             _leases[self.path] = lease
-            return True
+            break
+        return True
 
     def _resumes(self, layout: str) -> bool:
         """Whether the folder holds work of the same fingerprint; else it is made anew."""
@@ -166,10 +169,15 @@ class WorkFolder:
         write_table(table, self.path / f"part-{first_row}.parquet")
 
     def read_parts(self, schema: Mapping[str, Any]) -> pl.DataFrame:
-        """All rows kept so far, in no particular order."""
-        parts = sorted(self.path.glob("part-*.parquet"))
-        empty = pl.DataFrame(schema=dict(schema))
-        return pl.concat([empty, *(pl.read_parquet(part) for part in parts)])
+        """All rows kept so far, in no particular order. A damaged part is deleted, and its rows count as not done."""
+        parts = [pl.DataFrame(schema=dict(schema))]
+        for file in sorted(self.path.glob("part-*.parquet")):
+            try:
+                parts.append(pl.read_parquet(file, schema=dict(schema)))
+            except (pl.exceptions.PolarsError, OSError) as error:
+                log.warning("deleting %s, which is damaged (%s)", file, type(error).__name__)
+                remove(file)
+        return pl.concat(parts)
 
     @contextmanager
     def finish(self, manifest: Mapping[str, Any]) -> Iterator[Path]:

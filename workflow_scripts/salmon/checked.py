@@ -1,0 +1,106 @@
+"""Tables of ours, read only where they are whole: schema, rows, and what the manifest beside them counts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from salmon import tables
+from salmon.artifacts import manifest_path
+from salmon.border import read_json
+from salmon.errors import UserError, describe_errors
+from salmon.tables import (
+    JUDGEMENTS,
+    PMP_RECORDS,
+    PREFERENCE_RECORDS,
+    PRINCIPLE_RECORDS,
+    PROMPTS,
+    RESPONSES,
+    RL_PROMPTS,
+    Table,
+)
+
+
+class Manifest(BaseModel):
+    """The parts of a manifest that are read again."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, Annotated[int, Field(ge=0)]]
+
+
+def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+    """Open a table of ours, after a look at all of its rows (`tables.check_rows`) and at its manifest (`check_count`).
+
+    Args:
+        path: of the file.
+        table: what it should be.
+        columns: those that are wanted, the key's among them; None for all.
+
+    Raises:
+        UserError: where anything is wrong with it.
+    """
+    rows = tables.read(path, table, columns)
+    check_count(path, table)
+    tables.check_rows(rows, table, path)
+    return rows
+
+
+def read_manifest(table: Path) -> Manifest:
+    """The manifest of a table of ours.
+
+    Raises:
+        UserError: where it cannot be read, or is none.
+    """
+    path = manifest_path(table)
+    advice = f"delete {table} and build it again"
+    raw = read_json(path, "", advice)
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{describe_errors(error, Manifest, str(path))}\n{advice}") from None
+
+
+def check_count(path: Path, table: Table) -> None:
+    """Refuse a table with other rows than its manifest counts. A table without a manifest is somebody's own.
+
+    Args:
+        path: of the table.
+        table: what it should be.
+
+    Raises:
+        UserError: also where the manifest is of another kind of table.
+    """
+    if not manifest_path(path).exists():
+        return
+    counts = read_manifest(path).counts
+    counted = rows_counted(counts)
+    if table.name not in counted:
+        raise UserError(
+            f"{manifest_path(path)} is not the manifest of a table of {table.name}: it counts "
+            f"{', '.join(sorted(counts)) or 'nothing'}; delete both and build {path} again"
+        )
+    rows = tables.number_of_rows(path)
+    if rows != counted[table.name]:
+        raise UserError(
+            f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; delete both and build {path} again"
+        )
+
+
+def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
+    """The kinds of tables that a manifest with these counts may be of, and the number of rows it says they have."""
+    if "judged" in counts and "rows" in counts:
+        return {JUDGEMENTS.name: counts["rows"]}
+    if "records" in counts:
+        return dict.fromkeys((PRINCIPLE_RECORDS.name, PREFERENCE_RECORDS.name), counts["records"])
+    if "kept" in counts:
+        return dict.fromkeys((PMP_RECORDS.name, PREFERENCE_RECORDS.name), counts["kept"])
+    if "rows" in counts:
+        return {RESPONSES.name: counts["rows"]}
+    kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
+    kinds = (PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
+    return dict.fromkeys((kind.name for kind in kinds), sum(kept)) if kept else {}
