@@ -1,11 +1,10 @@
 """The model: what the stages rely on is proven before any of them runs."""
 
-from salmon.config import Model, Ppo
+from salmon.config import Model
+from salmon.configuration import texts_of
 
-# Of RL, what has to do with the model: its texts. Of the default run; another run's own the job itself looks at.
-PPO_KEYS = {"template", "principles", "query_length", "response_length"}
-PPO_KEYS |= {"reward_query_length", "reward_response_length", "reward_max_length"}
-PPO = Ppo.model_validate(settings.ppo.model_dump(include=PPO_KEYS))
+# Of the default run; another run's own the job itself looks at.
+PPO = texts_of(settings.ppo)
 
 # What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway.
 PARTS = {

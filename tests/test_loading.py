@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -103,6 +103,13 @@ def test_tied_output_layers_are_not_missing(tmp_path: Path) -> None:
     zoo.build("llama_tied", tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
     models.load_base(settings(tmp_path), "cpu")
+
+
+def test_a_model_in_the_home_folder(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.parent))
+    model = settings(Path("~") / llama.name, adapter="~/a")
+    assert (model.base, model.adapter) == (str(llama), str(llama.parent / "a"))
+    models.load_base(model, "cpu")
 
 
 def test_attention_that_a_model_does_not_have_names_the_key(tmp_path: Path) -> None:
@@ -519,21 +526,20 @@ def test_what_a_later_stage_would_find_is_found_first(llama: Path, more: Any, pa
 
 
 @pytest.mark.parametrize(
-    "entries",
+    "config",
     [
-        {"bias": "all"},
-        {"layer_replication": [[0, 2], [1, 3]]},
-        {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 10},
+        LoraConfig(r=4, target_modules=["q_proj"], bias="all"),
+        LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)]),
+        AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10),
     ],
 )
-def test_an_adapter_that_rl_cannot_share_a_base_with_is_refused_first(
-    llama: Path, adapter: Path, tmp_path: Path, entries: dict[str, Any]
-) -> None:
-    shutil.copytree(adapter, tmp_path / "a")
-    change_json(tmp_path / "a" / "adapter_config.json", **entries)
+def test_an_adapter_that_shares_a_base_with_no_other_is_refused_first(llama: Path, tmp_path: Path, config: Any) -> None:
+    """It samples, and may judge; but RL has four adapters on one base."""
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(str(tmp_path / "a"))
     given = dataclasses.replace(sections(llama), model=settings(llama, adapter=str(tmp_path / "a")))
+    models.load_initial_policy(given.model, "cpu")
     report = checking.check_model(given, ["rl"], torch.device("cpu"))
-    assert f"adapter {tmp_path / 'a'} " in report.refusals["rl"]
+    assert f"RL cannot put adapter {tmp_path / 'a'} and" in report.refusals["rl"]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has(llama: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ALL = {
     "check_model/sampling",
     "check_model/judging",
     "check_model/training",
+    "check_model/rl",
     "prompts/oasst1.parquet",
     *(f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)),
     "responses/response0.parquet",
@@ -47,19 +48,20 @@ def named(*words: str) -> set[str]:
 
 
 SAMPLED, JUDGED, TRAINED = named("responses/"), named("preferences/"), named("models/", POLICY)
+RL = named(POLICY, "check_model/rl")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
 # result is not here.
 STALE = {
     "targets": set(),
     "pathvars": set(),
-    "seed": ALL - named("check_model/judging", "check_model/training", "preferences/"),
+    "seed": ALL - named("check_model/judging", "check_model/training", "check_model/rl", "preferences/"),
     "model": ALL - named("reward_data/", "oasst1", "rl.parquet"),
     "model.base": ALL - named("reward_data/", "oasst1"),
     "model.revision": ALL - named("reward_data/", "oasst1"),
     "model.trust_remote_code": ALL - named("reward_data/", "oasst1"),
     "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training"),  # it may have a tokenizer
-    "model.adapter_revision": SAMPLED | JUDGED | named("check_model/sampling", "check_model/judging", POLICY),
-    "policy_prompt": SAMPLED | named("check_model/sampling", POLICY),
+    "model.adapter_revision": (SAMPLED | JUDGED | RL | named("check_model/sampling", "check_model/judging")),
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
     "judge": JUDGED | named("check_model/judging"),
@@ -67,12 +69,18 @@ STALE = {
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences"),
     "aggregation": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
-    "lora": TRAINED | named("check_model/training"),
-    "scoring": TRAINED,
+    "lora": TRAINED | RL | named("check_model/training"),
+    "scoring": TRAINED | RL | named("check_model/training"),
     "pmp": named("models/pmp"),
     "reward_model": named("models/reward_model"),
     "rl_prompts": named("rl.parquet"),
     "ppo": named(POLICY),
+    "ppo.template": RL,
+    "ppo.query_length": RL,
+    "ppo.response_length": RL,
+    "ppo.reward_query_length": RL,
+    "ppo.reward_response_length": RL,
+    "ppo.reward_max_length": RL,
 }
 
 
@@ -322,7 +330,7 @@ def test_manifests_of_earlier_versions(copy: Path) -> None:
             manifest["inputs"] = {name: what for name, what in inputs.items() if ".shards/" in name}
         if "check_model" in path.parts:
             manifest["inputs"] = {name: what for name, what in inputs.items() if name == "demo/model"}
-        if "ppo" in settings:
+        if "boost" in settings.get("ppo", {}):
             del settings["ppo"]["boost"], settings["scoring"]
         path.write_text(json.dumps(manifest))
     assert look(load(copy)) == set()

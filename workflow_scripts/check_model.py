@@ -33,7 +33,7 @@ class Arguments(script.Arguments):
     tokenizer: config.Model | None = Field(
         None, description="model whose tokenizer reward models are trained with; without it, that of model.base"
     )
-    ppo: config.Ppo | None = Field(
+    ppo: config.PpoTexts | None = Field(
         None, description="section of the configuration, of which lengths and template are checked"
     )
     parts: script.JsonList[checking.Part] = Field(

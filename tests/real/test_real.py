@@ -104,7 +104,7 @@ def test_the_tokenizer_is_the_one_that_the_model_was_trained_with() -> None:
 
 def test_the_model_was_checked(results: Path) -> None:
     facts: dict[str, Any] = {}
-    for part in ("sampling", "judging", "training"):
+    for part in ("sampling", "judging", "training", "rl"):
         facts |= json.loads((results / "check_model" / part / "report.json").read_text())
         assert (results / "check_model" / part / "report.md").read_text().count(": passed") >= 1
     assert facts["judging"]["way"] == "packed"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import judging, models, principles, reward_model, templates
 from salmon.adapters import uncovered
-from salmon.config import Judge, Lora, Model, PolicyPrompt, Ppo, Sampling, Scoring
+from salmon.config import Judge, Lora, Model, PolicyPrompt, PpoTexts, Sampling, Scoring
 from salmon.encoding import (
     Template,
     as_template,
@@ -70,7 +70,7 @@ class Settings:
     lora: Lora
     scoring: Scoring = field(default_factory=Scoring)
     tokenizer: Model | None = None
-    ppo: Ppo | None = None
+    ppo: PpoTexts | None = None
 
 
 @dataclass
@@ -278,7 +278,14 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
         alone, limit = _strengthen(fresh, texts, model, device)
         fresh.save_pretrained(folder)
         del fresh
-        shared = SharedBase(model, settings.lora, Path(folder), device, seed=0)
+        try:
+            shared = SharedBase(model, settings.lora, Path(folder), device, seed=0)
+        except UserError as error:
+            # The base model is sound, and so is the reward model.
+            raise UserError(
+                f"RL cannot put adapter {model.adapter} and those of its other models on one base model ({error}): "
+                "merge it into the base model, and name that as model.base"
+            ) from error
     if ppo := settings.ppo:
         around = len(encode_prompt(tokenizer, "", settings.policy_prompt, read_preamble(settings.policy_prompt)))
         longest = around + ppo.query_length + ppo.response_length

@@ -7,6 +7,7 @@ stage) is a resource of the profile and does not appear here. `config.schema.jso
 from these models (`make docs-reference`).
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -149,6 +150,12 @@ class Model(Section):
         "sdpa", description="attention kernel; the judge takes sdpa where this is flash_attention_2"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("base", "adapter")
+    @classmethod
+    def _in_full(cls, name: str | None) -> str | None:
+        """`~/model` as a path that everybody understands."""
+        return name and os.path.expanduser(name)
 
 
 class Source(Section):
@@ -429,12 +436,30 @@ class RewardModel(RewardTraining):
     )
 
 
-class Ppo(Section):
-    """RL against the principle-following reward model (paper section 3.4)."""
+class PpoTexts(Section):
+    """What of RL has to do with the model, and is checked with it: how long its texts are, and how they look."""
 
     template: str = Field(
         description="template file of the reward model's text in RL: {Output} {Input} {Dimensions}, and fixed lines"
     )
+    query_length: Tokens = Field(
+        256, description="largest number of tokens of an instruction; longer ones are left out"
+    )
+    response_length: Tokens = Field(1024, description="largest number of tokens sampled")
+    reward_query_length: Tokens = Field(
+        128, description="largest number of tokens of the instruction that the reward model reads"
+    )
+    reward_response_length: Tokens = Field(
+        768, description="largest number of tokens of the response that the reward model reads"
+    )
+    reward_max_length: Tokens = Field(
+        1280, description="largest number of tokens of the whole text that the reward model reads"
+    )
+
+
+class Ppo(PpoTexts):
+    """RL against the principle-following reward model (paper section 3.4)."""
+
     principles: str = Field(description="JSON file: a list of dimension, definition, weight")
     principles_per_rollout: int = Field(
         3,
@@ -455,19 +480,6 @@ class Ppo(Section):
     inner_epochs: Count = Field(2, le=100_000, description="number of passes over the rollouts of a step")
     temperature: float = Field(
         0.7, ge=COLDEST, le=1000, description="sampling temperature; PPO improves the policy at this temperature"
-    )
-    query_length: Tokens = Field(
-        256, description="largest number of tokens of an instruction; longer ones are left out"
-    )
-    response_length: Tokens = Field(1024, description="largest number of tokens sampled")
-    reward_query_length: Tokens = Field(
-        128, description="largest number of tokens of the instruction that the reward model reads"
-    )
-    reward_response_length: Tokens = Field(
-        768, description="largest number of tokens of the response that the reward model reads"
-    )
-    reward_max_length: Tokens = Field(
-        1280, description="largest number of tokens of the whole text that the reward model reads"
     )
     kl_coefficient: float = Field(
         0.01, ge=0, description="coefficient of the KL penalty in the reward, the same at every step"

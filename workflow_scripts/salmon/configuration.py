@@ -22,6 +22,7 @@ from salmon.config import (
     PmpData,
     PolicyPrompt,
     Ppo,
+    PpoTexts,
     Prompts,
     RewardModel,
     RewardTraining,
@@ -243,6 +244,11 @@ def home(runs: Mapping[str, Config], run: str, artifact: Shared) -> str:
 
     owner = next(name for name in runs if settings(name) == settings(run))
     return "" if owner == "default" else f"runs/{owner}/"
+
+
+def texts_of(ppo: Ppo) -> PpoTexts:
+    """The part of the section that `check_model` reads, so that it runs again for no other change."""
+    return PpoTexts.model_validate(ppo.model_dump(include=set(PpoTexts.model_fields)))
 
 
 def _shift_seeds(config: Config) -> Config:

@@ -19,6 +19,7 @@ from salmon.config import (
     PmpData,
     PolicyPrompt,
     Ppo,
+    PpoTexts,
     Prompts,
     RewardModel,
     RewardTraining,
@@ -248,7 +249,16 @@ def train_policy(
 
 
 def check_model(
-    parts: Sequence[str], *, model: Model, policy_prompt: PolicyPrompt, sampling: Sampling, judge: Judge, lora: Lora
+    parts: Sequence[str],
+    *,
+    model: Model,
+    policy_prompt: PolicyPrompt,
+    sampling: Sampling,
+    judge: Judge,
+    lora: Lora,
+    scoring: Scoring,
+    tokenizer: Model | None,
+    ppo: PpoTexts | None,
 ) -> Origin:
     """A report on a model: what a part of the check reads is what its stages read, and no more."""
     settings: dict[str, Section] = {"model": model}
@@ -260,7 +270,14 @@ def check_model(
         settings |= {"judge": judge}
         inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
     if "training" in parts:
-        settings |= {"lora": lora}
+        settings |= {"lora": lora, "scoring": scoring}
+        inputs += _model(tokenizer, "tokenizer") if tokenizer else []
+    if "rl" in parts:
+        settings |= {"policy_prompt": policy_prompt, "lora": lora, "scoring": scoring}
+        inputs += _files(*policy_prompt.files)
+        if ppo:
+            settings["ppo"] = ppo
+            inputs += _files(ppo.template)
     return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
 
 

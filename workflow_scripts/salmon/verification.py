@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from salmon import artifacts, configuration, provenance
+from salmon import artifacts, checked, configuration, provenance
 from salmon.config import is_local
 from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
 from salmon.errors import UserError
@@ -29,7 +29,7 @@ CHECKED = {
     "judge_preferences": "judging",
     "train_pmp": "training",
     "train_reward_model": "training",
-    "train_policy": "training",
+    "train_policy": "rl",
 }
 """Rule -> the part of `check_model` that comes before it."""
 NOT_SET = object()
@@ -124,14 +124,17 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
         yield Artifact(f"{results}/data", "make_demo_data", Origin({"seed": config.seed}))
     if model.base == f"{results}/demo_policy" or "demo_policy" in config.targets:
         yield Artifact(f"{results}/demo_policy", "train_demo_policy", None)
-    for part, checked in {"sampling": model, "judging": judge_model, "training": bare}.items():
+    for part, of in {"sampling": model, "judging": judge_model, "training": bare, "rl": model}.items():
         origin = provenance.check_model(
             [part],
-            model=checked,
+            model=of,
             policy_prompt=config.policy_prompt,
             sampling=config.sampling,
             judge=config.judge,
             lora=config.lora,
+            scoring=config.scoring,
+            tokenizer=tokenizer,
+            ppo=configuration.texts_of(config.ppo),
         )
         yield Artifact(f"{results}/check_model/{part}", "check_model", origin)
 
@@ -393,11 +396,7 @@ def _rows(artifact: Artifact, counts: Mapping[str, Any]) -> Iterator[str]:
     path = Path(artifact.path)
     if path.suffix != ".parquet":
         return
-    if artifact.rule in ("clean_prompts", "clean_rl_prompts"):
-        counted = sum(number for name, number in counts.items() if name.endswith(": kept"))
-    else:
-        name = {"clean_pmp_data": "kept", "aggregate_preferences": "records"}.get(artifact.rule, "rows")
-        counted = counts.get(name)
+    counted = next(iter(checked.rows_counted(counts).values()), None)
     try:
         rows = pl.scan_parquet(path).select(pl.len()).collect().item()
     except (OSError, pl.exceptions.PolarsError) as error:
