@@ -259,9 +259,13 @@ def damage(path: Path) -> None:
     ("file", "change", "said"),
     [
         ("prompts/rl.parquet", lambda path: pl.read_parquet(path)[1:].write_parquet(path), "rows, its manifest counts"),
-        ("prompts/rl.parquet", damage, "cannot be read as Parquet"),
-        ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read"),
-        ("prompts/rl.manifest.json", lambda path: path.write_text("[]"), "rl.manifest.json is no manifest"),
+        ("prompts/rl.parquet", damage, "prompts/rl.parquet cannot be read"),
+        ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read as a manifest"),
+        (
+            "prompts/rl.manifest.json",
+            lambda path: path.write_text("[]"),
+            "rl.manifest.json cannot be read as a manifest",
+        ),
         ("prompts/rl.manifest.json", Path.unlink, "has no manifest"),
         ("models/pmp/manifest.json", Path.unlink, "has no manifest"),
         ("models/pmp/adapter_model.safetensors", damage, "inputs changed"),
