@@ -53,4 +53,4 @@ rule verify:
     conda:
         "envs/data.yaml"
     shell:
-        f"python {SCRIPTS}/verify.py" ' --configuration "$SALMON_CONFIGURATION" 2>&1 | tee {log:q}'
+        f'python {SCRIPTS}/verify.py --configuration "${VARIABLE}"' " 2>&1 | tee {log:q}"

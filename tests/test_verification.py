@@ -385,3 +385,14 @@ def test_the_commit_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     line = f"note: {copy}/results/models/pmp: made by commit 0123456789-dirty, the checkout is at fedcba9876"
     assert line in notes
     assert look(load(copy)) == set()
+
+
+def test_other_weights_under_the_same_name(copy: Path) -> None:
+    """All that reads them; of RL's prompts, the tokenizer is read only."""
+    base = copy / "base"
+    shutil.copytree(ROOT / "demo" / "model", base)
+    runs = load(copy, model={"base": str(base)})
+    assert look(runs) == set()
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert paths(look(runs)) == ALL - named("reward_data/", "oasst1", "rl.parquet")
