@@ -17,7 +17,6 @@ include: "rules/reward_model.smk"
 include: "rules/policy.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
-include: "rules/verify.smk"
 
 
 # Snakemake has taken over what jobs have finished, and deletes nothing of it any more.
@@ -44,3 +43,14 @@ rule all:
     input:
         [target_files(target) for target in settings.targets],
     localrule: True
+
+
+# Which results are not what the configuration says; fails where something is stale. It makes nothing, and so always runs.
+rule verify:
+    log:
+        "<logs>/verify.log",
+    localrule: True
+    conda:
+        "envs/data.yaml"
+    shell:
+        f'python {SCRIPTS}/verify.py --configuration "${VARIABLE}"' " 2>&1 | tee {log:q}"

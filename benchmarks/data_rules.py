@@ -307,7 +307,9 @@ def make_shards(folder: Path, rows: int) -> None:
         for shard, (writer, path) in enumerate(zip(writers, paths, strict=True)):
             writer.close()
             settings = {"shard": shard, "shards": len(paths)}
-            artifacts.write_json(artifacts.manifest_path(path), artifacts.manifest(settings, {}, {}))
+            number = pq.read_metadata(path).num_rows
+            counts = {"rows": number} | ({"judged": number // len(JUDGED)} if kind == "judgements" else {})
+            artifacts.write_json(artifacts.manifest_path(path), artifacts.manifest(settings, {}, counts))
 
 
 def make_judged(folder: Path, rows: int) -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from pydantic_core import to_json
 from snakemake.exceptions import WorkflowError
 from snakemake.pathvars import Pathvars
 from snakemake.sourcecache import HostingProviderFile
@@ -169,7 +170,7 @@ NO_ADAPTER = {"adapter": None, "adapter_revision": None}
 
 def deciding(section, without=()):
     """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
-    return json.dumps({name: value for name, value in section.deciding().items() if name not in without})
+    return to_json({name: value for name, value in section.deciding().items() if name not in without}).decode()
 
 
 def free(**sections):

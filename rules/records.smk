@@ -1,5 +1,7 @@
 """What Snakemake does not know of results that are already there: it has a record only of what was built in this folder."""
 
+import zlib
+
 from snakemake.io import IOFile
 from snakemake.logging import logger
 from snakemake.persistence.file import FilePersistence
@@ -46,8 +48,11 @@ def target_paths(target):
     return [f"{results}/{TARGETS[target].artifact.format(run=run)}" for run in RUNS]
 
 
-# The whole configuration for `verify`: in its command, it would be printed where something is stale.
-os.environ.update(SALMON_CONFIGURATION=json.dumps(whole_configuration(), default=str))
+# The whole configuration for `verify`: in its command, it would be printed where something is stale. Under a name of its
+# own, since two modules of one workflow have two.
+CONFIGURATION = json.dumps(whole_configuration(), default=str)
+VARIABLE = f"SALMON_CONFIGURATION_{zlib.crc32(CONFIGURATION.encode()):x}"
+os.environ.update({VARIABLE: CONFIGURATION})
 
-if workflow.is_main_process and "verify" not in sys.argv:
+if workflow.is_main_process and not any(word.endswith("verify") for word in sys.argv):
     warn_of_stale_results()

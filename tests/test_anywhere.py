@@ -125,7 +125,9 @@ rule everything:
     assert "> 'all logs/clean_prompts.log'" in listed
     assert "> two/logs/runs/mine/train_policy.log" in listed
     assert "one_train_policy" not in listed
-    assert {int(seed) for seed in re.findall(r"clean_prompts.*\"seed\":(\d+)", listed)} == {2042, 1042}
+    assert {int(seed) for seed in re.findall(r"clean_prompts.*\"seed\": ?(\d+)", listed)} == {2042, 1042}
+    for name, results in (("one", "one"), ("two", "two")):
+        assert f"missing: {results}/prompts/oasst1.parquet" in snakemake(tmp_path, "--cores", "1", f"{name}_verify")
 
 
 def test_no_command_is_more_than_its_words(tmp_path: Path) -> None:

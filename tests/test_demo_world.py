@@ -133,7 +133,7 @@ def test_answers_are_long_enough_and_english():
 @pytest.mark.parametrize(("name", "kind"), FORMATS.items())
 def test_data_have_the_upstream_schemas(data, name, kind):
     source, formats = (PromptSource, PROMPT_FORMATS) if kind in PROMPT_FORMATS else (PairSource, PAIR_FORMATS)
-    rows = [row for _, row in read_source(source(format=kind, path=str(data / name)), formats[kind].row)]
+    rows = [row for _, row in read_source(source(format=kind, path=str(data / name)), formats[kind].row, Counter())]
     assert rows
     if kind == "oasst1":
         parents = {row["parent_id"] for row in rows}

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
 
+from salmon import models
+from salmon.config import Model
+from salmon.errors import UserError
 from tests.border_world import BorderWorld
 
 
@@ -177,6 +182,28 @@ def test_weights_are_not_taken_from_a_pickle(
     assert status == 1, said
     assert "safetensors" in said
     assert "Traceback" not in said
+
+
+def test_an_adapter_on_the_hub_may_be_a_pickle_of_tensors_and_of_nothing_else(
+    border_world: BorderWorld, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, hub = border_world.folder / "adapter", tmp_path / "models--owner--adapter"
+    snapshot = hub / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    shutil.copy(adapter / "adapter_config.json", snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    settings = Model(base=str(border_world.folder / "model"), quantization="none", dtype="float32")
+    whole = models.load_initial_policy(settings.model_copy(update={"adapter": str(adapter)}), "cpu").state_dict()
+
+    remote = settings.model_copy(update={"adapter": "owner/adapter"})
+    torch.save(load_file(adapter / "adapter_model.safetensors"), snapshot / "adapter_model.bin")
+    read = models.load_initial_policy(remote, "cpu").state_dict()
+    assert all(torch.equal(read[name], weight) for name, weight in whole.items())
+    saved_by_torch(snapshot / "adapter_model.bin", mark)
+    with pytest.raises(UserError, match="owner/adapter cannot be read"):
+        models.load_initial_policy(remote, "cpu")
 
 
 @pytest.mark.parametrize("ending", [".npy", ".pkl", ".pt", ".py", ".parquet", ".jsonl", ".json.gz"])

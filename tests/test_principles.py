@@ -1,6 +1,7 @@
-"""Principle files: names and weights of the paper, formats, and the draw at RL time."""
+"""Principle files: names, order and weights of the paper, what they demand, formats, and the draw at RL time."""
 
 import json
+import re
 from collections import Counter
 from itertools import permutations
 from math import sqrt
@@ -44,6 +45,40 @@ WEIGHTS = {
     },
     "rl_non_evasive": NON_EVASIVE,
 }
+# What a definition has to say, in this order, to demand what the paper's does; where that was once lost, or easily is.
+DEMANDS = {
+    "judge": {
+        "Natural and Fluent": "flow.*clumsy.*twice",
+        "Specific": "exactly this request.*subject",
+        "Educational and Engaging": "correct, up-to-date information.*interest",
+        "Methodical": "step.*only then.*conclusion",
+        "Creative": "story.*song or poem.*essay.*parody.*program.*summary.*translation",
+        "Comprehensive": "in depth.*detail.*disagree.*every side",
+    },
+    "rl": {
+        "Comprehensive": "Where information is asked for.*in depth.*detail.*disagree.*every side",
+        "Natural Language": "varied.*clumsy.*repeated",
+        "Numerical Sensitive": "how many or how long.*exactly.*calculations",
+        "Analytical Structure": "analysed.*summary.*several main points.*thoroughly",
+        "Vivid": "energy.*full of life.*lively",
+        "Privacy Protection": "no personal data.*no web addresses",
+        "Candor": "nothing that is untrue.*no sensible meaning.*facts that do not hold.*explains.*rather than",
+        "Stand-Alone": "text.*no outside source, web address, picture or video",
+    },
+    "rl_harmless": {
+        "Non-Discriminatory": "prejudice.*between the lines",
+        "Refusal to Aid Dangerous Acts": "pretext.*declines at once and politely",
+        "Proactive Harm Prevention": "not stop at a refusal.*safe way",
+        "Transparency on Biases": "prejudices of their times.*colour the answer",
+        "Mental Health Awareness": "greatest care.*well-being.*no medical advice",
+    },
+    "rl_honest": {
+        "Unwavering Accuracy": "correct and can be checked",
+        "Introspective Honesty": "Asked how.*limits.*clearly and truthfully",
+        "Correction Commitment": "admits an error.*right information",
+        "Avoidance of Pretense": "not play the expert.*only where",
+    },
+}
 
 
 def ppo(**settings: Any) -> Ppo:
@@ -54,7 +89,7 @@ def weighted(**weights: float) -> list[WeightedPrinciple]:
     return [WeightedPrinciple(dimension=name, definition="d", weight=weight) for name, weight in weights.items()]
 
 
-def test_judged_principles_are_the_papers() -> None:
+def test_judged_principles_are_the_papers_in_its_order() -> None:
     found = principles.read_judged(FILES / "judge.json")
     assert [principle.dimension for principle in found] == JUDGED
     texts = [text for principle in found for text in (principle.definition, principle.negative_definition)]
@@ -62,17 +97,28 @@ def test_judged_principles_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("name", list(WEIGHTS))
-def test_weights_are_the_papers(name: str) -> None:
+def test_names_order_and_weights_are_the_papers(name: str) -> None:
     found = principles.read_weighted(FILES / f"{name}.json")
-    assert {principle.dimension: principle.weight for principle in found} == WEIGHTS[name]
+    assert [(principle.dimension, principle.weight) for principle in found] == list(WEIGHTS[name].items())
     assert len({principle.definition for principle in found}) == len(found)
 
 
+@pytest.mark.parametrize("name", list(DEMANDS))
+def test_definitions_demand_what_the_papers_do(name: str) -> None:
+    definitions = {
+        entry["dimension"]: entry["definition"] for entry in json.loads((FILES / f"{name}.json").read_text())
+    }
+    for dimension, demands in DEMANDS[name].items():
+        assert re.search(demands, definitions[dimension]), dimension
+
+
 def test_a_principle_in_several_files_has_one_definition() -> None:
+    """But for one: in RL, `Comprehensive` is about questions that seek information."""
     known: dict[str, str] = {}
     for file in FILES.glob("*.json"):
         for entry in json.loads(file.read_text(encoding="utf-8")):
-            assert known.setdefault(entry["dimension"], entry["definition"]) == entry["definition"]
+            definition = entry["definition"].replace("Where information is asked for, t", "T")
+            assert known.setdefault(entry["dimension"], definition) == definition
 
 
 def test_definitions_do_not_break_templates_or_bullets() -> None:

@@ -24,6 +24,7 @@ from salmon.config import RewardTraining
 from salmon.configuration import TARGETS, Config
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
 from salmon.tables import TABLES
+from tests.running import environment
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
@@ -303,3 +304,14 @@ def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
     """The settings of one stage are those of the other: errors name them by the section that was given."""
     for name in ("max_length", "query_length", "response_length"):
         assert {f"{begin}{name}" for begin in BEGINNINGS} <= KEYS
+
+
+def test_data_rules_and_the_snakefile_do_without_torch() -> None:
+    """The environment of the data rules has none, and it takes a second or two to be imported."""
+    modules = ["clean_prompts", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
+    modules += ["salmon.work", "salmon.configuration", "salmon.identity", "salmon.tokenizers"]
+    program = "import sys\nsys.modules['torch'] = None\n" + "".join(f"import {name}\n" for name in modules)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

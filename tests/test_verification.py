@@ -259,9 +259,13 @@ def damage(path: Path) -> None:
     ("file", "change", "said"),
     [
         ("prompts/rl.parquet", lambda path: pl.read_parquet(path)[1:].write_parquet(path), "rows, its manifest counts"),
-        ("prompts/rl.parquet", damage, "cannot be read as Parquet"),
-        ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read"),
-        ("prompts/rl.manifest.json", lambda path: path.write_text("[]"), "rl.manifest.json is no manifest"),
+        ("prompts/rl.parquet", damage, "prompts/rl.parquet cannot be read"),
+        ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read as a manifest"),
+        (
+            "prompts/rl.manifest.json",
+            lambda path: path.write_text("[]"),
+            "rl.manifest.json cannot be read as a manifest",
+        ),
         ("prompts/rl.manifest.json", Path.unlink, "has no manifest"),
         ("models/pmp/manifest.json", Path.unlink, "has no manifest"),
         ("models/pmp/adapter_model.safetensors", damage, "inputs changed"),
@@ -376,8 +380,19 @@ def test_the_commit_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = copy / "results" / "models" / "pmp" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"git_commit": "0123456789abcdef-dirty"}))
-    monkeypatch.setattr(artifacts, "git_commit", lambda: manifest["git_commit"] or "fedcba9876543210")
-    assert ("models/pmp", "made by commit 0123456789-dirty, the checkout is at") in {
-        (path, text.rpartition(" ")[0]) for path, text in look(load(copy), "note")
-    }
+    monkeypatch.setattr(artifacts, "git_commit", lambda: "fedcba9876543210")
+    notes = [str(one) for one in verification.verify(load(copy)).findings if one.kind == "note"]
+    line = f"note: {copy}/results/models/pmp: made by commit 0123456789-dirty, the checkout is at fedcba9876"
+    assert line in notes
     assert look(load(copy)) == set()
+
+
+def test_other_weights_under_the_same_name(copy: Path) -> None:
+    """All that reads them; of RL's prompts, the tokenizer is read only."""
+    base = copy / "base"
+    shutil.copytree(ROOT / "demo" / "model", base)
+    runs = load(copy, model={"base": str(base)})
+    assert look(runs) == set()
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert paths(look(runs)) == ALL - named("reward_data/", "oasst1", "rl.parquet")

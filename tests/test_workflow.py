@@ -382,11 +382,13 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
         rule, inputs = made[path]
         assert artifact.rule == rule, path
         assert artifact.origin is not None
-        for one in artifact.origin.inputs:
-            if one.kind in ("model", "tokenizer"):
-                assert any(name.startswith(f"{one.name}/") for name in inputs), (path, one)
-            elif not rule.startswith("gather_") or ".shards/" in one.name:
-                assert one.name in inputs, (path, one)
+        for one in artifact.origin.inputs if Path(built, path).exists() else ():  # Snakemake lists no other's inputs
+            if rule.startswith("gather_") and ".shards/" not in one.name:
+                continue  # what the shards are made from
+            if not Path(built, one.name).exists():
+                continue  # an input of now, where Snakemake lists those that it has a record of
+            read = inputs | {str(Path(name).parent) for name in inputs}  # of a model, the rules list the files
+            assert one.name in read, (path, one)
 
 
 @pytest.fixture
@@ -401,20 +403,22 @@ def other_checkout(small_run: Path, tmp_path: Path) -> Path:
 def test_a_warning_where_snakemake_has_no_record(small_run: Path, other_checkout: Path) -> None:
     """It says `Nothing to be done`, as it cannot know better; where it has one, it needs no warning."""
     stale = f"stale: {small_run}/results/runs/default/policy: ppo.kl_coefficient 0.01 -> 0.5"
-    words = ("-n", "--configfile", str(ROOT / "demo" / "config.yaml"), str(other_checkout))
+    words = ("-n", "--configfile", str(other_checkout))
     forgotten = snakemake(*words, "--snakefile", str(ROOT / "Snakefile"), folder=other_checkout.parent)
     assert forgotten.returncode == 0, forgotten.stderr
     assert "Nothing to be done" in forgotten.stdout + forgotten.stderr
-    assert stale in forgotten.stderr
+    assert stale in forgotten.stdout + forgotten.stderr
     known = snakemake(*words)
     assert jobs(known.stdout + known.stderr)["train_policy"] == 1
-    assert "stale" not in known.stderr
+    assert "stale" not in known.stdout + known.stderr
 
 
 def test_the_target_verify(small_run: Path, other_checkout: Path) -> None:
     for file, status in ((small_run / "config.yaml", 0), (other_checkout, 1)):
-        words = ("--cores", "1", "--configfile", str(ROOT / "demo" / "config.yaml"), str(file), "verify")
+        words = ("verify", "--cores", "1", "--configfile", str(file))
         run = snakemake(*words, "--snakefile", str(ROOT / "Snakefile"), folder=other_checkout.parent)
         assert run.returncode == status, run.stdout + run.stderr
         assert ("stale: " in run.stdout) == bool(status)
         assert "whole: " in run.stdout
+    log = small_run / "results" / "logs" / "verify.log"
+    assert "ppo.kl_coefficient 0.01 -> 0.5" in log.read_text()

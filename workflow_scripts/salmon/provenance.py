@@ -271,7 +271,8 @@ def check_model(
         inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
     if "training" in parts:
         settings |= {"lora": lora, "scoring": scoring}
-        inputs += _model(tokenizer, "tokenizer") if tokenizer else []
+        # Before the model, which may have the same name, and whose weights count.
+        inputs = (_model(tokenizer, "tokenizer") if tokenizer else []) + inputs
     if "rl" in parts:
         settings |= {"policy_prompt": policy_prompt, "lora": lora, "scoring": scoring}
         inputs += _files(*policy_prompt.files)

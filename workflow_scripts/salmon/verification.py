@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import polars as pl
-
-from salmon import artifacts, checked, configuration, provenance
+from salmon import artifacts, configuration, provenance, tables
+from salmon.checked import Manifest, rows_counted
 from salmon.config import is_local
 from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
 from salmon.errors import UserError
@@ -381,29 +380,21 @@ def _read(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        Manifest.model_validate(found)
     except FileNotFoundError:
         raise UserError("has no manifest") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} cannot be read ({type(error).__name__})") from None
-    parts = {"settings": dict, "inputs": dict, "counts": dict}
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in parts.items()):
-        raise UserError(f"{path.name} is no manifest")
-    return found
+        raise UserError(f"{path.name} cannot be read as a manifest ({type(error).__name__})") from None
+    return dict(found)
 
 
-def _rows(artifact: Artifact, counts: Mapping[str, Any]) -> Iterator[str]:
+def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
     """A table with other rows than its manifest counts."""
     path = Path(artifact.path)
-    if path.suffix != ".parquet":
-        return
-    counted = next(iter(checked.rows_counted(counts).values()), None)
-    try:
-        rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        yield f"cannot be read as Parquet ({type(error).__name__})"
-        return
-    if rows != counted:
-        yield f"{rows} rows, its manifest counts {counted}"
+    if path.suffix == ".parquet":
+        rows, counted = tables.number_of_rows(path), set(rows_counted(counts).values())
+        if counted != {rows}:
+            yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
 def _is_default(key: str, value: Any) -> bool:

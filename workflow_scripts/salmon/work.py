@@ -22,7 +22,6 @@ from typing import Any
 import polars as pl
 from filelock import SoftFileLease, Timeout
 
-from salmon import distributed
 from salmon.artifacts import atomic, discard, manifest_path, remove, write_json, write_table
 from salmon.errors import UserError
 
@@ -69,6 +68,8 @@ class WorkFolder:
                 which are not to be deleted because a cluster's file has changed. Or where somebody else could have
                 written into the folder.
         """
+        from salmon import distributed  # needs torch, which data rules and the Snakefile do without
+
         self.fingerprint = fingerprint
         waited = self._take()
         return bool(distributed.broadcast(distributed.is_main() and self._open(layout, waited)))
@@ -82,6 +83,8 @@ class WorkFolder:
 
     def _take(self) -> bool:
         """Become the owner; returns whether another process was waited for. All ranks call this."""
+        from salmon import distributed
+
         waited = False
         # In turns, because ranks do not wait for one another for hours.
         while not distributed.broadcast(distributed.is_main() and self._acquire(seconds=TURN if waited else 0)):
