@@ -2,15 +2,13 @@
 
     python benchmarks/data_rules.py [--scale 0.05] [--times 1 4] [--rules openorca pmp ...] [--no-plain]
 
-The stand-ins have the schema, the number of rows and about the lengths of the public data sets, and made-up texts:
-pieces of a long text of our prompts' words in random order. `--times 4` is four times as many rows, under the same
-limits. Each rule's script, and the plain way, runs in a process of its own. The plain way is the authors' (reference,
-steps 1 to 3): load all, loop over the rows, keep the results in lists. Prints a Markdown table; times are those of
-the clock, and in brackets those of all CPUs, which other work on the machine disturbs less.
+The data are those of `stand_ins`. `--times 4` is four times as many rows, under the same limits. Each rule's script,
+and the plain way, runs in a process of its own. The plain way is the authors' (reference, steps 1 to 3): load all,
+loop over the rows, keep the results in lists. Prints a Markdown table; times are those of the clock, and in brackets
+those of all CPUs, which other work on the machine disturbs less.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -21,28 +19,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
 sys.path[:0] = [str(SCRIPTS), str(ROOT)]
 
-from salmon import artifacts, language, principles  # noqa: E402
+from benchmarks.stand_ins import (  # noqa: E402
+    JUDGED,
+    SHARDS,
+    make_judged,
+    make_oasst1,
+    make_openorca,
+    make_pmp,
+    make_shards,
+    make_sharegpt,
+)
+from salmon import language  # noqa: E402
 from salmon.config import Aggregation  # noqa: E402
 from salmon.formats import OPENORCA_FAMILIES, is_nli  # noqa: E402
 
-BATCH = 20_000
 PER_FAMILY = 10_000
-SHARDS = {"responses": 4, "judgements": 8}
-JUDGED = principles.read_judged(ROOT / "prompts/principles/judge.json")
 
 
 @dataclass(frozen=True)
@@ -122,208 +123,6 @@ def measure(command: list[str]) -> tuple[str, str]:
             log.seek(0)
             raise RuntimeError(f"{command[0]} failed:\n{log.read().decode()[-2000:]}")
     return f"{seconds:.1f} s ({ended[2].ru_utime + ended[2].ru_stime:.1f} s)", f"{peak * 1024 / 1e9:.2f} GB"
-
-
-# Stand-ins
-
-
-@cache
-def long_text() -> str:
-    """Our prompts' words in random order."""
-    words = " ".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "prompts").rglob("*.*"))).split()
-    return " ".join(random.Random(0).choices(words, k=1_000_000))  # noqa: S311
-
-
-def pieces(rng: np.random.Generator, number: int, median: float, spread: float = 0.8) -> list[str]:
-    """Texts of lengths that are log-normal, in characters; one in fifty is there twice."""
-    text = long_text()
-    lengths = np.minimum(rng.lognormal(np.log(median), spread, number).astype(int) + 8, 30_000)
-    starts = rng.integers(0, len(text) - 30_000, number)
-    found = [text[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
-    for place in rng.integers(1, number, number // 50) if number > 1 else ():
-        found[place] = found[place - 1]
-    return found
-
-
-def batches(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
-    """(generator, first row, number of rows) of each batch."""
-    for start in range(0, rows, BATCH):
-        yield np.random.default_rng(start), start, min(BATCH, rows - start)
-
-
-def write_parquet(path: Path, tables: Iterator[dict[str, Any]]) -> None:
-    """Batches of columns to one file."""
-    writer = None
-    for columns in tables:
-        table = pa.table(columns)
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    if writer:
-        writer.close()
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer as large as our prompts allow, in a folder that stands for a model."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([long_text()[:1_000_000]], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>").save_pretrained(folder)  # noqa: S106
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-
-
-def make_openorca(folder: Path, rows: int) -> None:
-    """1M-GPT4-Augmented.parquet: four families, one question in twelve of natural language inference."""
-    families = np.array(OPENORCA_FAMILIES)
-
-    def tables() -> Iterator[dict[str, Any]]:
-        for rng, start, number in batches(rows):
-            family = families[rng.choice(4, number, p=[0.2, 0.45, 0.3, 0.05])]
-            marks = np.where(rng.random(number) < 1 / 12, "Premise: ", "")
-            yield {
-                "id": [f"{name}.{start + place}" for place, name in enumerate(family)],
-                "system_prompt": pieces(rng, number, 120),
-                "question": [mark + text for mark, text in zip(marks, pieces(rng, number, 600), strict=True)],
-                "response": pieces(rng, number, 500),
-            }
-
-    write_parquet(folder / "data.parquet", tables())
-    make_tokenizer(folder / "tokenizer")
-
-
-def make_sharegpt(folder: Path, rows: int) -> None:
-    """sg_90k: one JSON list, six turns a conversation, a third of which do not begin with a human."""
-    with (folder / "data.json").open("w", encoding="utf-8") as file:
-        file.write("[")
-        for rng, start, number in batches(rows):
-            asked, said = pieces(rng, number, 200, 1.2), iter(pieces(rng, 5 * number, 950))
-            for place, first in enumerate(asked):
-                who = ["human", "gpt"] if rng.random() < 2 / 3 else ["gpt", "human"]
-                texts = [first + " 1 / 1", *(next(said) for _ in range(5))]
-                talk = [{"from": who[turn % 2], "value": text} for turn, text in enumerate(texts)]
-                row = {"id": f"c{start + place}_0", "conversations": talk}
-                file.write(f"{',' if start + place else ''}\n{json.dumps(row)}")
-        file.write("]")
-    make_tokenizer(folder / "tokenizer")
-
-
-def make_oasst1(folder: Path, rows: int) -> None:
-    """Trees of eight messages."""
-
-    def tables() -> Iterator[dict[str, Any]]:
-        for rng, start, number in batches(rows):
-            places = range(start, start + number)
-            parents = [
-                None if place % 8 == 0 else f"m{place - int(rng.integers(1, place % 8 + 1))}" for place in places
-            ]
-            yield {
-                "message_id": [f"m{place}" for place in places],
-                "parent_id": pa.array(parents, pa.string()),
-                "text": pieces(rng, number, 500),
-                "role": ["assistant" if parent else "prompter" for parent in parents],
-                "lang": ["en"] * number,
-                "review_result": rng.random(number) < 0.97,
-                "deleted": rng.random(number) < 0.02,
-            }
-
-    write_parquet(folder / "data.parquet", tables())
-
-
-def make_pmp(folder: Path, rows: int) -> None:
-    """SHP as Parquet; and HH-RLHF as JSON lines, 161 pairs for 349 of SHP."""
-
-    def tables() -> Iterator[dict[str, Any]]:
-        for rng, start, number in batches(rows):
-            yield {
-                "post_id": [f"p{start + place}" for place in range(number)],
-                "history": pieces(rng, number, 600),
-                "human_ref_A": pieces(rng, number, 300),
-                "human_ref_B": pieces(rng, number, 300),
-                "labels": rng.integers(0, 2, number),
-                "score_ratio": 1 + rng.exponential(2, number),
-            }
-
-    write_parquet(folder / "shp.parquet", tables())
-    with (folder / "hh.jsonl").open("w", encoding="utf-8") as file:
-        for rng, _, number in batches(round(rows * 161 / 349)):
-            parts = zip(*(pieces(rng, number, length) for length in (100, 300, 100, 300, 300)), strict=True)
-            for asked, said, more, good, bad in parts:
-                start = f"\n\nHuman: {asked}\n\nAssistant: {said}\n\nHuman: {more}\n\nAssistant: "
-                file.write(json.dumps({"chosen": start + good, "rejected": start + bad}) + "\n")
-
-
-def prompt_ids(start: int, number: int) -> list[str]:
-    """Ids that are spread as hashes are."""
-    return [hashlib.sha256(str(place).encode()).hexdigest()[:20] for place in range(start, start + number)]
-
-
-def response_tables(rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Responses as they are sampled, 200 tokens long."""
-    for rng, start, number in batches(rows):
-        other = np.random.default_rng(start + seed)
-        yield {
-            "prompt_id": prompt_ids(start, number),
-            "source": ["made up"] * number,
-            "instruction": pieces(rng, number, 120),
-            "input": [""] * number,
-            "response": pieces(other, number, 900),
-            "finish_reason": ["eos"] * number,
-            "prompt_tokens": pa.array([200] * number, pa.int32()),
-            "response_tokens": pa.array([200] * number, pa.int32()),
-        }
-
-
-def judgement_tables(rows: int) -> Iterator[dict[str, Any]]:
-    """Eleven judgements a pair."""
-    for rng, start, number in batches(rows):
-        names = [principle.dimension for principle in JUDGED]
-        s12, s21 = rng.normal(0, 1, (2, number * len(names)))
-        yield {
-            "prompt_id": np.repeat(prompt_ids(start, number), len(names)),
-            "dimension": names * number,
-            "s12": s12,
-            "s21": s12 + s21,
-        }
-
-
-def make_shards(folder: Path, rows: int) -> None:
-    """Shards of responses and judgements with their manifests, the rows of a prompt in one of them."""
-    for kind, tables in (("responses", response_tables(rows, 1)), ("judgements", judgement_tables(rows))):
-        (folder / kind).mkdir()
-        paths = [folder / kind / f"{shard}.parquet" for shard in range(SHARDS[kind])]
-        writers: list[pq.ParquetWriter] = []
-        for columns in tables:
-            table = pa.table(columns)
-            writers = writers or [pq.ParquetWriter(path, table.schema) for path in paths]
-            place = np.arange(len(table)) // (1 if kind == "responses" else len(JUDGED)) % len(paths)
-            for shard, writer in enumerate(writers):
-                writer.write_table(table.filter(pa.array(place == shard)))
-        for shard, (writer, path) in enumerate(zip(writers, paths, strict=True)):
-            writer.close()
-            settings = {"shard": shard, "shards": len(paths)}
-            number = pq.read_metadata(path).num_rows
-            counts = {"rows": number} | ({"judged": number // len(JUDGED)} if kind == "judgements" else {})
-            artifacts.write_json(artifacts.manifest_path(path), artifacts.manifest(settings, {}, counts))
-
-
-def make_judged(folder: Path, rows: int) -> None:
-    """Both responses and the judgements, gathered: sorted by prompt_id."""
-    for name, tables in (
-        ("response0", response_tables(rows, 1)),
-        ("response1", response_tables(rows, 2)),
-        ("preferences", judgement_tables(rows)),
-    ):
-        write_parquet(folder / f"{name}.unsorted", tables)
-        pl.read_parquet(folder / f"{name}.unsorted").sort("prompt_id", maintain_order=True).write_parquet(
-            folder / f"{name}.parquet"
-        )
-        (folder / f"{name}.unsorted").unlink()
 
 
 # The rules' scripts
@@ -468,6 +267,28 @@ def plain_aggregate(folder: Path, output: Path, language_rule: bool) -> None:
     pd.DataFrame(records).to_parquet(output)
 
 
+def gather_rule(kind: str) -> Rule:
+    """Gathering of one table."""
+    return Rule(
+        98_000,
+        f"{kind} of so many pairs in {SHARDS[kind]} shards",
+        make_shards,
+        lambda folder, output, _: gather_command(folder, output, kind),
+        lambda folder, output, _: plain_gather(folder, output, kind),
+    )
+
+
+def aggregate_rule(language_rule: bool) -> Rule:
+    """Aggregation, with or without its language rule."""
+    return Rule(
+        98_000,
+        f"so many pairs, 11 judgements each, language rule {'on' if language_rule else 'off'}",
+        make_judged,
+        lambda folder, output, _: aggregate_command(folder, output, language_rule),
+        lambda folder, output, _: plain_aggregate(folder, output, language_rule),
+    )
+
+
 RULES = {
     "openorca": Rule(1_000_000, "OpenOrca, Parquet", make_openorca, openorca_command, plain_openorca),
     "sharegpt": Rule(
@@ -489,34 +310,9 @@ RULES = {
         plain_oasst1,
     ),
     "pmp": Rule(349_000, "SHP, Parquet; and HH-RLHF (161 for 349), JSON lines", make_pmp, pmp_command, plain_pmp),
-    "gather_responses": Rule(
-        98_000,
-        "responses of so many pairs in 4 shards",
-        make_shards,
-        lambda folder, output, _: gather_command(folder, output, "responses"),
-        lambda folder, output, _: plain_gather(folder, output, "responses"),
-    ),
-    "gather_judgements": Rule(
-        98_000,
-        "judgements of so many pairs, 11 each, in 8 shards",
-        make_shards,
-        lambda folder, output, _: gather_command(folder, output, "judgements"),
-        lambda folder, output, _: plain_gather(folder, output, "judgements"),
-    ),
-    "aggregate": Rule(
-        98_000,
-        "so many pairs, 11 judgements each",
-        make_judged,
-        lambda folder, output, _: aggregate_command(folder, output, True),
-        lambda folder, output, _: plain_aggregate(folder, output, True),
-    ),
-    "aggregate_without_languages": Rule(
-        98_000,
-        "the same, language rule off",
-        make_judged,
-        lambda folder, output, _: aggregate_command(folder, output, False),
-        lambda folder, output, _: plain_aggregate(folder, output, False),
-    ),
+    **{f"gather_{kind}": gather_rule(kind) for kind in SHARDS},
+    "aggregate": aggregate_rule(True),
+    "aggregate_without_languages": aggregate_rule(False),
 }
 
 

@@ -165,9 +165,6 @@ def judge_model():
     return files_of(JUDGE_MODEL.base) + files_of(JUDGE_MODEL.adapter)
 
 
-NO_ADAPTER = {"adapter": None, "adapter_revision": None}
-
-
 def deciding(section, without=()):
     """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
     return to_json({name: value for name, value in section.deciding().items() if name not in without}).decode()

@@ -11,7 +11,7 @@ PARTS = {
     "sampling": {"model": settings.model, "policy_prompt": settings.policy_prompt, "sampling": settings.sampling},
     "judging": {"model": JUDGE_MODEL, "judge": settings.judge},
     "training": {
-        "model": settings.model.model_copy(update=NO_ADAPTER),
+        "model": settings.model.without_adapter(),
         "tokenizer": Model.model_validate_json(TOKENIZER),
         "lora": settings.lora,
         "scoring": settings.scoring,

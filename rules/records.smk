@@ -24,7 +24,7 @@ def has_no_record():
 def warn_of_stale_results():
     """Name what is stale where Snakemake cannot know, before the first job. Looks at manifests only where it has to."""
     unknown = has_no_record()
-    if not any(unknown(str(path)) for target in TARGETS for path in target_paths(target)):
+    if not any(unknown(path) for target in TARGETS for path in configuration.target_paths(RUNS, target)):
         return
     from salmon import verification
 
@@ -40,12 +40,6 @@ def warn_of_stale_results():
             "looks at all results, and `python workflow_scripts/verify.py --forcerun` prints what makes it rebuild them.",
         ]
         logger.warning("\n".join(lines))
-
-
-def target_paths(target):
-    """The artifacts of a target, as paths."""
-    results = settings.pathvars.results
-    return [f"{results}/{TARGETS[target].artifact.format(run=run)}" for run in RUNS]
 
 
 # The whole configuration for `verify`: in its command, it would be printed where something is stale. Under a name of its

@@ -48,7 +48,7 @@ rule train_reward_model:
         free=lambda wildcards: free(model=settings.model, reward_model=run_settings(wildcards).reward_model),
     params:
         init=lambda wildcards, input: f"--init {shlex.quote(input.init)}" if input.init else "",
-        model=deciding(settings.model, without=NO_ADAPTER),
+        model=deciding(settings.model, without=("adapter", "adapter_revision")),
         lora=deciding(settings.lora),
         tokenizer=TOKENIZER,
         scoring=deciding(settings.scoring),
@@ -88,7 +88,7 @@ use rule train_reward_model as train_pmp with:
         free=lambda wildcards: free(model=settings.model, pmp=run_settings(wildcards).pmp),
     params:
         init="",
-        model=deciding(settings.model, without=NO_ADAPTER),
+        model=deciding(settings.model, without=("adapter", "adapter_revision")),
         lora=deciding(settings.lora),
         tokenizer=TOKENIZER,
         scoring=deciding(settings.scoring),

@@ -111,3 +111,23 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     build(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the zoo's Llama, which tests copy before they change it."""
+    from tests import zoo
+
+    folder = tmp_path_factory.mktemp("llama")
+    zoo.build("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a LoRA adapter on `llama`."""
+    from tests.damaged_models import make_adapter
+
+    folder = tmp_path_factory.mktemp("adapter")
+    make_adapter(llama, folder)
+    return folder

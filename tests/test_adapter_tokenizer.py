@@ -114,7 +114,7 @@ def test_an_adapter_that_is_not_there(base: Path, adapter: Path) -> None:
 
 
 def test_an_adapter_on_the_hub(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's cache decides, file by file; with nothing there (or no network) there is no tokenizer."""
+    """Each file is looked up in the hub's cache; a file that is not cached, and cannot be fetched, does not exist."""
     assert load(base, "owner/adapter").chat_template == CHATML
     (adapter / "chat_template.jinja").write_text(OWN)
     asked = []

@@ -142,6 +142,15 @@ def test_what_snakemake_deletes_after_it_was_finished_is_put_back(
     assert not WorkFolder(artifact).open("mark")
 
 
+def test_an_artifact_made_again_by_hand_replaces_the_one_that_is_there(tmp_path: Path) -> None:
+    """Of the same settings and inputs: the old one may be damaged."""
+    for text in ("damaged", "made"):
+        folder = WorkFolder(tmp_path / "policy")
+        assert not folder.open("mark")
+        make(folder, text)
+    assert (folder.artifact / "weights").read_text() == "made"
+
+
 def test_what_was_finished_with_other_settings_is_not_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(work.KEEP_FINISHED, "1")
     folder = WorkFolder(tmp_path / "policy")

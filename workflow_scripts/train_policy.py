@@ -19,11 +19,10 @@ from salmon import checked, distributed, ppo, provenance, script, stopping, temp
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
-from salmon.models import check_context
 from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.sampling import Ranks, Sampler, TransformersSampler
-from salmon.shared_base import SharedBase
+from salmon.shared_base import SharedBase, check_lengths
 from salmon.tables import RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
@@ -79,9 +78,7 @@ def main(args: Arguments) -> None:
         distributed.leave()
         return
     shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
-    longest = args.ppo.query_length + args.ppo.response_length
-    check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
-    check_context(shared.lm, args.ppo.reward_max_length, "ppo.reward_max_length")
+    check_lengths(shared, tokenizer, args.ppo, args.policy_prompt)
 
     if args.gradient_checkpointing:
         shared.lm.gradient_checkpointing_enable({"use_reentrant": False})

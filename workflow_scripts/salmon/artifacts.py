@@ -37,14 +37,19 @@ ROW_GROUP = 10_000
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` when the block ends without an error.
 
     Works for a file and for a folder; an older artifact is replaced only by a whole new one. A failure leaves
-    neither the temporary nor a partial artifact; what a killed process has left is deleted.
+    neither the temporary nor a partial artifact.
+
+    Args:
+        path: what is to be.
+        tidy: look for what a killed process has left of it, and delete that; this lists the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    if tidy:
+        _remove_leftovers(path)
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -143,7 +148,7 @@ def write_table(
     Args:
         rows: of the table, in order.
         path: of the file.
-        table: what has been written is checked to be this one; None for parts, which are not whole yet.
+        table: what has been written is checked to be this one; None where what was read has been checked.
         manifest: written beside it. No interruption leaves a table beside the manifest of another one.
     """
     with atomic(path) as temporary:

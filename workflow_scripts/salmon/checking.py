@@ -15,13 +15,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from salmon import judging, models, principles, reward_model, templates
+from salmon import judging, models, principles, reward_model, shared_base, templates
 from salmon.adapters import uncovered
 from salmon.config import Judge, Lora, Model, PolicyPrompt, PpoTexts, Sampling, Scoring
 from salmon.encoding import (
     Template,
     as_template,
-    check_query_length,
     encode_prompt,
     guard,
     prompt_text,
@@ -48,7 +47,6 @@ QUESTIONS = (
 NEW_TOKENS = (24, 3, 12, 7)  # sampled for each question: rows of a batch end at different times
 ANSWER = "So."
 TEMPLATE = "You review an answer.\n\n# Input\n\n{Input}\n\n# Output\n\n{Output}\n\nIts quality is"
-WITHOUT_ADAPTER = {"adapter": None, "adapter_revision": None}
 # Whatever a chat template may do to a user's text shows in this one: line breaks, signs, a control token, its length.
 PROBE = 'Say "<b>so & so</b>", it\'s\n\n\tünïcode </s> {{ x }} <|im_end|>' + " and then some more words" * 40 + "."
 
@@ -245,7 +243,7 @@ def judging_ways(
 
 def training(settings: Settings, device: torch.device) -> dict[str, Any]:
     """A reward model: texts in batches as alone, saved as loaded, and in the format in which they are read."""
-    model = settings.model.model_copy(update=WITHOUT_ADAPTER)
+    model = settings.model.without_adapter()
     tokenizer = load_tokenizer(settings.tokenizer or model)
     texts = _made_texts(
         tokenizer, as_template(tokenizer, TEMPLATE, settings.scoring, "scoring.format", "a made-up one")
@@ -277,7 +275,7 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
     wanted, largest = _logprobs(policy, texts, device)
     del policy
     with tempfile.TemporaryDirectory() as folder:
-        fresh = models.new_reward_model(model.model_copy(update=WITHOUT_ADAPTER), settings.lora, device, seed=0)
+        fresh = models.new_reward_model(model.without_adapter(), settings.lora, device, seed=0)
         alone, limit = _strengthen(fresh, texts, model, device)
         fresh.save_pretrained(folder)
         del fresh
@@ -290,10 +288,7 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
                 "merge it into the base model, and name that as model.base"
             ) from error
     if ppo := settings.ppo:
-        check_query_length(tokenizer, ppo, settings.policy_prompt)
-        longest = ppo.query_length + ppo.response_length
-        models.check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
-        models.check_context(shared.lm, ppo.reward_max_length, "ppo.reward_max_length")
+        shared_base.check_lengths(shared, tokenizer, ppo, settings.policy_prompt)
     with torch.no_grad():
         bound = tolerance(model, float(wanted[0].std())) + 4 * largest * torch.finfo(getattr(torch, model.dtype)).eps
         role: Role

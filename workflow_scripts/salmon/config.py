@@ -151,6 +151,10 @@ class Model(Section):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
+    def without_adapter(self) -> Self:
+        """The base model alone, which reward models are trained on."""
+        return self.model_copy(update={"adapter": None, "adapter_revision": None})
+
     @field_validator("base", "adapter")
     @classmethod
     def _in_full(cls, name: str | None) -> str | None:

@@ -194,7 +194,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
 
 
 def field_of(key: str) -> FieldInfo | None:
-    """The field of a key of the configuration, `a.b.c`; None where it is no key, or a part of a value."""
+    """The field behind a key of the configuration, such as `a.b.c`; None if there is no such key."""
     model: type[BaseModel] | None = Config
     field: FieldInfo | None = None
     names = key.split(".")
@@ -244,6 +244,12 @@ def home(runs: Mapping[str, Config], run: str, artifact: Shared) -> str:
 
     owner = next(name for name in runs if settings(name) == settings(run))
     return "" if owner == "default" else f"runs/{owner}/"
+
+
+def target_paths(runs: Mapping[str, Config], target: str) -> list[str]:
+    """The artifacts of a target, of every run where it has one for each."""
+    artifact = f"{runs['default'].pathvars.results}/{TARGETS[target].artifact}"
+    return list(dict.fromkeys(artifact.format(run=run) for run in runs)) if "{run}" in artifact else [artifact]
 
 
 def texts_of(ppo: Ppo) -> PpoTexts:

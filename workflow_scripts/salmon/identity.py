@@ -164,7 +164,7 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
         if "longrope" in (part.get("rope_type"), part.get("type")):
             name = "original_max_position_embeddings"
             limits.append(part.get(name) or config.get(name))
-    # What is no number, those who load the model find.
+    # Limits that are not numbers are reported when the model is loaded.
     return min((int(limit) for limit in limits if limit and isinstance(limit, int | float)), default=None)
 
 

@@ -13,12 +13,14 @@ import torch
 from peft import TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from salmon import ppo_math
 from salmon.adapters import add_lora, load_adapter, of_adapter
-from salmon.config import Lora, Model
+from salmon.config import Lora, Model, PolicyPrompt, PpoTexts
+from salmon.encoding import check_query_length
 from salmon.errors import UserError
-from salmon.models import head_width, load_base, prepare, read_head
+from salmon.models import check_context, head_width, load_base, prepare, read_head
 
 Role = Literal["policy", "reference", "value", "reward"]
 # The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
@@ -178,3 +180,13 @@ class SharedBase(nn.Module):
             mask[row, start:end] = 1
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         return tokens.to(self.device), mask.to(self.device), position.to(self.device)
+
+
+def check_lengths(
+    shared: SharedBase, tokenizer: PreTrainedTokenizerBase, ppo: PpoTexts, policy_prompt: PolicyPrompt
+) -> None:
+    """Refuse lengths of RL's texts for which the model has no positions; errors of `models.check_context`."""
+    check_query_length(tokenizer, ppo, policy_prompt)
+    longest = ppo.query_length + ppo.response_length
+    check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
+    check_context(shared.lm, ppo.reward_max_length, "ppo.reward_max_length")

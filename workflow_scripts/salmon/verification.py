@@ -102,7 +102,7 @@ def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
 def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     config = runs["default"]
     results, model = config.pathvars.results, config.model
-    tokenizer, bare = tokenizer_model(model), model.model_copy(update={"adapter": None, "adapter_revision": None})
+    tokenizer, bare = tokenizer_model(model), model.without_adapter()
     judge_model = config.judge.model or model
 
     def shared(run: str, name: Shared) -> str:
@@ -271,9 +271,7 @@ def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
     """What the configuration's targets consist of; shards only where their table is not there."""
     results = runs["default"].pathvars.results
-    left = [
-        f"{results}/{TARGETS[target].artifact.format(run=run)}" for target in runs["default"].targets for run in runs
-    ]
+    left = [path for target in runs["default"].targets for path in configuration.target_paths(runs, target)]
     wanted: set[str] = set()
     while left:
         path = left.pop()

@@ -22,13 +22,13 @@ from typing import Any
 import polars as pl
 from filelock import SoftFileLease, Timeout
 
-from salmon.artifacts import atomic, discard, manifest_path, remove, write_json, write_table
+from salmon.artifacts import atomic, discard, manifest_path, remove, write_json
 from salmon.errors import UserError
 
 log = logging.getLogger(__name__)
 
 LEASE = 90.0  # more than file systems of clusters keep a file's time in their caches
-TURN = 20.0
+TURN = 20.0  # seconds that a process waits for a lease before it tells the other ranks
 KEEP_FINISHED = "SALMON_KEEP_FINISHED"
 """Environment variable that Snakemake's jobs have: a finished artifact is kept in the work folder until Snakemake has
 ended (`sweep`), since Snakemake deletes it where the job's process, or another one on the same results, fails."""
@@ -79,7 +79,12 @@ class WorkFolder:
         if waited and self._is_made() and not self.finished.is_dir():
             self.delete()
             return True
-        return self._resumes(layout) and self._restore()
+        if not self._resumes(layout) or not self.finished.is_dir():
+            return False
+        if not self._is_made():  # else somebody may be reading it
+            self._publish()
+        self._close()
+        return True
 
     def _take(self) -> bool:
         """Become the owner; returns whether another process was waited for. All ranks call this."""
@@ -169,7 +174,9 @@ class WorkFolder:
     def write_part(self, table: pl.DataFrame) -> None:
         """Keep a finished batch of rows; parts are whole or absent, and any rank may write them."""
         first_row = hashlib.sha256(table.row(0).__repr__().encode()).hexdigest()[:16]
-        write_table(table, self.path / f"part-{first_row}.parquet")
+        # There may be thousands of parts: the folder is not listed for each.
+        with atomic(self.path / f"part-{first_row}.parquet", tidy=False) as temporary:
+            table.write_parquet(temporary, compression="zstd")
 
     def read_parts(self, schema: Mapping[str, Any]) -> pl.DataFrame:
         """All rows kept so far, in no particular order. A damaged part is deleted, and its rows count as not done."""
@@ -194,18 +201,19 @@ class WorkFolder:
             made = folder / self.artifact.name
             yield made
             write_json(manifest_path(made), {**manifest, "fingerprint": self.fingerprint})
-        self._restore()
+        self._publish()
+        self._close()
 
-    def _restore(self) -> bool:
-        """Put the finished artifact, if there is one, in its place, and delete the rest."""
-        if not self.finished.is_dir():
-            return False
+    def _publish(self) -> None:
+        """Put the finished artifact in its place."""
         self.check()
-        if not self._is_made():
-            # The artifact comes last: where it is, all is there.
-            for made in sorted(self.finished.iterdir(), key=lambda path: path.name == self.artifact.name):
-                with atomic(self.artifact.with_name(made.name)) as temporary:
-                    _link(made, temporary)
+        # The artifact comes last: where it is, all is there.
+        for made in sorted(self.finished.iterdir(), key=lambda path: path.name == self.artifact.name):
+            with atomic(self.artifact.with_name(made.name)) as temporary:
+                _link(made, temporary)
+
+    def _close(self) -> None:
+        """Delete what is not needed any more, once the artifact is in its place, and release the lease."""
         if KEEP_FINISHED in os.environ:
             for path in self.path.iterdir():
                 if path.name not in ("finished", "fingerprint", "owner"):
@@ -213,7 +221,6 @@ class WorkFolder:
             self.release()
         else:
             self.delete()
-        return True
 
     def _is_made(self) -> bool:
         """Whether the artifact is in its place, made with these settings and inputs."""
