@@ -57,11 +57,11 @@ def configuration(folder: Path) -> dict[str, Any]:
     raw["targets"] = ["policy"]
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
-    raw["sampling"] |= {"max_length": 200, "shards": 2}
+    raw["sampling"] |= {"max_length": 180, "shards": 2}
     raw["pmp"] |= {"eval_examples": 8}
     # The judge of the small world has consistent opinions on only some of these texts: few records, small batches.
     raw["reward_model"] |= {"eval_examples": 8, "epochs": 1.0, "batch_size": 8}
-    raw["ppo"] |= {"max_steps": 2, "rollout_batch_size": 16, "minibatch_size": 8, "query_length": 64}
+    raw["ppo"] |= {"max_steps": 2, "rollout_batch_size": 16, "minibatch_size": 8, "query_length": 89}
     raw["ppo"] |= {"response_length": 48}
     return raw
 

@@ -49,7 +49,9 @@ PAGES: tuple[Callable[[str], str], ...] = (
     "{} Translate now".format,
     "{}\nLanguage: English".format,
     "{} 2 / 2\nLanguage: 한국어".format,
-    "Bing is powered by AI, so surprises and mistakes are possible.\n{}".format,
+    "{}\nLanguage: Chinese (Traditional)".format,
+    "{}\n2/2".format,
+    "~You see a chat with Bing, it is not ChatGPT's~\n{}".format,
 )
 
 

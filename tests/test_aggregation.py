@@ -99,9 +99,9 @@ def slow_reference(inputs: Inputs, chosen: Aggregation) -> list[dict[str, Any]]:
     second = {row["prompt_id"]: row for row in inputs.response1.iter_rows(named=True)}
     variance = {}
     for name in NAMES:
-        means = [(row["s12"] + row["s21"]) / 2 for key, row in judged.items() if key[1] == name]
-        centre = sum(means) / len(means)
-        variance[name] = sum((mean - centre) ** 2 for mean in means) / len(means)
+        pooled = [row[order] for key, row in judged.items() if key[1] == name for order in ("s12", "s21")]
+        centre = sum(pooled) / len(pooled)
+        variance[name] = sum((score - centre) ** 2 for score in pooled) / len(pooled)
     records = []
     for key in sorted(first):
         if (key, NAMES[0]) not in judged:
@@ -275,11 +275,33 @@ def winner(drawn: Drawn | str) -> int:
     return (drawn.preference - 1) ^ drawn.swapped
 
 
-def test_scores_are_means_over_variance_and_zero_where_orders_disagree() -> None:
-    s12, s21 = np.array([1.0, -2.0, 3.0, 0.0, -1.0]), np.array([3.0, -4.0, -1.0, 2.0, 1.0])
-    means = [2.0, -3.0, 1.0, 1.0, 0.0]
-    variance = sum((mean - 0.2) ** 2 for mean in means) / 5
-    assert scaled_scores(s12, s21) == pytest.approx([2 / variance, -3 / variance, 0, 0, 0])
+def plain_scores(s12: list[float], s21: list[float]) -> list[float]:
+    """The same from the formula, one number at a time: mean of both orders over the variance of all scores pooled."""
+    pooled = [*s12, *s21]
+    center = sum(pooled) / len(pooled)
+    variance = sum((score - center) ** 2 for score in pooled) / len(pooled)
+    pairs = list(zip(s12, s21, strict=True))
+    return [(a + b) / 2 / variance if min(a, b) > 0 or max(a, b) < 0 else 0.0 for a, b in pairs]
+
+
+def test_scores_are_means_over_pooled_variance_and_zero_where_orders_disagree() -> None:
+    s12, s21 = [1.0, -2.0, 3.0, 0.0, -1.0], [3.0, -4.0, -1.0, 2.0, 1.0]
+    variance = sum((score - 0.2) ** 2 for score in s12 + s21) / 10
+    assert scaled_scores(np.array(s12), np.array(s21)) == pytest.approx([2 / variance, -3 / variance, 0, 0, 0])
+    rng = np.random.default_rng(3)
+    for shift in (0.0, 5.0):  # of the judge's bias for the first place
+        s12, s21 = (rng.normal(sign * shift, 2, 50).tolist() for sign in (1, -1))
+        assert scaled_scores(np.array(s12), np.array(s21)) == pytest.approx(plain_scores(s12, s21))
+
+
+def test_a_principle_decided_by_position_seldom_dominates() -> None:
+    """With equal means, it has the larger variance, and so the smaller scores."""
+    means = np.array([1.0, -1.0, 2.0, -2.0])
+    for bias in (1.5, 5.0):
+        fair, biased = scaled_scores(means, means), scaled_scores(means + bias, means - bias)
+        agreeing = biased != 0
+        assert agreeing.sum() == (np.abs(means) > bias).sum()
+        assert (np.abs(biased[agreeing]) < np.abs(fair[agreeing]) / 1.9).all()
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [0.1, 0.1, 0.1]])

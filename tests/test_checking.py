@@ -136,9 +136,14 @@ def test_large_weights_that_are_no_layers_are_not_left_without_lora(llama: Path)
     [
         ({"scoring": Scoring(format="chat")}, "training", r"scoring\.format is `chat`, but the tokenizer has no chat"),
         ({"scoring": Scoring(format="chat")}, "rl", r"scoring\.format is `chat`, but the tokenizer has no chat"),
-        ({"sampling_length": 1025}, "sampling", r"sampling\.max_length is 1025, but the model reads 1024"),
+        (
+            {"sampling_length": 1024},
+            "sampling",
+            r"preamble \+ sampling\.max_length is 10\d\d, but the model reads 1024",
+        ),
         ({"ppo": {"reward_max_length": 1025}}, "rl", r"ppo\.reward_max_length is 1025, but the model reads 1024"),
-        ({"ppo": {"response_length": 620}}, "rl", r"policy template \+ ppo\.query_length .* is 10\d\d, but the model"),
+        ({"ppo": {"response_length": 625}}, "rl", r"ppo\.query_length \+ ppo\.response_length is 1025, but the model"),
+        ({"ppo": {"query_length": 20}}, "rl", r"ppo\.query_length is 20, of which policy_prompt\.template takes"),
     ],
 )
 def test_what_a_later_stage_would_find_is_found_first(llama: Path, more: Any, part: Any, said: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from salmon.config import is_local
+from salmon.config import Ppo, is_local
 from salmon.configuration import check_paths, load
 from salmon.errors import UserError
 from tests.keys import is_key
@@ -30,6 +30,15 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         target = target[parent]
     target[last] = value
     return changed
+
+
+def test_the_papers_limits_and_markers(raw: dict[str, Any]) -> None:
+    """As in the notes on the reference; what each limit counts is tested where it is used."""
+    sampling, rl_prompts, ppo = raw["sampling"], raw["rl_prompts"], raw["ppo"]
+    assert sampling["max_length"] == 768
+    assert (rl_prompts["min_tokens"], rl_prompts["max_tokens"]) == (2, 256)
+    assert (ppo["query_length"], ppo["response_length"], ppo["warmup_steps"]) == (256, 1024, 5)
+    assert ppo["cut_markers"] == Ppo(template="t", principles="p").cut_markers == ["\nNote", "\nUpdate", "\nComment"]
 
 
 def test_the_papers_configuration_is_valid(raw: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 
 from salmon import encoding, judging, ppo, prompts, reward_model
 from salmon.config import Model, PolicyPrompt
 from salmon.encoding import SENTINEL, guard, token_spans, tokenize
+from salmon.errors import UserError
 from salmon.judging import Judge, Pair
 from salmon.principles import JudgedPrinciple
 from salmon.tokenizers import load_tokenizer
@@ -199,15 +201,31 @@ def test_guarded_texts_are_cut_at_tokens() -> None:
 
 
 def test_tokens_are_counted_as_they_are_encoded() -> None:
-    tokenizer = byte_tokenizer(append_eos=True)
-    import polars as pl
+    """Of an instruction, the beginning token counts, where there is one."""
+    for bos in (False, True):
+        tokenizer = byte_tokenizer(append_eos=True, bos=bos)
+        size = len("</s>") + bos
+        assert prompts.token_limits(tokenizer, size, size)(["</s>", "abcde", "a"]) == [
+            None,
+            f"more than {size} tokens",
+            f"fewer than {size} tokens",
+        ]
+        assert prompts.token_limits(tokenizer, 4, 4)([]) == []
 
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_the_query_length_limits_whole_prompts(tmp_path: Path, form: str) -> None:
+    """And the tokens that all prompts begin with are counted; a byte is a token."""
+    tokenizer = byte_tokenizer(template="[{{ messages[0].content }}]")
+    (tmp_path / "p.txt").write_text("Hello.\n### User\n")
+    before, after = ("<s>Hello.\n### User\n", "\n\n### Me\n") if form == "text" else ("[", "]")
+    prompt = PolicyPrompt(template="chat" if form == "chat" else str(tmp_path / "p.txt"), assistant_marker="### Me")
+    begun = len(before.replace("<s>", "x"))
+    assert encoding.shared_tokens(tokenizer, prompt, encoding.read_preamble(prompt)) == begun
+    around = begun + len(after)
     table = pl.DataFrame({"instruction": ["</s>", "abcde", "</s>"], "input": ["", "", "x"]})
-    settings: Any = SimpleNamespace(query_length=4)
-    assert ppo.within_query_length(table, tokenizer, settings)["input"].to_list() == [""]
-    assert prompts.token_limits(tokenizer, 4, 4)(["</s>", "abcde", "a"]) == [
-        None,
-        "more than 4 tokens",
-        "fewer than 4 tokens",
-    ]
-    assert prompts.token_limits(tokenizer, 4, 4)([]) == []
+    settings: Any = SimpleNamespace(query_length=around + len("</s>"))
+    assert ppo.within_query_length(table, tokenizer, settings, prompt)["input"].to_list() == [""]
+    settings.query_length = around
+    with pytest.raises(UserError, match=rf"ppo\.query_length is {around}, of which .* takes {around} tokens"):
+        ppo.within_query_length(table, tokenizer, settings, prompt)

@@ -4,7 +4,7 @@ import itertools
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -460,8 +460,10 @@ def test_two_ranks_make_the_same_table(work: Path, settings: config.Model) -> No
     assert pl.read_parquet(work / "two.parquet").equals(expected)
 
 
-def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings: config.Model) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings: config.Model, dtype: Any) -> None:
     write_responses(work, PAIRS)
+    settings = settings.model_copy(update={"dtype": dtype})
     expected = run(work, settings, "one.parquet", batch_size=2)
     two = options(work, settings, "two.parquet", batch_size=2) | {"tensor_parallel": True}
     done = subprocess.run(command(judge_preferences, two, *TORCHRUN), capture_output=True, text=True, check=False)
@@ -469,8 +471,49 @@ def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings
     found = pl.read_parquet(work / "two.parquet")
     assert found.drop("s12", "s21").equals(expected.drop("s12", "s21"))
     for name in ("s12", "s21"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4 if dtype == "float32" else 0.3)
         assert expected[name].std() > 0.1
+        for table in (found, expected):
+            assert is_of_float32(table[name].to_numpy())
+
+
+def is_of_float32(margins: Any) -> bool:
+    """Whether margins have more digits than differences of logits in 16 bits, most of them."""
+    lowest = margins.astype(np.float32).view(np.uint32) & 0x3F
+    return bool((lowest > 0).mean() > 0.7)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "saved"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_logits_of_the_options_are_float32_in_16_bits(settings: config.Model, kind: str, dtype: torch.dtype) -> None:
+    """From the last hidden state, one weight after the other, whatever adapter is on the output layer."""
+    base: Any = models.load_initial_policy(settings, "cpu").to(dtype)
+    model, backbone = base, base.model
+    weight = base.lm_head.weight.float()
+    if kind == "lora":
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"]))
+        layer = model.get_output_embeddings()
+        layer.lora_B["default"].weight.normal_(0, 0.1)
+        weight = weight + 2 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    if kind == "saved":
+        kept = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = get_peft_model(base, kept)
+        layer = model.get_output_embeddings().modules_to_save["default"]
+        layer.weight.mul_(1.5)
+        weight = layer.weight.float()
+    prompts = [[[5, 6, 7, 8], [5, 6, 9]], [[11, 12], [11, 13, 14, 15, 16]]]
+    for way in get_args(margins.Way):
+        found = margins.margins(model.eval(), prompts, (20, 30), "cpu", way)
+        for group, row in zip(prompts, found, strict=True):
+            for prompt, margin in zip(group, row, strict=True):
+                state = backbone(torch.tensor([prompt])).last_hidden_state[0, -1].double()
+                expected = sum(float(x * w) for x, w in zip(state, (weight[20] - weight[30]).double(), strict=True))
+                assert float(margin) == pytest.approx(expected, abs=0.03)  # rounding of hidden states in a batch
+        assert is_of_float32(found.flatten().numpy())
+    single = margins.margins(model, [[prompts[0][0]]], (20, 30), "cpu", "whole")
+    state = backbone(torch.tensor([prompts[0][0]])).last_hidden_state[0, -1].double()
+    assert float(single) == pytest.approx(float(state @ (weight[20] - weight[30]).double()), abs=1e-5)
 
 
 def test_files_of_different_prompts(work: Path, settings: config.Model) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from salmon import distributed, models, ppo, reward_model, templates
 from salmon.errors import UserError
@@ -55,10 +56,17 @@ def test_number_of_steps(world: World) -> None:
 
 
 def test_learning_rate(world: World) -> None:
+    """Warm-up from 0, as the paper's run and transformers' schedule of the same name have it."""
     settings = world.ppo(learning_rate=0.5, warmup_steps=4)
     rates = [ppo.learning_rate(step, 20, settings) for step in range(20)]
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert rates[:4] == pytest.approx([0, 0.125, 0.25, 0.375])
     assert rates[4:] == pytest.approx([0.25 + 0.25 * math.cos(math.pi * k / 16) for k in range(16)])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 20)
+    for rate in rates:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.step()
+        schedule.step()
     assert rates[-1] > 0  # every step changes something
     assert ppo.learning_rate(0, 1, world.ppo(learning_rate=0.5, warmup_steps=0)) == 0.5
 
@@ -189,7 +197,7 @@ def test_metrics_are_means_over_rollouts_or_tokens(world: World, rollouts: list[
     ]
     names = ("kl_token", "entropy", "returns", "value_error")
     expected = {name: sum(row[i] for row in tokens) / len(tokens) for i, name in enumerate(names)}
-    for name in ("score", "reward", "finished", "thinking_cut"):
+    for name in ("score", "reward", "finished", "thinking_cut", "marker_cut"):
         expected[name] = sum(getattr(rollout, name) for rollout in rollouts) / len(rollouts)
     expected["response_tokens"] = len(tokens) / len(rollouts)
     expected["kl_sequence"] = sum(row[0] for row in tokens) / len(rollouts)

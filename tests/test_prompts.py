@@ -190,7 +190,18 @@ def test_prompt_files_keep_their_type_and_bonus() -> None:
         ("tell me\nLanguage: English", "tell me"),
         ("tell me\nLanguage: 한국어", "tell me"),
         ("tell me 2 / 2 Share Prompt\nTranslate now", "tell me"),
-        ("Bing is powered by AI, so surprises are possible.\ntell me", "tell me"),
+        ("tell me\nLanguage: Chinese (Traditional)", "tell me"),
+        ("tell me 1 / 1\n \nLanguage:Chinese (Simplified)", "tell me"),
+        ("tell me\n \n지금 번역하기\nand what else the page says", "tell me"),
+        ("~You see a chat with Bing, it is not ChatGPT's~\ntell me", "tell me"),
+        ("2 / 2 ~~Bing, and not ChatGPT~~ 3/3 tell me", "tell me"),
+        ("tell me1/1", "tell me"),
+        ("tell me.2/3", "tell me."),
+        ("tell me\n2/3\nShare Prompt", "tell me"),
+        ("tell me 2/2", "tell me"),
+        ("2/3tell me", "tell me"),
+        ("2/3\ntell me", "tell me"),
+        ("2/2 tell me", "tell me"),
         ("1 / 1", ""),
         ("", ""),
         # nothing of these is the page's
@@ -199,7 +210,19 @@ def test_prompt_files_keep_their_type_and_bonus() -> None:
         ("5 / 1000 of it", "5 / 1000 of it"),
         ("Share Prompt ideas with me", "Share Prompt ideas with me"),
         ("Language: English, please", "Language: English, please"),
-        ("why say that Bing is powered by AI", "why say that Bing is powered by AI"),
+        ("Language: Chinese (Traditional), please", "Language: Chinese (Traditional), please"),
+        ("a line in Chinese (Traditional)", "a line in Chinese (Traditional)"),
+        ("~~ why is Bing not ChatGPT", "~~ why is Bing not ChatGPT"),
+        ("~softly~ tell me", "~softly~ tell me"),
+        ("what is ~Bing, not ChatGPT~", "what is ~Bing, not ChatGPT~"),
+        ("what is 3/4", "what is 3/4"),
+        ("3/4 of what", "3/4 of what"),
+        ("who did 9/11", "who did 9/11"),
+        ("solve x=3/4", "solve x=3/4"),
+        ("born on 4/5/23", "born on 4/5/23"),
+        ("1/2. tell me", "1/2. tell me"),
+        ("from 121/200", "from 121/200"),
+        ("tell me3/2", "tell me3/2"),
         ("one\n\n  two", "one\n\n  two"),
     ],
 )
@@ -209,8 +232,15 @@ def test_what_the_page_added_is_stripped(text: str, clean: str) -> None:
 
 def plain_clean(text: str) -> str:
     """The same cleaning step by step on whole texts, which takes time in the square of their length."""
-    label = re.compile(r"(?:Share Prompt|Translate now|지금 번역하기|Language: ?[^\W\d_]+)$")
-    previous = None
+    language = r"Language: ?(?:Chinese \((?:Traditional|Simplified)\)|[^\W\d_]+)"
+    label = re.compile(rf"(?:Share Prompt|Translate now|{language})$")
+
+    def is_page(found: re.Match[str], beside: str, marks: str) -> bool:
+        number, of = int(found[1]), int(found[2])
+        glued = beside in ("", "\n", "\r", *marks) or beside.isalpha()
+        return (glued and number <= of) or (beside.isspace() and number == of)
+
+    text, previous = text.partition("지금 번역하기")[0], None
     while text != previous:
         previous = text
         text = label.sub("", text.strip()).rstrip()
@@ -218,11 +248,15 @@ def plain_clean(text: str) -> str:
         pages = [n for n in range(3) if counter and n < len(counter[1]) and int(counter[1][n:]) <= int(counter[2])]
         if counter and pages:
             text = text[: counter.start(1) + pages[0]]
+        elif (found := re.search(r"(\d{1,3})/(\d{1,3})$", text)) and is_page(found, text[: found.start()][-1:], ".?!"):
+            text = text[: found.start()]
         elif (counter := re.match(r"(\d{1,3}) / (\d{1,3})(?!\d)", text)) and int(counter[1]) <= int(counter[2]):
             text = text[counter.end() :]
-    text = re.split(r"(?<!\d)1 / 1(?!\d)", text)[-1].lstrip()
-    first, _, rest = text.partition("\n")
-    return (rest if "\n" in text and "Bing is powered by AI" in first else text).strip()
+        elif (found := re.match(r"(\d{1,3})/(\d{1,3})(?!\d)", text)) and is_page(found, text[found.end() :][:1], ""):
+            text = text[found.end() :]
+        elif (notice := re.match(r"~{1,9}([^~\n]+)~{1,9}", text)) and "Bing" in notice[1] and "ChatGPT" in notice[1]:
+            text = text[notice.end() :]
+    return re.split(r"(?<!\d)1 / 1(?!\d)", text)[-1].strip()
 
 
 def test_cleaning_is_that_of_the_plain_rules() -> None:
@@ -230,6 +264,11 @@ def test_cleaning_is_that_of_the_plain_rules() -> None:
         "1 / 1",
         "2 / 3",
         " / ",
+        "2/2",
+        "2/3",
+        "3/2",
+        "/",
+        ".",
         "1",
         "333",
         " ",
@@ -242,14 +281,32 @@ def test_cleaning_is_that_of_the_plain_rules() -> None:
         "Share Prompt",
         "Translate now",
     ]
-    pieces += ["지금 번역하기", "Language: ", "Language:", "English", "한국어", "Bing is powered by AI"]
+    pieces += ["지금 번역하기", "Language: ", "Language:", "English", "한국어", "Chinese (Traditional)"]
+    pieces += ["~", "~Bing, not ChatGPT~"]
     rng = random.Random(4)
     for _ in range(20_000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
         assert formats.clean_web_text(text) == plain_clean(text)
 
 
-@pytest.mark.parametrize("piece", ["1 / 1", "1", " ", "1 / ", "Language: ", "Language: x", "Share Prompt", "\n", "x"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1 / 1",
+        "1/1",
+        "1/1 ",
+        "~Bing ChatGPT",
+        "~",
+        "1",
+        " ",
+        "1 / ",
+        "Language: ",
+        "Language: x",
+        "Share Prompt",
+        "\n",
+        "x",
+    ],
+)
 def test_cleaning_takes_time_in_proportion_to_the_text(piece: str) -> None:
     for before, after in (("x", "x"), ("", ""), ("", "x" * 100_000), ("x" * 100_000, "")):
         formats.clean_web_text(before + piece * 20_000 + after)  # minutes, if it were quadratic
@@ -341,7 +398,7 @@ def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer: a token a word, and one in front that does not count."""
+    """A tokenizer: a token a word, and one in front."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -352,8 +409,8 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
     plain = [{"instruction": "word " * number} for number in range(1, 7)]
     own = [{"instruction": "a b", "question_type": 1, "length_bonus": 0.25}, {"instruction": "c d", "input": "e f g h"}]
     raw = {
-        "min_tokens": 2,
-        "max_tokens": 5,
+        "min_tokens": 3,  # the one in front counts
+        "max_tokens": 6,
         "sources": {
             "plain": {"format": "prompts", "path": str(write_json(tmp_path / "p.json", plain))},
             "own": {
@@ -369,8 +426,8 @@ def test_the_rl_table_has_type_and_bonus_and_keeps_the_limits(tmp_path: Path) ->
         *[("plain", "general", 1.0)] * 4,
         ("own", "reasoning", 0.25),
     ]
-    assert counts["plain: fewer than 2 tokens"] == counts["plain: more than 5 tokens"] == 1
-    assert counts["own: more than 5 tokens"] == 1
+    assert counts["plain: fewer than 3 tokens"] == counts["plain: more than 6 tokens"] == 1
+    assert counts["own: more than 6 tokens"] == 1
     with pytest.raises(ValueError, match="no factor for reasoning, red_teaming"):
         RlPrompts.model_validate(raw | {"length_bonus": {"general": 1.0}})
 
@@ -451,7 +508,9 @@ def test_synthetic_sharegpt(tmp_path: Path) -> None:
     assert min(counts.values()) > 0
     assert any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in first)
     assert not any(text.endswith(("1 / 1", "Share Prompt", "지금 번역하기")) for text in table["instruction"])
-    untouched = {text.strip() for text in first if not re.search(r"\d / \d|Prompt|번역|Translate|Language|Bing", text)}
+    untouched = {
+        text.strip() for text in first if not re.search(r"\d ?/ ?\d|Prompt|번역|Translate|Language|Bing", text)
+    }
     assert untouched
     assert untouched <= {*table["instruction"], ""}
 
@@ -536,7 +595,7 @@ def test_the_rl_script_counts_tokens_with_the_models_tokenizer(tmp_path: Path, t
 
     texts = [" ".join(["planet"] * number) for number in range(1, 40)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    lengths = {text: len(tokenizer.tokenize(text)) for text in texts}
+    lengths = {text: len(tokenizer(text)["input_ids"]) for text in texts}
     path = write_json(tmp_path / "in.json", [{"instruction": text} for text in texts])
     raw = {"max_tokens": 60, "min_tokens": 10, "sources": {"it": {"format": "prompts", "path": str(path)}}}
     output = tmp_path / "out.parquet"

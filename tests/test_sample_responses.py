@@ -27,7 +27,7 @@ INSTRUCTIONS = [
     ("Which of the planets has rings?", ""),
     ("Why {Input}?", "Saturn has the brightest rings. " * 4),
     ("日本語", ""),
-    ("Explain. " * 30, ""),  # too long for 100 tokens
+    ("Explain. " * 30, ""),  # too long for 90 tokens after the preamble
     ("one", ""),
     ("two, three", "4"),
     ("Please explain it in two or three sentences.", ""),
@@ -57,10 +57,17 @@ def options(folder: Path, model: config.Model, output: str = "out.parquet", **mo
     return {
         "output": folder / output,
         "model": model,
-        "sampling": config.Sampling(**({"max_length": 100, "shards": 1, "temperature": 1.0} | more)),
+        "sampling": config.Sampling(**({"max_length": 90, "shards": 1, "temperature": 1.0} | more)),
         "policy_prompt": config.PolicyPrompt(template=str(folder / "policy.txt"), stop=["\n### User\n", "st"]),
         **own,
     }
+
+
+def longest(model: config.Model, preamble: str = PREAMBLE) -> int:
+    """Tokens that a prompt of the table and its response may have: 90 more than all of its prompts begin with."""
+    tokenizer = load_tokenizer(model)
+    begun = zip(*(tokenizer(f"{preamble}{text}\n\n")["input_ids"] for text, _ in INSTRUCTIONS), strict=False)
+    return next(place for place, tokens in enumerate(begun) if len(set(tokens)) > 1) + 90
 
 
 def run(folder: Path, model: config.Model, output: str = "out.parquet", **more: Any) -> pl.DataFrame:
@@ -78,11 +85,12 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
     assert found.schema == RESPONSES.schema
     assert found.select("prompt_id", "source", "instruction", "input").equals(table(INSTRUCTIONS))
     tokenizer, policy = load_tokenizer(model), models.load_initial_policy(model, "cpu")
+    room = longest(model)
     for row in found.iter_rows(named=True):
         text = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
         prompt = tokenizer("A conversation.\n\n### User\n" + text + "\n\n### Dromedary\n")["input_ids"]
         assert row["prompt_tokens"] == len(prompt)
-        if len(prompt) >= 100:
+        if len(prompt) >= room:
             assert (row["response"], row["finish_reason"], row["response_tokens"]) == ("", "prompt_too_long", 0)
             continue
         (alone,) = generate(
@@ -90,14 +98,14 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
             tokenizer,
             [prompt],
             [seed_of("response", 42, row["prompt_id"])],
-            max_new_tokens=100 - len(prompt),
+            max_new_tokens=room - len(prompt),
             temperature=1.0,
             stop=["\n### User\n", "st"],
             device="cpu",
         )
         assert (row["response"], row["finish_reason"]) == (alone.text, alone.finish_reason)
         assert row["response_tokens"] == len(alone.tokens)
-        assert row["prompt_tokens"] + row["response_tokens"] <= 100
+        assert row["prompt_tokens"] + row["response_tokens"] <= room
     reasons = dict(found["finish_reason"].value_counts().iter_rows())
     assert reasons["prompt_too_long"] == 1
     assert counts(work) == {"rows": 7, **reasons, "thinking_cut": 0}
@@ -105,17 +113,25 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
 
 
 class Canned:
-    """A sampler without a model."""
+    """A sampler without a model, of responses that together with their prompts have so many tokens at most."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
 
     def sample(self, prompts: list[list[int]], seeds: list[int], **options: Any) -> list[Generation]:
         assert (options["temperature"], options["top_p"], options["stop"]) == (1.0, 1.0, ["\n### User\n", "st"])
-        assert all(len(prompt) + limit == 100 for prompt, limit in zip(prompts, options["max_new_tokens"], strict=True))
+        assert all(
+            len(prompt) + limit == self.room for prompt, limit in zip(prompts, options["max_new_tokens"], strict=True)
+        )
         return [Generation([7] * (1 + seed % 3), f"seed {seed}", "stop") for seed in seeds]
 
 
-def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model) -> None:
+@pytest.mark.parametrize("preamble", [PREAMBLE, "You are kind. " * 30 + PREAMBLE])
+def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model, preamble: str) -> None:
+    """A longer preamble leaves as much room for the response."""
+    (work / "policy.txt").write_text(preamble)
     with (
-        patch.object(sample_responses, "load_sampler", return_value=Canned()),
+        patch.object(sample_responses, "load_sampler", return_value=Canned(longest(model, preamble))),
         patch.object(models, "load_initial_policy", side_effect=AssertionError("the model was loaded")),
     ):
         sampled = run(work, model)
@@ -255,7 +271,7 @@ def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
         {"index": 1},
         {"temperature": 0.5},
         {"top_p": 0.9},
-        {"max_length": 99},
+        {"max_length": 89},
         {"shards": 2},
         {"shard": 1},
     ):
@@ -305,8 +321,8 @@ def test_bad_prompts(work: Path, model: config.Model) -> None:
 
 
 def test_more_tokens_than_the_model_reads(work: Path, model: config.Model) -> None:
-    with pytest.raises(UserError, match=r"sampling\.max_length is 5000, but the model reads 4096"):
-        run(work, model, max_length=5000)
+    with pytest.raises(UserError, match=r"preamble \+ sampling\.max_length is 41\d\d, but the model reads 4096"):
+        run(work, model, max_length=4096)
 
 
 def test_no_text_of_the_data_in_the_log(work: Path, model: config.Model, caplog: pytest.LogCaptureFixture) -> None:

@@ -73,7 +73,7 @@ class Canned:
 
 
 def test_another_sampler_drives_ppo(world: World, tmp_path: Path) -> None:
-    shared, settings = world.shared(), world.ppo(max_steps=2)
+    shared, settings = world.shared(), world.ppo(max_steps=2, warmup_steps=0)
     sampler = Canned([[7, 8, 9], [10, 11], [12, 13, 14, 15]], world.tokenizer.eos_token_id)
     as_protocol: Sampler = sampler
     work = WorkFolder(tmp_path / "policy")

@@ -350,6 +350,7 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     backward(shared, "value")
     trained = {name for name, p in shared.named_parameters() if p.requires_grad}
     assert with_gradient(shared) == trained
+    assert {p.dtype for p in shared.parameters() if p.requires_grad} == {torch.float32}  # in bfloat16, steps vanish
 
     written_out = SharedBase(
         settings(plain, adapter_folder, "adapter"), LORA, reward_folder, torch.device("cpu"), seed=1

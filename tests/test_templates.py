@@ -74,11 +74,15 @@ def test_reward_model_reads_response_then_instruction_then_guideline(name: str) 
 
 
 def test_rl_template_is_the_training_one_with_three_lines_more() -> None:
+    """They come before the drawn principles, and after all of them one sentence, in training as in RL."""
     training = templates.read(OURS / "reward_model.txt").splitlines()
     rl = templates.read(OURS / "reward_model_rl.txt").splitlines()
     fixed = [line for line in rl if line.startswith("- ")]
     assert len(fixed) == 3
     assert [line for line in rl if line not in fixed] == training
+    place = rl.index("{Dimensions}")
+    assert rl[place - 3 : place] == fixed
+    assert rl[place + 1 : place + 4] == ["", "A good output meets every one of them.", ""]
 
 
 def test_filling_leaves_braces_in_values_and_in_the_template_alone() -> None:

@@ -270,3 +270,46 @@ def test_rl_rewards_the_text_and_trains_on_all_tokens() -> None:
     for each in rollouts:
         each.logprobs = each.reference = each.values = each.returns = each.entropy = torch.zeros(len(each.response))
     assert ppo.summarize(rollouts)["thinking_cut"] == 0.5
+
+
+CUT = {  # what is sampled -> the text that is scored, and the text of the tokens that are trained on
+    "Yes.\nNote: it is good.</s>": ("Yes.", "Yes."),
+    "Yes.\n\nUpdates follow</s>": ("Yes.\n", "Yes.\n"),
+    "A Note.\n Note\nCommented.\nNote</s>": ("A Note.\n Note", "A Note.\n Note"),
+    "Note this.\nnote</s>": ("Note this.\nnote", "Note this.\nnote</s>"),
+    "\nNote</s>": ("", "\n"),  # there has to be a token to be rewarded
+    "<think>a\nNote b</think>\n\nSo 🙂\nNote</s>": ("So 🙂", "<think>a\nNote b</think>\n\nSo 🙂"),
+    "Yes <think>a</think> and\nComment</s>": ("Yes  and", "Yes <think>a</think> and"),
+    "<think>a\nNote b</s>": ("", "<think>a\nNote b</s>"),
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_response_is_cut_where_a_line_praises_it(special: bool) -> None:
+    """The paper's three words at the beginning of a line, thinking apart: the rest is lost, and so is the stop."""
+    names = {"special": (*CHATML_TOKENS, *THINK)} if special else {"special": CHATML_TOKENS, "added": THINK}
+    tokenizer = byte_tokenizer(**names, template=QWEN)
+    size = len(CUT)
+    table = pl.DataFrame(
+        {"instruction": [str(n) for n in range(size)], "input": "", "question_type": "general", "length_bonus": 1.0}
+    )
+    shared: Any = SimpleNamespace(eval=lambda: None, use=nullcontext)
+    settings = Ppo(template="t", principles="p", rollout_batch_size=size, minibatch_size=size)
+
+    def sample(changed: Ppo) -> list[ppo.Rollout]:
+        sampler = Said(tokenizer, list(CUT))
+        return ppo.sample(shared, sampler, tokenizer, table, 0, changed, PolicyPrompt(template="chat"))
+
+    rollouts = sample(settings)
+    for said, (text, trained), rollout in zip(CUT, CUT.values(), rollouts, strict=True):
+        assert rollout.text == text, said
+        assert tokenizer.decode(rollout.response) == trained
+        assert rollout.marker_cut == (said != trained)
+        assert rollout.finished == (said == trained)
+        rollout.logprobs = rollout.reference = rollout.values = torch.zeros(len(rollout.response))
+        rollout.returns = rollout.entropy = rollout.values
+    assert ppo.summarize(rollouts)["marker_cut"] == 6 / size
+    for said, rollout in zip(CUT, sample(settings.model_copy(update={"cut_markers": []})), strict=True):
+        assert tokenizer.decode(rollout.response) == said
+        assert rollout.finished
+        assert not rollout.marker_cut

@@ -46,6 +46,9 @@ def main(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(arguments.model)
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
+    preamble = encoding.read_preamble(arguments.policy_prompt)
+    # What all prompts begin with does not count: a longer preamble makes no answer shorter.
+    longest = encoding.shared_tokens(tokenizer, arguments.policy_prompt, preamble) + sampling.max_length
 
     origin = origin_of(arguments)
     inputs = origin.identify()
@@ -55,11 +58,10 @@ def main(arguments: Arguments) -> None:
         return
     schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
     left = resuming.left_to_do(work, table["prompt_id"].to_list(), schema)
-    left = [row for row in left if len(prompts[row]) < sampling.max_length]
+    left = [row for row in left if len(prompts[row]) < longest]
     if left:
-        sampler = load_sampler(arguments, tokenizer, device)
+        sampler = load_sampler(arguments, tokenizer, device, longest)
 
-    preamble = encoding.read_preamble(arguments.policy_prompt)
     begun = encoding.begins_thinking(tokenizer, arguments.policy_prompt, preamble)
 
     def sample(rows: list[int]) -> pl.DataFrame:
@@ -67,7 +69,7 @@ def main(arguments: Arguments) -> None:
         generations = sampler.sample(
             [prompts[row] for row in rows],
             [seed_of("response", sampling.seeds[arguments.index], prompt_id) for prompt_id in batch["prompt_id"]],
-            max_new_tokens=[sampling.max_length - len(prompts[row]) for row in rows],
+            max_new_tokens=[longest - len(prompts[row]) for row in rows],
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop=arguments.policy_prompt.stop,
@@ -91,18 +93,20 @@ def main(arguments: Arguments) -> None:
     )
     if distributed.is_main():
         sampled = work.read_parts(schema)
-        responses = join(table, sampled.drop("thinking_cut"), sampling.max_length)
+        responses = join(table, sampled.drop("thinking_cut"), longest)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
         counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
         resuming.write_shard(work, responses, RESPONSES, origin.manifest(inputs, counts))
     distributed.leave()
 
 
-def load_sampler(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Sampler:
-    """What samples from the initial policy."""
+def load_sampler(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
+) -> Sampler:
+    """What samples from the initial policy, up to `longest` tokens of prompt and response."""
     together = arguments.tensor_parallel
     model = models.load_initial_policy(arguments.model, device, together=together)
-    models.check_context(model, arguments.sampling.max_length, "sampling.max_length")
+    models.check_context(model, longest, "policy_prompt.template's preamble + sampling.max_length")
     ranks: Ranks = "together" if together else "apart"
     return TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=model)
 
@@ -134,15 +138,15 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
     )
 
 
-def join(table: pl.DataFrame, sampled: pl.DataFrame, max_length: int) -> pl.DataFrame:
+def join(table: pl.DataFrame, sampled: pl.DataFrame, longest: int) -> pl.DataFrame:
     """The rows of a shard in their order, with what was sampled; a prompt without room has an empty response.
 
     Args:
         table: prompt_id, source, instruction, input, prompt_tokens.
-        sampled: RESPONSES, one row for each prompt of fewer than `max_length` tokens.
-        max_length: tokens of prompt and response.
+        sampled: RESPONSES, one row for each prompt of fewer than `longest` tokens.
+        longest: tokens of prompt and response, preamble included.
     """
-    skipped = table.filter(pl.col("prompt_tokens") >= max_length).with_columns(
+    skipped = table.filter(pl.col("prompt_tokens") >= longest).with_columns(
         response=pl.lit(""), finish_reason=pl.lit(PROMPT_TOO_LONG), response_tokens=pl.lit(0, pl.Int32)
     )
     rows = pl.concat([sampled, skipped.select(list(RESPONSES.columns))])

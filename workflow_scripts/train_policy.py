@@ -144,11 +144,13 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
             f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
             "build the file again"
         )
-    used = ppo.within_query_length(table, tokenizer, args.ppo)
+    used = ppo.within_query_length(table, tokenizer, args.ppo, args.policy_prompt)
     left_out = len(table) - len(used)
     if left_out:
         log.warning(
-            "%d prompts of more than %d tokens (ppo.query_length) are left out", left_out, args.ppo.query_length
+            "%d prompts of more than %d tokens with their template (ppo.query_length) are left out",
+            left_out,
+            args.ppo.query_length,
         )
     return used, {"rows": len(table), "prompts": len(used), "longer_than_query_length": left_out}
 

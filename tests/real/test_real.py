@@ -21,7 +21,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.smollm2 import fetch_model
-from salmon import language, principles, reward_model, templates
+from salmon import encoding, language, principles, reward_model, templates
 from salmon.configuration import load
 from salmon.encoding import read_template
 from salmon.tables import JUDGEMENTS
@@ -133,7 +133,8 @@ def test_responses_are_english_and_some_end_by_themselves(results: Path, setting
     finished = both["finish_reason"].to_list()
     assert set(finished) <= {"eos", "length"}
     assert finished.count("eos") >= 1
-    room = settings.sampling.max_length - both["prompt_tokens"]
+    shared = encoding.shared_tokens(tokenizer(), settings.policy_prompt, "")
+    room = shared + settings.sampling.max_length - both["prompt_tokens"]
     cut = both["finish_reason"] == "length"
     assert (both["response_tokens"] <= room).all()
     assert both.filter(cut)["response_tokens"].to_list() == room.filter(cut).to_list()

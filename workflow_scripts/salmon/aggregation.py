@@ -73,8 +73,9 @@ class Drawn:
 def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Scores of one principle over all pairs, on a scale that principles share (reference step 2).
 
-    m_i = (s12_i + s21_i) / 2, and score_i = m_i / Var(m) where both orders agree, that is s12_i * s21_i > 0, else 0.
-    Var(m) is the population variance over all pairs, those included whose score becomes 0.
+    m_i = (s12_i + s21_i) / 2, and score_i = m_i / Var where both orders agree, that is s12_i * s21_i > 0, else 0.
+    Var is the population variance of all s12 and s21 pooled, those included whose score becomes 0. So a principle that
+    the judge decides by position has a large variance and seldom dominates.
 
     Args:
         s12: logit(a) - logit(b) with output 1 as (a), shape [pairs].
@@ -84,15 +85,15 @@ def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) ->
         Scores, shape [pairs]; above 0 they favour output 1.
 
     Raises:
-        ValueError: if all means are equal, which leaves no scale.
+        ValueError: if all scores are equal, which leaves no scale.
     """
-    mean = (s12 + s21) / 2
-    if mean.size == 0 or mean.min() == mean.max():
+    pooled = np.concatenate([s12, s21])
+    if pooled.size == 0 or pooled.min() == pooled.max():
         raise ValueError("no variance")
     agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled: npt.NDArray[np.float64] = np.where(agree, mean / mean.var(), 0.0)
-    if not np.isfinite(scaled).all():  # means so near to each other that their variance is rounded to nothing
+        scaled: npt.NDArray[np.float64] = np.where(agree, (s12 + s21) / 2 / pooled.var(), 0.0)
+    if not np.isfinite(scaled).all():  # scores so near to each other that their variance is rounded to nothing
         raise ValueError("no variance")
     return scaled
 

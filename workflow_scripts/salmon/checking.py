@@ -27,6 +27,7 @@ from salmon.encoding import (
     read_preamble,
     read_template,
     render,
+    shared_tokens,
     tokenize,
 )
 from salmon.errors import UserError
@@ -198,7 +199,8 @@ def sampling(
     """
     preamble = read_preamble(settings.policy_prompt)
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
-    models.check_context(model, settings.sampling.max_length, "sampling.max_length")
+    longest = shared_tokens(tokenizer, settings.policy_prompt, preamble) + settings.sampling.max_length
+    models.check_context(model, longest, "policy_prompt.template's preamble + sampling.max_length")
     _check_vocabulary(tokenizer, model, queries)
     sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
     answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)

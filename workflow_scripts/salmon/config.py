@@ -261,8 +261,14 @@ class Prompts(Section):
 class RlPrompts(Prompts):
     """Prompts of the RL stage."""
 
-    min_tokens: Tokens = Field(2, description="smallest number of tokens of an instruction; shorter ones are dropped")
-    max_tokens: Tokens = Field(256, description="largest number of tokens of an instruction; longer ones are dropped")
+    min_tokens: Tokens = Field(
+        2,
+        description="smallest number of tokens of an instruction, with its input and the beginning token; shorter ones "
+        "are dropped",
+    )
+    max_tokens: Tokens = Field(
+        256, description="largest number of tokens of an instruction, counted alike; longer ones are dropped"
+    )
     length_bonus: dict[QuestionType, Number] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
         description="factor of the length reward by question type",
@@ -291,7 +297,11 @@ class Sampling(Section):
     top_p: float = Field(
         1.0, gt=0, le=1, description="probability that the tokens drawn from reach together, the most probable first"
     )
-    max_length: Tokens = Field(768, description="largest number of tokens of prompt and response together")
+    max_length: Tokens = Field(
+        768,
+        description="largest number of tokens of prompt and response together, counted from after the preamble, which "
+        "all prompts begin with",
+    )
     shards: Annotated[Shards, FREE] = Field(
         4, description="number of jobs that each table of responses is scattered over"
     )
@@ -393,7 +403,7 @@ class PmpData(Section):
 
 
 class Lora(Section):
-    """Adapters of all trained models (QLoRA)."""
+    """Adapters of all trained models (QLoRA); their weights are float32, in the paper's RL bfloat16."""
 
     r: Count = Field(64, le=16384, description="rank of the adapters")
     alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
@@ -416,7 +426,10 @@ class RewardTraining(Section):
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
     eval_examples: int = Field(
-        500, ge=0, description="number of pairs held out for evaluation, whole prompts at a time"
+        500,
+        ge=0,
+        description="number of pairs held out for evaluation, whole prompts at a time; the paper trains on all, as 0 "
+        "does, and evaluates on 500 human preferences of another data set",
     )
     save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
     seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
@@ -447,7 +460,9 @@ class PpoTexts(Section):
         description="template file of the reward model's text in RL: {Output} {Input} {Dimensions}, and fixed lines"
     )
     query_length: Tokens = Field(
-        256, description="largest number of tokens of an instruction; longer ones are left out"
+        256,
+        description="largest number of tokens of a whole prompt: preamble, instruction and markers; longer ones are "
+        "left out",
     )
     response_length: Tokens = Field(1024, description="largest number of tokens sampled")
     reward_query_length: Tokens = Field(
@@ -476,7 +491,7 @@ class Ppo(PpoTexts):
         description="words in a principle's name that fit a question type",
     )
     learning_rate: Rate = Field(2e-5, description="peak learning rate of policy and value model")
-    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up, before a cosine to 0")
+    warmup_steps: int = Field(5, ge=0, description="PPO steps of linear warm-up from a rate of 0, before a cosine to 0")
     epochs: Count = Field(2, le=100_000, description="number of passes over the prompts")
     max_steps: Count | None = Field(None, description="largest number of PPO steps, where the epochs have more")
     rollout_batch_size: Count = Field(576, description="rollouts per PPO step, over all GPUs")
@@ -484,6 +499,11 @@ class Ppo(PpoTexts):
     inner_epochs: Count = Field(2, le=100_000, description="number of passes over the rollouts of a step")
     temperature: float = Field(
         0.7, ge=COLDEST, le=1000, description="sampling temperature; PPO improves the policy at this temperature"
+    )
+    cut_markers: list[Marker] = Field(
+        ["\nNote", "\nUpdate", "\nComment"],
+        description="a response is cut before the first of these, and counts as one that did not end by itself: such "
+        "lines praise or amend the response",
     )
     kl_coefficient: float = Field(
         0.01, ge=0, description="coefficient of the KL penalty in the reward, the same at every step"

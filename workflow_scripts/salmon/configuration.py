@@ -381,7 +381,8 @@ def check_paths(config: Config, root: Path) -> list[str]:
 def check_lengths(config: Config, root: Path) -> list[str]:
     """Findings about settings of more tokens than a model reads, local or in the hub's cache.
 
-    Of a model that is not there yet, each job looks for itself.
+    Of a model that is not there yet, each job looks for itself; and so for the preamble of prompts, which is not in
+    sampling.max_length: counting its tokens takes a tokenizer.
     """
     judge = config.judge.model or config.model
     ppo = config.ppo

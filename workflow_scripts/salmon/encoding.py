@@ -10,6 +10,7 @@ where | is a character that no text has (`SENTINEL`). A text is encoded piece by
 sentinels is encoded by the tokenizer as it is.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import templates
 from salmon.border import reason
-from salmon.config import PolicyPrompt, Scored
+from salmon.config import PolicyPrompt, PpoTexts, Scored
 from salmon.errors import UserError
 
 SENTINEL = "\ufdd0"
@@ -38,6 +39,7 @@ _GIVEN_DATE = (
 )
 
 _SOME_QUESTION = "Is it so?"
+_UNLIKE = ("Is it so?", "a", "7", "(")  # instructions whose tokens have no beginning in common
 # What opens thinking, by whatever name and brackets: <think>, [THINK], <seed:think>, ◁think▷.
 _OPENS_THINKING = re.compile(r"([<\[◁])([\w:]*think[\w:]*)([>\]▷])", flags=re.I)
 
@@ -106,8 +108,8 @@ def tokenize(
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, values: Sequence[str]) -> list[int]:
-    """Number of tokens of each of some values from data, as they are encoded inside a template."""
-    return list(map(len, tokenize(tokenizer, [guard(tokenizer, value) for value in values], add_special_tokens=False)))
+    """Number of tokens of each of some values from data; the token that the tokenizer puts in front counts."""
+    return list(map(len, tokenize(tokenizer, [guard(tokenizer, value) for value in values])))
 
 
 def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
@@ -175,6 +177,22 @@ def encode_prompt(
     """
     text = prompt_text(tokenizer, instruction, prompt, preamble)
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
+
+
+def shared_tokens(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> int:
+    """Number of tokens that all prompts of the policy begin with: beginning token, preamble, the user's marker."""
+    prompts = [encode_prompt(tokenizer, text, prompt, preamble) for text in _UNLIKE]
+    return len(os.path.commonprefix(prompts))  # noqa: RUF071 (token by token is what we want)
+
+
+def check_query_length(tokenizer: PreTrainedTokenizerBase, ppo: PpoTexts, prompt: PolicyPrompt) -> None:
+    """Refuse a limit of whole prompts that leaves no room for an instruction."""
+    around = len(encode_prompt(tokenizer, "", prompt, read_preamble(prompt)))
+    if around >= ppo.query_length:
+        raise UserError(
+            f"ppo.query_length is {ppo.query_length}, of which policy_prompt.template takes {around} tokens: no "
+            "instruction fits; raise ppo.query_length, or shorten the template"
+        )
 
 
 @dataclass(frozen=True, slots=True)

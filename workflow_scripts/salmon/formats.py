@@ -30,11 +30,16 @@ ASSISTANT_TURN = "\n\nAssistant:"
 _NLI = ("premise", "Premise", "hypothesis", "Hypothesis", "it is not possible to tell")
 _COUNTER_AT_END = re.compile(r"(\d{1,3}) / (\d{1,3})$")
 _COUNTER_AT_START = re.compile(r"(\d{1,3}) / (\d{1,3})(?!\d)")
+_BARE_AT_END = re.compile(r"(\d{1,3})/(\d{1,3})$")
+_BARE_AT_START = re.compile(r"(\d{1,3})/(\d{1,3})(?!\d)")
 _COUNTER_LENGTH = len("999 / 999")
 _FIRST_OF_ONE = re.compile(r"(?<!\d)1 / 1(?!\d)")
-_LABELS = ("Share Prompt", "Translate now", "지금 번역하기")
+_LABELS = ("Share Prompt", "Translate now")
+_LAST_LABEL = "지금 번역하기"  # "translate now"; what follows is the page's, too
 _LANGUAGE_LABELS = ("Language: ", "Language:")  # before the name of a language
-_BING = "Bing is powered by AI"
+_LANGUAGES = ("Chinese (Traditional)", "Chinese (Simplified)")  # those of more than letters
+# By which an extension says that the conversation is one with Bing and not with ChatGPT.
+_BING = re.compile(r"~{1,9}(?=[^~\n]{0,300}Bing)(?=[^~\n]{0,300}ChatGPT)[^~\n]{1,300}~{1,9}")
 
 
 class Prompt(NamedTuple):
@@ -300,9 +305,11 @@ def sharegpt_prompt(row: ShareGptRow) -> Prompt | Skipped:
 def clean_web_text(text: str) -> str:
     """A prompt as it was typed, without what a scraped chat page put around it (reference: step 3, "Cleaning").
 
-    Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions; at the start:
-    page counters, everything up to a counter `1 / 1`, and a line with Bing's disclaimer.
+    Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions, one of them with
+    all that follows; at the start: page counters, everything up to a counter `1 / 1`, and a sentence in tildes that
+    names Bing and ChatGPT. Counters without blanks may be fractions or dates: see `_is_page`.
     """
+    text = text.partition(_LAST_LABEL)[0]
     start, end = 0, len(text)  # what is left; slicing the text at every step would take time in its square
     unlabelled = -1  # the end at which no label was found
     previous = None
@@ -313,14 +320,48 @@ def clean_web_text(text: str) -> str:
             label = _label_length(text, start, end)
             start, end = _strip(text, start, end - label)
             unlabelled = -1 if label else end
-        last = max(start, end - _COUNTER_LENGTH)
-        if (counter := _COUNTER_AT_END.search(text[last:end])) and (page := _page(counter)):
-            end = last + counter.end(1) - len(page)
-        elif (counter := _COUNTER_AT_START.match(text, start, end)) and int(counter[1]) <= int(counter[2]):
-            start = counter.end()
+        if (place := _counter_at_end(text, start, end)) is not None:
+            end = place
+        elif (place := _counter_at_start(text, start, end)) is not None:
+            start = place
+        elif notice := _BING.match(text, start, end):
+            start = notice.end()
     *_, text = _FIRST_OF_ONE.split(text[start:end])
-    first, line_break, rest = text.lstrip().partition("\n")
-    return (rest if line_break and _BING in first else text).strip()
+    return text.strip()
+
+
+def _counter_at_end(text: str, start: int, end: int) -> int | None:
+    """Where the page counter begins with which a part of a text ends; None where there is none."""
+    last = max(start, end - _COUNTER_LENGTH)
+    if (counter := _COUNTER_AT_END.search(text[last:end])) and (page := _page(counter)):
+        return last + counter.end(1) - len(page)
+    if counter := _BARE_AT_END.search(text[last:end]):
+        place = last + counter.start()
+        if _is_page(counter, text[max(start, place - 1) : place], ".?!"):
+            return place
+    return None
+
+
+def _counter_at_start(text: str, start: int, end: int) -> int | None:
+    """Where the page counter ends with which a part of a text begins; None where there is none."""
+    if (counter := _COUNTER_AT_START.match(text, start, end)) and int(counter[1]) <= int(counter[2]):
+        return counter.end()
+    counter = _BARE_AT_START.match(text, start, end)
+    if counter and _is_page(counter, text[counter.end() : min(end, counter.end() + 1)]):
+        return counter.end()
+    return None
+
+
+def _is_page(counter: re.Match[str], beside: str, marks: str = "") -> bool:
+    """Whether `n/m` is a page counter, and not a fraction or a date of the text.
+
+    It is one with n <= m on a line of its own, and where a letter or a mark of `marks` is right beside it, because the
+    page put it there; with a blank between it and the text (`about 9/11`, `3/4 of it`) only with n = m.
+    """
+    number, of = int(counter[1]), int(counter[2])
+    if beside.isspace() and beside not in "\r\n":
+        return number == of
+    return number <= of and (beside in f"\r\n{marks}" or beside.isalpha())
 
 
 def _strip(text: str, start: int, end: int) -> tuple[int, int]:
@@ -337,9 +378,10 @@ def _label_length(text: str, start: int, end: int) -> int:
     for label in _LABELS:
         if text.endswith(label, start, end):
             return len(label)
-    name = end
-    while name > start and text[name - 1].isalnum() and not text[name - 1].isdecimal():
-        name -= 1
+    name = end - next((len(name) for name in _LANGUAGES if text.endswith(name, start, end)), 0)
+    if name == end:
+        while name > start and text[name - 1].isalnum() and not text[name - 1].isdecimal():
+            name -= 1
     label = next((label for label in _LANGUAGE_LABELS if name < end and text.endswith(label, start, name)), "")
     return end - name + len(label) if label else 0
 

@@ -7,6 +7,7 @@ in a batched matrix product does; then a row keeps its tokens except where a ran
 rounding of the border between two tokens (in float32 about one token in a million, in bfloat16 more often).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -232,6 +233,32 @@ def without_thinking(
     for token in put_back:  # those that stood elsewhere
         cut = cut.replace(names[token], "")
     return cut, was_cut
+
+
+def tokens_of_beginning(
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Generation,
+    beginning: str,
+    markers: tuple[str, str] | None,
+    *,
+    begun: bool,
+) -> list[int]:
+    """The fewest first tokens of a response that hold the beginning of its text, and all thinking before; at least one.
+
+    Args:
+        tokenizer: of the model.
+        generation: what was sampled.
+        beginning: of its text without thinking.
+        markers: as for `without_thinking`; likewise `begun`.
+    """
+
+    def holds(count: int) -> bool:
+        tokens = generation.tokens[:count]
+        part = Generation(tokens, _decode(tokenizer, tokens), "length")
+        return without_thinking(tokenizer, part, markers, begun=begun)[0].startswith(beginning)
+
+    counts = range(1, len(generation.tokens))
+    return generation.tokens[: 1 + bisect_left(counts, True, key=holds)]
 
 
 class StopStrings:

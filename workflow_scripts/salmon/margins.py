@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from salmon.batching import batches, left_pad, position_ids, select_rows
@@ -58,22 +60,47 @@ def margins(
 
 @contextmanager
 def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[int]]:
-    """Inside the block, the output layer gives the options' logits only, in float32; yields their places in it.
+    """Inside the block, the options' logits are made in float32 of the last hidden states; yields their places in them.
 
-    In bfloat16 a logit of 16 to 32 has steps of 0.125, so that most margins would be a tie. Layers that are divided
-    among GPUs, or not of 16 bits, are left as they are.
+    In bfloat16 a logit of 16 to 32 has steps of 0.125, so that many margins would be a tie. A plain output layer gives
+    the options' logits only; one with LoRA, or divided among GPUs, all of them.
     """
     output = output_layer(model)
-    if type(output) is not nn.Linear or output.weight.dtype not in (torch.bfloat16, torch.float16):
+    dtypes = set() if output is None else {parameter.dtype for parameter in output.parameters()}
+    if dtypes.isdisjoint((torch.bfloat16, torch.float16)):
         yield options
         return
-    weight = output.weight[options].float()
-    bias = None if output.bias is None else output.bias[options].float()
-    hook = output.register_forward_hook(lambda _, inputs, __: nn.functional.linear(inputs[0].float(), weight, bias))
+    if type(output) is nn.Linear:
+        weight = output.weight[options].float()
+        bias = None if output.bias is None else output.bias[options].float()
+        places = list(range(len(options)))
+        hook = output.register_forward_hook(lambda _, inputs, __: nn.functional.linear(inputs[0].float(), weight, bias))
+    else:
+        places = options
+        hook = _in_float32(output)
     try:
-        yield list(range(len(options)))
+        yield places
     finally:
         hook.remove()
+
+
+def _in_float32(layer: nn.Module) -> RemovableHandle:
+    """Make a layer of any class compute in float32, whatever its weights are stored in, until the handle is removed."""
+    weights = {name: parameter.float() for name, parameter in layer.named_parameters()}
+    is_inside = False
+
+    def compute_again(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor | None:
+        nonlocal is_inside
+        if is_inside:  # called by the call below
+            return None
+        is_inside = True
+        try:
+            found: Tensor = functional_call(layer, weights, (inputs[0].float(), *inputs[1:]))
+            return found
+        finally:
+            is_inside = False
+
+    return layer.register_forward_hook(compute_again)
 
 
 def output_layer(model: nn.Module) -> Any:

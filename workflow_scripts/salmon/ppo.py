@@ -26,15 +26,23 @@ from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import atomic
 from salmon.batching import batches
 from salmon.config import PolicyPrompt, Ppo, Scoring
-from salmon.encoding import begins_thinking, count_tokens, encode_prompt, read_preamble, read_template
+from salmon.encoding import (
+    begins_thinking,
+    check_query_length,
+    encode_prompt,
+    prompt_text,
+    read_preamble,
+    read_template,
+    tokenize,
+)
 from salmon.errors import UserError
 from salmon.optimization import Optimizer
 from salmon.principles import WeightedPrinciple, draw_principles
 from salmon.randomness import rng, seed_of
 from salmon.reward_model import reward_text_tokens
-from salmon.sampling import Sampler, without_thinking
+from salmon.sampling import Sampler, tokens_of_beginning, without_thinking
 from salmon.shared_base import Role, SharedBase
-from salmon.text import join_instruction
+from salmon.text import cut_at_markers, join_instruction
 from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
@@ -47,7 +55,8 @@ DOCUMENT = Scoring()
 class Rollout:
     """One prompt, the response that the policy sampled, and what was measured on it.
 
-    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking.
+    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking. Both end
+    before the first of the cut markers.
 
     Tensors are float32 [R] on the CPU, R the tokens of the response.
     """
@@ -61,6 +70,7 @@ class Rollout:
     text: str
     finished: bool
     thinking_cut: bool = False
+    marker_cut: bool = False
     score: float = 0.0
     reward: float = 0.0
     logprobs: torch.Tensor = _UNSET
@@ -71,15 +81,24 @@ class Rollout:
     returns: torch.Tensor = _UNSET
 
 
-def within_query_length(prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo) -> pl.DataFrame:
-    """The prompts whose instruction, with its input, has at most `query_length` tokens.
+def within_query_length(
+    prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo, policy_prompt: PolicyPrompt
+) -> pl.DataFrame:
+    """The prompts of at most `query_length` tokens as the policy reads them, template included.
 
     Longer ones are left out, not cut: of half an instruction nobody knows what answers it.
+
+    Raises:
+        UserError: where the policy's template alone has as many tokens.
     """
+    check_query_length(tokenizer, settings, policy_prompt)
+    preamble = read_preamble(policy_prompt)
     fits: list[bool] = []
     for part in prompts.iter_slices(4096):
-        texts = [join_instruction(*row) for row in part.select("instruction", "input").iter_rows()]
-        fits += [number <= settings.query_length for number in count_tokens(tokenizer, texts)]
+        rows = part.select("instruction", "input").iter_rows()
+        texts = [prompt_text(tokenizer, join_instruction(*row), policy_prompt, preamble) for row in rows]
+        encoded = tokenize(tokenizer, texts, add_special_tokens=not policy_prompt.is_chat)
+        fits += [len(each) <= settings.query_length for each in encoded]
     return prompts.filter(pl.Series(fits, dtype=pl.Boolean))
 
 
@@ -136,23 +155,30 @@ def sample(
             temperature=settings.temperature,
             stop=policy_prompt.stop,
         )
-    answers = [without_thinking(tokenizer, each, policy_prompt.thinking, begun=begun) for each in generations]
-    return [
-        Rollout(
-            place=place,
-            query=query,
-            instruction=instruction,
-            question_type=record["question_type"],
-            length_bonus=record["length_bonus"],
-            response=generation.tokens,
-            text=text,
-            finished=generation.finish_reason != "length",
-            thinking_cut=cut,
+    rollouts = []
+    for place, query, instruction, record, generation in zip(
+        places, queries, instructions, records, generations, strict=True
+    ):
+        whole, thinking_cut = without_thinking(tokenizer, generation, policy_prompt.thinking, begun=begun)
+        text, response = cut_at_markers(whole, settings.cut_markers), generation.tokens
+        marker_cut = text != whole
+        if marker_cut:  # what follows is lost, and with it the stop
+            response = tokens_of_beginning(tokenizer, generation, text, policy_prompt.thinking, begun=begun)
+        rollouts.append(
+            Rollout(
+                place=place,
+                query=query,
+                instruction=instruction,
+                question_type=record["question_type"],
+                length_bonus=record["length_bonus"],
+                response=response,
+                text=text,
+                finished=generation.finish_reason != "length" and not marker_cut,
+                thinking_cut=thinking_cut,
+                marker_cut=marker_cut,
+            )
         )
-        for place, query, instruction, record, generation, (text, cut) in zip(
-            places, queries, instructions, records, generations, answers, strict=True
-        )
-    ]
+    return rollouts
 
 
 @torch.no_grad()
@@ -354,6 +380,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_tokens": [float(len(r.response)) for r in rollouts],
         "finished": [float(r.finished) for r in rollouts],
         "thinking_cut": [float(r.thinking_cut) for r in rollouts],
+        "marker_cut": [float(r.marker_cut) for r in rollouts],
         "kl_sequence": [float((r.logprobs - r.reference).sum()) for r in rollouts],
     }
     per_token = {
@@ -370,9 +397,12 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def learning_rate(step: int, steps: int, settings: Ppo) -> float:
-    """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0)."""
+    """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0).
+
+    As transformers' schedule, and so the reward model's, it counts from 0: the rate of the first step is 0.
+    """
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return settings.learning_rate * step / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -29,9 +29,9 @@ class JudgedPrinciple(_Principle):
 
 
 class WeightedPrinciple(_Principle):
-    """A principle for RL, drawn in proportion to its weight."""
+    """A principle for RL, drawn in proportion to its weight; without weights, all alike."""
 
-    weight: float = Field(ge=0, le=HEAVIEST)
+    weight: float = Field(1.0, ge=0, le=HEAVIEST)
 
     @field_validator("weight")
     @classmethod
@@ -64,8 +64,16 @@ def read_judged(path: str | Path) -> list[JudgedPrinciple]:
 
 
 def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
-    """Principles `{dimension, definition, weight}`, in the order of the file."""
+    """Principles `{dimension, definition, weight}`, in the order of the file; all of them have a weight, or none has.
+
+    Without weights, each weighs 1 and they are drawn uniformly, but for what a question type boosts.
+    """
     principles: list[WeightedPrinciple] = _read(path, WeightedPrinciple)
+    without = [principle.dimension for principle in principles if "weight" not in principle.model_fields_set]
+    if without and len(without) < len(principles):
+        raise UserError(
+            f"principles {path}: {without[0]} has no weight, but others have one; give a weight to all or to none"
+        )
     return principles
 
 

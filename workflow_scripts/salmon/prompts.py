@@ -54,7 +54,7 @@ def keep_all(texts: Sequence[str]) -> list[None]:
 
 
 def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
-    """Reject texts of fewer or more tokens, special tokens not counted.
+    """Reject texts of fewer or more tokens; the beginning token counts, where the tokenizer has one.
 
     Args:
         tokenizer: of transformers.

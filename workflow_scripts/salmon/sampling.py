@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from salmon.batching import batches
-from salmon.generation import Generation, Ranks, generate, without_thinking
+from salmon.generation import Generation, Ranks, generate, tokens_of_beginning, without_thinking
 
-__all__ = ["Generation", "Ranks", "Sampler", "TransformersSampler", "without_thinking"]
+__all__ = ["Generation", "Ranks", "Sampler", "TransformersSampler", "tokens_of_beginning", "without_thinking"]
 
 
 class Sampler(Protocol):

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from salmon import ppo_math
 from salmon.adapters import add_lora, load_adapter, of_adapter
 from salmon.config import Lora, Model, PolicyPrompt, PpoTexts
-from salmon.encoding import encode_prompt, read_preamble
+from salmon.encoding import check_query_length
 from salmon.errors import UserError
 from salmon.models import check_context, head_width, load_base, prepare, read_head
 
@@ -186,7 +186,7 @@ def check_lengths(
     shared: SharedBase, tokenizer: PreTrainedTokenizerBase, ppo: PpoTexts, policy_prompt: PolicyPrompt
 ) -> None:
     """Refuse lengths of RL's texts for which the model has no positions; errors of `models.check_context`."""
-    around = len(encode_prompt(tokenizer, "", policy_prompt, read_preamble(policy_prompt)))
-    longest = around + ppo.query_length + ppo.response_length
-    check_context(shared.lm, longest, "policy template + ppo.query_length + ppo.response_length")
+    check_query_length(tokenizer, ppo, policy_prompt)
+    longest = ppo.query_length + ppo.response_length
+    check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")
     check_context(shared.lm, ppo.reward_max_length, "ppo.reward_max_length")
