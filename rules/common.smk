@@ -53,7 +53,7 @@ from salmon import configuration, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
-from salmon.identity import model_files, tokenizer_files, tokenizer_model
+from salmon.identity import model_files, tokenizer_files
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
     raise WorkflowError(f"one workflow cannot use two checkouts of SALMON, {shipped.CHECKOUT} and {CHECKOUT}")
@@ -144,11 +144,11 @@ def initial_policy():
 
 def own_tokenizer():
     """The initial policy's adapter, unless it is a local one without a tokenizer or chat template of its own."""
-    return tokenizer_model(settings.model).adapter
+    return configuration.tokenizer_of(settings).adapter
 
 
 # What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
-TOKENIZER = tokenizer_model(settings.model).model_dump_json(exclude_unset=True)
+TOKENIZER = configuration.tokenizer_of(settings).model_dump_json(exclude_unset=True)
 
 
 def tokenizer():

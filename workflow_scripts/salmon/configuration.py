@@ -30,11 +30,15 @@ from salmon.config import (
     Sampling,
     Scoring,
     Section,
+    Sft,
+    SftData,
     is_local,
 )
 from salmon.errors import UserError, describe, describe_errors, findings
-from salmon.identity import context_limit, read_config
+from salmon.identity import context_limit, read_config, tokenizer_model
 
+SFT = "sft"
+"""As `model.adapter`, what stands for the adapter that `train_sft` makes."""
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
 RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
@@ -62,6 +66,8 @@ class Target:
 
 
 TARGETS = {
+    "sft_data": Target("sft/examples.parquet", "`clean_sft_data`, instructions with answers"),
+    "sft": Target("models/sft", "`train_sft`, the initial policy where `model.adapter` is `sft`"),
     "prompts": Target("prompts/oasst1.parquet", "`clean_prompts`, from OASST1"),
     "response0": Target(
         "responses/response0.parquet", "`sample_responses`, one answer per prompt, scattered over shards"
@@ -101,6 +107,8 @@ class Config(Section):
     )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
+    sft_data: SftData = Field(description="what the initial policy is trained on, where `model.adapter` is `sft`")
+    sft: Sft = Field(description="that training")
     prompts: Prompts = Field(description="prompts of the synthetic preferences")
     sampling: Sampling = Field(description="response0 and response1")
     judge: Judge = Field(description="the judging of the responses")
@@ -125,8 +133,12 @@ class Config(Section):
         pathvars = raw.get("pathvars")
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
         results = results if results and isinstance(results, str) else PathVars().results
-        raw = _fill_results(raw, str(PurePosixPath(results)))
-        for name in ("prompts", "pmp_data", "rl_prompts"):
+        results = str(PurePosixPath(results))
+        raw = _fill_results(raw, results)
+        model = raw.get("model")
+        if isinstance(model, dict) and model.get("adapter") == SFT:
+            raw["model"] = {**model, "adapter": sft_folder(results)}
+        for name in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get("sources"), dict):
                 raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
@@ -140,6 +152,21 @@ class Config(Section):
         if runs.get("default") != {}:
             raise ValueError("there must be a run `default: {}`; what it should do is set in the sections above")
         return runs
+
+
+def sft_folder(results: str) -> str:
+    """Where `train_sft` puts its adapter."""
+    return f"{results}/{TARGETS['sft'].artifact}"
+
+
+def starts_with_sft(config: Config) -> bool:
+    """Whether the initial policy is the one that `train_sft` makes."""
+    return config.model.adapter == sft_folder(config.pathvars.results)
+
+
+def tokenizer_of(config: Config) -> Model:
+    """As much of the initial policy as its tokenizer depends on; an adapter that `train_sft` makes has none."""
+    return tokenizer_model(config.model.without_adapter() if starts_with_sft(config) else config.model)
 
 
 def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> dict[str, Config]:
@@ -365,7 +392,7 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
-    for section in ("prompts", "pmp_data", "rl_prompts"):
+    for section in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
         for name, source in getattr(config, section).sources.items():
             named += [(f"{section}.sources.{name}.path", path) for path in source.paths]
     return [
@@ -392,6 +419,7 @@ def check_lengths(config: Config, root: Path) -> list[str]:
         (
             config.model,
             {
+                **({"sft.max_length": config.sft.max_length} if starts_with_sft(config) else {}),
                 "sampling.max_length": config.sampling.max_length,
                 "pmp.max_length": config.pmp.max_length,
                 "reward_model.max_length": config.reward_model.max_length,

@@ -17,13 +17,13 @@ from salmon.checked import Manifest, rows_counted
 from salmon.config import is_local
 from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
 from salmon.errors import UserError
-from salmon.identity import tokenizer_model
 from salmon.provenance import Input, Origin
 from salmon.shards import OF_ONE_SHARD
 from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
 CHECKED = {
+    "train_sft": "training",
     "sample_responses": "sampling",
     "judge_preferences": "judging",
     "train_pmp": "training",
@@ -102,7 +102,7 @@ def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
 def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     config = runs["default"]
     results, model = config.pathvars.results, config.model
-    tokenizer, bare = tokenizer_model(model), model.without_adapter()
+    tokenizer, bare = configuration.tokenizer_of(config), model.without_adapter()
     judge_model = config.judge.model or model
 
     def shared(run: str, name: Shared) -> str:
@@ -137,6 +137,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
         )
         yield Artifact(f"{results}/check_model/{part}", "check_model", origin)
 
+    yield from _sft(config)
     prompts = f"{results}/{TARGETS['prompts'].artifact}"
     yield Artifact(prompts, "clean_prompts", provenance.clean_prompts(config.prompts))
     response0, response1 = (f"{results}/{TARGETS[name].artifact}" for name in ("response0", "response1"))
@@ -213,8 +214,22 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
 
 
+def _sft(config: Config) -> Iterator[Artifact]:
+    """Examples and adapter of the initial policy; whether it is used, `model.adapter` says."""
+    examples, policy = (f"{config.pathvars.results}/{TARGETS[name].artifact}" for name in ("sft_data", "sft"))
+    yield Artifact(examples, "clean_sft_data", provenance.clean_sft_data(config.sft_data))
+    origin = provenance.train_sft(
+        examples,
+        model=config.model.without_adapter(),
+        lora=config.lora,
+        policy_prompt=config.policy_prompt,
+        sft=config.sft,
+    )
+    yield Artifact(policy, "train_sft", origin)
+
+
 def _source_paths(config: Config) -> Iterator[str]:
-    for section in (config.prompts, config.pmp_data, config.rl_prompts):
+    for section in (config.sft_data, config.prompts, config.pmp_data, config.rl_prompts):
         for source in section.sources.values():
             yield from source.paths
 
