@@ -3,34 +3,40 @@
 
 rule clean_sft_data:
     input:
-        source_files(settings.sft_data.sources),
+        sources=lambda wildcards: source_files(run_settings(wildcards).sft_data.sources),
+        home=at_home("sft_data"),
     output:
-        table="<results>/sft/examples.parquet",
-        manifest="<results>/sft/examples.manifest.json",
+        table="<results>/{home}sft/examples.parquet",
+        manifest="<results>/{home}sft/examples.manifest.json",
     log:
-        "<logs>/clean_sft_data.log",
+        "<logs>/{home}clean_sft_data.log",
     benchmark:
-        "<benchmarks>/clean_sft_data.tsv"
+        "<benchmarks>/{home}clean_sft_data.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/data.yaml"
     params:
-        sft_data=deciding(settings.sft_data),
+        sft_data=setting("sft_data"),
     shell:
         f"python {SCRIPTS}/clean_sft_data.py" " --output {output.table:q} --sft-data {params.sft_data:q} > {log:q} 2>&1"
 
 
 rule train_sft:
     input:
-        examples=rules.clean_sft_data.output.table,
-        template=settings.policy_prompt.files,
-        model=files_of(settings.model.base),
-        checked="<results>/check_model/training",
+        examples=artifact("sft_data"),
+        template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
+        model=lambda wildcards: files_of(run_settings(wildcards).model.base),
+        checked=artifact("check_training"),
+        home=at_home("sft"),
     output:
-        directory("<results>/models/sft"),
+        directory("<results>/{home}models/sft"),
     log:
-        "<logs>/train_sft.log",
+        "<logs>/{home}train_sft.log",
     benchmark:
-        "<benchmarks>/train_sft.tsv"
+        "<benchmarks>/{home}train_sft.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/model.yaml"
     threads: 8
@@ -40,12 +46,12 @@ rule train_sft:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
-        free=free(model=settings.model, sft=settings.sft),
+        free=free_settings("model", "sft"),
     params:
-        model=deciding(settings.model, without=("adapter", "adapter_revision")),
-        lora=deciding(settings.lora),
-        policy_prompt=deciding(settings.policy_prompt),
-        sft=deciding(settings.sft),
+        model=setting("model", without=("adapter", "adapter_revision")),
+        lora=setting("lora"),
+        policy_prompt=setting("policy_prompt"),
+        sft=setting("sft"),
     shell:
         f"{LAUNCH}/train_sft.py"
         " --examples {input.examples:q} --output {output:q} --model {params.model:q} --lora {params.lora:q}"

@@ -19,6 +19,7 @@ from salmon.configuration import load
 from salmon.errors import UserError
 from salmon.formats import EXAMPLE_FORMATS
 from salmon.generation import StopStrings
+from salmon.plan import Plan
 from salmon.sampling import TransformersSampler
 from salmon.tables import SFT_EXAMPLES
 from salmon.tokenizers import load_tokenizer
@@ -582,10 +583,18 @@ def test_the_workflow_starts_with_sft(tmp_path):
 
 
 def test_sft_stands_for_the_adapter_that_is_made(tmp_path):
+    """Which a run that trains another one has of its own."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
-    config = load(raw | {"model": raw["model"] | {"adapter": "sft"}, "pathvars": {"results": "other/"}}, ROOT)[
-        "default"
-    ]
-    assert config.model.adapter == "other/models/sft"
+    raw |= {"model": raw["model"] | {"adapter": "sft"}, "pathvars": {"results": "other/"}}
+    runs = {"default": {}, "longer": {"sft": {"epochs": 2.0}}, "same": {"ppo": {"clip": 0.1}}, "base": {}}
+    runs["base"] = {"model": {"adapter": None}}
+    plan = Plan(load(raw | {"runs": runs}, ROOT))
+    assert {run: config.model.adapter for run, config in plan.runs.items()} == {
+        "default": "other/models/sft",
+        "longer": "other/runs/longer/models/sft",
+        "same": "other/models/sft",
+        "base": None,
+    }
+    assert {plan.tokenizer(run) for run in plan.runs} == {plan.tokenizer("base")}
     with pytest.raises(UserError, match=r"sft.max_length: 1024 tokens, but .*demo/model reads 512 at most"):
-        load(raw | {"model": raw["model"] | {"adapter": "sft", "base": str(ROOT / "demo" / "model")}}, ROOT)
+        load(raw | {"model": raw["model"] | {"base": str(ROOT / "demo" / "model")}}, ROOT)
