@@ -565,21 +565,20 @@ def configuration(folder: Path, **changes: Any) -> Path:
 def test_the_workflow_starts_with_sft(tmp_path):
     """Whatever reads the initial policy depends on it; what trains on the base model alone does not."""
 
-    def jobs(target: str, **changes: Any) -> str:
+    def jobs(*targets: str, **changes: Any) -> str:
         file = configuration(tmp_path, **changes)
-        done = snakemake("-n", "--configfile", "demo/config.yaml", str(file), "--", target)
+        done = snakemake("-n", *targets, "--configfile", "demo/config.yaml", str(file))
         assert done.returncode == 0, done.stdout + done.stderr
         return (done.stdout + done.stderr).rsplit("Job stats:", 1)[1]
 
-    for target in ("response0", "policy"):
-        assert "train_sft" in jobs(target)
-        assert "clean_sft_data" in jobs(target)
-        assert "train_sft" not in jobs(target, model={"adapter": None})
-    for target in ("pmp", "rl_prompts"):  # neither its weights nor its tokenizer, which is the base model's
-        assert "train_sft" not in jobs(target)
-    said = jobs("sft", model={"adapter": None})
-    assert all(rule in said for rule in ("clean_sft_data", "train_sft", "check_model"))
-    assert "sample_responses" not in said
+    sampled = jobs("response0")
+    assert "train_sft" in sampled
+    assert "clean_sft_data" in sampled
+    assert "train_sft" not in jobs("policy", model={"adapter": None})
+    assert "train_sft" not in jobs("pmp", "rl_prompts")  # neither its weights nor a tokenizer: it has none
+    alone = jobs("sft", model={"adapter": None})
+    assert all(rule in alone for rule in ("clean_sft_data", "train_sft", "check_model"))
+    assert "sample_responses" not in alone
 
 
 def test_sft_stands_for_the_adapter_that_is_made(tmp_path):
