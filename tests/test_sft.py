@@ -79,7 +79,7 @@ ROWS: dict[str, tuple[list[Any], list[tuple[Any, ...]], dict[str, int]]] = {
             {"example_id": 2, "instruction": "Why?", "input": "", "output": "Because of the"},
         ],
         [("Why?", "", "Because.", True), ("Why?", "", "Because of the", False)],
-        {"rows": 2, "kept": 2, "cut off, of those kept": 1},
+        {"rows": 2, "kept": 2},
     ),
     "sharegpt": (
         [
@@ -131,6 +131,7 @@ def test_a_format_gives_instructions_with_answers(tmp_path, name):
     found, counts = collect(tmp_path, name, rows)
     assert found == wanted
     assert {what: counts[f"mine: {what}"] for what in numbers} == numbers
+    assert counts["mine: rows"] == sum(counts.values()) - counts["mine: rows"]
     again, _ = collect(tmp_path, name, rows[::-1], limit=1)  # whatever the order of the rows
     assert again == collect(tmp_path, name, rows, limit=1)[0]
 
@@ -397,6 +398,7 @@ def test_manifest_and_folder(trained, tiny_model):
     assert counts["examples"] == 80
     assert counts["examples"] == counts["held_out"] + counts["trained_on"] + counts["left_out_of_last_batch"]
     assert counts["trained_on"] == 8 * counts["steps"]
+    assert counts["without_an_end"] == 20
     assert counts["answers_cut"] > 0
     assert counts["answer_tokens"] > 0
     assert manifest["settings"]["model"]["adapter"] is None
@@ -594,6 +596,7 @@ def test_sft_stands_for_the_adapter_that_is_made(tmp_path):
         "same": "other/models/sft",
         "base": None,
     }
+    assert "other/models/sft" in {one.name for one in plan.origin("default", "response0").inputs}  # for `verify`
     assert {plan.tokenizer(run) for run in plan.runs} == {plan.tokenizer("base")}
     with pytest.raises(UserError, match=r"sft.max_length: 1024 tokens, but .*demo/model reads 512 at most"):
         load(raw | {"model": raw["model"] | {"base": str(ROOT / "demo" / "model")}}, ROOT)

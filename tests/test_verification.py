@@ -75,7 +75,7 @@ STALE = {
     "aggregation": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
-    "scoring": TRAINED | RL | named("check_model/training"),
+    "scoring": TRAINED - SFT | RL | named("check_model/training"),
     "pmp": named("models/pmp"),
     "reward_model": named("models/reward_model"),
     "rl_prompts": named("rl.parquet"),

@@ -106,6 +106,7 @@ def read_examples(
     counts = {
         "examples": len(table),
         "no_room_for_an_answer": len(table) - len(examples),
+        "without_an_end": len(table) - int(table["is_whole"].sum()),
         "answers_cut": sum(example.is_cut for example in examples),
     }
     if left_out := counts["no_room_for_an_answer"]:

@@ -241,7 +241,7 @@ def collect_examples(settings: SftData) -> tuple[pl.DataFrame, dict[str, int]]:
     """The examples of all sources.
 
     Returns:
-        The table `SFT_EXAMPLES`, and numbers of rows as of `collect_prompts`; of those kept, `cut off` were.
+        The table `SFT_EXAMPLES`, and numbers of rows as of `collect_prompts`.
 
     Raises:
         UserError: where a source cannot be read or no example is left.
@@ -262,7 +262,6 @@ def collect_examples(settings: SftData) -> tuple[pl.DataFrame, dict[str, int]]:
             counts=counts,
         )
         counts["kept"] = len(examples)
-        counts["cut off, of those kept"] = sum(not example.is_whole for example in examples)
         totals |= _told(name, counts)
         records += [
             (
