@@ -11,6 +11,7 @@ min_version("9.19")
 
 include: "rules/common.smk"
 include: "rules/model.smk"
+include: "rules/sft.smk"
 include: "rules/prompts.smk"
 include: "rules/preferences.smk"
 include: "rules/reward_model.smk"

@@ -53,7 +53,7 @@ from salmon import configuration, plan, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
-from salmon.identity import model_files, tokenizer_files, tokenizer_model
+from salmon.identity import model_files, tokenizer_files
 from salmon.plan import Plan
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
@@ -85,7 +85,8 @@ def whole_configuration():
 
 
 try:
-    RUNS = load(whole_configuration(), Path.cwd(), CHECKOUT)
+    PLAN = Plan(load(whole_configuration(), Path.cwd(), CHECKOUT))
+    RUNS = PLAN.runs
     settings = RUNS["default"]
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -155,7 +156,6 @@ def free(**sections):
 # Every artifact is built once for all runs that have in common what decides it, in the folder of the first of them:
 # `<results>/` for the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
 HOME = "(runs/[^/]+/)?"
-PLAN = Plan(RUNS)
 
 
 def run_name(wildcards):
@@ -264,20 +264,20 @@ def judge_free(run):
 def base_model(run):
     """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""
     model = RUNS[run].model
-    return files_of(model.base) + files_of(tokenizer_model(model).adapter, tokenizer_files)
+    return files_of(model.base) + files_of(PLAN.tokenizer(run).adapter, tokenizer_files)
 
 
 @cache
 def tokenizer(run):
     """Files of the initial policy's tokenizer."""
-    model = tokenizer_model(RUNS[run].model)
+    model = PLAN.tokenizer(run)
     return files_of(model.base, tokenizer_files) + files_of(model.adapter, tokenizer_files)
 
 
 @cache
 def tokenizer_settings(run):
     """What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them."""
-    return tokenizer_model(RUNS[run].model).model_dump_json(exclude_unset=True)
+    return PLAN.tokenizer(run).model_dump_json(exclude_unset=True)
 
 
 def pmp_model(wildcards):
@@ -295,7 +295,7 @@ def checked_sections(run):
         "judging": {"model": plan.judge_model(config), "judge": config.judge},
         "training": {
             "model": config.model.without_adapter(),
-            "tokenizer": tokenizer_model(config.model),
+            "tokenizer": PLAN.tokenizer(run),
             **training,
         },
         "rl": {

@@ -20,6 +20,7 @@ CHANGES = (
     ("model.dtype", "model={dtype: bfloat16}"),
     ("model.attention", "model={attention: eager}"),
     ("policy_prompt.assistant_marker", "policy_prompt={assistant_marker: 'A:'}"),
+    ("sft.epochs", "sft={epochs: 2.0}"),
     ("prompts.seed", "prompts={seed: 7}"),
     ("sampling.temperature", "sampling={temperature: 0.7}"),
     ("sampling.shards", "sampling={shards: 3}"),

@@ -254,5 +254,5 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
 
 
 def test_targets_are_those_of_the_list(raw: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"targets\.0: must be one of 'prompts'"):
+    with pytest.raises(UserError, match=r"targets\.0: must be one of 'sft_data', 'sft', 'prompts'"):
         load(set_key(raw, "targets", ["polices"]), ROOT)

@@ -20,9 +20,9 @@ import yte
 from pydantic import BaseModel
 
 from docs import write_reference
-from salmon.config import RewardTraining
+from salmon.config import RewardTraining, Training
 from salmon.configuration import TARGETS, Config
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
+from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
 from salmon.tables import TABLES
 from tests.running import environment
 
@@ -249,17 +249,20 @@ def error_texts() -> Iterator[tuple[str, str]]:
     yield from arguments_named("key")
 
 
-STAGES = [name for name, field in Config.model_fields.items() if issubclass(field.annotation or int, RewardTraining)]
+STAGES = [name for name, field in Config.model_fields.items() if issubclass(field.annotation or int, Training)]
+REWARD_STAGES = [name for name in STAGES if issubclass(Config.model_fields[name].annotation or int, RewardTraining)]
 KEYS = {key for key, _ in sections(Config)} | OTHERS_KEYS
 # What `reward_text_tokens` puts before names of settings: the beginnings of their keys.
-BEGINNINGS = {text.replace("§", stage) for _, text in arguments_named("keys") for stage in STAGES}
+BEGINNINGS = {text.replace("§", stage) for _, text in arguments_named("keys") for stage in REWARD_STAGES}
 
 
-def unknown_names(text: str) -> list[str]:
+def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
     """Names in the text of an error that are nothing a user can set: no keys, columns, or options of the profile."""
     columns = {name for table in TABLES for name in table.columns}
     columns |= {
-        name for each in (*PROMPT_FORMATS.values(), *PAIR_FORMATS.values()) for name in each.row.__annotations__
+        name
+        for each in (*PROMPT_FORMATS.values(), *EXAMPLE_FORMATS.values(), *PAIR_FORMATS.values())
+        for name in each.row.__annotations__
     }
     resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)(?::q)?\}", block)}
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
@@ -268,7 +271,7 @@ def unknown_names(text: str) -> list[str]:
     dotted = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text)
     wrong = [word for word in dotted if word not in KEYS | files]
     wrong += [
-        f"§.{name}" for name in re.findall(r"§\.([a-z_]+)", text) if not all(f"{s}.{name}" in KEYS for s in STAGES)
+        f"§.{name}" for name in re.findall(r"§\.([a-z_]+)", text) if not all(f"{s}.{name}" in KEYS for s in stages)
     ]
     joined = re.findall(r"§([a-z]+_[a-z_]+)", text)
     wrong += [f"§{name}" for name in joined if not all(begin + name in KEYS for begin in BEGINNINGS)]
@@ -288,7 +291,7 @@ def unknown_names(text: str) -> list[str]:
     ],
 )
 def test_the_names_in_an_error_are_found(text: str, unknown: list[str]) -> None:
-    assert STAGES == ["pmp", "reward_model"]
+    assert STAGES == ["sft", "pmp", "reward_model"]
     assert {"pmp.", "reward_model.", "ppo.reward_"} == BEGINNINGS
     assert unknown_names(text) == unknown
 
@@ -297,7 +300,9 @@ def test_errors_name_keys_of_the_configuration_or_options_of_the_profile() -> No
     named = list(error_texts())
     passed_on = "policy_prompt.template's preamble + sampling.max_length"
     assert {("train_reward_model.py", "§.max_length"), ("sample_responses.py", passed_on)} <= set(named)
-    assert [(file, name) for file, text in named for name in unknown_names(text)] == []
+    stages = {"training.py": STAGES}  # the others are of reward models
+    found = [(file, name) for file, text in named for name in unknown_names(text, stages.get(file, REWARD_STAGES))]
+    assert found == []
 
 
 def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
@@ -308,7 +313,7 @@ def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
 
 def test_data_rules_and_the_snakefile_do_without_torch() -> None:
     """The environment of the data rules has none, and it takes a second or two to be imported."""
-    modules = ["clean_prompts", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
+    modules = ["clean_prompts", "clean_sft_data", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
     modules += ["salmon.work", "salmon.configuration", "salmon.identity", "salmon.tokenizers"]
     program = "import sys\nsys.modules['torch'] = None\n" + "".join(f"import {name}\n" for name in modules)
     done = subprocess.run(

@@ -17,7 +17,7 @@ import verify
 from salmon import artifacts, configuration, verification
 from salmon.config import FREE
 from salmon.configuration import Config, field_of, section_in
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
+from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
 from tests.running import PATIENCE, environment, merge
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,8 @@ ALL = {
     "check_model/judging",
     "check_model/training",
     "check_model/rl",
+    "sft/examples.parquet",
+    "models/sft",
     "prompts/oasst1.parquet",
     *(f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)),
     "responses/response0.parquet",
@@ -48,6 +50,7 @@ def named(*words: str) -> set[str]:
 
 
 SAMPLED, JUDGED, TRAINED = named("responses/"), named("preferences/"), named("models/", POLICY)
+SFT = named("sft")
 RL = named(POLICY, "check_model/rl")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
 # result is not here.
@@ -55,13 +58,15 @@ STALE = {
     "targets": set(),
     "pathvars": set(),
     "seed": ALL - named("check_model/judging", "check_model/training", "check_model/rl", "preferences/"),
-    "model": ALL - named("reward_data/", "oasst1", "rl.parquet"),
-    "model.base": ALL - named("reward_data/", "oasst1"),
-    "model.revision": ALL - named("reward_data/", "oasst1"),
-    "model.trust_remote_code": ALL - named("reward_data/", "oasst1"),
-    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training"),  # it may have a tokenizer
+    "model": ALL - named("reward_data/", "examples", "oasst1", "rl.parquet"),
+    "model.base": ALL - named("reward_data/", "examples", "oasst1"),
+    "model.revision": ALL - named("reward_data/", "examples", "oasst1"),
+    "model.trust_remote_code": ALL - named("reward_data/", "examples", "oasst1"),
+    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training") - SFT,  # it may have a tokenizer
     "model.adapter_revision": (SAMPLED | JUDGED | RL | named("check_model/sampling", "check_model/judging")),
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling"),
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft"),
+    "sft_data": named("examples"),
+    "sft": named("models/sft"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
     "judge": JUDGED | named("check_model/judging"),
@@ -70,7 +75,7 @@ STALE = {
     "aggregation": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
-    "scoring": TRAINED | RL | named("check_model/training"),
+    "scoring": TRAINED - SFT | RL | named("check_model/training"),
     "pmp": named("models/pmp"),
     "reward_model": named("models/reward_model"),
     "rl_prompts": named("rl.parquet"),
@@ -183,7 +188,8 @@ def other(key: str, old: Any, folder: Path) -> Any:
         return "owner/other"
     if isinstance(old, str):
         if key.endswith(".format"):
-            return next(name for name in (PAIR_FORMATS if "pmp" in key else PROMPT_FORMATS) if name != old)
+            known = {"pmp_data": PAIR_FORMATS, "sft_data": EXAMPLE_FORMATS}.get(key.partition(".")[0], PROMPT_FORMATS)
+            return next(name for name in known if name != old)
         return f"{old}other"
     return 5 if "int" in annotation else "owner/other"
 
@@ -395,4 +401,4 @@ def test_other_weights_under_the_same_name(copy: Path) -> None:
     assert look(runs) == set()
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert paths(look(runs)) == ALL - named("reward_data/", "oasst1", "rl.parquet")
+    assert paths(look(runs)) == ALL - named("reward_data/", "examples", "oasst1", "rl.parquet")

@@ -35,7 +35,11 @@ PARENTS = {
     "clean_rl_prompts": [],
     "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
+# Of the initial policy, which the configuration does not train.
+SFT = {"clean_sft_data": [], "train_sft": ["clean_sft_data", "check_model"]}
 TARGETS = {
+    "sft_data": "clean_sft_data",
+    "sft": "train_sft",
     "prompts": "clean_prompts",
     "response0": "gather_responses",
     "response1": "gather_responses",
@@ -66,7 +70,7 @@ def jobs(output: str) -> dict[str, int]:
 
 
 def ancestors(rule: str) -> set[str]:
-    return {rule}.union(*(ancestors(parent) for parent in PARENTS[rule]))
+    return {rule}.union(*(ancestors(parent) for parent in (PARENTS | SFT)[rule]))
 
 
 def test_every_target_is_tested() -> None:
@@ -97,7 +101,7 @@ def test_a_named_target_builds_just_its_ancestors(target: str, tmp_path: Path) -
 def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
     run = snakemake("-n", *(str(tmp_path / name.removeprefix("results/")) for name in FILES), *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert set(jobs(run.stdout + run.stderr)) == set(PARENTS)
+    assert set(jobs(run.stdout + run.stderr)) == {*PARENTS, *SFT}
 
 
 def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
@@ -401,7 +405,7 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
     overlay = built / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"runs": raw["runs"]}))
     words = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "--detailed-summary")
-    listed = snakemake(*words, "evaluation", "--config", f"model={{adapter: {ADAPTER}}}", folder=built)
+    listed = snakemake(*words, "evaluation", "sft", "--config", f"model={{adapter: {ADAPTER}}}", folder=built)
     assert listed.returncode == 0, listed.stderr
     head, *lines = (line.split("\t") for line in listed.stdout.splitlines() if "\t" in line)
     rows = [dict(zip(head, line, strict=True)) for line in lines]

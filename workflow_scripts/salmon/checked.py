@@ -19,6 +19,7 @@ from salmon.tables import (
     PROMPTS,
     RESPONSES,
     RL_PROMPTS,
+    SFT_EXAMPLES,
     Table,
 )
 
@@ -102,5 +103,5 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
     if "rows" in counts:
         return {RESPONSES.name: counts["rows"]}
     kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
-    kinds = (PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
+    kinds = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
     return dict.fromkeys((kind.name for kind in kinds), sum(kept)) if kept else {}

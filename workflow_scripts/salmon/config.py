@@ -28,7 +28,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from salmon.border import LARGEST, Number
 from salmon.errors import in_field
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
+from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -174,7 +174,8 @@ class Source(Section):
     data_files: str | None = Field(None, description="file inside the hub repository, where it has no split")
     limit: Count | None = Field(
         None,
-        description="at most so many prompts (of openorca: per family) or pairs after cleaning, drawn with the seed",
+        description="at most so many prompts (of openorca: per family), pairs or examples after cleaning, drawn with "
+        "the seed",
     )
     max_bad_rows: int = Field(
         0, ge=0, description="so many rows that are not of the format are left out and counted; more are an error"
@@ -199,6 +200,12 @@ class PairSource(Source):
     """A data set of human preferences."""
 
     format: Annotated[str, OneOf(PAIR_FORMATS)] = Field(description="which upstream schema the rows have")
+
+
+class ExampleSource(Source):
+    """A data set of instructions with answers."""
+
+    format: Annotated[str, OneOf(EXAMPLE_FORMATS)] = Field(description="which upstream schema the rows have")
 
 
 class PathVars(Section):
@@ -407,37 +414,66 @@ class PmpData(Section):
     seed: Seed = Field(42, description="seed of the order of outputs and records, and of the draw under a limit")
 
 
+class SftData(Section):
+    """Instructions with answers, which the initial policy is trained on where `model.adapter` is `sft`."""
+
+    sources: dict[str, ExampleSource] = Field(min_length=1, description="name -> data set")
+    seed: Seed = Field(42, description="seed of the draw where a source has a limit")
+
+
 class Lora(Section):
     """Adapters of all trained models (QLoRA); their weights are float32, in the paper's RL bfloat16."""
 
     r: Count = Field(64, le=16384, description="rank of the adapters")
     alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of the adapters' inputs while a reward model is trained"
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout of the adapters' inputs while a reward model or the initial policy is trained",
     )
 
 
-class RewardTraining(Section):
-    """One stage of reward-model training."""
+class Training(Section):
+    """The training of an adapter, by gradient descent on examples."""
 
-    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
     learning_rate: Rate = Field(description="peak learning rate, after linear warm-up and before half a cosine to 0")
     epochs: Positive = Field(1.0, le=1000, description="number of passes over the records; need not be whole")
     batch_size: Count = Field(64, description="pairs per step, over all GPUs")
     max_length: Tokens = Field(description="largest number of tokens of the whole text")
-    query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
-    response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     warmup_ratio: Probability = Field(0.03, description="share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
+    eval_examples: int = Field(500, ge=0, description="number of records held out, whole prompts at a time")
+    save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
+    seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
+
+
+class Sft(Training):
+    """Supervised fine-tuning of the base model on answers, which makes the initial policy."""
+
+    batch_size: Count = Field(128, description="examples per step, over all GPUs")
+    max_length: Tokens = Field(
+        1024,
+        description="largest number of tokens of prompt and answer; a longer answer is cut, and its end is not learnt",
+    )
+    eval_examples: int = Field(
+        500, ge=0, description="number of examples held out for the loss in metrics.json, whole prompts at a time"
+    )
+
+
+class RewardTraining(Training):
+    """One stage of reward-model training."""
+
+    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
+    query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
+    response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     eval_examples: int = Field(
         500,
         ge=0,
         description="number of pairs held out for evaluation, whole prompts at a time; the paper trains on all, as 0 "
         "does, and evaluates on 500 human preferences of another data set",
     )
-    save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
-    seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
 
     @model_validator(mode="after")
     def _room(self) -> Self:

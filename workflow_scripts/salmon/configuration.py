@@ -30,16 +30,22 @@ from salmon.config import (
     Sampling,
     Scoring,
     Section,
+    Sft,
+    SftData,
     is_local,
 )
 from salmon.errors import UserError, describe, describe_errors, findings
 from salmon.identity import context_limit, read_config
 
+SFT = "sft"
+"""As `model.adapter`, stands for the adapter that `train_sft` makes; `plan.Plan` knows where that is."""
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
 RunSection = Literal[
     "model",
     "policy_prompt",
+    "sft_data",
+    "sft",
     "prompts",
     "sampling",
     "judge",
@@ -53,6 +59,8 @@ RunSection = Literal[
     "ppo",
 ]
 ARTIFACTS = {
+    "sft_data": "sft/examples.parquet",
+    "sft": "models/sft",
     "check_sampling": "check_model/sampling",
     "check_judging": "check_model/judging",
     "check_training": "check_model/training",
@@ -85,6 +93,8 @@ class Target:
 
 
 TARGETS = {
+    "sft_data": Target(ARTIFACTS["sft_data"], "`clean_sft_data`, instructions with answers"),
+    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy where `model.adapter` is `sft`"),
     "prompts": Target(ARTIFACTS["prompts"], "`clean_prompts`, from OASST1"),
     "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, scattered over shards"),
     "response1": Target(ARTIFACTS["response1"], "the same with another seed"),
@@ -122,6 +132,8 @@ class Config(Section):
     )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
+    sft_data: SftData = Field(description="what the initial policy is trained on, where `model.adapter` is `sft`")
+    sft: Sft = Field(description="that training")
     prompts: Prompts = Field(description="prompts of the synthetic preferences")
     sampling: Sampling = Field(description="response0 and response1")
     judge: Judge = Field(description="the judging of the responses")
@@ -147,7 +159,7 @@ class Config(Section):
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
         results = results if results and isinstance(results, str) else PathVars().results
         raw = _fill_results(raw, str(PurePosixPath(results)))
-        for name in ("prompts", "pmp_data", "rl_prompts"):
+        for name in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get("sources"), dict):
                 raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
@@ -358,13 +370,14 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
-    for section in ("prompts", "pmp_data", "rl_prompts"):
+    for section in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
         for name, source in getattr(config, section).sources.items():
             named += [(f"{section}.sources.{name}.path", path) for path in source.paths]
     return [
         f"{key}: {path} does not exist (local file or folder; a hub id has the form owner/name)"
         for key, path in named
         if path
+        and path != SFT
         and is_local(path)
         and not path.startswith(f"{results}/")
         and not (root / Path(path).expanduser()).exists()
@@ -385,6 +398,7 @@ def check_lengths(config: Config, root: Path) -> list[str]:
         (
             config.model,
             {
+                **({"sft.max_length": config.sft.max_length} if config.model.adapter == SFT else {}),
                 "sampling.max_length": config.sampling.max_length,
                 "pmp.max_length": config.pmp.max_length,
                 "reward_model.max_length": config.reward_model.max_length,

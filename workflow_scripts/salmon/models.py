@@ -109,6 +109,12 @@ class Scoring(nn.Module):
             return SequenceClassifierOutput(logits=self.score(states.to(dtype)))  # type: ignore[operator]
 
 
+def new_policy(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
+    """A policy to train: base, fresh LoRA on all linear layers."""
+    torch.manual_seed(seed)
+    return add_lora(prepare(load_base(model, device), model), lora, TaskType.CAUSAL_LM)
+
+
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
     """A reward model to train: base, fresh LoRA on all linear layers, fresh linear head (no bias) of one output."""
     torch.manual_seed(seed)

@@ -7,14 +7,16 @@ from typing import Literal, get_args
 
 from salmon import provenance
 from salmon.config import Model
-from salmon.configuration import ARTIFACTS, Config, texts_of
+from salmon.configuration import ARTIFACTS, SFT, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
 
 Name = Literal[
+    "check_training",
+    "sft_data",
+    "sft",
     "check_sampling",
     "check_judging",
-    "check_training",
     "check_rl",
     "prompts",
     "response0",
@@ -32,6 +34,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 SCATTERED: frozenset[Name] = frozenset({"response0", "response1", "preferences"})
 """Tables that are made in shards."""
 CHECKED: dict[Name, Name] = {
+    "sft": "check_training",
     "response0": "check_sampling",
     "response1": "check_sampling",
     "preferences": "check_judging",
@@ -47,17 +50,31 @@ class Plan:
 
     Args:
         runs: as `configuration.load` has them.
+
+    Attributes:
+        runs: the same, with the place of the adapter that `train_sft` makes where `model.adapter` is `sft`.
     """
 
     def __init__(self, runs: Mapping[str, Config]) -> None:
-        self.runs = runs
         self.origin = cache(self._origin)
         self.owner = cache(self._owner)
         self._what_decides = cache(self._deciding)
+        self.runs = dict(runs)
+        # What decides that adapter is none of itself.
+        places = {run: self.path(run, "sft") for run in runs}
+        self._with_sft = frozenset(run for run in runs if runs[run].model.adapter in (SFT, places[run]))
+        for run in self._with_sft:
+            model = runs[run].model.model_copy(update={"adapter": places[run]})
+            self.runs[run] = runs[run].model_copy(update={"model": model})
 
     def path(self, run: str, name: Name) -> str:
         """Where a run's artifact is."""
         return f"{self.runs[run].pathvars.results}/{self.home(run, name)}{ARTIFACTS[name]}"
+
+    def tokenizer(self, run: str) -> Model:
+        """As much of a run's model as its tokenizer depends on; an adapter of `train_sft` has none of its own."""
+        model = self.runs[run].model
+        return tokenizer_model(model.without_adapter() if run in self._with_sft else model)
 
     def home(self, run: str, name: Name) -> str:
         """The part of the path between the results' folder and the artifact's own: the folder of its owner.
@@ -82,7 +99,7 @@ class Plan:
     def _origin(self, run: str, name: Name) -> Origin:
         """What decides a run's artifact; of responses and judgements, what decides the whole table."""
         config = self.runs[run]
-        model, tokenizer = config.model, tokenizer_model(config.model)
+        model = config.model
         match name:
             case "check_sampling" | "check_judging" | "check_training" | "check_rl":
                 part = name.removeprefix("check_")
@@ -94,8 +111,18 @@ class Plan:
                     judge=config.judge,
                     lora=config.lora,
                     scoring=config.scoring,
-                    tokenizer=tokenizer,
+                    tokenizer=self.tokenizer(run),
                     ppo=texts_of(config.ppo),
+                )
+            case "sft_data":
+                origin = provenance.clean_sft_data(config.sft_data)
+            case "sft":
+                origin = provenance.train_sft(
+                    self.path(run, "sft_data"),
+                    model=model.without_adapter(),
+                    lora=config.lora,
+                    policy_prompt=config.policy_prompt,
+                    sft=config.sft,
                 )
             case "prompts":
                 origin = provenance.clean_prompts(config.prompts)
@@ -120,12 +147,12 @@ class Plan:
                     stage=name,
                     settings=config.pmp if name == "pmp" else config.reward_model,
                     model=model.without_adapter(),
-                    tokenizer=tokenizer,
+                    tokenizer=self.tokenizer(run),
                     lora=config.lora,
                     scoring=config.scoring,
                 )
             case "rl_prompts":
-                origin = provenance.clean_rl_prompts(config.rl_prompts, tokenizer)
+                origin = provenance.clean_rl_prompts(config.rl_prompts, self.tokenizer(run))
             case "policy":
                 origin = provenance.train_policy(
                     self.path(run, "rl_prompts"),

@@ -27,6 +27,8 @@ from salmon.config import (
     Sampling,
     Scoring,
     Section,
+    Sft,
+    SftData,
     Source,
 )
 from salmon.configuration import field_of
@@ -153,6 +155,19 @@ def clean_rl_prompts(rl_prompts: RlPrompts, tokenizer: Model) -> Origin:
 def clean_pmp_data(pmp_data: PmpData) -> Origin:
     """Records of PMP."""
     return Origin({"pmp_data": pmp_data}, _sources(pmp_data.sources))
+
+
+def clean_sft_data(sft_data: SftData) -> Origin:
+    """Examples of the initial policy."""
+    return Origin({"sft_data": sft_data}, _sources(sft_data.sources))
+
+
+def train_sft(examples: Path | str, *, model: Model, lora: Lora, policy_prompt: PolicyPrompt, sft: Sft) -> Origin:
+    """The initial policy, whose adapter `model` does not have."""
+    return Origin(
+        {"model": model, "lora": lora, "policy_prompt": policy_prompt, "sft": sft},
+        _files(examples, *policy_prompt.files) + _model(model),
+    )
 
 
 def sample_responses(

@@ -80,6 +80,20 @@ RL_PROMPTS = Table(
     },
 )
 
+SFT_EXAMPLES = Table(
+    "SFT examples",
+    "sft/examples.parquet",
+    "One instruction with an answer that the initial policy learns, ordered and distinct as the prompts are.",
+    ("example_id",),
+    {
+        "example_id": Column(_STRING, "hash of source, instruction, input and output"),
+        **_PROMPT,
+        "prompt_id": Column(_STRING, "hash of source, instruction and input, which several examples may share"),
+        "output": Column(_STRING, "the answer"),
+        "is_whole": Column(_BOOL, "whether the answer ends there; of one that was cut off, no end is learnt"),
+    },
+)
+
 PROMPT_TOO_LONG = "prompt_too_long"
 """The finish reason of a prompt that leaves no room for a response, and was not sampled."""
 
@@ -201,7 +215,7 @@ PRINCIPLE_RECORDS = _records(
     deciding="name of the principle that decided; null where a rule or the sum of all did",
 )
 
-TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
+TABLES = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
 
 
 def _rebuild(error: BaseException) -> str:

@@ -25,6 +25,8 @@ from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
 RULES: dict[Name, str] = {
+    "sft_data": "clean_sft_data",
+    "sft": "train_sft",
     "check_sampling": "check_model",
     "check_judging": "check_model",
     "check_training": "check_model",
@@ -112,7 +114,8 @@ def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
 
 
 def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
-    config, plan = runs["default"], Plan(runs)
+    plan = Plan(runs)
+    runs, config = plan.runs, plan.runs["default"]
     results = config.pathvars.results
     made = {path for run in runs.values() for path in _source_paths(run) if path.startswith(f"{results}/data/")}
     if made:
@@ -160,7 +163,7 @@ def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifa
 
 
 def _source_paths(config: Config) -> Iterator[str]:
-    for section in (config.prompts, config.pmp_data, config.rl_prompts):
+    for section in (config.sft_data, config.prompts, config.pmp_data, config.rl_prompts):
         for source in section.sources.values():
             yield from source.paths
 
