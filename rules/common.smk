@@ -116,7 +116,7 @@ def source_files(sources):
 
 def target_files(target):
     """The artifacts of a target."""
-    return expand(f"<results>/{TARGETS[target].artifact}", run=RUNS)
+    return PLAN.target_paths(target)
 
 
 def files_of(model, files=model_files):
@@ -316,6 +316,11 @@ def checked_files(wildcards):
         "training": base_model(run),
         "rl": [*initial_policy(run), *config.policy_prompt.files, config.ppo.template],
     }[wildcards.part]
+
+
+def evaluation_pairs(wildcards):
+    """Input: the pairs that a reward model is measured by, if any."""
+    return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
 
 
 # What `make_demo_data` writes besides its manifest.

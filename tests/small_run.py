@@ -54,7 +54,13 @@ def configuration(folder: Path) -> dict[str, Any]:
             "question_type": "red_teaming",
         },
     }
-    raw["targets"] = ["policy"]
+    raw["targets"] = ["policy", "evaluation"]
+    raw["evaluation"] = {
+        "pairs": {
+            "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
+            "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
+        }
+    }
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
     raw["sampling"] |= {"max_length": 180, "shards": 2}

@@ -41,7 +41,7 @@ EXPECTED = {
     "evaluate_demo": ONE,
 }
 PAPER = ("policies", "demo_policy")
-DEMO = ("evaluation", "--configfile", "demo/config.yaml")
+DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml")
 
 
 class Resources(dict[str, Any]):

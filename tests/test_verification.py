@@ -39,6 +39,10 @@ ALL = {
     "models/reward_model",
     "prompts/rl.parquet",
     POLICY,
+    "evaluation/judge",
+    "evaluation/pairs.parquet",
+    "evaluation/pmp",
+    "evaluation/reward_model",
 }
 
 

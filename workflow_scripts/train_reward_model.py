@@ -184,7 +184,7 @@ def main(arguments: Arguments) -> None:
         raise stopping.Stopped(trainer.state.global_step)
 
     rows = reward_model.record_tokens(tokenizer, template, held, settings, stage)
-    rewards = score_over_ranks(trainer.model, rows, 2 * arguments.micro_batch_size, device)
+    rewards = reward_model.score_over_ranks(trainer.model, rows, 2 * arguments.micro_batch_size, device)
     # DeepSpeed shards or rounds what it trains.
     weights = optimization.full_weights(trainer.model) if trainer.is_deepspeed_enabled else None
     if distributed.is_main():
@@ -323,16 +323,6 @@ def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = Non
     counts labels as those of next tokens, one less per row.
     """
     return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / batch_size
-
-
-def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:
-    """`reward_model.score`, each rank taking its share; the same number of forward passes on all (for ZeRO-3)."""
-    if not rows:
-        return torch.empty(0)
-    world = distributed.world()
-    padded = rows + [rows[-1]] * (-len(rows) % world)
-    mine = reward_model.score(model, padded[distributed.rank() :: world], batch_size, device)
-    return torch.stack(distributed.gather(mine), dim=1).flatten()[: len(rows)]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from salmon import provenance
 from salmon.config import Model
-from salmon.configuration import ARTIFACTS, Config, texts_of
+from salmon.configuration import ARTIFACTS, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
 
@@ -26,6 +26,10 @@ Name = Literal[
     "reward_model",
     "rl_prompts",
     "policy",
+    "judge_evaluation",
+    "evaluation_pairs",
+    "pmp_evaluation",
+    "reward_evaluation",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -67,6 +71,23 @@ class Plan:
         """
         owner = self.owner(run, name)
         return f"runs/{owner}/" if name == "policy" or owner != "default" else ""
+
+    def has(self, run: str, name: Name) -> bool:
+        """Whether a run has an artifact at all."""
+        config = self.runs[run]
+        if name == "evaluation_pairs":
+            return bool(config.evaluation.pairs)
+        return name != "pmp_evaluation" or config.reward_model.init == "pmp"
+
+    def target_paths(self, target: str) -> list[str]:
+        """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
+        one, results = TARGETS[target], self.runs["default"].pathvars.results
+        if one.names:
+            names = [name for name in NAMES if name in one.names]
+            paths = [self.path(run, name) for name in names for run in self.runs if self.has(run, name)]
+        else:
+            paths = [f"{results}/{one.artifact.format(run=run)}" for run in self.runs]
+        return list(dict.fromkeys(paths))
 
     def _owner(self, run: str, name: Name) -> str:
         """The first run whose artifact is decided by the same; every policy is its run's own."""
@@ -135,6 +156,25 @@ class Plan:
                     policy_prompt=config.policy_prompt,
                     ppo=config.ppo,
                     scoring=config.scoring,
+                )
+            case "judge_evaluation":
+                origin = provenance.evaluate_judge(self.path(run, "preferences"), evaluation=config.evaluation)
+            case "evaluation_pairs":
+                origin = provenance.clean_evaluation_pairs(config.evaluation)
+            case "pmp_evaluation" | "reward_evaluation":
+                pre_trained = name == "pmp_evaluation"
+                origin = provenance.evaluate_reward_model(
+                    self.path(run, "pmp" if pre_trained else "reward_model"),
+                    self.path(run, "pmp_data" if pre_trained else "reward_data"),
+                    self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
+                    config.judge.principles,
+                    stage="pmp" if pre_trained else "reward_model",
+                    settings=config.pmp if pre_trained else config.reward_model,
+                    dimensions=[] if pre_trained else config.aggregation.dimensions,
+                    model=model.without_adapter(),
+                    tokenizer=tokenizer,
+                    scoring=config.scoring,
+                    evaluation=config.evaluation,
                 )
         return origin
 

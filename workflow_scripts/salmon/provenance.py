@@ -13,6 +13,7 @@ from salmon import artifacts, sources
 from salmon.config import (
     FREE,
     Aggregation,
+    Evaluation,
     Judge,
     Lora,
     Model,
@@ -280,6 +281,52 @@ def check_model(
             settings["ppo"] = ppo
             inputs += _files(ppo.template)
     return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
+
+
+def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin:
+    """What judgements say of the judge."""
+    return Origin({"seed": evaluation.seed}, _files(preferences), keys=_alone("evaluation", {"seed": None}))
+
+
+def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
+    """Pairs that reward models are measured by."""
+    return Origin({"evaluation": evaluation}, _sources(evaluation.pairs))
+
+
+def evaluate_reward_model(
+    reward_model: Path | str,
+    records: Path | str,
+    pairs: Path | str | None,
+    principles: Path | str,
+    *,
+    stage: Literal["pmp", "reward_model"],
+    settings: RewardTraining,
+    dimensions: Sequence[str],
+    model: Model,
+    tokenizer: Model,
+    scoring: Scoring,
+    evaluation: Evaluation,
+) -> Origin:
+    """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
+    read = ("template", "max_length", "query_length", "response_length", "eval_examples", "seed")
+    alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
+    return Origin(
+        {
+            "model": model,
+            "scoring": scoring,
+            "dimensions": list(dimensions),
+            "seed": evaluation.seed,
+            **alone,
+        },
+        _files(reward_model, records, pairs, principles, settings.template)
+        + _model(tokenizer, "tokenizer")
+        + _model(model),
+        keys={
+            "dimensions": "aggregation.dimensions",
+            "seed": "evaluation.seed",
+            **{name: f"{stage}.{name.removeprefix(f'{stage}_')}" for name in alone},
+        },
+    )
 
 
 def evaluate_demo(

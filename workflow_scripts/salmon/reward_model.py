@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, templates
+from salmon import checked, distributed, templates
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
@@ -270,6 +270,16 @@ def score(
             rewards[chosen] = model(**batch).logits[:, 0].float().cpu()
     model.train(was_training)
     return rewards
+
+
+def score_over_ranks(model: PeftModel, rows: list[list[int]], batch_size: int, device: torch.device) -> torch.Tensor:
+    """`score`, each rank taking its share; the same number of forward passes on all (for ZeRO-3)."""
+    if not rows:
+        return torch.empty(0)
+    world = distributed.world()
+    padded = rows + [rows[-1]] * (-len(rows) % world)
+    mine = score(model, padded[distributed.rank() :: world], batch_size, device)
+    return torch.stack(distributed.gather(mine), dim=1).flatten()[: len(rows)]
 
 
 def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:

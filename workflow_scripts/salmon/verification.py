@@ -39,6 +39,10 @@ RULES: dict[Name, str] = {
     "reward_model": "train_reward_model",
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
+    "judge_evaluation": "evaluate_judge",
+    "evaluation_pairs": "clean_evaluation_pairs",
+    "pmp_evaluation": "evaluate_pmp",
+    "reward_evaluation": "evaluate_reward_model",
 }
 """Artifact -> the rule that makes it."""
 NOT_SET = object()
@@ -123,7 +127,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     for name in NAMES:
         checked = CHECKED.get(name)
         for run in runs:
-            if plan.owner(run, name) != run:
+            if plan.owner(run, name) != run or not plan.has(run, name):
                 continue
             path, origin = plan.path(run, name), plan.origin(run, name)
             one = Artifact(path, RULES[name], origin, checked=plan.path(run, checked) if checked else None)
@@ -148,7 +152,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
             "seed": config.seed,
         },
     )
-    yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
+    yield Artifact(f"{results}/{TARGETS['demo_evaluation'].artifact}", "evaluate_demo", evaluation)
 
 
 def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
@@ -160,8 +164,8 @@ def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifa
 
 
 def _source_paths(config: Config) -> Iterator[str]:
-    for section in (config.prompts, config.pmp_data, config.rl_prompts):
-        for source in section.sources.values():
+    for section, key in configuration.SOURCES.items():
+        for source in getattr(getattr(config, section), key).values():
             yield from source.paths
 
 
@@ -216,7 +220,7 @@ def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
 
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
     """What the configuration's targets consist of; shards only where their table is not there."""
-    left = [path for target in runs["default"].targets for path in configuration.target_paths(runs, target)]
+    left = [path for target in runs["default"].targets for path in Plan(runs).target_paths(target)]
     wanted: set[str] = set()
     while left:
         path = left.pop()
