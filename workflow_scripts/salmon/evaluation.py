@@ -4,6 +4,7 @@ An interval says how far a number depends on the prompts that happened to be dra
 rows of each, since rows of one prompt are not independent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from salmon import language
 from salmon.randomness import rng
+from salmon.text import join_instruction
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -211,3 +214,62 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
         index = rows["index"].to_numpy()
         found[str(source)] = estimate(right[index], rows["prompt_id"].to_list(), seed)
     return dict(sorted(found.items()))
+
+
+REFUSALS = ("i cannot", "i can't", "i'm sorry, but", "i am sorry, but", "i am unable", "i'm unable", "as an ai", "i won't")
+"""Beginnings of sentences, in lower case, by which a model refuses; an answer that has one in its first 200 characters
+counts as a refusal. A proxy: it knows English only."""
+
+
+def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
+    """What answers are like, without a model.
+
+    Args:
+        answers: `tables.RESPONSES`.
+        seed: of the intervals.
+
+    Returns:
+        Means over the answers: `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share in the
+        language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1` to
+        `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
+    """
+    texts, groups = answers["response"].to_list(), answers["prompt_id"].to_list()
+    asked = language.detect(
+        [join_instruction(*row) for row in answers.select("instruction", "input").iter_rows()],
+    )
+    spoken = language.detect(texts)
+    words = [text.lower().split() for text in texts]
+    measured: dict[str, list[float]] = {
+        "tokens": answers["response_tokens"].cast(pl.Float64).to_list(),
+        "words": [float(len(row)) for row in words],
+        "finished": [float(reason in ("eos", "stop")) for reason in answers["finish_reason"]],
+        "language_kept": [
+            float(one == other) if one and other else math.nan for one, other in zip(asked, spoken, strict=True)
+        ],
+        "refusals": [
+            float(any(phrase in text[:200].lower().replace("\u2019", "'") for phrase in REFUSALS)) for text in texts
+        ],
+    }
+    for size in (1, 2, 3):
+        measured[f"distinct_{size}"] = [_distinct(row, size) for row in words]
+    return {name: estimate(values, groups, seed) for name, values in measured.items()}
+
+
+def _distinct(words: Sequence[str], size: int) -> float:
+    """Share of distinct n-grams; NaN where there are none."""
+    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def wins(
+    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], groups: Sequence[str], seed: int
+) -> Estimate:
+    """How often the first of two policies has the higher score; equal scores count half.
+
+    Args:
+        first: its scores, [N]; `second` those of the other policy on the same prompts.
+        second: likewise.
+        groups: the prompts, [N].
+        seed: of the interval.
+    """
+    return estimate(correct(first - second), groups, seed)
