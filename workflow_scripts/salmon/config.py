@@ -459,7 +459,11 @@ class RewardModel(RewardTraining):
 
 
 class Evaluation(Section):
-    """What is measured of judge and reward models, beside their training."""
+    """What is measured of judge, reward models and policies, beside their training."""
+
+    prompts: dict[str, PromptSource] = Field(
+        {}, description="name -> prompts that policies answer; those that were trained on are left out"
+    )
 
     pairs: dict[str, PairSource] = Field(
         {}, description="name -> preferences of people that reward models are held against; of a split not trained on"

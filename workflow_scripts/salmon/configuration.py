@@ -68,6 +68,13 @@ ARTIFACTS = {
     "reward_model": "models/reward_model",
     "rl_prompts": "prompts/rl.parquet",
     "policy": "policy",
+    "evaluation_prompts": "evaluation/prompts.parquet",
+    "initial_answers": "evaluation/initial_answers.parquet",
+    "initial_scores": "evaluation/initial_scores.parquet",
+    "answers": "evaluation/answers.parquet",
+    "answer_scores": "evaluation/scores.parquet",
+    "answer_judgements": "evaluation/judgements.parquet",
+    "policy_evaluation": "evaluation/policies",
     "judge_evaluation": "evaluation/judge",
     "evaluation_pairs": "evaluation/pairs.parquet",
     "pmp_evaluation": "evaluation/pmp",
@@ -75,8 +82,14 @@ ARTIFACTS = {
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
-SOURCES = {"prompts": "sources", "pmp_data": "sources", "rl_prompts": "sources", "evaluation": "pairs"}
-"""Section -> its key for data sets by name."""
+SOURCES = (
+    ("prompts", "sources"),
+    ("pmp_data", "sources"),
+    ("rl_prompts", "sources"),
+    ("evaluation", "pairs"),
+    ("evaluation", "prompts"),
+)
+"""Sections, and their keys for data sets by name."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,8 @@ TARGETS = {
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
     "evaluation": Target(
         "evaluation/*",
-        "`evaluate_judge` and `evaluate_reward_model`, of every judge and reward model of the runs",
-        ("judge_evaluation", "pmp_evaluation", "reward_evaluation"),
+        "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
+        ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
     ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
@@ -163,7 +176,7 @@ class Config(Section):
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
         results = results if results and isinstance(results, str) else PathVars().results
         raw = _fill_results(raw, str(PurePosixPath(results)))
-        for name, key in SOURCES.items():
+        for name, key in SOURCES:
             section = raw.get(name)
             if isinstance(section, dict) and isinstance(section.get(key), dict):
                 raw[name] = {**section, key: {k: v for k, v in section[key].items() if v is not None}}
@@ -368,7 +381,7 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
-    for section, key in SOURCES.items():
+    for section, key in SOURCES:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]
     return [

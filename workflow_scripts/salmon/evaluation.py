@@ -225,11 +225,12 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     """What answers are like, without a model.
 
     Args:
-        answers: `tables.RESPONSES`.
+        answers: `tables.ANSWERS`.
         seed: of the intervals.
 
     Returns:
-        Means over the answers: `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share in the
+        Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose mean is
+        the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share in the
         language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1` to
         `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
     """
@@ -240,6 +241,7 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     spoken = language.detect(texts)
     words = [text.lower().split() for text in texts]
     measured: dict[str, list[float]] = {
+        "kl": answers["kl"].to_list(),
         "tokens": answers["response_tokens"].cast(pl.Float64).to_list(),
         "words": [float(len(row)) for row in words],
         "finished": [float(reason in ("eos", "stop")) for reason in answers["finish_reason"]],
@@ -261,15 +263,78 @@ def _distinct(words: Sequence[str], size: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def wins(
-    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], groups: Sequence[str], seed: int
-) -> Estimate:
-    """How often the first of two policies has the higher score; equal scores count half.
+def score_wins(scores: pl.DataFrame, before: pl.DataFrame, seed: int) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """How often a policy's answers have higher scores than those of another policy to the same prompts.
 
     Args:
-        first: its scores, [N]; `second` those of the other policy on the same prompts.
-        second: likewise.
-        groups: the prompts, [N].
-        seed: of the interval.
+        scores: `tables.SCORES`, of the policy.
+        before: the same, of the other one.
+        seed: of the intervals.
+
+    Returns:
+        Reward model -> principle -> `plain` and `negated`: share of prompts (equal scores count half).
     """
-    return estimate(correct(first - second), groups, seed)
+    key = ["reward_model", "dimension", "negated", "prompt_id"]
+    both = scores.join(before, on=key, suffix="_before", validate="1:1")
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for (model, name, negated), rows in both.group_by(key[:3], maintain_order=True):
+        right = correct((rows["score"] - rows["score_before"]).to_numpy())
+        way = found.setdefault(str(model), {}).setdefault(str(name), {})
+        way["negated" if negated else "plain"] = estimate(right, rows["prompt_id"].to_list(), seed)
+    return found
+
+
+def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
+    """How often the judge prefers output 1, by principle: 1, 0, or a half where its two orders disagree.
+
+    Args:
+        judgements: `tables.JUDGEMENTS`.
+        seed: of the intervals.
+    """
+    found = {}
+    for (name,), rows in judgements.group_by("dimension", maintain_order=True):
+        s12, s21 = rows["s12"].to_numpy(), rows["s21"].to_numpy()
+        preferred = np.where((s12 > 0) & (s21 > 0), 1.0, np.where((s12 < 0) & (s21 < 0), 0.0, 0.5))
+        found[str(name)] = estimate(preferred, rows["prompt_id"].to_list(), seed)
+    return found
+
+
+def policies_markdown(found: Mapping[str, Any]) -> str:
+    """Tables of what `evaluate_policies` found: behaviours, and principles x runs by reward models and judge."""
+
+    def shown(one: Estimate, digits: int) -> str:
+        if one["value"] is None:
+            return ""
+        return f"{one['value']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+
+    def table(heading: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+        lines = [f"| {heading} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+        return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
+
+    runs = list(found)
+    lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals (bootstrap by prompt).", "", "## How they answer", ""]
+    names = list(found[runs[0]]["behaviour"])
+    lines += table(
+        "run",
+        names,
+        {run: [shown(found[run]["behaviour"][name], 2) for name in names] for run in runs}
+        | {f"{run}, before": [shown(found[run]["initial_behaviour"][name], 2) for name in names] for run in runs[:1]},
+    )
+    for model in found[runs[0]]["scores"]:
+        lines += [f"## Prompts on which the score is higher than before, by the reward model of `{model}`", ""]
+        principles = found[runs[0]]["scores"][model]
+        lines += table(
+            "principle",
+            runs,
+            {
+                name if way == "plain" else f"{name}, negated": [
+                    shown(found[run]["scores"][model][name][way], 2) for run in runs
+                ]
+                for name in principles
+                for way in ("plain", "negated")
+            },
+        )
+    lines += ["## Prompts on which the judge prefers the answer to that before", ""]
+    judged = list(found[runs[0]]["judge"])
+    lines += table("principle", runs, {name: [shown(found[run]["judge"][name], 2) for run in runs] for name in judged})
+    return "\n".join(lines)

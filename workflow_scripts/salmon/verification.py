@@ -39,6 +39,13 @@ RULES: dict[Name, str] = {
     "reward_model": "train_reward_model",
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
+    "evaluation_prompts": "clean_evaluation_prompts",
+    "initial_answers": "sample_initial_answers",
+    "initial_scores": "score_initial_answers",
+    "answers": "sample_answers",
+    "answer_scores": "score_answers",
+    "answer_judgements": "judge_answers",
+    "policy_evaluation": "evaluate_policies",
     "judge_evaluation": "evaluate_judge",
     "evaluation_pairs": "clean_evaluation_pairs",
     "pmp_evaluation": "evaluate_pmp",
@@ -164,7 +171,7 @@ def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifa
 
 
 def _source_paths(config: Config) -> Iterator[str]:
-    for section, key in configuration.SOURCES.items():
+    for section, key in configuration.SOURCES:
         for source in getattr(getattr(config, section), key).values():
             yield from source.paths
 
