@@ -56,10 +56,11 @@ def configuration(folder: Path) -> dict[str, Any]:
     }
     raw["targets"] = ["policy", "evaluation"]
     raw["evaluation"] = {
+        "prompts": {"dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8}},
         "pairs": {
             "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
-        }
+        },
     }
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64

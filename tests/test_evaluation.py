@@ -138,3 +138,39 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
     assert "Concise, negated" in found["people"]
     for name, ways in found["held_out"]["deciding"].items():
         assert ways["plain"]["number"] + ways["negated"]["number"] == trained["by_deciding_dimension"][name]["number"]
+
+
+def test_policies_of_the_small_run(small_run: Path) -> None:
+    """Every number of the table again, from the tables that it is made of; nothing that was trained on is answered."""
+    results = small_run / "results"
+    found = json.loads((results / "evaluation/policies/policies.json").read_text())["default"]
+    prompts = pl.read_parquet(results / "evaluation/prompts.parquet")
+    for trained in ("prompts/oasst1.parquet", "prompts/rl.parquet"):
+        assert set(prompts["instruction"]).isdisjoint(pl.read_parquet(results / trained)["instruction"])
+    answers = pl.read_parquet(results / "runs/default/evaluation/answers.parquet")
+    before = pl.read_parquet(results / "evaluation/initial_answers.parquet")
+    assert answers["prompt_id"].to_list() == before["prompt_id"].to_list() == sorted(prompts["prompt_id"])
+    assert not before["kl"].any()
+    assert found["behaviour"]["kl"]["value"] == pytest.approx(answers["kl"].mean())
+    finished = [reason != "length" for reason in answers["finish_reason"]]
+    assert found["behaviour"]["finished"]["value"] == pytest.approx(sum(finished) / len(finished))
+    words = [text.lower().split() for text in answers["response"]]
+    pairs = [[*zip(row, row[1:], strict=False)] for row in words]
+    distinct = [len({*row}) / len(row) for row in pairs if row]
+    assert found["behaviour"]["distinct_2"]["value"] == pytest.approx(sum(distinct) / len(distinct))
+    scores, old = (
+        {tuple(row[:4]): row[4] for row in pl.read_parquet(results / path).iter_rows()}
+        for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
+    )
+    assert scores.keys() == old.keys()
+    for name, ways in found["scores"]["default"].items():
+        for way, measured in ways.items():
+            keys = [key for key in scores if key[1:3] == (name, way == "negated")]
+            won = [0.5 if scores[key] == old[key] else float(scores[key] > old[key]) for key in keys]
+            assert measured["value"] == pytest.approx(sum(won) / len(won))
+    judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
+    for name, measured in found["judge"].items():
+        rows = [row for row in judged if row["dimension"] == name]
+        won = [(0.5 + 0.5 * math.copysign(1, row["s12"])) if row["s12"] * row["s21"] > 0 else 0.5 for row in rows]
+        assert measured["value"] == pytest.approx(sum(won) / len(won))
+    assert "| Concise, negated |" in (results / "evaluation/policies/policies.md").read_text()

@@ -1,5 +1,6 @@
-"""Prompts that policies are measured by, in the table of those of the synthetic preferences: none that was trained on."""
+"""Prompts that policies are measured by, in the table of those of step 1: none that was trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -29,7 +30,7 @@ def main(arguments: Arguments) -> None:
         .iter_rows()
     }
 
-    def reject(texts: list[str]) -> list[str | None]:
+    def reject(texts: Sequence[str]) -> list[str | None]:
         return ["trained on" if text in trained else None for text in texts]
 
     settings = Prompts(sources=arguments.evaluation.prompts, seed=arguments.evaluation.seed)

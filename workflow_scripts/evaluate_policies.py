@@ -6,6 +6,7 @@ prefers it in both orders.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -38,7 +39,7 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read all tables, compare, write the folder."""
     seed = arguments.evaluation.seed
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for run in arguments.runs:
         answers, initial = (checked.read(path, ANSWERS).collect() for path in (run.answers, run.initial_answers))
         scores, before = (checked.read(path, SCORES).collect() for path in (run.scores, run.initial_scores))

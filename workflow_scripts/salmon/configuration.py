@@ -51,7 +51,6 @@ RunSection = Literal[
     "reward_model",
     "rl_prompts",
     "ppo",
-    "evaluation",
 ]
 ARTIFACTS = {
     "check_sampling": "check_model/sampling",

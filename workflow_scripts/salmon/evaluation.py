@@ -216,7 +216,16 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
     return dict(sorted(found.items()))
 
 
-REFUSALS = ("i cannot", "i can't", "i'm sorry, but", "i am sorry, but", "i am unable", "i'm unable", "as an ai", "i won't")
+REFUSALS = (
+    "i cannot",
+    "i can't",
+    "i'm sorry, but",
+    "i am sorry, but",
+    "i am unable",
+    "i'm unable",
+    "as an ai",
+    "i won't",
+)
 """Beginnings of sentences, in lower case, by which a model refuses; an answer that has one in its first 200 characters
 counts as a refusal. A proxy: it knows English only."""
 
@@ -229,10 +238,10 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         seed: of the intervals.
 
     Returns:
-        Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose mean is
-        the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share in the
-        language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1` to
-        `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
+        Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose
+        mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share
+        in the language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1`
+        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
     """
     texts, groups = answers["response"].to_list(), answers["prompt_id"].to_list()
     asked = language.detect(

@@ -172,9 +172,17 @@ class Plan:
                     ppo=config.ppo,
                     scoring=config.scoring,
                 )
+            case _:
+                origin = self._evaluated(run, name)
+        return origin
+
+    def _evaluated(self, run: str, name: Name) -> Origin:
+        """The same, of what is measured after the training."""
+        config = self.runs[run]
+        model = config.model
+        match name:
             case "evaluation_prompts":
-                trained = [self.path(run, "prompts"), self.path(run, "rl_prompts")]
-                origin = provenance.clean_evaluation_prompts(trained, evaluation=config.evaluation)
+                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
             case "initial_answers" | "answers":
                 origin = provenance.sample_answers(
                     self.path(run, "evaluation_prompts"),
@@ -213,11 +221,18 @@ class Plan:
                     settings=config.pmp if pre_trained else config.reward_model,
                     dimensions=[] if pre_trained else config.aggregation.dimensions,
                     model=model.without_adapter(),
-                    tokenizer=tokenizer,
+                    tokenizer=tokenizer_model(model),
                     scoring=config.scoring,
                     evaluation=config.evaluation,
                 )
+            case _:
+                raise ValueError(name)
         return origin
+
+    def trained(self) -> list[str]:
+        """All prompts that a stage of any run trains on: all policies answer the same ones."""
+        names: tuple[Name, ...] = ("prompts", "rl_prompts")
+        return list(dict.fromkeys(self.path(run, name) for name in names for run in self.runs))
 
     def scorers(self) -> list[dict[str, Any]]:
         """Every reward model of the runs, with the fields of `score_answers.Scorer`."""

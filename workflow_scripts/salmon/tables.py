@@ -104,7 +104,7 @@ RESPONSES = Table(
 ANSWERS = Table(
     "answers",
     "evaluation/{initial_,}answers.parquet",
-    "One prompt that nothing was trained on and a policy's answer to it, ordered by prompt_id; the columns of responses, and:",
+    "One prompt that nothing was trained on and a policy's answer to it, ordered by prompt_id.",
     ("prompt_id",),
     {
         **RESPONSES.columns,
@@ -229,7 +229,17 @@ PRINCIPLE_RECORDS = _records(
     deciding="name of the principle that decided; null where a rule or the sum of all did",
 )
 
-TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, ANSWERS, SCORES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
+TABLES = (
+    PROMPTS,
+    RL_PROMPTS,
+    RESPONSES,
+    ANSWERS,
+    SCORES,
+    JUDGEMENTS,
+    PREFERENCE_RECORDS,
+    PMP_RECORDS,
+    PRINCIPLE_RECORDS,
+)
 
 
 def _rebuild(error: BaseException) -> str:
