@@ -56,8 +56,13 @@ def configuration(folder: Path) -> dict[str, Any]:
     }
     raw["targets"] = ["policy", "evaluation"]
     raw["evaluation"] = {
-        "prompts": {"dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8}},
+        "prompts": {
+            "oasst1": None,
+            "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8},
+        },
         "pairs": {
+            "hh_rlhf": None,
+            "reward_bench": None,
             "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
         },

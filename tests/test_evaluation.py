@@ -1,5 +1,6 @@
 """What is measured of judge and reward models: each number again the slow way, and the scripts on real files."""
 
+import itertools
 import json
 import math
 import random
@@ -155,7 +156,7 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
     finished = [reason != "length" for reason in answers["finish_reason"]]
     assert found["behaviour"]["finished"]["value"] == pytest.approx(sum(finished) / len(finished))
     words = [text.lower().split() for text in answers["response"]]
-    pairs = [[*zip(row, row[1:], strict=False)] for row in words]
+    pairs = [[*itertools.pairwise(row)] for row in words]
     distinct = [len({*row}) / len(row) for row in pairs if row]
     assert found["behaviour"]["distinct_2"]["value"] == pytest.approx(sum(distinct) / len(distinct))
     scores, old = (
