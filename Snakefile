@@ -16,6 +16,7 @@ include: "rules/prompts.smk"
 include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
+include: "rules/evaluation.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
 

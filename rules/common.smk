@@ -117,7 +117,7 @@ def source_files(sources):
 
 def target_files(target):
     """The artifacts of a target."""
-    return expand(f"<results>/{TARGETS[target].artifact}", run=RUNS)
+    return PLAN.target_paths(target)
 
 
 def files_of(model, files=model_files):
@@ -174,6 +174,11 @@ def run_settings(wildcards):
 def artifact(name):
     """Input: an artifact of the job's run, wherever it is shared."""
     return lambda wildcards: f"<results>/{PLAN.home(run_name(wildcards), name)}{configuration.ARTIFACTS[name]}"
+
+
+def in_results(path):
+    """A path of the plan as the rules write it."""
+    return f"<results>{path.removeprefix(settings.pathvars.results)}"
 
 
 def at_home(name):
@@ -254,10 +259,11 @@ def judge_settings(run):
 
 
 @cache
-def judge_free(run):
-    """What `judge_settings` and the section `judge` leave out, as options of a script."""
+def judge_free(run, shards=None):
+    """What `judge_settings` and the section `judge` leave out, as options of a script; with another number of shards."""
     judge = RUNS[run].judge
-    return free(model=plan.judge_model(RUNS[run]), judge=judge.model_copy(update={"model": None}))
+    judge = judge.model_copy(update={"model": None, "shards": shards or judge.shards})
+    return free(model=plan.judge_model(RUNS[run]), judge=judge)
 
 
 @cache
@@ -316,6 +322,27 @@ def checked_files(wildcards):
         "training": base_model(run),
         "rl": [*initial_policy(run), *config.policy_prompt.files, config.ppo.template],
     }[wildcards.part]
+
+
+def evaluation_pairs(wildcards):
+    """Input: the pairs that a reward model is measured by, if any."""
+    return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def scorers_input(wildcards):
+    """Input: every reward model of the runs, and what is needed to read texts with it."""
+    owners = [scorer["name"] for scorer in PLAN.scorers()]
+    return {
+        "reward_models": [in_results(PLAN.path(run, "reward_model")) for run in owners],
+        "principles": [RUNS[run].judge.principles for run in owners],
+        "templates": [RUNS[run].reward_model.template for run in owners],
+        "model": [file for run in owners for file in base_model(run)],
+    }
+
+
+def scorers_settings():
+    """Parameter: the reward models of `scorers_input` with their sections."""
+    return to_json(PLAN.scorers()).decode()
 
 
 # What `make_demo_data` writes besides its manifest.

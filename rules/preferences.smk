@@ -75,11 +75,12 @@ rule judge_preferences:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
         judge=setting("judge", without=("model",)),
         shards=lambda wildcards: run_settings(wildcards).judge.shards,  # decides which rows are in a shard
+        shard=lambda wildcards: wildcards.shard,
     shell:
         f"{LAUNCH}/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
         " {resources.free}"
-        " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
+        " --output {output.table:q} --shard {params.shard} --model {params.model:q} --judge {params.judge:q}"
         " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
 

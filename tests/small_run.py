@@ -63,7 +63,19 @@ def configuration(folder: Path) -> dict[str, Any]:
             "question_type": "red_teaming",
         },
     }
-    raw["targets"] = ["policy", "sft"]
+    raw["targets"] = ["policy", "sft", "evaluation"]
+    raw["evaluation"] = {
+        "prompts": {
+            "oasst1": None,
+            "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8},
+        },
+        "pairs": {
+            "hh_rlhf": None,
+            "reward_bench": None,
+            "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
+            "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
+        },
+    }
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
     raw["sampling"] |= {"max_length": 180, "shards": 2}

@@ -43,7 +43,7 @@ EXPECTED = {
     "evaluate_demo": ONE,
 }
 PAPER = ("policies", "sft", "demo_policy")
-DEMO = ("evaluation", "--configfile", "demo/config.yaml")
+DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml")
 
 
 class Resources(dict[str, Any]):

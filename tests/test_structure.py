@@ -20,6 +20,7 @@ import yte
 from pydantic import BaseModel
 
 from docs import write_reference
+from salmon import configuration
 from salmon.config import RewardTraining, Training
 from salmon.configuration import TARGETS, Config
 from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
@@ -149,6 +150,9 @@ def test_the_lists_of_targets_are_one() -> None:
     assert rules.isdisjoint(TARGETS)
     made = re.findall(r'"<results>/(?:\{home\})?([^"]+)"', RULES)
     for target in TARGETS.values():
+        assert all(configuration.ARTIFACTS[name] in made for name in target.names)
+        if target.names:
+            continue
         pattern = target.artifact.replace("runs/default/", "runs/{run}/").replace("response0", "response{index}")
         assert pattern.replace("response1", "response{index}") in made, target
 

@@ -41,6 +41,17 @@ ALL = {
     "models/reward_model",
     "prompts/rl.parquet",
     POLICY,
+    "evaluation/prompts.parquet",
+    "evaluation/initial_answers.parquet",
+    "evaluation/initial_scores.parquet",
+    "runs/default/evaluation/answers.parquet",
+    "runs/default/evaluation/scores.parquet",
+    "runs/default/evaluation/judgements.parquet",
+    "evaluation/policies",
+    "evaluation/judge",
+    "evaluation/pairs.parquet",
+    "evaluation/pmp",
+    "evaluation/reward_model",
 }
 
 

@@ -75,7 +75,7 @@ def ancestors(rule: str) -> set[str]:
 
 def test_every_target_is_tested() -> None:
     """Those of all runs and of the demo have tests of their own below."""
-    assert {*TARGETS, "policies", "evaluation", "demo_policy"} == set(configuration.TARGETS)
+    assert {*TARGETS, "policies", "evaluation", "demo_evaluation", "demo_policy"} == set(configuration.TARGETS)
 
 
 def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
             "runs/no_pmp/reward_data/principle_preferences.parquet",
             "the reward_data of the run no_pmp is results/reward_data/principle_preferences.parquet",
         ),
-        ("evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
+        ("demo_evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
     ],
 )
 def test_what_no_rule_should_make_is_refused(target: str, said: str) -> None:
@@ -242,23 +242,25 @@ BASE = "demo/model"
 
 def pretend(folder: Path, *arguments: str) -> None:
     """Put something in the place of every output of the demo, so that all of it is up to date."""
-    listed = snakemake("--profile", "profiles/demo", "--summary", "evaluation", *arguments, folder=folder)
+    listed = snakemake("--profile", "profiles/demo", "--summary", "demo_evaluation", *arguments, folder=folder)
     assert listed.returncode == 0, listed.stderr
     for line in listed.stdout.splitlines()[1:]:
         output = folder / line.split("\t")[0]
         (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
         if output.suffix:
             output.write_text(output.name)
-    touched = snakemake("--profile", "profiles/demo", "--touch", "--forceall", "evaluation", *arguments, folder=folder)
+    touched = snakemake(
+        "--profile", "profiles/demo", "--touch", "--forceall", "demo_evaluation", *arguments, folder=folder
+    )
     assert touched.returncode == 0, touched.stderr
 
 
 def reruns(folder: Path, *arguments: str) -> set[str]:
     """Rules that a dry run of the demo lists, but for the check of the model, which makes nothing that they read."""
-    run = snakemake("--profile", "profiles/demo", "-n", "evaluation", *arguments, folder=folder)
+    run = snakemake("--profile", "profiles/demo", "-n", "demo_evaluation", *arguments, folder=folder)
     assert run.returncode == 0, run.stderr
     said = run.stdout + run.stderr
-    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation", "check_model"}
+    return set() if "Nothing to be done" in said else set(jobs(said)) - {"demo_evaluation", "check_model"}
 
 
 @contextmanager
@@ -405,7 +407,9 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
     overlay = built / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"runs": raw["runs"]}))
     words = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "--detailed-summary")
-    listed = snakemake(*words, "evaluation", "sft", "--config", f"model={{adapter: {ADAPTER}}}", folder=built)
+    listed = snakemake(
+        *words, "evaluation", "demo_evaluation", "sft", "--config", f"model={{adapter: {ADAPTER}}}", folder=built
+    )
     assert listed.returncode == 0, listed.stderr
     head, *lines = (line.split("\t") for line in listed.stdout.splitlines() if "\t" in line)
     rows = [dict(zip(head, line, strict=True)) for line in lines]

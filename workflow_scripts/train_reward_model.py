@@ -26,7 +26,6 @@ from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
 log = logging.getLogger("salmon.train_reward_model")
-NAME = "reward model"  # of the draws: the split and the order of the records
 
 
 class Arguments(training.Arguments):
@@ -69,12 +68,12 @@ def main(arguments: Arguments) -> None:
     template = read_template(arguments, tokenizer)
     records, counts = reward_model.read_records(arguments.records)
     check_slots(arguments, template.text, records)
-    train, held = training.split(records, settings.eval_examples, settings.seed, NAME)
+    train, held = training.split(records, settings.eval_examples, settings.seed, reward_model.NAME)
     lengths = train.select(
         length=sum(pl.col(name).str.len_bytes() for name in ("instruction", "input"))
         + pl.max_horizontal(pl.col(name).str.len_bytes() for name in ("output_1", "output_2"))
     )["length"].to_list()
-    order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, NAME)
+    order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, reward_model.NAME)
     counts |= training.count_rows(order, len(train), len(held), arguments, arguments.records)
 
     if arguments.init:
@@ -99,7 +98,7 @@ def main(arguments: Arguments) -> None:
     trainer = training.train(model, trainer_arguments, order, batch, loss, stage=stage, work=work)
     rows = reward_model.record_tokens(tokenizer, template, held, settings, stage)
     score = partial(reward_model.score, trainer.model, batch_size=2 * arguments.micro_batch_size, device=device)
-    rewards = training.over_ranks(rows, score) if rows else torch.empty(0)
+    rewards = distributed.over_ranks(rows, score) if rows else torch.empty(0)
     training.write(trainer, work, origin.manifest(inputs, counts), reward_model.evaluate(held, rewards.view(-1, 2)))
 
 

@@ -79,7 +79,7 @@ def main(arguments: Arguments) -> None:
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
     trainer = training.train(model, trainer_arguments, order, batch, sft.batch_loss, stage="sft", work=work)
     score = partial(sft.score, trainer.model, batch_size=arguments.micro_batch_size, device=device)
-    evaluation = sft.evaluate(lambda: training.over_ranks(held, score) if held else score([]), trainer.model)
+    evaluation = sft.evaluate(lambda: distributed.over_ranks(held, score) if held else score([]), trainer.model)
     training.write(trainer, work, origin.manifest(inputs, counts), evaluation)
 
 

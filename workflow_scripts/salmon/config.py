@@ -494,6 +494,20 @@ class RewardModel(RewardTraining):
     )
 
 
+class Evaluation(Section):
+    """What is measured of judge, reward models and policies, beside their training."""
+
+    prompts: dict[str, PromptSource] = Field(
+        {}, description="name -> prompts that policies answer; those that were trained on are left out"
+    )
+
+    pairs: dict[str, PairSource] = Field(
+        {}, description="name -> preferences of people that reward models are held against; of a split not trained on"
+    )
+    min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
+    seed: Seed = Field(42, description="seed of the order of outputs, the draw under a limit, and the intervals")
+
+
 class PpoTexts(Section):
     """What of RL has to do with the model, and is checked with it: how long its texts are, and how they look."""
 

@@ -3,7 +3,6 @@
 Only the Snakefile loads one; a script receives the sections it needs (`config`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 from salmon import principles, shipped, templates
 from salmon.config import (
     Aggregation,
+    Evaluation,
     Judge,
     Lora,
     Model,
@@ -75,8 +75,29 @@ ARTIFACTS = {
     "reward_model": "models/reward_model",
     "rl_prompts": "prompts/rl.parquet",
     "policy": "policy",
+    "evaluation_prompts": "evaluation/prompts.parquet",
+    "initial_answers": "evaluation/initial_answers.parquet",
+    "initial_scores": "evaluation/initial_scores.parquet",
+    "answers": "evaluation/answers.parquet",
+    "answer_scores": "evaluation/scores.parquet",
+    "answer_judgements": "evaluation/judgements.parquet",
+    "policy_evaluation": "evaluation/policies",
+    "judge_evaluation": "evaluation/judge",
+    "evaluation_pairs": "evaluation/pairs.parquet",
+    "pmp_evaluation": "evaluation/pmp",
+    "reward_evaluation": "evaluation/reward_model",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
+
+SOURCES = (
+    ("sft_data", "sources"),
+    ("prompts", "sources"),
+    ("pmp_data", "sources"),
+    ("rl_prompts", "sources"),
+    ("evaluation", "pairs"),
+    ("evaluation", "prompts"),
+)
+"""Sections, and their keys for data sets by name."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +107,12 @@ class Target:
     Attributes:
         artifact: path below the results; with `{run}`, of every run.
         meaning: what it is and how it is made, for documents.
+        names: of `ARTIFACTS`, where it is several, of every run that has them.
     """
 
     artifact: str
     meaning: str
+    names: tuple[str, ...] = ()
 
 
 TARGETS = {
@@ -111,7 +134,12 @@ TARGETS = {
     ),
     "policy": Target("runs/default/policy", "`train_policy`, PPO"),
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
-    "evaluation": Target("evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
+    "evaluation": Target(
+        "evaluation/*",
+        "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
+        ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+    ),
+    "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
 }
 """What can be named on the command line of Snakemake and in `targets`."""
@@ -145,6 +173,7 @@ class Config(Section):
     reward_model: RewardModel = Field(description="the reward model's principle-following stage")
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
     ppo: Ppo = Field(description="RL")
+    evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )
@@ -159,10 +188,10 @@ class Config(Section):
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
         results = results if results and isinstance(results, str) else PathVars().results
         raw = _fill_results(raw, str(PurePosixPath(results)))
-        for name in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
+        for name, key in SOURCES:
             section = raw.get(name)
-            if isinstance(section, dict) and isinstance(section.get("sources"), dict):
-                raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
+            if isinstance(section, dict) and isinstance(section.get(key), dict):
+                raw[name] = {**section, key: {k: v for k, v in section[key].items() if v is not None}}
         if isinstance(raw.get("runs"), dict):
             raw["runs"] = {key: value for key, value in raw["runs"].items() if value is not None}
         return raw
@@ -249,12 +278,6 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
-
-
-def target_paths(runs: Mapping[str, Config], target: str) -> list[str]:
-    """The artifacts of a target, of every run where it has one for each."""
-    artifact = f"{runs['default'].pathvars.results}/{TARGETS[target].artifact}"
-    return list(dict.fromkeys(artifact.format(run=run) for run in runs)) if "{run}" in artifact else [artifact]
 
 
 def texts_of(ppo: Ppo) -> PpoTexts:
@@ -370,9 +393,9 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
-    for section in ("sft_data", "prompts", "pmp_data", "rl_prompts"):
-        for name, source in getattr(config, section).sources.items():
-            named += [(f"{section}.sources.{name}.path", path) for path in source.paths]
+    for section, key in SOURCES:
+        for name, source in getattr(getattr(config, section), key).items():
+            named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]
     return [
         f"{key}: {path} does not exist (local file or folder; a hub id has the form owner/name)"
         for key, path in named

@@ -337,6 +337,55 @@ def _without_empty_turn(answer: str) -> str:
     return answer
 
 
+class PairRow(TypedDict):
+    """A pair of one's own: an instruction, two outputs, and which is better."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    output_1: str | None
+    output_2: str | None
+    preference: Literal[1, 2]
+
+
+@comparisons_from("pairs")
+def written_pair(row: PairRow) -> Comparison | Skipped:
+    """A row of a file of pairs."""
+    outputs = row["output_1"] or "", row["output_2"] or ""
+    preferred, other = outputs if row["preference"] == 1 else outputs[::-1]
+    return Comparison(join_instruction(row["instruction"] or "", row.get("input") or ""), preferred, other)
+
+
+class RewardBenchRow(TypedDict):
+    """An answer to a prompt that is better than another one (`allenai/reward-bench`)."""
+
+    prompt: str | None
+    chosen: str | None
+    rejected: str | None
+
+
+@comparisons_from("rewardbench")
+def rewardbench_comparison(row: RewardBenchRow) -> Comparison | Skipped:
+    """A row of RewardBench, or of any data set with these columns."""
+    return Comparison(row["prompt"] or "", row["chosen"] or "", row["rejected"] or "")
+
+
+class HhhRow(TypedDict):
+    """A question and its two answers, as keys of their scores (BIG-bench, `hhh_alignment`)."""
+
+    input: str | None
+    target_scores: dict[str, Literal[0, 1]]
+
+
+@comparisons_from("hhh")
+def hhh_comparison(row: HhhRow) -> Comparison | Skipped:
+    """An example of the Helpful, Honest and Harmless evaluation, where exactly one of two answers is right."""
+    scores = row["target_scores"]
+    if sorted(scores.values()) != [0, 1]:
+        return Skipped("not one right answer of two")
+    preferred, other = sorted(scores, key=lambda answer: -scores[answer])
+    return Comparison(row["input"] or "", preferred, other)
+
+
 @prompts_from("hh_rlhf")
 def hh_rlhf_prompt(row: HhRlhfRow) -> Prompt | Skipped:
     """The first human turn of the dialogue, which both sides share."""

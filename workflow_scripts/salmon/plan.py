@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.config import Model
-from salmon.configuration import ARTIFACTS, SFT, Config, texts_of
+from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
 
@@ -28,6 +28,17 @@ Name = Literal[
     "reward_model",
     "rl_prompts",
     "policy",
+    "evaluation_prompts",
+    "initial_answers",
+    "initial_scores",
+    "answers",
+    "answer_scores",
+    "answer_judgements",
+    "policy_evaluation",
+    "judge_evaluation",
+    "evaluation_pairs",
+    "pmp_evaluation",
+    "reward_evaluation",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -43,6 +54,12 @@ CHECKED: dict[Name, Name] = {
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
+OWN: frozenset[Name] = frozenset({"policy", "answers", "answer_scores", "answer_judgements"})
+"""What every run has of its own."""
+OF_POLICIES: frozenset[Name] = frozenset(
+    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OWN} - {"policy"}
+)
+"""What there is where policies are measured."""
 
 
 class Plan:
@@ -83,11 +100,30 @@ class Plan:
             Empty for the default run, `runs/NAME/` for another.
         """
         owner = self.owner(run, name)
-        return f"runs/{owner}/" if name == "policy" or owner != "default" else ""
+        return f"runs/{owner}/" if name in OWN or owner != "default" else ""
+
+    def has(self, run: str, name: Name) -> bool:
+        """Whether a run has an artifact at all."""
+        config = self.runs[run]
+        if name == "evaluation_pairs":
+            return bool(config.evaluation.pairs)
+        if name in OF_POLICIES:
+            return bool(config.evaluation.prompts)
+        return name != "pmp_evaluation" or config.reward_model.init == "pmp"
+
+    def target_paths(self, target: str) -> list[str]:
+        """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
+        one, results = TARGETS[target], self.runs["default"].pathvars.results
+        if one.names:
+            names = [name for name in NAMES if name in one.names]
+            paths = [self.path(run, name) for name in names for run in self.runs if self.has(run, name)]
+        else:
+            paths = [f"{results}/{one.artifact.format(run=run)}" for run in self.runs]
+        return list(dict.fromkeys(paths))
 
     def _owner(self, run: str, name: Name) -> str:
-        """The first run whose artifact is decided by the same; every policy is its run's own."""
-        if name == "policy":
+        """The first run whose artifact is decided by the same; a policy, and what is made of it, is its run's own."""
+        if name in OWN:
             return run
         mine = self._what_decides(run, name)
         return next(other for other in self.runs if self._what_decides(other, name) == mine)
@@ -163,7 +199,98 @@ class Plan:
                     ppo=config.ppo,
                     scoring=config.scoring,
                 )
+            case _:
+                origin = self._evaluated(run, name)
         return origin
+
+    def _evaluated(self, run: str, name: Name) -> Origin:
+        """The same, of what is measured after the training."""
+        config = self.runs[run]
+        model = config.model
+        match name:
+            case "evaluation_prompts":
+                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
+            case "initial_answers" | "answers":
+                origin = provenance.sample_answers(
+                    self.path(run, "evaluation_prompts"),
+                    self.path(run, "policy") if name == "answers" else None,
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    ppo=config.ppo,
+                    evaluation=config.evaluation,
+                )
+            case "initial_scores" | "answer_scores":
+                answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
+                origin = provenance.score_answers(answers, self.scorers())
+            case "answer_judgements":
+                origin = provenance.judge_preferences(
+                    self.path(run, "answers"),
+                    self.path(run, "initial_answers"),
+                    config.judge.principles,
+                    0,
+                    model=judge_model(config),
+                    judge=config.judge.model_copy(update={"shards": 1}),
+                )
+            case "policy_evaluation":
+                origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
+            case "judge_evaluation":
+                origin = provenance.evaluate_judge(self.path(run, "preferences"), evaluation=config.evaluation)
+            case "evaluation_pairs":
+                origin = provenance.clean_evaluation_pairs(config.evaluation)
+            case "pmp_evaluation" | "reward_evaluation":
+                pre_trained = name == "pmp_evaluation"
+                origin = provenance.evaluate_reward_model(
+                    self.path(run, "pmp" if pre_trained else "reward_model"),
+                    self.path(run, "pmp_data" if pre_trained else "reward_data"),
+                    self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
+                    config.judge.principles,
+                    stage="pmp" if pre_trained else "reward_model",
+                    settings=config.pmp if pre_trained else config.reward_model,
+                    dimensions=[] if pre_trained else config.aggregation.dimensions,
+                    model=model.without_adapter(),
+                    tokenizer=self.tokenizer(run),
+                    scoring=config.scoring,
+                    evaluation=config.evaluation,
+                )
+            case _:
+                raise ValueError(name)
+        return origin
+
+    def trained(self) -> list[str]:
+        """All prompts that a stage of any run trains on: all policies answer the same ones."""
+        names: tuple[Name, ...] = ("prompts", "rl_prompts")
+        return list(dict.fromkeys(self.path(run, name) for name in names for run in self.runs))
+
+    def scorers(self) -> list[dict[str, Any]]:
+        """Every reward model of the runs, with the fields of `score_answers.Scorer`."""
+        found = []
+        for run, config in self.runs.items():
+            if self.owner(run, "reward_model") == run:
+                found.append(
+                    {
+                        "name": run,
+                        "folder": self.path(run, "reward_model"),
+                        "principles": config.judge.principles,
+                        "dimensions": config.aggregation.dimensions,
+                        "model": config.model.without_adapter(),
+                        "tokenizer": self.tokenizer(run),
+                        "scoring": config.scoring,
+                        "settings": config.reward_model,
+                    }
+                )
+        return found
+
+    def compared(self) -> list[dict[str, str]]:
+        """The runs whose policies are measured, with the fields of `evaluate_policies.Run`."""
+        tables: dict[str, Name] = {
+            "answers": "answers",
+            "scores": "answer_scores",
+            "judgements": "answer_judgements",
+            "initial_answers": "initial_answers",
+            "initial_scores": "initial_scores",
+        }
+        runs = [run for run in self.runs if self.has(run, "answers")]
+        return [{"name": run} | {key: self.path(run, name) for key, name in tables.items()} for run in runs]
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""

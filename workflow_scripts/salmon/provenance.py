@@ -13,6 +13,7 @@ from salmon import artifacts, sources
 from salmon.config import (
     FREE,
     Aggregation,
+    Evaluation,
     Judge,
     Lora,
     Model,
@@ -295,6 +296,98 @@ def check_model(
             settings["ppo"] = ppo
             inputs += _files(ppo.template)
     return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
+
+
+def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin:
+    """What judgements say of the judge."""
+    return Origin({"seed": evaluation.seed}, _files(preferences), keys=_alone("evaluation", {"seed": None}))
+
+
+def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
+    """Pairs that reward models are measured by."""
+    return Origin({"evaluation": evaluation}, _sources(evaluation.pairs))
+
+
+def evaluate_reward_model(
+    reward_model: Path | str,
+    records: Path | str,
+    pairs: Path | str | None,
+    principles: Path | str,
+    *,
+    stage: Literal["pmp", "reward_model"],
+    settings: RewardTraining,
+    dimensions: Sequence[str],
+    model: Model,
+    tokenizer: Model,
+    scoring: Scoring,
+    evaluation: Evaluation,
+) -> Origin:
+    """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
+    read = ("template", "max_length", "query_length", "response_length", "eval_examples", "seed")
+    alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
+    return Origin(
+        {
+            "model": model,
+            "scoring": scoring,
+            "dimensions": list(dimensions),
+            "seed": evaluation.seed,
+            **alone,
+        },
+        _files(reward_model, records, pairs, principles, settings.template)
+        + _model(tokenizer, "tokenizer")
+        + _model(model),
+        keys={
+            "dimensions": "aggregation.dimensions",
+            "seed": "evaluation.seed",
+            **{name: f"{stage}.{name.removeprefix(f'{stage}_')}" for name in alone},
+        },
+    )
+
+
+def clean_evaluation_prompts(trained: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
+    """Prompts that policies are measured by."""
+    settings = {"prompts": evaluation.prompts, "seed": evaluation.seed}
+    return Origin(settings, _sources(evaluation.prompts) + _files(*trained), keys=_alone("evaluation", settings))
+
+
+def sample_answers(
+    prompts: Path | str,
+    policy: Path | str | None,
+    *,
+    model: Model,
+    policy_prompt: PolicyPrompt,
+    ppo: Ppo,
+    evaluation: Evaluation,
+) -> Origin:
+    """Answers of a policy, the initial one where none is given."""
+    read = {name: getattr(ppo, name) for name in ("temperature", "query_length", "response_length")}
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read, "seed": evaluation.seed},
+        _files(prompts, policy, *policy_prompt.files) + _model(model),
+        keys=_alone("ppo", read) | {"seed": "evaluation.seed"},
+    )
+
+
+def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> Origin:
+    """Scores of answers; a scorer has the fields of `score_answers.Scorer`."""
+    inputs = _files(answers)
+    plain = []
+    for scorer in scorers:
+        settings: RewardModel = scorer["settings"]
+        inputs += _files(scorer["folder"], scorer["principles"], settings.template)
+        inputs += _model(scorer["tokenizer"], "tokenizer") + _model(scorer["model"])
+        read = ("template", "max_length", "query_length", "response_length")
+        sections = {"model": scorer["model"].deciding(), "scoring": scorer["scoring"].deciding()}
+        texts = {name: getattr(settings, name) for name in read}
+        plain.append({"name": scorer["name"], "dimensions": list(scorer["dimensions"]), **sections, **texts})
+    return Origin({"scorers": plain}, inputs)
+
+
+def evaluate_policies(runs: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
+    """The comparison of all policies; a run has the fields of `evaluate_policies.Run`."""
+    files = [path for run in runs for name, path in run.items() if name != "name"]
+    settings = {"compared": [run["name"] for run in runs], "seed": evaluation.seed}
+    return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
 def evaluate_demo(

@@ -27,6 +27,9 @@ from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.text import join_instruction
 
+NAME = "reward model"
+"""Of the draws of its training: the split and the order of the records."""
+
 
 def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     """Read preference records, sorted by `record_id`, and leave out pairs with an empty output.

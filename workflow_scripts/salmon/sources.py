@@ -208,7 +208,10 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
 
 
 def _read_json(path: Path) -> Iterator[Located]:
-    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published)."""
+    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published).
+
+    A task of BIG-bench is an object, whose list `examples` holds the rows.
+    """
     number = 0
     for parser in (ijson, ijson.get_backend("python")):
         with _open(path) as stream:
@@ -219,8 +222,8 @@ def _read_json(path: Path) -> Iterator[Located]:
                 raise UserError(
                     f"{path} is neither a JSON list nor an object; correct it, or take it out of the sources"
                 )
-            rows = parser.items(stream, "item" if start == b"[" else "", use_float=True)
             try:
+                rows = parser.items(stream, "item" if start == b"[" else _place(path), use_float=True)
                 for row in islice(rows, number, None):
                     number += 1
                     yield f"{path}, row {number}", row if parser is ijson else _without_surrogates(row)
@@ -234,6 +237,13 @@ def _read_json(path: Path) -> Iterator[Located]:
                     f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut "
                     f"off{lines}"
                 ) from None
+
+
+def _place(path: Path) -> str:
+    """Where in an object of JSON its rows are, as ijson calls it: the list `examples`, or the object itself."""
+    with _open(path) as stream:
+        found = any(event[:2] == ("examples", "start_array") for event in ijson.parse(stream))
+    return "examples.item" if found else ""
 
 
 def _without_surrogates(row: Any) -> Any:

@@ -115,6 +115,34 @@ RESPONSES = Table(
     },
 )
 
+ANSWERS = Table(
+    "answers",
+    "evaluation/{initial_,}answers.parquet",
+    "One prompt that nothing was trained on and a policy's answer to it, ordered by prompt_id.",
+    ("prompt_id",),
+    {
+        **RESPONSES.columns,
+        "kl": Column(
+            _REAL,
+            "log probability of the tokens less that under the initial policy, at the temperature of RL; 0 of its own",
+        ),
+    },
+)
+
+SCORES = Table(
+    "scores of answers",
+    "evaluation/{initial_,}scores.parquet",
+    "One answer under one principle alone, by one reward model.",
+    ("reward_model", "dimension", "negated", "prompt_id"),
+    {
+        "reward_model": Column(_STRING, "the first run that has it"),
+        "dimension": Column(_STRING, "name of the principle"),
+        "negated": Column(_BOOL, "whether it is shown negated"),
+        "prompt_id": _PROMPT["prompt_id"],
+        "score": Column(_REAL, "the reward"),
+    },
+)
+
 JUDGEMENTS = Table(
     "judgements",
     "preferences/preferences.parquet",
@@ -215,7 +243,18 @@ PRINCIPLE_RECORDS = _records(
     deciding="name of the principle that decided; null where a rule or the sum of all did",
 )
 
-TABLES = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
+TABLES = (
+    SFT_EXAMPLES,
+    PROMPTS,
+    RL_PROMPTS,
+    RESPONSES,
+    ANSWERS,
+    SCORES,
+    JUDGEMENTS,
+    PREFERENCE_RECORDS,
+    PMP_RECORDS,
+    PRINCIPLE_RECORDS,
+)
 
 
 def _rebuild(error: BaseException) -> str:

@@ -296,19 +296,6 @@ def train(
     return trainer
 
 
-def over_ranks(rows: Sequence[Any], compute: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
-    """Numbers of rows, each rank computing its share; the same number of forward passes on all (for ZeRO-3).
-
-    Args:
-        rows: at least one.
-        compute: numbers of some rows, on the CPU, [rows, ...].
-    """
-    world = distributed.world()
-    padded = [*rows, *[rows[-1]] * (-len(rows) % world)]
-    mine = compute(padded[distributed.rank() :: world])
-    return torch.stack(distributed.gather(mine), dim=1).flatten(0, 1)[: len(rows)]
-
-
 def write(trainer: Trainer, work: WorkFolder, manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Write the adapter, its metrics and its manifest. All ranks call this."""
     # DeepSpeed shards or rounds what it trains.

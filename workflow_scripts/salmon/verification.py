@@ -41,6 +41,17 @@ RULES: dict[Name, str] = {
     "reward_model": "train_reward_model",
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
+    "evaluation_prompts": "clean_evaluation_prompts",
+    "initial_answers": "sample_initial_answers",
+    "initial_scores": "score_initial_answers",
+    "answers": "sample_answers",
+    "answer_scores": "score_answers",
+    "answer_judgements": "judge_answers",
+    "policy_evaluation": "evaluate_policies",
+    "judge_evaluation": "evaluate_judge",
+    "evaluation_pairs": "clean_evaluation_pairs",
+    "pmp_evaluation": "evaluate_pmp",
+    "reward_evaluation": "evaluate_reward_model",
 }
 """Artifact -> the rule that makes it."""
 NOT_SET = object()
@@ -126,7 +137,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     for name in NAMES:
         checked = CHECKED.get(name)
         for run in runs:
-            if plan.owner(run, name) != run:
+            if plan.owner(run, name) != run or not plan.has(run, name):
                 continue
             path, origin = plan.path(run, name), plan.origin(run, name)
             one = Artifact(path, RULES[name], origin, checked=plan.path(run, checked) if checked else None)
@@ -151,7 +162,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
             "seed": config.seed,
         },
     )
-    yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
+    yield Artifact(f"{results}/{TARGETS['demo_evaluation'].artifact}", "evaluate_demo", evaluation)
 
 
 def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
@@ -163,8 +174,8 @@ def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifa
 
 
 def _source_paths(config: Config) -> Iterator[str]:
-    for section in (config.sft_data, config.prompts, config.pmp_data, config.rl_prompts):
-        for source in section.sources.values():
+    for section, key in configuration.SOURCES:
+        for source in getattr(getattr(config, section), key).values():
             yield from source.paths
 
 
@@ -219,7 +230,7 @@ def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
 
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
     """What the configuration's targets consist of; shards only where their table is not there."""
-    left = [path for target in runs["default"].targets for path in configuration.target_paths(runs, target)]
+    left = [path for target in runs["default"].targets for path in Plan(runs).target_paths(target)]
     wanted: set[str] = set()
     while left:
         path = left.pop()
