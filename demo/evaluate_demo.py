@@ -218,7 +218,14 @@ def sign_flips(
     places = [list(judged).index(principle) for principle in shown]
     usable = [(pair, scores) for pair, scores in zip(pairs, judgements, strict=True) if scores is not None]
     scores = np.array([[scores[place] for place in places] for _, scores in usable])  # [pairs, dimensions, 2]
-    scaled = np.stack([aggregation.scaled_scores(*scores[:, column].T) for column in range(len(shown))], axis=1)
+    try:
+        columns = [
+            aggregation.scaled_scores(*scores[:, column].T, aggregation_settings.agreement)
+            for column in range(len(shown))
+        ]
+    except ValueError:
+        raise UserError("the judge has the same score for all pairs under a principle; measure more --pairs") from None
+    scaled = np.stack(columns, axis=1)
     quiet = aggregation_settings.model_copy(
         update={
             "passes": 2,
@@ -334,6 +341,8 @@ def measure_policies(arguments: Arguments, model: Any, sampler: Sampler, tokeniz
 
 def main(arguments: Arguments) -> None:
     """Sample, judge, score, compare, write."""
+    if arguments.judge.model:
+        raise UserError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
     device = distributed.init()
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)

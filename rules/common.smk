@@ -188,7 +188,7 @@ def at_home(name):
         run, one = run_name(wildcards), name.format(**wildcards)
         if wildcards.home != PLAN.home(run, one):
             shared = PLAN.path(run, one)
-            raise WorkflowError(f"the {one} of the run {run} is {shared}: its settings are the same; name that")
+            raise WorkflowError(f"the {one} of the run {run} is {shared}, which has the same settings; name that path")
         return []
 
     return check
@@ -352,22 +352,20 @@ DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
 
 def demo_world(wildcards):
     """No input, but a refusal of other data: the oracles measure texts of the demo's world only."""
-    differing = [
-        (run, key)
-        for run, config in RUNS.items()
-        for key in ("model", "policy_prompt", "lora", "scoring", "judge")
-        if getattr(config, key) != getattr(settings, key)
-    ]
-    if differing:
-        run, key = differing[0]
-        raise WorkflowError(
-            f"evaluation measures runs of one initial policy and judge, and runs.{run}.{key} is another"
-        )
     made = {f"{settings.pathvars.results}/data/{file}" for file in DEMO_DATA}
-    for name, source in (pair for config in RUNS.values() for pair in config.prompts.sources.items()):
-        if foreign := sorted(set(source.paths) - made):
-            raise WorkflowError(
-                "evaluation measures the demo's world with the demo's oracles, and "
-                f"prompts.sources.{name}.path, {foreign[0]}, is not of it: there is nothing to measure these runs by"
-            )
+    if settings.judge.model:
+        raise WorkflowError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
+    for run, config in RUNS.items():
+        for key in ("model", "policy_prompt", "lora", "scoring", "judge"):
+            if getattr(config, key).deciding() != getattr(settings, key).deciding():
+                raise WorkflowError(
+                    f"the demo's evaluation measures runs of one initial policy and judge, but runs.{run} has another {key}"
+                )
+        for name, source in config.prompts.sources.items():
+            if foreign := sorted(set(source.paths) - made):
+                key = f"prompts.sources.{name}.path" if run == "default" else f"runs.{run}.prompts.sources.{name}.path"
+                raise WorkflowError(
+                    f"evaluation measures the demo's world with the demo's oracles, and {key}, {foreign[0]}, is not of it: "
+                    "there is nothing to measure these runs by"
+                )
     return []

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -311,6 +312,32 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
     assert look(runs) == set()
     moved.write_text(moved.read_text().replace("1", "2", 1))
     assert paths(look(runs)) == {POLICY}
+
+
+def test_a_policy_whose_run_has_another_reward_model_by_now(small_run: Path) -> None:
+    """Which is not built yet: what the policy was trained against is still there, but it is not the run's any more."""
+    own = {"default": {}, "other": {"aggregation": {"agreement": "mean"}}}
+    runs = load(small_run, runs=own)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results"
+        shutil.copytree(small_run / "results", results, symlinks=True)
+        shutil.copytree(results / "runs/default", results / "runs/other")
+        patch.chdir(ROOT)
+        runs = load(small_run, results, runs=own)
+        stale = {path for path, text in look(runs) if "inputs changed" in text}
+        shared = look(load(small_run, results, runs={"default": {}, "other": {}}))
+    assert "runs/other/policy" in stale
+    assert shared == set()
+
+
+def test_manifests_from_before_responses_were_cut(copy: Path) -> None:
+    """A key that is new, and whose default is not what was done without it."""
+    file = copy / "results/runs/default/policy/manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["settings"]["ppo"]["cut_markers"]
+    file.write_text(json.dumps(manifest))
+    assert any(path == POLICY and "ppo.cut_markers not set -> " in text for path, text in look(load(copy)))
+    assert look(load(copy, ppo={"cut_markers": []})) == set()
 
 
 def test_results_that_were_moved(small_run: Path, copy: Path) -> None:

@@ -67,6 +67,10 @@ def main(args: Arguments) -> None:
     )
     inputs = origin.identify()
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
+    if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
+        raise UserError(f"the rate of all PPO steps ({steps}) is 0, that of the warm-up; lower ppo.warmup_steps")
+    if steps <= args.ppo.warmup_steps:
+        log.warning("the warm-up (ppo.warmup_steps %d) does not end within %d steps", args.ppo.warmup_steps, steps)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
     layout = ""  # other hardware may resume from a checkpoint, but for the shards of DeepSpeed

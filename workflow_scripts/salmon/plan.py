@@ -1,6 +1,6 @@
 """The artifacts of a configuration: what decides each, and where it is, which runs share that have it in common."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -77,21 +77,26 @@ class Plan:
         self.owner = cache(self._owner)
         self._what_decides = cache(self._deciding)
         self.runs = dict(runs)
+        self._made: Collection[str] = ()
         # What decides that adapter is none of itself.
         places = {run: self.path(run, "sft") for run in runs}
-        self._with_sft = frozenset(run for run in runs if runs[run].model.adapter in (SFT, places[run]))
-        for run in self._with_sft:
-            model = runs[run].model.model_copy(update={"adapter": places[run]})
-            self.runs[run] = runs[run].model_copy(update={"model": model})
+        for run, config in runs.items():
+            if config.model.adapter == SFT:
+                model = config.model.model_copy(update={"adapter": places[run]})
+                self.runs[run] = config.model_copy(update={"model": model})
+        self._made = {*places.values(), *(self.path(run, "policy") for run in runs)}
 
     def path(self, run: str, name: Name) -> str:
         """Where a run's artifact is."""
         return f"{self.runs[run].pathvars.results}/{self.home(run, name)}{ARTIFACTS[name]}"
 
     def tokenizer(self, run: str) -> Model:
-        """As much of a run's model as its tokenizer depends on; an adapter of `train_sft` has none of its own."""
+        """As much of a run's model as its tokenizer depends on; adapters that the rules make have none of their own.
+
+        Whether they are there does not matter: what decides an artifact must not change while others are built.
+        """
         model = self.runs[run].model
-        return tokenizer_model(model.without_adapter() if run in self._with_sft else model)
+        return tokenizer_model(model.without_adapter() if model.adapter in self._made else model)
 
     def home(self, run: str, name: Name) -> str:
         """The part of the path between the results' folder and the artifact's own: the folder of its owner.
@@ -129,7 +134,8 @@ class Plan:
         return next(other for other in self.runs if self._what_decides(other, name) == mine)
 
     def _deciding(self, run: str, name: Name) -> tuple[object, ...]:
-        origin = self.origin(run, name)
+        # Without the keys: a judge that is spelled out may well be the initial policy.
+        origin = replace(self.origin(run, name), keys={})
         return origin.values(), origin.inputs
 
     def _origin(self, run: str, name: Name) -> Origin:

@@ -27,7 +27,6 @@ from salmon.config import (
     RlPrompts,
     Sampling,
     Scoring,
-    Section,
     Sft,
     SftData,
     Source,
@@ -221,7 +220,8 @@ def aggregate_preferences(
 ) -> Origin:
     """Records of the reward model."""
     return Origin(
-        {"aggregation": aggregation, "turn_markers": list(turn_markers)},
+        # Not set by anybody: 0.1.0 had the variance of the means.
+        {"aggregation": aggregation, "turn_markers": list(turn_markers), "variance": "of both orders pooled"},
         _files(preferences, response0, response1, principles),
         keys=_alone("judge", {"turn_markers": None}),
     )
@@ -259,7 +259,14 @@ def train_policy(
 ) -> Origin:
     """A policy."""
     return Origin(
-        {"model": model, "lora": lora, "policy_prompt": policy_prompt, "ppo": ppo, "scoring": scoring},
+        {
+            "model": model,
+            "lora": lora,
+            "policy_prompt": policy_prompt,
+            "ppo": ppo,
+            "scoring": scoring,
+            "warm-up": "from 0",  # not set by anybody: 0.1.0 counted from 1
+        },
         _files(prompts, reward_model, ppo.principles, ppo.template, *policy_prompt.files) + _model(model),
     )
 
@@ -277,10 +284,10 @@ def check_model(
     ppo: PpoTexts | None,
 ) -> Origin:
     """A report on a model: what a part of the check reads is what its stages read, and no more."""
-    settings: dict[str, Section] = {"model": model}
+    settings: dict[str, Any] = {"model": model}
     inputs = _model(model)
     if "sampling" in parts:
-        settings |= {"policy_prompt": policy_prompt, "sampling": sampling}
+        settings |= {"policy_prompt": policy_prompt, "sampling": sampling.model_dump(exclude={"seeds"})}
         inputs += _files(*policy_prompt.files)
     if "judging" in parts:
         settings |= {"judge": judge}
@@ -295,7 +302,8 @@ def check_model(
         if ppo:
             settings["ppo"] = ppo
             inputs += _files(ppo.template)
-    return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
+    keys = {"model": "judge.model"} if judge.model and [*parts] == ["judging"] else {}
+    return Origin(settings, inputs, keys, unrecorded=frozenset(one.name for one in inputs))
 
 
 def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin:

@@ -207,6 +207,11 @@ def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: to
             f"{arguments.micro_batch_size} x {world} processes (on SLURM, site.yaml sets micro_batch_size as "
             "reward_model_micro_batch_size)"
         )
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    if warmup and steps == 1:
+        raise UserError(
+            f"the rate of the only step is 0, that of the warm-up; set {arguments.stage}.warmup_ratio to 0, or train more"
+        )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(
         output_dir=str(folder),
@@ -216,7 +221,7 @@ def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: to
         train_sampling_strategy="sequential",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        warmup_steps=warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="paged_adamw_32bit" if paged else "adamw_torch",

@@ -7,7 +7,7 @@ Snakemake forgets why something was built when results are moved, shared with an
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
     made = {path for run in runs.values() for path in _source_paths(run) if path.startswith(f"{results}/data/")}
     if made:
         yield Artifact(f"{results}/data", "make_demo_data", Origin({"seed": config.seed}))
-    bases = {run.model.base for run in runs.values()}
+    bases = {model.base for run in runs.values() for model in (run.model, run.judge.model) if model}
     if f"{results}/demo_policy" in bases or "demo_policy" in config.targets:
         yield Artifact(f"{results}/demo_policy", "train_demo_policy", None)
     for name in NAMES:
@@ -189,7 +189,7 @@ def verify(runs: Mapping[str, Config], only: Callable[[str], bool] = lambda path
     known = inventory(runs)
     made_from = {path: _made_from(artifact, known) for path, artifact in known.items()}
     wanted = _wanted(runs, known, made_from)
-    report, verifier = Report(), _Verifier()
+    report, verifier = Report(), _Verifier(known)
     behind: dict[str, str] = {}  # artifact that is stale or follows -> the first stale one before it
     commits: dict[str, list[str]] = defaultdict(list)
     for path, artifact in known.items():
@@ -242,9 +242,14 @@ def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from
 
 
 class _Verifier:
-    """Looks at artifacts, and hashes each input once."""
+    """Looks at artifacts, and hashes each input once.
 
-    def __init__(self) -> None:
+    Args:
+        known: paths of all artifacts of the configuration.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = frozenset(map(short_name, known))
         self.identities: dict[Input, str | None] = {}
 
     def look(self, artifact: Artifact) -> tuple[list[str], str | None]:
@@ -315,8 +320,8 @@ class _Verifier:
                 in_folder = Path(one.name).parent == folder
                 if identity is not None and one.name not in origin.unrecorded and not in_folder:
                     yield one.name
-            elif left.pop(moved) != identity and identity is not None:
-                yield one.name
+            elif left.pop(moved) != identity and (identity is not None or moved in self.known):
+                yield one.name  # or not there, in the place of what it was made from: another run's, by now
         yield from (name for name in left if Path(name).parent.name != folder.name)
 
     def _identity(self, one: Input) -> str | None:
@@ -352,8 +357,14 @@ def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
+FORMER = {"ppo.cut_markers": []}
+"""Settings whose default is not what was done before there were any -> what was done."""
+
+
 def _is_default(key: str, value: Any) -> bool:
     """Whether a setting that an older manifest does not have has the value that does what was done before."""
+    if key in FORMER:
+        return bool(FORMER[key] == value)
     found = field_of(key)
     return found is not None and not found.is_required() and _plain(found.default) == value
 
