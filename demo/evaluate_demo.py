@@ -220,7 +220,7 @@ def sign_flips(
     scores = np.array([[scores[place] for place in places] for _, scores in usable])  # [pairs, dimensions, 2]
     try:
         columns = [
-            aggregation.scaled_scores(*scores[:, column].T, aggregation_settings.agreement)
+            aggregation.scaled_scores(scores[:, column, 0], scores[:, column, 1], aggregation_settings.agreement)
             for column in range(len(shown))
         ]
     except ValueError:

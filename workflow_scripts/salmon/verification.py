@@ -4,6 +4,7 @@ Snakemake forgets why something was built when results are moved, shared with an
 `.snakemake` folder. Manifests go where the results go.
 """
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -249,7 +250,7 @@ class _Verifier:
     """
 
     def __init__(self, known: Iterable[str]) -> None:
-        self.known = frozenset(map(short_name, known))
+        self.known = [short_name(path) for path in known]
         self.identities: dict[Input, str | None] = {}
 
     def look(self, artifact: Artifact) -> tuple[list[str], str | None]:
@@ -320,9 +321,16 @@ class _Verifier:
                 in_folder = Path(one.name).parent == folder
                 if identity is not None and one.name not in origin.unrecorded and not in_folder:
                     yield one.name
-            elif left.pop(moved) != identity and (identity is not None or moved in self.known):
-                yield one.name  # or not there, in the place of what it was made from: another run's, by now
+            elif left.pop(moved) != identity and (identity is not None or self._is_another(moved, one.name)):
+                yield one.name
         yield from (name for name in left if Path(name).parent.name != folder.name)
+
+    def _is_another(self, recorded: str, name: str) -> bool:
+        """Whether a recorded name fits another artifact of the configuration better than one that is not there.
+
+        Then that one is not the recorded one moved, but a run's own, which the settings have made necessary.
+        """
+        return any(_shared_end(recorded, path) > _shared_end(recorded, name) for path in self.known)
 
     def _identity(self, one: Input) -> str | None:
         """Identity of an input; None where it is not there."""
@@ -330,6 +338,12 @@ class _Verifier:
             there = Path(one.name).expanduser().exists() or not is_local(one.name)
             self.identities[one] = one.identity() if there else None
         return self.identities[one]
+
+
+def _shared_end(one: str, other: str) -> int:
+    """Number of parts that two paths have in common at their ends."""
+    pairs = zip(reversed(Path(one).parts), reversed(Path(other).parts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -357,7 +371,7 @@ def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
-FORMER = {"ppo.cut_markers": []}
+FORMER: dict[str, Any] = {"ppo.cut_markers": []}
 """Settings whose default is not what was done before there were any -> what was done."""
 
 
