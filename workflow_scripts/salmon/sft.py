@@ -114,8 +114,10 @@ def check_end(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, end: str
         end: of `frame`.
         ends: tokens that end an answer (`generation.end_tokens`).
     """
-    last = tokens_and_ends(tokenizer, end)[-1][0]
-    if last not in ends and not any(string in end for string in prompt.stop):
+    tokens = tokens_and_ends(tokenizer, end)
+    if not tokens:
+        raise UserError(f"the tokenizer makes no token of {end!r}, with which answers end; fetch the model again")
+    if tokens[-1][0] not in ends and not any(string in end for string in prompt.stop):
         raise UserError(
             f"in this chat template an answer ends with {end!r}, which is neither an end token of the model nor one of "
             "policy_prompt.stop: every answer would run to its limit; add it there"
@@ -150,7 +152,7 @@ def encode(
         said = around.before + guard(tokenizer, stopped.rstrip())
         ends = is_whole or stopped != answer
         found = tokens_and_ends(tokenizer, said + around.end if ends else said)
-        if len(query) >= max_length or not stopped.strip():
+        if len(query) >= max_length or not stopped.strip() or not found:
             examples.append(None)
             continue
         row = [*query, *(token for token, _ in found)]
