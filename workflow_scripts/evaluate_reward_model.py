@@ -76,6 +76,8 @@ class Reader:
 
     def margins(self, records: pl.DataFrame) -> npt.NDArray[np.float64]:
         """Reward of output 1 less that of output 2, [N]."""
+        if not len(records):
+            return np.empty(0)
         arguments = self.arguments
         stage = "pmp" if arguments.pmp else "reward_model"
         rows = rewards.record_tokens(self.tokenizer, self.template, records, arguments.settings, stage)

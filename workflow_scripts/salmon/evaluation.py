@@ -173,7 +173,7 @@ def held_out(
         if row["deciding"] is not None:
             way = "negated" if row["negated"][row["dimensions"].index(row["deciding"])] else "plain"
             decided.setdefault(row["deciding"], {"plain": [], "negated": []})[way].append(number)
-    of, names = variants["record"].to_numpy(), np.asarray(variants["turned"].to_list(), dtype=object)
+    of, names = variants["record"].to_numpy().astype(int), np.asarray(variants["turned"].to_list(), dtype=object)
     is_deciding = np.asarray([row == name for row, name in zip(variants["deciding"], names, strict=True)], dtype=bool)
     changed = (margins[of] * turned_margins < 0).astype(float)
     other = correct(-turned_margins * sign[of])
