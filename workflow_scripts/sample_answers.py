@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
     ]
     fits = [len(prompt) <= ppo.query_length for prompt in prompts]
     table, prompts = table.filter(fits), [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-    counts = {"prompts": len(fits), "longer_than_query_length": fits.count(False), "rows": len(prompts)}
+    counts = {"prompts": len(fits), "longer_than_query_length": fits.count(False), "answers": len(prompts)}
     if not prompts:
         raise UserError(
             f"none of the {len(fits)} prompts of {arguments.prompts} has at most {ppo.query_length} tokens "

@@ -83,7 +83,9 @@ def main(arguments: Arguments) -> None:
     if distributed.is_main():
         table = pl.concat(parts).select(list(SCORES.columns))
         origin = provenance.score_answers(arguments.answers, [scorer.model_dump() for scorer in arguments.scorers])
-        artifacts.write_table(table, arguments.output, SCORES, origin.manifest(origin.identify(), {"rows": len(table)}))
+        artifacts.write_table(
+            table, arguments.output, SCORES, origin.manifest(origin.identify(), {"scores": len(table)})
+        )
     distributed.barrier()
     distributed.leave()
 

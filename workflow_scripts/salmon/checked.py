@@ -12,6 +12,7 @@ from salmon.artifacts import manifest_path
 from salmon.border import read_json
 from salmon.errors import UserError, describe_errors
 from salmon.tables import (
+    ANSWERS,
     JUDGEMENTS,
     PMP_RECORDS,
     PREFERENCE_RECORDS,
@@ -19,6 +20,7 @@ from salmon.tables import (
     PROMPTS,
     RESPONSES,
     RL_PROMPTS,
+    SCORES,
     SFT_EXAMPLES,
     Table,
 )
@@ -98,6 +100,10 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
         return {JUDGEMENTS.name: counts["rows"]}
     if "records" in counts:
         return dict.fromkeys((PRINCIPLE_RECORDS.name, PREFERENCE_RECORDS.name), counts["records"])
+    if "answers" in counts:
+        return dict.fromkeys((ANSWERS.name, RESPONSES.name), counts["answers"])
+    if "scores" in counts:
+        return {SCORES.name: counts["scores"]}
     if "kept" in counts:
         return dict.fromkeys((PMP_RECORDS.name, PREFERENCE_RECORDS.name), counts["kept"])
     if "rows" in counts:
