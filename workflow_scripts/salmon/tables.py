@@ -82,6 +82,8 @@ RL_PROMPTS = Table(
 
 PROMPT_TOO_LONG = "prompt_too_long"
 """The finish reason of a prompt that leaves no room for a response, and was not sampled."""
+IMPORTED = "imported"
+"""The finish reason of a response that was sampled elsewhere, of which nobody knows why it ended."""
 
 RESPONSES = Table(
     "responses",
@@ -94,10 +96,17 @@ RESPONSES = Table(
         "finish_reason": Column(
             _STRING,
             "why the response ended: `eos` the policy ended its turn, `stop` a stop string appeared, `length` no room "
-            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response",
+            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response, `{IMPORTED}` not known: it is from "
+            "a file of `sampling.paths`",
         ),
-        "prompt_tokens": Column(pl.Int32(), "number of tokens of the whole prompt, template included"),
-        "response_tokens": Column(pl.Int32(), "number of tokens sampled, those of thinking and of the end included"),
+        "prompt_tokens": Column(
+            pl.Int32(), "number of tokens of the whole prompt, template included; null if imported", nullable=True
+        ),
+        "response_tokens": Column(
+            pl.Int32(),
+            "number of tokens sampled, those of thinking and of the end included; null if imported",
+            nullable=True,
+        ),
     },
 )
 
@@ -139,7 +148,7 @@ _RECORD = {
     ),
     "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null where none did", nullable=True),
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
-    "swapped": Column(_BOOL, "whether output_1 is response1"),
+    "swapped": Column(_BOOL, "whether output_1 is response1; null if imported", nullable=True),
     "instruction_language": Column(
         _STRING,
         "language of instruction and input (ISO 639); null if unknown, or if the language rule is off",
