@@ -259,5 +259,5 @@ def test_records_that_do_not_fit(
 def test_a_folder_is_no_response_file(tmp_path: Path) -> None:
     """Which of its files is which would be decided by a listing."""
     files = publish_responses(tmp_path, PROMPTS)
-    with pytest.raises(UserError, match="sampling.paths: .* has to be a local file"):
+    with pytest.raises(UserError, match=r"sampling\.paths: .* has to be a local file"):
         authors.read_pairs([str(tmp_path), str(files[1])], "sampling.paths")
