@@ -49,11 +49,12 @@ def checkout(rules):
 CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
-from salmon import configuration, shipped, work
+from salmon import configuration, plan, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 from salmon.identity import model_files, tokenizer_files, tokenizer_model
+from salmon.plan import Plan
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
     raise WorkflowError(f"one workflow cannot use two checkouts of SALMON, {shipped.CHECKOUT} and {CHECKOUT}")
@@ -137,34 +138,6 @@ def files_of(model, files=model_files):
     return [str(file) for file in files(folder)] or [model]
 
 
-def initial_policy():
-    """Files of the base model and the initial policy's adapter."""
-    return files_of(settings.model.base) + files_of(settings.model.adapter)
-
-
-def own_tokenizer():
-    """The initial policy's adapter, unless it is a local one without a tokenizer or chat template of its own."""
-    return tokenizer_model(settings.model).adapter
-
-
-# What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them.
-TOKENIZER = tokenizer_model(settings.model).model_dump_json(exclude_unset=True)
-
-
-def tokenizer():
-    """Files of the initial policy's tokenizer."""
-    return files_of(settings.model.base, tokenizer_files) + files_of(own_tokenizer(), tokenizer_files)
-
-
-# The model that judges, and its files.
-JUDGE_MODEL = settings.judge.model or settings.model
-
-
-def judge_model():
-    """Files of the model that judges."""
-    return files_of(JUDGE_MODEL.base) + files_of(JUDGE_MODEL.adapter)
-
-
 def deciding(section, without=()):
     """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
     return to_json({name: value for name, value in section.deciding().items() if name not in without}).decode()
@@ -179,53 +152,10 @@ def free(**sections):
     )
 
 
-# Artifacts that several runs share live in the folder of the first run that has the same settings: `<results>/` for
-# the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
+# Every artifact is built once for all runs that have in common what decides it, in the folder of the first of them:
+# `<results>/` for the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
 HOME = "(runs/[^/]+/)?"
-
-
-@cache
-def home(run, artifact):
-    """Home of a run's artifact."""
-    return configuration.home(RUNS, run, artifact)
-
-
-def path_of(artifact, run):
-    """Where a run's artifact is, which it may share with others."""
-    return f"<results>/{home(run, artifact)}{configuration.SHARED[artifact]}"
-
-
-def at_home(artifact):
-    """No input, but a refusal of the artifact under the name of a run that shares another one's."""
-
-    def check(wildcards):
-        run = run_name(wildcards)
-        if wildcards.home != home(run, artifact):
-            shared = path_of(artifact, run).replace("<results>", settings.pathvars.results)
-            raise WorkflowError(f"the {artifact} of the run {run} is {shared}: its settings are the same; name that")
-        return []
-
-    return check
-
-
-def shard_of(table, key, shards):
-    """No input, but a refusal of a shard that the table does not have."""
-
-    numbers = frozenset(map(str, range(shards)))
-
-    def check(wildcards):
-        if wildcards.shard not in numbers:
-            raise WorkflowError(
-                f"there is no shard {wildcards.shard} of the {table}: {key} is {shards}, and they are counted from 0"
-            )
-        return []
-
-    return check
-
-
-def run_settings(wildcards):
-    """Settings of the run that a job belongs to."""
-    return RUNS[run_name(wildcards)]
+PLAN = Plan(RUNS)
 
 
 def run_name(wildcards):
@@ -236,26 +166,156 @@ def run_name(wildcards):
     return name
 
 
-def reward_data(wildcards):
-    """Records that a run's reward model is trained on."""
-    return path_of("reward_data", run_name(wildcards))
+def run_settings(wildcards):
+    """Settings of the run that a job belongs to."""
+    return RUNS[run_name(wildcards)]
+
+
+def artifact(name):
+    """Input: an artifact of the job's run, wherever it is shared."""
+    return lambda wildcards: f"<results>/{PLAN.home(run_name(wildcards), name)}{configuration.ARTIFACTS[name]}"
+
+
+def at_home(name):
+    """No input, but a refusal of the artifact under the name of a run that shares another one's."""
+
+    def check(wildcards):
+        run, one = run_name(wildcards), name.format(**wildcards)
+        if wildcards.home != PLAN.home(run, one):
+            shared = PLAN.path(run, one)
+            raise WorkflowError(f"the {one} of the run {run} is {shared}: its settings are the same; name that")
+        return []
+
+    return check
+
+
+def shard_of(table, key):
+    """No input, but a refusal of a shard that the table does not have."""
+    section = key.split(".")[0]
+
+    def check(wildcards):
+        shards = getattr(run_settings(wildcards), section).shards
+        if not (wildcards.shard == "0" or wildcards.shard[0] != "0" and int(wildcards.shard) < shards):
+            raise WorkflowError(
+                f"there is no shard {wildcards.shard} of the {table}: {key} is {shards}, and they are counted from 0"
+            )
+        return []
+
+    return check
+
+
+def shards_of(table, section):
+    """Input: all shards of a table."""
+    return lambda wildcards: expand(
+        f"<results>/{table}.shards/{{shard}}.parquet",
+        shard=range(getattr(run_settings(wildcards), section).shards),
+        **wildcards,
+    )
+
+
+def setting(section, without=()):
+    """Parameter: a section of the job's run; what changes no result is left out."""
+
+    @cache
+    def of(run):
+        return deciding(getattr(RUNS[run], section), without)
+
+    return lambda wildcards: of(run_name(wildcards))
+
+
+def free_settings(*sections):
+    """Resource: what `setting` leaves out of sections, as options of a script."""
+
+    @cache
+    def of(run):
+        return free(**{section: getattr(RUNS[run], section) for section in sections})
+
+    return lambda wildcards: of(run_name(wildcards))
+
+
+@cache
+def initial_policy(run):
+    """Files of a run's base model and of the initial policy's adapter."""
+    model = RUNS[run].model
+    return files_of(model.base) + files_of(model.adapter)
+
+
+@cache
+def judge_model(run):
+    """Files of the model that judges."""
+    model = plan.judge_model(RUNS[run])
+    return files_of(model.base) + files_of(model.adapter)
+
+
+@cache
+def judge_settings(run):
+    """The model that judges, as a parameter."""
+    return deciding(plan.judge_model(RUNS[run]))
+
+
+@cache
+def judge_free(run):
+    """What `judge_settings` and the section `judge` leave out, as options of a script."""
+    judge = RUNS[run].judge
+    return free(model=plan.judge_model(RUNS[run]), judge=judge.model_copy(update={"model": None}))
+
+
+@cache
+def base_model(run):
+    """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""
+    model = RUNS[run].model
+    return files_of(model.base) + files_of(tokenizer_model(model).adapter, tokenizer_files)
+
+
+@cache
+def tokenizer(run):
+    """Files of the initial policy's tokenizer."""
+    model = tokenizer_model(RUNS[run].model)
+    return files_of(model.base, tokenizer_files) + files_of(model.adapter, tokenizer_files)
+
+
+@cache
+def tokenizer_settings(run):
+    """What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them."""
+    return tokenizer_model(RUNS[run].model).model_dump_json(exclude_unset=True)
 
 
 def pmp_model(wildcards):
-    """Reward model that a run's reward model starts from, if any."""
-    if run_settings(wildcards).reward_model.init == "base":
-        return []
-    return path_of("pmp", run_name(wildcards))
+    """Input: the reward model that a run's reward model starts from, if any."""
+    return artifact("pmp")(wildcards) if run_settings(wildcards).reward_model.init == "pmp" else []
 
 
-def reward_model_of(wildcards):
-    """Reward model that a run's policy is trained against."""
-    return path_of("reward_model", run_name(wildcards))
+@cache
+def checked_sections(run):
+    """What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway."""
+    config = RUNS[run]
+    training = {"lora": config.lora, "scoring": config.scoring}
+    return {
+        "sampling": {"model": config.model, "policy_prompt": config.policy_prompt, "sampling": config.sampling},
+        "judging": {"model": plan.judge_model(config), "judge": config.judge},
+        "training": {
+            "model": config.model.without_adapter(),
+            "tokenizer": tokenizer_model(config.model),
+            **training,
+        },
+        "rl": {
+            "model": config.model,
+            "policy_prompt": config.policy_prompt,
+            **training,
+            "ppo": configuration.texts_of(config.ppo),
+        },
+    }
 
 
-def rl_prompts_of(wildcards):
-    """Prompts that a run's policy is trained on."""
-    return path_of("rl_prompts", run_name(wildcards))
+def checked_files(wildcards):
+    """Input: the files that a part of the check reads."""
+    run, config = run_name(wildcards), run_settings(wildcards)
+    return {
+        "sampling": [*initial_policy(run), *config.policy_prompt.files],
+        "judging": [*judge_model(run), config.judge.template, config.judge.principles],
+        "training": base_model(run),
+        "rl": [*initial_policy(run), *config.policy_prompt.files, config.ppo.template],
+    }[wildcards.part]
 
 
 # What `make_demo_data` writes besides its manifest.
@@ -265,8 +325,19 @@ DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
 
 def demo_world(wildcards):
     """No input, but a refusal of other data: the oracles measure texts of the demo's world only."""
+    differing = [
+        (run, key)
+        for run, config in RUNS.items()
+        for key in ("model", "policy_prompt", "lora", "scoring", "judge")
+        if getattr(config, key) != getattr(settings, key)
+    ]
+    if differing:
+        run, key = differing[0]
+        raise WorkflowError(
+            f"evaluation measures runs of one initial policy and judge, and runs.{run}.{key} is another"
+        )
     made = {f"{settings.pathvars.results}/data/{file}" for file in DEMO_DATA}
-    for name, source in settings.prompts.sources.items():
+    for name, source in (pair for config in RUNS.values() for pair in config.prompts.sources.items()):
         if foreign := sorted(set(source.paths) - made):
             raise WorkflowError(
                 "evaluation measures the demo's world with the demo's oracles, and "

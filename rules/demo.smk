@@ -35,8 +35,8 @@ rule train_demo_policy:
 
 rule evaluate_demo:
     input:
-        model=initial_policy(),
-        reward_model=reward_model_of,
+        model=initial_policy("default"),
+        reward_model=artifact("reward_model"),
         pmp=pmp_model,
         policies=expand("<results>/runs/{run}/policy", run=RUNS),
         templates=[settings.judge.template, settings.reward_model.template, *settings.policy_prompt.files],

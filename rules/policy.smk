@@ -3,12 +3,15 @@
 
 rule train_policy:
     input:
-        prompts=rl_prompts_of,
-        reward_model=reward_model_of,
+        prompts=artifact("rl_prompts"),
+        reward_model=artifact("reward_model"),
         principles=lambda wildcards: run_settings(wildcards).ppo.principles,
-        templates=lambda wildcards: [run_settings(wildcards).ppo.template, *settings.policy_prompt.files],
-        model=initial_policy(),
-        checked="<results>/check_model/rl",
+        templates=lambda wildcards: [
+            run_settings(wildcards).ppo.template,
+            *run_settings(wildcards).policy_prompt.files,
+        ],
+        model=lambda wildcards: initial_policy(run_name(wildcards)),
+        checked=artifact("check_rl"),
     output:
         directory("<results>/runs/{run}/policy"),
     log:
@@ -25,13 +28,13 @@ rule train_policy:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
-        free=lambda wildcards: free(model=settings.model, ppo=run_settings(wildcards).ppo),
+        free=free_settings("model", "ppo"),
     params:
-        model=deciding(settings.model),
-        lora=deciding(settings.lora),
-        policy_prompt=deciding(settings.policy_prompt),
-        ppo=lambda wildcards: deciding(run_settings(wildcards).ppo),
-        scoring=deciding(settings.scoring),
+        model=setting("model"),
+        lora=setting("lora"),
+        policy_prompt=setting("policy_prompt"),
+        ppo=setting("ppo"),
+        scoring=setting("scoring"),
     shell:
         f"{LAUNCH}/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"

@@ -3,19 +3,21 @@
 
 rule sample_responses:
     input:
-        prompts=rules.clean_prompts.output.table,
-        model=initial_policy(),
-        template=settings.policy_prompt.files,
-        checked="<results>/check_model/sampling",
-        shard=shard_of("responses", "sampling.shards", settings.sampling.shards),
+        prompts=artifact("prompts"),
+        model=lambda wildcards: initial_policy(run_name(wildcards)),
+        template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
+        checked=artifact("check_sampling"),
+        shard=shard_of("responses", "sampling.shards"),
+        home=at_home("response{index}"),
     output:
-        table="<results>/responses/response{index}.shards/{shard}.parquet",
-        manifest="<results>/responses/response{index}.shards/{shard}.manifest.json",
+        table="<results>/{home}responses/response{index}.shards/{shard}.parquet",
+        manifest="<results>/{home}responses/response{index}.shards/{shard}.manifest.json",
     log:
-        "<logs>/sample_responses/response{index}.{shard}.log",
+        "<logs>/{home}sample_responses/response{index}.{shard}.log",
     benchmark:
-        "<benchmarks>/sample_responses/response{index}.{shard}.tsv"
+        "<benchmarks>/{home}sample_responses/response{index}.{shard}.tsv"
     wildcard_constraints:
+        home=HOME,
         index="[01]",
         shard=r"\d+",
     conda:
@@ -26,12 +28,12 @@ rule sample_responses:
         ranks=1,
         batch_size=32,
         tensor_parallel="false",
-        free=free(model=settings.model, sampling=settings.sampling),
+        free=free_settings("model", "sampling"),
     params:
-        model=deciding(settings.model),
-        sampling=deciding(settings.sampling),
-        shards=settings.sampling.shards,  # decides which rows are in a shard
-        policy_prompt=deciding(settings.policy_prompt),
+        model=setting("model"),
+        sampling=setting("sampling"),
+        shards=lambda wildcards: run_settings(wildcards).sampling.shards,  # decides which rows are in a shard
+        policy_prompt=setting("policy_prompt"),
     shell:
         f"{LAUNCH}/sample_responses.py"
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
@@ -42,21 +44,23 @@ rule sample_responses:
 
 rule judge_preferences:
     input:
-        response0="<results>/responses/response0.parquet",
-        response1="<results>/responses/response1.parquet",
-        principles=settings.judge.principles,
-        template=settings.judge.template,
-        model=judge_model(),
-        checked="<results>/check_model/judging",
-        shard=shard_of("judgements", "judge.shards", settings.judge.shards),
+        response0=artifact("response0"),
+        response1=artifact("response1"),
+        principles=lambda wildcards: run_settings(wildcards).judge.principles,
+        template=lambda wildcards: run_settings(wildcards).judge.template,
+        model=lambda wildcards: judge_model(run_name(wildcards)),
+        checked=artifact("check_judging"),
+        shard=shard_of("judgements", "judge.shards"),
+        home=at_home("preferences"),
     output:
-        table="<results>/preferences/preferences.shards/{shard}.parquet",
-        manifest="<results>/preferences/preferences.shards/{shard}.manifest.json",
+        table="<results>/{home}preferences/preferences.shards/{shard}.parquet",
+        manifest="<results>/{home}preferences/preferences.shards/{shard}.manifest.json",
     log:
-        "<logs>/judge_preferences/{shard}.log",
+        "<logs>/{home}judge_preferences/{shard}.log",
     benchmark:
-        "<benchmarks>/judge_preferences/{shard}.tsv"
+        "<benchmarks>/{home}judge_preferences/{shard}.tsv"
     wildcard_constraints:
+        home=HOME,
         shard=r"\d+",
     conda:
         "../envs/model.yaml"
@@ -66,11 +70,11 @@ rule judge_preferences:
         ranks=1,
         batch_size=4,
         tensor_parallel="false",
-        free=free(model=JUDGE_MODEL, judge=settings.judge.model_copy(update={"model": None})),
+        free=lambda wildcards: judge_free(run_name(wildcards)),
     params:
-        model=deciding(JUDGE_MODEL),
-        judge=deciding(settings.judge, without={"model"}),
-        shards=settings.judge.shards,  # decides which rows are in a shard
+        model=lambda wildcards: judge_settings(run_name(wildcards)),
+        judge=setting("judge", without=("model",)),
+        shards=lambda wildcards: run_settings(wildcards).judge.shards,  # decides which rows are in a shard
     shell:
         f"{LAUNCH}/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
@@ -81,20 +85,22 @@ rule judge_preferences:
 
 rule gather_responses:
     input:
-        expand("<results>/responses/response{{index}}.shards/{shard}.parquet", shard=range(settings.sampling.shards)),
+        shards=shards_of("{home}responses/response{index}", "sampling"),
+        home=at_home("response{index}"),
     output:
-        table="<results>/responses/response{index}.parquet",
-        manifest="<results>/responses/response{index}.manifest.json",
+        table="<results>/{home}responses/response{index}.parquet",
+        manifest="<results>/{home}responses/response{index}.manifest.json",
     log:
-        "<logs>/gather_responses/{index}.log",
+        "<logs>/{home}gather_responses/{index}.log",
     benchmark:
-        "<benchmarks>/gather_responses/{index}.tsv"
+        "<benchmarks>/{home}gather_responses/{index}.tsv"
     wildcard_constraints:
+        home=HOME,
         index="[01]",
     conda:
         "../envs/data.yaml"
     params:
-        shards=lambda wildcards, input: json.dumps(list(input)),
+        shards=lambda wildcards, input: json.dumps(list(input.shards)),
     shell:
         f"python {SCRIPTS}/gather_shards.py" " --shards {params.shards:q} --output {output.table:q} > {log:q} 2>&1"
 
@@ -102,22 +108,23 @@ rule gather_responses:
 # The same, of the other scattered table.
 use rule gather_responses as gather_preferences with:
     input:
-        expand("<results>/preferences/preferences.shards/{shard}.parquet", shard=range(settings.judge.shards)),
+        shards=shards_of("{home}preferences/preferences", "judge"),
+        home=at_home("preferences"),
     output:
-        table="<results>/preferences/preferences.parquet",
-        manifest="<results>/preferences/preferences.manifest.json",
+        table="<results>/{home}preferences/preferences.parquet",
+        manifest="<results>/{home}preferences/preferences.manifest.json",
     log:
-        "<logs>/gather_preferences.log",
+        "<logs>/{home}gather_preferences.log",
     benchmark:
-        "<benchmarks>/gather_preferences.tsv"
+        "<benchmarks>/{home}gather_preferences.tsv"
 
 
 rule aggregate_preferences:
     input:
-        preferences="<results>/preferences/preferences.parquet",
-        response0="<results>/responses/response0.parquet",
-        response1="<results>/responses/response1.parquet",
-        principles=settings.judge.principles,
+        preferences=artifact("preferences"),
+        response0=artifact("response0"),
+        response1=artifact("response1"),
+        principles=lambda wildcards: run_settings(wildcards).judge.principles,
         home=at_home("reward_data"),
     output:
         table="<results>/{home}reward_data/principle_preferences.parquet",
@@ -131,8 +138,8 @@ rule aggregate_preferences:
     conda:
         "../envs/data.yaml"
     params:
-        aggregation=lambda wildcards: deciding(run_settings(wildcards).aggregation),
-        turn_markers=json.dumps(settings.judge.turn_markers),
+        aggregation=setting("aggregation"),
+        turn_markers=lambda wildcards: json.dumps(run_settings(wildcards).judge.turn_markers),
     shell:
         f"python {SCRIPTS}/aggregate_preferences.py"
         " --preferences {input.preferences:q} --response0 {input.response0:q} --response1 {input.response1:q}"

@@ -3,18 +3,21 @@
 
 rule clean_prompts:
     input:
-        source_files(settings.prompts.sources),
+        sources=lambda wildcards: source_files(run_settings(wildcards).prompts.sources),
+        home=at_home("prompts"),
     output:
-        table="<results>/prompts/oasst1.parquet",
-        manifest="<results>/prompts/oasst1.manifest.json",
+        table="<results>/{home}prompts/oasst1.parquet",
+        manifest="<results>/{home}prompts/oasst1.manifest.json",
     log:
-        "<logs>/clean_prompts.log",
+        "<logs>/{home}clean_prompts.log",
     benchmark:
-        "<benchmarks>/clean_prompts.tsv"
+        "<benchmarks>/{home}clean_prompts.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/data.yaml"
     params:
-        prompts=deciding(settings.prompts),
+        prompts=setting("prompts"),
     shell:
         f"python {SCRIPTS}/clean_prompts.py" " --output {output.table:q} --prompts {params.prompts:q} > {log:q} 2>&1"
 
@@ -22,7 +25,7 @@ rule clean_prompts:
 rule clean_rl_prompts:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).rl_prompts.sources),
-        tokenizer=tokenizer(),
+        tokenizer=lambda wildcards: tokenizer(run_name(wildcards)),
         home=at_home("rl_prompts"),
     output:
         table="<results>/{home}prompts/rl.parquet",
@@ -36,8 +39,8 @@ rule clean_rl_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        rl_prompts=lambda wildcards: deciding(run_settings(wildcards).rl_prompts),
-        model=TOKENIZER,
+        rl_prompts=setting("rl_prompts"),
+        model=lambda wildcards: tokenizer_settings(run_name(wildcards)),
     shell:
         f"python {SCRIPTS}/clean_rl_prompts.py"
         " --output {output.table:q} --rl-prompts {params.rl_prompts:q} --model {params.model:q} > {log:q} 2>&1"

@@ -3,30 +3,32 @@
 
 rule clean_pmp_data:
     input:
-        source_files(settings.pmp_data.sources),
+        sources=lambda wildcards: source_files(run_settings(wildcards).pmp_data.sources),
+        home=at_home("pmp_data"),
     output:
-        table="<results>/reward_data/pmp.parquet",
-        manifest="<results>/reward_data/pmp.manifest.json",
+        table="<results>/{home}reward_data/pmp.parquet",
+        manifest="<results>/{home}reward_data/pmp.manifest.json",
     log:
-        "<logs>/clean_pmp_data.log",
+        "<logs>/{home}clean_pmp_data.log",
     benchmark:
-        "<benchmarks>/clean_pmp_data.tsv"
+        "<benchmarks>/{home}clean_pmp_data.tsv"
+    wildcard_constraints:
+        home=HOME,
     conda:
         "../envs/data.yaml"
     params:
-        pmp_data=deciding(settings.pmp_data),
+        pmp_data=setting("pmp_data"),
     shell:
         f"python {SCRIPTS}/clean_pmp_data.py" " --output {output.table:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
 
 
 rule train_reward_model:
     input:
-        records=reward_data,
+        records=artifact("reward_data"),
         init=pmp_model,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
-        model=files_of(settings.model.base),
-        tokenizer=files_of(own_tokenizer(), tokenizer_files),
-        checked="<results>/check_model/training",
+        model=lambda wildcards: base_model(run_name(wildcards)),
+        checked=artifact("check_training"),
         home=at_home("reward_model"),
     output:
         directory("<results>/{home}models/reward_model"),
@@ -45,15 +47,15 @@ rule train_reward_model:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
-        free=lambda wildcards: free(model=settings.model, reward_model=run_settings(wildcards).reward_model),
+        free=free_settings("model", "reward_model"),
     params:
         init=lambda wildcards, input: f"--init {shlex.quote(input.init)}" if input.init else "",
-        model=deciding(settings.model, without=("adapter", "adapter_revision")),
-        lora=deciding(settings.lora),
-        tokenizer=TOKENIZER,
-        scoring=deciding(settings.scoring),
+        model=setting("model", without=("adapter", "adapter_revision")),
+        lora=setting("lora"),
+        tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
+        scoring=setting("scoring"),
         stage="reward-model",
-        settings=lambda wildcards: deciding(run_settings(wildcards).reward_model, without={"init"}),
+        settings=setting("reward_model", without=("init",)),
     shell:
         f"{LAUNCH}/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
@@ -66,12 +68,11 @@ rule train_reward_model:
 # The same training with other data, starting from the base model.
 use rule train_reward_model as train_pmp with:
     input:
-        records=rules.clean_pmp_data.output.table,
+        records=artifact("pmp_data"),
         init=[],
         template=lambda wildcards: run_settings(wildcards).pmp.template,
-        model=files_of(settings.model.base),
-        tokenizer=files_of(own_tokenizer(), tokenizer_files),
-        checked="<results>/check_model/training",
+        model=lambda wildcards: base_model(run_name(wildcards)),
+        checked=artifact("check_training"),
         home=at_home("pmp"),
     output:
         directory("<results>/{home}models/pmp"),
@@ -85,12 +86,12 @@ use rule train_reward_model as train_pmp with:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
-        free=lambda wildcards: free(model=settings.model, pmp=run_settings(wildcards).pmp),
+        free=free_settings("model", "pmp"),
     params:
         init="",
-        model=deciding(settings.model, without=("adapter", "adapter_revision")),
-        lora=deciding(settings.lora),
-        tokenizer=TOKENIZER,
-        scoring=deciding(settings.scoring),
+        model=setting("model", without=("adapter", "adapter_revision")),
+        lora=setting("lora"),
+        tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
+        scoring=setting("scoring"),
         stage="pmp",
-        settings=lambda wildcards: deciding(run_settings(wildcards).pmp),
+        settings=setting("pmp"),

@@ -187,13 +187,24 @@ def test_a_run_is_the_configuration_with_what_it_sets_differently(raw: dict[str,
         ({"ppo": {"principles": "nowhere.json"}}, ["runs.mine.ppo.principles: ", "nowhere.json"]),
         ({"ppo": {"minibatch_size": 100}}, ["runs.mine.ppo.rollout_batch_size: 576", "ppo.minibatch_size 100"]),
         ({"rl_prompts": {"sources": {"a": {"path": 5}}}}, ["runs.mine.rl_prompts.sources.a.path: "]),
-        ({"judge": {"shards": 2}}, ["runs.mine.judge: unknown key", "'aggregation'", "'ppo'"]),
+        ({"judge": {"min_characters": -1}}, ["runs.mine.judge.min_characters: "]),
+        ({"targets": ["pmp"]}, ["runs.mine.targets: unknown key", "'aggregation'", "'ppo'"]),
     ],
 )
 def test_errors_of_a_run_name_it(raw: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load(set_key(raw, "runs.mine", changes), ROOT)
     check_lines(str(error.value), said)
+
+
+@pytest.mark.parametrize(("name", "possible"), [("lr-1e-5", True), ("a", True), ("-a", False), ("a/b", False)])
+def test_names_of_runs(raw: dict[str, Any], name: str, possible: bool) -> None:
+    changed = {**raw, "runs": {"default": {}, name: {}}}
+    if possible:
+        assert name in load(changed, ROOT)
+    else:
+        with pytest.raises(UserError, match="not a possible name"):
+            load(changed, ROOT)
 
 
 def test_errors_of_all_runs_are_reported_at_once(raw: dict[str, Any]) -> None:

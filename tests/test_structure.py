@@ -132,7 +132,7 @@ def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"prompts": {"sources": {"mine": {"format": "parquet"}}}}, schema)
     jsonschema.validate({"runs": {"mine": {"ppo": {"clip": 0.1}}, "other": None}}, schema)
-    for changes in ({"ppo": {"clipp": 0.2}}, {"judge": {}}, {"rl_prompts": {"sources": {"mine": {"limit": 0}}}}):
+    for changes in ({"ppo": {"clipp": 0.2}}, {"targets": []}, {"rl_prompts": {"sources": {"mine": {"limit": 0}}}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"runs": {"mine": changes}}, schema)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -110,6 +111,41 @@ def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert counts["train_pmp"] == 1
     assert counts["clean_rl_prompts"] == 2  # one with red-teaming questions, for the harmless run
     assert counts["judge_preferences"] == 8
+
+
+SAMPLED = {"sample_responses", "gather_responses"}
+JUDGED = {"judge_preferences", "gather_preferences"}
+TRAINED = {"train_reward_model", "train_policy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({"sampling": {"temperature": 1.0}}, {"check_model", *SAMPLED, *JUDGED, "aggregate_preferences", *TRAINED}),
+        ({"judge": {"min_characters": 1}}, {"check_model", *JUDGED, "aggregate_preferences", *TRAINED}),
+        ({"judge": {"shards": 2}, "sampling": {"shards": 1}}, {"train_policy"}),  # changes no result
+        ({"aggregation": {"agreement": "mean"}}, {"aggregate_preferences", *TRAINED}),
+        ({"lora": {"r": 8}}, {"check_model", "train_pmp", *TRAINED}),
+        ({"model": {"adapter": "mine/policy"}}, {*PARENTS} - {"clean_prompts", "clean_pmp_data"}),
+        (
+            {"prompts": {"sources": {"oasst1": {"limit": 9}}}},
+            {"clean_prompts", *SAMPLED, *JUDGED, "aggregate_preferences", *TRAINED},
+        ),
+        ({"pmp_data": {"min_score_ratio": 3.0}}, {"clean_pmp_data", "train_pmp", *TRAINED}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_run_may_change_every_section_and_shares_the_rest(
+    changes: dict[str, Any], own: set[str], tmp_path: Path
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"runs": {"a-1": changes}}))
+    targets = [f"{tmp_path}/runs/{run}/policy" for run in ("default", "a-1")]
+    run = snakemake("-n", *targets, "--configfile", str(overlay), *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    found = jobs(run.stdout + run.stderr)
+    default = {"check_model": 4, "sample_responses": 8, "gather_responses": 2, "judge_preferences": 8}
+    assert {rule for rule in found if found[rule] > default.get(rule, 1)} == own
 
 
 def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,16 +70,23 @@ class Drawn:
     output_2_language: str | None
 
 
-def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def scaled_scores(
+    s12: npt.NDArray[np.float64],
+    s21: npt.NDArray[np.float64],
+    agreement: Literal["both_orders", "mean"] = "both_orders",
+) -> npt.NDArray[np.float64]:
     """Scores of one principle over all pairs, on a scale that principles share (reference step 2).
 
     m_i = (s12_i + s21_i) / 2, and score_i = m_i / Var where both orders agree, that is s12_i * s21_i > 0, else 0.
+    Where the mean is wanted, score_i = m_i / Var throughout: what the judge adds to the output that it reads first is
+    in s12 and, with the other sign, in s21.
     Var is the population variance of all s12 and s21 pooled, those included whose score becomes 0. So a principle that
     the judge decides by position has a large variance and seldom dominates.
 
     Args:
         s12: logit(a) - logit(b) with output 1 as (a), shape [pairs].
         s21: logit(b) - logit(a) with output 2 as (a), shape [pairs].
+        agreement: whether both orders have to agree (`aggregation.agreement`).
 
     Returns:
         Scores, shape [pairs]; above 0 they favour output 1.
@@ -90,7 +97,7 @@ def scaled_scores(s12: npt.NDArray[np.float64], s21: npt.NDArray[np.float64]) ->
     pooled = np.concatenate([s12, s21])
     if pooled.size == 0 or pooled.min() == pooled.max():
         raise ValueError("no variance")
-    agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0))
+    agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0)) | (agreement == "mean")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scaled: npt.NDArray[np.float64] = np.where(agree, (s12 + s21) / 2 / pooled.var(), 0.0)
     if not np.isfinite(scaled).all():  # scores so near to each other that their variance is rounded to nothing
@@ -182,7 +189,9 @@ def draw_record(
     )
 
 
-def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float64]]:
+def read_scores(
+    path: Path, dimensions: Sequence[str], agreement: Literal["both_orders", "mean"] = "both_orders"
+) -> tuple[list[str], npt.NDArray[np.float64]]:
     """Read the judgements of the given principles and scale them.
 
     Returns:
@@ -228,7 +237,7 @@ def read_scores(path: Path, dimensions: Sequence[str]) -> tuple[list[str], npt.N
             )
         ids = here
         try:
-            columns.append(scaled_scores(judged["s12"].to_numpy(), judged["s21"].to_numpy()))
+            columns.append(scaled_scores(judged["s12"].to_numpy(), judged["s21"].to_numpy(), agreement))
         except ValueError:
             raise UserError(
                 f"{path}: dimension {dimension} has the same score for all {len(ids)} pairs, so that it cannot be "
@@ -342,7 +351,7 @@ def aggregate(
             "correct the name, or define it in the principle file"
         )
     shown = [by_name[name] for name in settings.dimensions]
-    ids, scores = read_scores(preferences, settings.dimensions)
+    ids, scores = read_scores(preferences, settings.dimensions, settings.agreement)
     sampled = check_responses(response0, response1)
     lost = sorted(set(ids).difference(sampled["prompt_id"]))
     if lost:

@@ -373,6 +373,11 @@ class Aggregation(Section):
     )
     max_principles: Count = Field(8, description="largest number of principles shown; a larger one is drawn again")
     negation_probability: Probability = Field(0.5, description="probability with which a principle shown is negated")
+    agreement: Literal["both_orders", "mean"] = Field(
+        "both_orders",
+        description="`both_orders`: a principle prefers neither output where the judge's two orders disagree, as in "
+        "the paper; `mean`: the mean of both orders counts, in which a judge's liking for a position cancels out",
+    )
     decision: Literal["dominant", "sum"] = Field(
         "dominant", description="what decides a pair: the largest |score| of the principles shown, or the sum of all"
     )

@@ -37,15 +37,38 @@ from salmon.identity import context_limit, read_config
 
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
-RunSection = Literal["aggregation", "pmp", "reward_model", "rl_prompts", "ppo"]
-Shared = Literal["reward_data", "pmp", "reward_model", "rl_prompts"]
-SHARED: dict[Shared, str] = {
+RunSection = Literal[
+    "model",
+    "policy_prompt",
+    "prompts",
+    "sampling",
+    "judge",
+    "aggregation",
+    "pmp_data",
+    "lora",
+    "scoring",
+    "pmp",
+    "reward_model",
+    "rl_prompts",
+    "ppo",
+]
+ARTIFACTS = {
+    "check_sampling": "check_model/sampling",
+    "check_judging": "check_model/judging",
+    "check_training": "check_model/training",
+    "check_rl": "check_model/rl",
+    "prompts": "prompts/oasst1.parquet",
+    "response0": "responses/response0.parquet",
+    "response1": "responses/response1.parquet",
+    "preferences": "preferences/preferences.parquet",
     "reward_data": "reward_data/principle_preferences.parquet",
+    "pmp_data": "reward_data/pmp.parquet",
     "pmp": "models/pmp",
     "reward_model": "models/reward_model",
     "rl_prompts": "prompts/rl.parquet",
+    "policy": "policy",
 }
-"""Artifacts that runs share where their settings are the same, below `home`."""
+"""Name of an artifact -> its path below the results' folder, or that of a run."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +85,20 @@ class Target:
 
 
 TARGETS = {
-    "prompts": Target("prompts/oasst1.parquet", "`clean_prompts`, from OASST1"),
-    "response0": Target(
-        "responses/response0.parquet", "`sample_responses`, one answer per prompt, scattered over shards"
-    ),
-    "response1": Target("responses/response1.parquet", "the same with another seed"),
+    "prompts": Target(ARTIFACTS["prompts"], "`clean_prompts`, from OASST1"),
+    "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, scattered over shards"),
+    "response1": Target(ARTIFACTS["response1"], "the same with another seed"),
     "preferences": Target(
-        "preferences/preferences.parquet",
+        ARTIFACTS["preferences"],
         "`judge_preferences`, both orders of each pair under each principle, scattered over shards",
     ),
-    "reward_data": Target(
-        "reward_data/principle_preferences.parquet", "`aggregate_preferences`, principles drawn and negated at random"
+    "reward_data": Target(ARTIFACTS["reward_data"], "`aggregate_preferences`, principles drawn and negated at random"),
+    "pmp_data": Target(ARTIFACTS["pmp_data"], "`clean_pmp_data`, from SHP and HH-RLHF"),
+    "pmp": Target(ARTIFACTS["pmp"], "`train_pmp`, the reward model before it knows principles"),
+    "reward_model": Target(ARTIFACTS["reward_model"], "`train_reward_model`, starting from `pmp`"),
+    "rl_prompts": Target(
+        ARTIFACTS["rl_prompts"], "`clean_rl_prompts`, from ShareGPT, Dolly, OASST1, OpenOrca and MATH"
     ),
-    "pmp_data": Target("reward_data/pmp.parquet", "`clean_pmp_data`, from SHP and HH-RLHF"),
-    "pmp": Target("models/pmp", "`train_pmp`, the reward model before it knows principles"),
-    "reward_model": Target("models/reward_model", "`train_reward_model`, starting from `pmp`"),
-    "rl_prompts": Target("prompts/rl.parquet", "`clean_rl_prompts`, from ShareGPT, Dolly, OASST1, OpenOrca and MATH"),
     "policy": Target("runs/default/policy", "`train_policy`, PPO"),
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
     "evaluation": Target("evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
@@ -112,7 +133,7 @@ class Config(Section):
     reward_model: RewardModel = Field(description="the reward model's principle-following stage")
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
     ppo: Ppo = Field(description="RL")
-    runs: dict[Annotated[str, Field(pattern=r"^\w+$")], dict[RunSection, dict[str, Any]]] = Field(
+    runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )
 
@@ -216,34 +237,6 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
-
-
-def made_of(artifact: Shared, run: Config) -> tuple[RunSection, ...]:
-    """The sections that an artifact depends on, of those that runs may set differently."""
-    if artifact == "reward_data":
-        return ("aggregation",)
-    if artifact == "reward_model":
-        return (
-            ("aggregation", "reward_model", "pmp")
-            if run.reward_model.init == "pmp"
-            else ("aggregation", "reward_model")
-        )
-    return (artifact,)
-
-
-def home(runs: Mapping[str, Config], run: str, artifact: Shared) -> str:
-    """Where a run's artifact is that other runs may share: the folder of the first run that has the same settings.
-
-    Returns:
-        The part of the path after the results' folder: empty for the default run, `runs/NAME/` for another.
-    """
-    sections = made_of(artifact, runs[run])
-
-    def settings(name: str) -> list[Any]:
-        return [getattr(runs[name], section).deciding() for section in sections]
-
-    owner = next(name for name in runs if settings(name) == settings(run))
-    return "" if owner == "default" else f"runs/{owner}/"
 
 
 def target_paths(runs: Mapping[str, Config], target: str) -> list[str]:

@@ -9,28 +9,38 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from salmon import artifacts, configuration, provenance, tables
 from salmon.checked import Manifest, rows_counted
 from salmon.config import is_local
-from salmon.configuration import SHARED, TARGETS, Config, Shared, field_of
+from salmon.configuration import TARGETS, Config, field_of
 from salmon.errors import UserError
-from salmon.identity import tokenizer_model
+from salmon.plan import CHECKED, NAMES, SCATTERED, Name, Plan
 from salmon.provenance import Input, Origin
 from salmon.shards import OF_ONE_SHARD
 from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
-CHECKED = {
-    "sample_responses": "sampling",
-    "judge_preferences": "judging",
-    "train_pmp": "training",
-    "train_reward_model": "training",
-    "train_policy": "rl",
+RULES: dict[Name, str] = {
+    "check_sampling": "check_model",
+    "check_judging": "check_model",
+    "check_training": "check_model",
+    "check_rl": "check_model",
+    "prompts": "clean_prompts",
+    "response0": "gather_responses",
+    "response1": "gather_responses",
+    "preferences": "gather_preferences",
+    "reward_data": "aggregate_preferences",
+    "pmp_data": "clean_pmp_data",
+    "pmp": "train_pmp",
+    "reward_model": "train_reward_model",
+    "rl_prompts": "clean_rl_prompts",
+    "policy": "train_policy",
 }
-"""Rule -> the part of `check_model` that comes before it."""
+"""Artifact -> the rule that makes it."""
 NOT_SET = object()
 
 
@@ -43,12 +53,14 @@ class Artifact:
         rule: which makes it.
         origin: what decides it; None where that is not in the configuration.
         whole: of a shard, the table that it is a part of.
+        checked: the part of `check_model` that comes before it, or before its shards.
     """
 
     path: str
     rule: str
     origin: Origin | None
     whole: str | None = None
+    checked: str | None = None
 
     @property
     def manifest(self) -> Path:
@@ -100,107 +112,33 @@ def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
 
 
 def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
-    config = runs["default"]
-    results, model = config.pathvars.results, config.model
-    tokenizer, bare = tokenizer_model(model), model.without_adapter()
-    judge_model = config.judge.model or model
-
-    def shared(run: str, name: Shared) -> str:
-        return f"{results}/{configuration.home(runs, run, name)}{SHARED[name]}"
-
-    def shards(table: str, rule: str, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
-        """The shards that are there, and their table."""
-        folder = Path(table).with_suffix(".shards")
-        numbers = sorted(int(file.stem) for file in folder.glob("*.parquet") if file.stem.isdigit())
-        yield from (Artifact(f"{folder}/{number}.parquet", rule, origin(number), table) for number in numbers)
-        gather = "gather_responses" if rule == "sample_responses" else "gather_preferences"
-        parts = tuple(Input(f"{folder}/{number}.parquet", "file") for number in numbers)
-        gathered = provenance.gather_shards(origin(0))
-        yield Artifact(table, gather, replace(gathered, inputs=(*gathered.inputs, *parts)))
-
+    config, plan = runs["default"], Plan(runs)
+    results = config.pathvars.results
     made = {path for run in runs.values() for path in _source_paths(run) if path.startswith(f"{results}/data/")}
     if made:
         yield Artifact(f"{results}/data", "make_demo_data", Origin({"seed": config.seed}))
-    if model.base == f"{results}/demo_policy" or "demo_policy" in config.targets:
+    bases = {run.model.base for run in runs.values()}
+    if f"{results}/demo_policy" in bases or "demo_policy" in config.targets:
         yield Artifact(f"{results}/demo_policy", "train_demo_policy", None)
-    for part, of in {"sampling": model, "judging": judge_model, "training": bare, "rl": model}.items():
-        origin = provenance.check_model(
-            [part],
-            model=of,
-            policy_prompt=config.policy_prompt,
-            sampling=config.sampling,
-            judge=config.judge,
-            lora=config.lora,
-            scoring=config.scoring,
-            tokenizer=tokenizer,
-            ppo=configuration.texts_of(config.ppo),
-        )
-        yield Artifact(f"{results}/check_model/{part}", "check_model", origin)
-
-    prompts = f"{results}/{TARGETS['prompts'].artifact}"
-    yield Artifact(prompts, "clean_prompts", provenance.clean_prompts(config.prompts))
-    response0, response1 = (f"{results}/{TARGETS[name].artifact}" for name in ("response0", "response1"))
-    for index, table in enumerate((response0, response1)):
-
-        def sampled(shard: int, index: int = index) -> Origin:
-            return provenance.sample_responses(
-                prompts, index, shard, model=model, sampling=config.sampling, policy_prompt=config.policy_prompt
-            )
-
-        yield from shards(table, "sample_responses", sampled)
-    preferences = f"{results}/{TARGETS['preferences'].artifact}"
-
-    def judged(shard: int) -> Origin:
-        origin = provenance.judge_preferences(
-            response0, response1, config.judge.principles, shard, model=judge_model, judge=config.judge
-        )
-        return replace(origin, keys={**origin.keys, "model": "judge.model"}) if config.judge.model else origin
-
-    yield from shards(preferences, "judge_preferences", judged)
-    for name, run in runs.items():
-        aggregated = provenance.aggregate_preferences(
-            preferences,
-            response0,
-            response1,
-            config.judge.principles,
-            aggregation=run.aggregation,
-            turn_markers=config.judge.turn_markers,
-        )
-        yield Artifact(shared(name, "reward_data"), "aggregate_preferences", aggregated)
-    pmp_data = f"{results}/{TARGETS['pmp_data'].artifact}"
-    yield Artifact(pmp_data, "clean_pmp_data", provenance.clean_pmp_data(config.pmp_data))
-    training: dict[str, Any] = {"model": bare, "tokenizer": tokenizer, "lora": config.lora, "scoring": config.scoring}
-    for name, run in runs.items():
-        if run.reward_model.init == "pmp":
-            origin = provenance.train_reward_model(pmp_data, None, stage="pmp", settings=run.pmp, **training)
-            yield Artifact(shared(name, "pmp"), "train_pmp", origin)
-    for name, run in runs.items():
-        init = shared(name, "pmp") if run.reward_model.init == "pmp" else None
-        origin = provenance.train_reward_model(
-            shared(name, "reward_data"), init, stage="reward_model", settings=run.reward_model, **training
-        )
-        yield Artifact(shared(name, "reward_model"), "train_reward_model", origin)
-    for name, run in runs.items():
-        origin = provenance.clean_rl_prompts(run.rl_prompts, tokenizer)
-        yield Artifact(shared(name, "rl_prompts"), "clean_rl_prompts", origin)
-    policies = {name: f"{results}/runs/{name}/policy" for name in runs}
-    for name, run in runs.items():
-        origin = provenance.train_policy(
-            shared(name, "rl_prompts"),
-            shared(name, "reward_model"),
-            model=model,
-            lora=config.lora,
-            policy_prompt=config.policy_prompt,
-            ppo=run.ppo,
-            scoring=config.scoring,
-        )
-        yield Artifact(policies[name], "train_policy", origin)
+    for name in NAMES:
+        checked = CHECKED.get(name)
+        for run in runs:
+            if plan.owner(run, name) != run:
+                continue
+            path, origin = plan.path(run, name), plan.origin(run, name)
+            one = Artifact(path, RULES[name], origin, checked=plan.path(run, checked) if checked else None)
+            if name in SCATTERED:
+                shards = [*_shards(one, partial(plan.shard, run, name))]
+                parts = tuple(Input(shard.path, "file") for shard in shards)
+                yield from shards
+                one = replace(one, origin=replace(origin, inputs=(*origin.inputs, *parts)))
+            yield one
     evaluation = provenance.evaluate_demo(
-        shared("default", "reward_model"),
-        shared("default", "pmp") if config.reward_model.init == "pmp" else None,
-        list(policies.values()),
+        plan.path("default", "reward_model"),
+        plan.path("default", "pmp") if config.reward_model.init == "pmp" else None,
+        [plan.path(run, "policy") for run in runs],
         settings={
-            "model": model,
+            "model": config.model,
             "policy_prompt": config.policy_prompt,
             "judge": config.judge,
             "aggregation": config.aggregation,
@@ -211,6 +149,14 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
         },
     )
     yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
+
+
+def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
+    """The shards of a table that are there."""
+    folder = Path(table.path).with_suffix(".shards")
+    rule = "judge_preferences" if table.rule == "gather_preferences" else "sample_responses"
+    for number in sorted(int(file.stem) for file in folder.glob("*.parquet") if file.stem.isdigit()):
+        yield Artifact(f"{folder}/{number}.parquet", rule, origin(number), whole=table.path)
 
 
 def _source_paths(config: Config) -> Iterator[str]:
@@ -270,17 +216,14 @@ def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
 
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
     """What the configuration's targets consist of; shards only where their table is not there."""
-    results = runs["default"].pathvars.results
     left = [path for target in runs["default"].targets for path in configuration.target_paths(runs, target)]
     wanted: set[str] = set()
     while left:
         path = left.pop()
         if path not in wanted:
             wanted.add(path)
-            left += made_from[path]
-            rules = {known[path].rule, "sample_responses" if known[path].rule == "gather_responses" else ""}
-            rules |= {"judge_preferences"} if known[path].rule == "gather_preferences" else set()
-            left += [f"{results}/check_model/{CHECKED[rule]}" for rule in rules if rule in CHECKED]
+            checked = known[path].checked
+            left += [*made_from[path], *([checked] if checked else [])]
     return wanted
 
 
