@@ -15,6 +15,7 @@ include: "rules/prompts.smk"
 include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
+include: "rules/imports.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
 

@@ -20,6 +20,7 @@ import yte
 from pydantic import BaseModel
 
 from docs import write_reference
+from salmon import authors
 from salmon.config import RewardTraining
 from salmon.configuration import TARGETS, Config
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
@@ -184,7 +185,8 @@ def test_rules_with_a_model_are_found_in_any_order() -> None:
     assert rules_with_a_model([*blocks, "use rule a as e with:\n    conda: envs/data.yaml\n"]) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("rule", sorted(rules_with_a_model(BLOCKS)))
+# `import_authors` compares names and shapes, and computes nothing.
+@pytest.mark.parametrize("rule", sorted(rules_with_a_model(BLOCKS) - {"import_authors"}))
 def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would silently run on a CPU partition, or beside others on one GPU."""
     monkeypatch.chdir(ROOT)
@@ -255,12 +257,16 @@ KEYS = {key for key, _ in sections(Config)} | OTHERS_KEYS
 BEGINNINGS = {text.replace("§", stage) for _, text in arguments_named("keys") for stage in STAGES}
 
 
+AUTHORS_ROWS = (authors.ResponseRow, authors.PreferenceRow, authors.RecordRow)
+
+
 def unknown_names(text: str) -> list[str]:
     """Names in the text of an error that are nothing a user can set: no keys, columns, or options of the profile."""
     columns = {name for table in TABLES for name in table.columns}
     columns |= {
         name for each in (*PROMPT_FORMATS.values(), *PAIR_FORMATS.values()) for name in each.row.__annotations__
     }
+    columns |= {name for row in AUTHORS_ROWS for name in row.__annotations__}
     resources = {name for block in BLOCKS for name in re.findall(r"\{resources\.(\w+)(?::q)?\}", block)}
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     source = {key.rsplit(".", 1)[1] for key in KEYS if key.startswith("prompts.sources.")}

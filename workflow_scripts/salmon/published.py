@@ -109,8 +109,9 @@ def _check_fit(
         )
     names = fit_to(config, base, list(weights))
     found = {names[name]: tuple(weight.shape) for name, weight in weights.items()}
+    own = {"task_type": None, "base_model_name_or_path": model.base}
     with reading(key, "its adapter_config.json has to be that of the adapter"):
-        blank = get_peft_model(base, LoraConfig(**config.to_dict() | {"task_type": None}), low_cpu_mem_usage=True)
+        blank = get_peft_model(base, LoraConfig(**config.to_dict() | own), low_cpu_mem_usage=True)
     needed = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(blank).items()}
     flaws = {
         "are missing": needed.keys() - found.keys(),
