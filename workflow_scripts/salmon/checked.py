@@ -22,6 +22,8 @@ from salmon.tables import (
     Table,
 )
 
+OWN = "if the table is your own, take the manifest away; else move both away, and let them be built again"
+
 
 class Manifest(BaseModel):
     """The parts of a manifest that are read again."""
@@ -57,12 +59,11 @@ def read_manifest(table: Path) -> Manifest:
         UserError: where it cannot be read, or is none.
     """
     path = manifest_path(table)
-    advice = f"delete {table} and build it again"
-    raw = read_json(path, "", advice)
+    raw = read_json(path, "", OWN)
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{describe_errors(error, Manifest, str(path))}\n{advice}") from None
+        raise UserError(f"{describe_errors(error, Manifest, str(path))}\n{OWN}") from None
 
 
 def check_count(path: Path, table: Table) -> None:
@@ -82,13 +83,11 @@ def check_count(path: Path, table: Table) -> None:
     if table.name not in counted:
         raise UserError(
             f"{manifest_path(path)} is not the manifest of a table of {table.name}: it counts "
-            f"{', '.join(sorted(counts)) or 'nothing'}; delete both and build {path} again"
+            f"{', '.join(sorted(counts)) or 'nothing'}; {OWN}"
         )
     rows = tables.number_of_rows(path)
     if rows != counted[table.name]:
-        raise UserError(
-            f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; delete both and build {path} again"
-        )
+        raise UserError(f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; {OWN}")
 
 
 def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
