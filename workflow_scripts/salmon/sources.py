@@ -84,7 +84,7 @@ def read_source(source: Source, schema: Any, counts: Counter[str], advice: str |
                 if counts["bad rows"] <= source.max_bad_rows:
                     yield place, checked
             if not place:
-                raise UserError(f"{name} holds no rows; fetch it again or take it out of the sources")
+                raise UserError(f"{name} holds no rows; {advice or 'fetch it again or take it out of the sources'}")
     if counts["bad rows"] > source.max_bad_rows:
         raise UserError(_describe_bad_rows(told, counts["bad rows"], source, schema, advice))
 
