@@ -17,6 +17,7 @@ include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
 include: "rules/evaluation.smk"
+include: "rules/imports.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
 

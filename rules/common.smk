@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def checkout(rules):
 CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
-from salmon import configuration, plan, shipped, work
+from salmon import configuration, plan, provenance, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
@@ -194,6 +195,17 @@ def at_home(name):
     return check
 
 
+def imported(name):
+    """Constraint of `{home}`: the folders of runs that bring an artifact in from elsewhere."""
+    folders = ["" if run == "default" else f"runs/{run}/" for run in RUNS if plan.is_imported(RUNS[run], name)]
+    return f"(?:{'|'.join(map(re.escape, folders))})" if folders else "(?!)"
+
+
+def made(name):
+    """Constraint of `{home}`: all other folders, in which the artifact is made here."""
+    return f"(?!{imported(name)}{configuration.ARTIFACTS[name].split('/')[0]}/){HOME}"
+
+
 def shard_of(table, key):
     """No input, but a refusal of a shard that the table does not have."""
     section = key.split(".")[0]
@@ -286,9 +298,30 @@ def tokenizer_settings(run):
     return PLAN.tokenizer(run).model_dump_json(exclude_unset=True)
 
 
+@cache
+def base_settings(run):
+    """What a reward model that was made elsewhere is held against."""
+    return provenance.base_of(RUNS[run].model).model_dump_json(exclude_unset=True)
+
+
 def pmp_model(wildcards):
     """Input: the reward model that a run's reward model starts from, if any."""
     return artifact("pmp")(wildcards) if run_settings(wildcards).reward_model.init == "pmp" else []
+
+
+def config_file(folder):
+    """The file of a model that says what its layers are, as a list for `files_of`."""
+    return [folder / "config.json"]
+
+
+def options(**values):
+    """Words of a command line, without those that are null."""
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]
+
+
+def response_files(wildcards):
+    """The two response files that were made elsewhere, as an option."""
+    return ["--responses", json.dumps(run_settings(wildcards).sampling.paths)]
 
 
 @cache
@@ -297,8 +330,12 @@ def checked_sections(run):
     config = RUNS[run]
     training = {"lora": config.lora, "scoring": config.scoring}
     return {
-        "sampling": {"model": config.model, "policy_prompt": config.policy_prompt, "sampling": config.sampling},
-        "judging": {"model": plan.judge_model(config), "judge": config.judge},
+        "sampling": {
+            "model": config.model,
+            "policy_prompt": config.policy_prompt,
+            "sampling": config.sampling.model_copy(update={"paths": None}),
+        },
+        "judging": {"model": plan.judge_model(config), "judge": config.judge.model_copy(update={"path": None})},
         "training": {
             "model": config.model.without_adapter(),
             "tokenizer": PLAN.tokenizer(run),

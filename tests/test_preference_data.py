@@ -232,7 +232,10 @@ def test_the_counts_add_up_to_the_rows_read(tmp_path: Path, limit: int | None) -
     (tmp_path / "s.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*synthetic.shp(), *synthetic.shp(), 1])
     )
+    pairs = [{"instruction": "q", "output_1": "a", "output_2": str(n % 9), "preference": 1} for n in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*pairs, 1]))
     paths = {"shp": [str(tmp_path / "s.jsonl")], "hh_rlhf": [str(DATA / "hh-rlhf"), str(tmp_path / "h.jsonl")]}
+    paths["pairs"] = [str(tmp_path / "p.jsonl")]
     (tmp_path / "h.jsonl").write_text("{\n" + json.dumps({"chosen": "", "rejected": None}))
     sources = {kind: {"format": kind, "path": paths[kind], "limit": limit, "max_bad_rows": 1} for kind in paths}
     counts: Counter[str] = Counter()

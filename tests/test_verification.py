@@ -80,10 +80,13 @@ STALE = {
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
+    "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"},
+    "judge.path": {"preferences/preferences.parquet"},
     "judge": JUDGED | named("check_model/judging"),
     "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences"),
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences"),
     "aggregation": named("principle_preferences"),
+    "aggregation.path": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
     "scoring": TRAINED - SFT | RL | named("check_model/training"),
@@ -157,6 +160,7 @@ VALUES: dict[str, Any] = {
     "pathvars.results": None,  # other results
     "targets": ["prompts"],
     "model.base": "HuggingFaceTB/SmolLM2-135M",
+    "sampling.paths": ["owner/first", "owner/second"],
     "sampling.seeds": [7, 8],
     "aggregation.dimensions": ["Concise"],
     "policy_prompt.thinking": ["<t>", "</t>"],
@@ -226,6 +230,10 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
     base: dict[str, Any] = {}  # what there has to be for the key to be set
     if key.startswith("judge.model."):
         base = {"judge": {"model": raw["model"]}}
+    if key == "judge.path":
+        base = {"sampling": {"paths": VALUES["sampling.paths"]}}
+    if key == "reward_model.revision":
+        base = {"reward_model": {"path": "owner/other"}}
     if key.endswith("template_variables"):
         base = {section: CHAT[section]}
     expected = STALE[max((begin for begin in STALE if f"{key}.".startswith(f"{begin}.")), key=len)]

@@ -82,10 +82,9 @@ def main(arguments: Arguments) -> None:
         del model
     if distributed.is_main():
         table = pl.concat(parts).select(list(SCORES.columns))
-        origin = provenance.score_answers(arguments.answers, [scorer.model_dump() for scorer in arguments.scorers])
-        artifacts.write_table(
-            table, arguments.output, SCORES, origin.manifest(origin.identify(), {"scores": len(table)})
-        )
+        origin = provenance.score_answers(arguments.answers, [dict(scorer) for scorer in arguments.scorers])
+        manifest = origin.manifest(origin.identify(), {"scores": len(table)})
+        artifacts.write_table(table, arguments.output, SCORES, manifest)
     distributed.barrier()
     distributed.leave()
 

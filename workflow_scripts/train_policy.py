@@ -23,7 +23,7 @@ from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.shared_base import SharedBase, check_lengths
-from salmon.tables import RL_PROMPTS
+from salmon.tables import MEND, RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
@@ -146,7 +146,7 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
     if unknown := set(table["question_type"]) - set(QUESTION_TYPES):
         raise UserError(
             f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
-            "build the file again"
+            f"{MEND}"
         )
     used = ppo.within_query_length(table, tokenizer, args.ppo, args.policy_prompt)
     left_out = len(table) - len(used)

@@ -124,7 +124,7 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
 def check_init(init: Path, lora: Lora) -> None:
     """The reward model to start from is whole, and its adapter is as the settings say."""
     models.read_head(init)
-    with reading(f"adapter {init}", "build the reward model again"):
+    with reading(f"adapter {init}", "copy the reward model again, or let it be built again"):
         adapter = PeftConfig.from_pretrained(str(init))
         adapter = LoraConfig(r=adapter.r, lora_alpha=adapter.lora_alpha)  # which another kind of adapter has not
     if (adapter.r, adapter.lora_alpha) != (lora.r, lora.alpha):

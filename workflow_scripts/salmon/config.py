@@ -258,6 +258,14 @@ class PolicyPrompt(Section):
         return [] if self.is_chat else [self.template]
 
 
+def _expanded(path: str | None) -> str | None:
+    """`~/file` as a path that everybody understands."""
+    return path and os.path.expanduser(path)
+
+
+ReadyFile = Annotated[str, AfterValidator(_expanded)]
+
+
 class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
@@ -299,6 +307,11 @@ class RlPrompts(Prompts):
 class Sampling(Section):
     """response0 and response1."""
 
+    paths: tuple[ReadyFile, ReadyFile] | None = Field(
+        None,
+        description="response0 and response1 that are there already, two response files of the authors' release; null "
+        "samples them. The first is output 1 of the judging",
+    )
     seeds: tuple[Seed, Seed] = Field((42, 43), description="seeds of response0 and response1")
     temperature: float = Field(0.7, ge=0, le=1000, description="sampling temperature; 0 takes the most probable token")
     top_p: float = Field(
@@ -319,6 +332,13 @@ class Sampling(Section):
         if 0 < temperature < COLDEST:
             raise ValueError(f"a temperature below {COLDEST} is as good as 0; set it to 0")
         return temperature
+
+    @field_validator("paths")
+    @classmethod
+    def _two_files(cls, paths: tuple[str, str] | None) -> tuple[str, str] | None:
+        if paths and paths[0] == paths[1]:
+            raise ValueError("the two responses are in different files")
+        return paths
 
     @field_validator("seeds")
     @classmethod
@@ -352,6 +372,11 @@ class Scoring(Scored):
 class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="judgements that are there already, a preference file of the authors' release about the responses "
+        "in sampling.paths; null judges them",
+    )
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")
     template: str = Field(
         description="template file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
@@ -370,6 +395,11 @@ class Judge(Scored):
 class Aggregation(Section):
     """Judgements to reward-model records (paper section 3.2, reference step 2)."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="records that are there already, a file of the authors' release with principles that "
+        "judge.principles defines; null makes them of the judgements",
+    )
     dimensions: list[str] = Field(min_length=1, description="names of the judged principles that are used")
     passes: Count = Field(4, le=1000, description="number of records drawn per pair, at most")
     geometric_p: float = Field(
@@ -489,6 +519,12 @@ class RewardTraining(Training):
 class RewardModel(RewardTraining):
     """Principle-following stage."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="reward model that is there already, hub id or folder, in our layout or in that of the authors' "
+        "release; null trains one",
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of that reward model on the hub")
     init: Literal["pmp", "base"] = Field(
         "pmp", description="what training starts from: the pre-trained reward model, or the base model"
     )

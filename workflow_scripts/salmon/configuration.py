@@ -226,7 +226,7 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
     runs = resolve_runs(config)
     for name, run in runs.items():
         prefix = "" if name == "default" else f"runs.{name}."
-        for check in (check_templates, check_chats, check_principles, check_paths, check_lengths):
+        for check in (check_templates, check_chats, check_principles, check_paths, check_imports, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
     if lines:
         raise UserError(describe(lines, NAME))
@@ -393,6 +393,9 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
+    named += [("sampling.paths", path) for path in config.sampling.paths or ()]
+    named += [("judge.path", config.judge.path), ("aggregation.path", config.aggregation.path)]
+    named += [("reward_model.path", config.reward_model.path)]
     for section, key in SOURCES:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]
@@ -405,6 +408,16 @@ def check_paths(config: Config, root: Path) -> list[str]:
         and not path.startswith(f"{results}/")
         and not (root / Path(path).expanduser()).exists()
     ]
+
+
+def check_imports(config: Config, root: Path) -> list[str]:
+    """Findings about what was made elsewhere and needs something else of there."""
+    if config.judge.path and not config.sampling.paths:
+        return [
+            "judge.path: a preference file numbers the pairs of two response files; set sampling.paths to those, first "
+            "the one that was output 1"
+        ]
+    return []
 
 
 def check_lengths(config: Config, root: Path) -> list[str]:

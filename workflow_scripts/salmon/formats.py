@@ -311,6 +311,26 @@ class HhRlhfRow(TypedDict):
     rejected: str | None
 
 
+class PairRow(TypedDict):
+    """Two outputs and which is preferred: the authors' PMP data, AlpacaFarm's human preferences, or your own."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    output_1: str | None
+    output_2: str | None
+    preference: Literal[1, 2]
+    score: NotRequired[FiniteFloat | None]
+
+
+@comparisons_from("pairs")
+def written_pair(row: PairRow) -> Comparison | Skipped:
+    """A row of a file of pairs, with the ratio of scores if it has one (the authors' rows of SHP do)."""
+    outputs = row["output_1"] or "", row["output_2"] or ""
+    preferred, other = outputs if row["preference"] == 1 else outputs[::-1]
+    query = join_instruction(row["instruction"] or "", row.get("input") or "")
+    return Comparison(query, preferred, other, row.get("score"))
+
+
 @comparisons_from("hh_rlhf")
 def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
     r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
@@ -335,24 +355,6 @@ def _without_empty_turn(answer: str) -> str:
     while (end := answer.rstrip()).endswith(HUMAN_TURN):
         answer = end.removesuffix(HUMAN_TURN)
     return answer
-
-
-class PairRow(TypedDict):
-    """A pair of one's own: an instruction, two outputs, and which is better."""
-
-    instruction: str | None
-    input: NotRequired[str | None]
-    output_1: str | None
-    output_2: str | None
-    preference: Literal[1, 2]
-
-
-@comparisons_from("pairs")
-def written_pair(row: PairRow) -> Comparison | Skipped:
-    """A row of a file of pairs."""
-    outputs = row["output_1"] or "", row["output_2"] or ""
-    preferred, other = outputs if row["preference"] == 1 else outputs[::-1]
-    return Comparison(join_instruction(row["instruction"] or "", row.get("input") or ""), preferred, other)
 
 
 class RewardBenchRow(TypedDict):

@@ -114,7 +114,13 @@ class Plan:
             return bool(config.evaluation.pairs)
         if name in OF_POLICIES:
             return bool(config.evaluation.prompts)
-        return name != "pmp_evaluation" or config.reward_model.init == "pmp"
+        # Of what was made elsewhere, there is nothing that it was made from.
+        ready = config.reward_model.path is not None
+        if name == "judge_evaluation":
+            return not ready and config.aggregation.path is None
+        if name == "pmp_evaluation":
+            return not ready and config.reward_model.init == "pmp"
+        return name != "reward_evaluation" or not ready
 
     def target_paths(self, target: str) -> list[str]:
         """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
@@ -142,6 +148,8 @@ class Plan:
         """What decides a run's artifact; of responses and judgements, what decides the whole table."""
         config = self.runs[run]
         model = config.model
+        if is_imported(config, name):
+            return _imported(config, name)
         match name:
             case "check_sampling" | "check_judging" | "check_training" | "check_rl":
                 part = name.removeprefix("check_")
@@ -319,6 +327,31 @@ class Plan:
             sampling=config.sampling,
             policy_prompt=config.policy_prompt,
         )
+
+
+def is_imported(config: Config, name: Name) -> bool:
+    """Whether the configuration names an artifact that was made elsewhere."""
+    paths: dict[Name, object] = {
+        "response0": config.sampling.paths,
+        "response1": config.sampling.paths,
+        "preferences": config.judge.path,
+        "reward_data": config.aggregation.path,
+        "reward_model": config.reward_model.path,
+    }
+    return bool(paths.get(name))
+
+
+def _imported(config: Config, name: Name) -> Origin:
+    """What decides an artifact that was made elsewhere."""
+    responses, principles = config.sampling.paths or (), config.judge.principles
+    if name in ("response0", "response1"):
+        return provenance.import_responses(responses, int(name == "response1"))
+    if name == "preferences":
+        return provenance.import_preferences(config.judge.path or "", responses, principles)
+    if name == "reward_data":
+        return provenance.import_records(config.aggregation.path or "", principles)
+    ready = config.reward_model
+    return provenance.import_reward_model(ready.path or "", ready.revision, config.model)
 
 
 def judge_model(config: Config) -> Model:

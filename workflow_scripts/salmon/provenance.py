@@ -30,6 +30,7 @@ from salmon.config import (
     Sft,
     SftData,
     Source,
+    is_local,
 )
 from salmon.configuration import field_of
 from salmon.identity import identify, identify_tokenizer
@@ -174,7 +175,7 @@ def sample_responses(
     prompts: Path | str, index: int, shard: int, *, model: Model, sampling: Sampling, policy_prompt: PolicyPrompt
 ) -> Origin:
     """One shard of the responses: the settings of the other response do not decide it."""
-    alone = sampling.model_dump(exclude={"seeds", "shards"})
+    alone = sampling.model_dump(exclude={"paths", "seeds", "shards"})
     return Origin(
         {
             "model": model,
@@ -193,7 +194,7 @@ def judge_preferences(
     response0: Path | str, response1: Path | str, principles: Path | str, shard: int, *, model: Model, judge: Judge
 ) -> Origin:
     """One shard of the judgements, by a model that need not be the one of the settings."""
-    alone = judge.model_dump(exclude={"model", "shards"})
+    alone = judge.model_dump(exclude={"path", "model", "shards"})
     return Origin(
         {"model": model, **alone, "shard": shard, "shards": judge.shards},
         _files(response0, response1, principles, judge.template) + _model(model),
@@ -240,11 +241,41 @@ def train_reward_model(
 ) -> Origin:
     """A reward model of either stage; what it starts from is an input, whatever `reward_model.init` says."""
     if isinstance(settings, RewardModel):
-        settings = RewardTraining.model_validate(settings.model_dump(exclude={"init"}))
+        settings = RewardTraining.model_validate(settings.model_dump(exclude={"path", "revision", "init"}))
     return Origin(
         {"model": model, "lora": lora, "scoring": scoring, stage: settings},
         _files(records, settings.template, init) + _model(tokenizer, "tokenizer") + _model(model),
     )
+
+
+def import_responses(paths: Sequence[str], index: int) -> Origin:
+    """Responses that are there already; both files have to fit each other."""
+    return Origin({"paths": list(paths), "index": index}, _files(*paths), keys=_alone("sampling", {"paths": None}))
+
+
+def import_preferences(path: str, paths: Sequence[str], principles: Path | str) -> Origin:
+    """Judgements that are there already, of responses that are."""
+    keys = _alone("judge", {"path": None}) | _alone("sampling", {"paths": None})
+    return Origin({"path": path, "paths": list(paths)}, _files(path, *paths, principles), keys=keys)
+
+
+def import_records(path: str, principles: Path | str) -> Origin:
+    """Records of the reward model that are there already."""
+    return Origin({"path": path}, _files(path, principles), keys=_alone("aggregation", {"path": None}))
+
+
+def import_reward_model(path: str, revision: str | None, model: Model) -> Origin:
+    """A reward model that is there already, which has to fit the base model's layers."""
+    base = [f"{model.base}/config.json"] if is_local(model.base) else []
+    return Origin(
+        {"reward_model": {"path": path, "revision": revision}, "model": base_of(model).model_dump(exclude_unset=True)},
+        [Input(path, "model", revision), *_files(*base)],
+    )
+
+
+def base_of(model: Model) -> Model:
+    """As much of a model as a reward model that is there already is held against: which base it is."""
+    return Model.model_validate(model.model_dump(include={"base", "revision", "trust_remote_code"}))
 
 
 def train_policy(
@@ -287,10 +318,10 @@ def check_model(
     settings: dict[str, Any] = {"model": model}
     inputs = _model(model)
     if "sampling" in parts:
-        settings |= {"policy_prompt": policy_prompt, "sampling": sampling.model_dump(exclude={"seeds"})}
+        settings |= {"policy_prompt": policy_prompt, "sampling": sampling.model_dump(exclude={"seeds", "paths"})}
         inputs += _files(*policy_prompt.files)
     if "judging" in parts:
-        settings |= {"judge": judge}
+        settings |= {"judge": judge.model_copy(update={"path": None})}
         inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
     if "training" in parts:
         settings |= {"lora": lora, "scoring": scoring}

@@ -24,7 +24,7 @@ from salmon import checked, templates
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
-from salmon.tables import PREFERENCE_RECORDS
+from salmon.tables import MEND, PREFERENCE_RECORDS
 from salmon.text import join_instruction
 
 NAME = "reward model"
@@ -54,7 +54,7 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     if len(odd):
         raise UserError(
             f"{path}: in {len(odd)} records, dimensions, negated, definitions and deciding are not of the same "
-            f"principles, the first is record {odd['record_id'][0]}; build the file again"
+            f"principles, the first is record {odd['record_id'][0]}; {MEND}"
         )
     whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
     return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}

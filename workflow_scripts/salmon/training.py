@@ -210,7 +210,8 @@ def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: to
     warmup = math.ceil(settings.warmup_ratio * steps)
     if warmup and steps == 1:
         raise UserError(
-            f"the only step is of the warm-up and has a rate of 0; set {arguments.stage}.warmup_ratio to 0, or train longer"
+            f"the only step belongs to the warm-up, at a rate of 0; set {arguments.stage}.warmup_ratio to 0, or train "
+            "longer"
         )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(

@@ -19,7 +19,7 @@ from salmon.checked import Manifest, rows_counted
 from salmon.config import is_local
 from salmon.configuration import TARGETS, Config, field_of
 from salmon.errors import UserError
-from salmon.plan import CHECKED, NAMES, SCATTERED, Name, Plan
+from salmon.plan import CHECKED, NAMES, SCATTERED, Name, Plan, is_imported
 from salmon.provenance import Input, Origin
 from salmon.shards import OF_ONE_SHARD
 from salmon.shipped import short_name
@@ -55,6 +55,14 @@ RULES: dict[Name, str] = {
     "reward_evaluation": "evaluate_reward_model",
 }
 """Artifact -> the rule that makes it."""
+IMPORTS: dict[Name, str] = {
+    "response0": "import_responses",
+    "response1": "import_responses",
+    "preferences": "import_preferences",
+    "reward_data": "import_records",
+    "reward_model": "import_authors",
+}
+"""The same where it was made elsewhere."""
 NOT_SET = object()
 
 
@@ -141,6 +149,9 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
             if plan.owner(run, name) != run or not plan.has(run, name):
                 continue
             path, origin = plan.path(run, name), plan.origin(run, name)
+            if is_imported(runs[run], name):
+                yield Artifact(path, IMPORTS[name], origin)
+                continue
             one = Artifact(path, RULES[name], origin, checked=plan.path(run, checked) if checked else None)
             if name in SCATTERED:
                 shards = [*_shards(one, partial(plan.shard, run, name))]
