@@ -16,7 +16,7 @@ rule evaluate_judge:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("prompts",)),
     shell:
         f"python {SCRIPTS}/evaluate_judge.py"
         " --preferences {input.preferences:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
@@ -38,7 +38,7 @@ rule clean_evaluation_pairs:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("prompts",)),
     shell:
         f"python {SCRIPTS}/clean_evaluation_pairs.py"
         " --output {output.table:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
@@ -77,7 +77,7 @@ rule evaluate_reward_model:
         stage="trained",
         settings=setting("reward_model", without=("init", "save_steps")),
         dimensions=lambda wildcards: json.dumps(run_settings(wildcards).aggregation.dimensions),
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("prompts",)),
     shell:
         f"{LAUNCH}/evaluate_reward_model.py"
         " --reward-model {input.reward_model:q} --records {input.records:q} {params.pairs} --output {output:q}"
@@ -111,7 +111,7 @@ use rule evaluate_reward_model as evaluate_pmp with:
         stage="pmp",
         settings=setting("pmp"),
         dimensions="[]",
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("prompts",)),
 
 
 rule clean_evaluation_prompts:
@@ -131,7 +131,7 @@ rule clean_evaluation_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
         trained=lambda wildcards, input: json.dumps(list(input.trained)),
     shell:
         f"python {SCRIPTS}/clean_evaluation_prompts.py"
@@ -165,7 +165,7 @@ rule sample_answers:
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         ppo=setting("ppo"),
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
     shell:
         f"python {SCRIPTS}/sample_answers.py"
         " --prompts {input.prompts:q} {params.policy} --output {output.table:q} --model {params.model:q}"
@@ -281,7 +281,7 @@ rule evaluate_policies:
         "../envs/data.yaml"
     params:
         runs=json.dumps(PLAN.compared()),
-        evaluation=setting("evaluation"),
+        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
     shell:
         f"python {SCRIPTS}/evaluate_policies.py"
         " --runs {params.runs:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"

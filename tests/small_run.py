@@ -76,6 +76,7 @@ def configuration(folder: Path) -> dict[str, Any]:
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
         },
     }
+    raw["runs"] |= dict.fromkeys(raw["runs"])  # none but the default one
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
     raw["sampling"] |= {"max_length": 180, "shards": 2}

@@ -150,7 +150,8 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
         assert set(prompts["instruction"]).isdisjoint(pl.read_parquet(results / trained)["instruction"])
     answers = pl.read_parquet(results / "runs/default/evaluation/answers.parquet")
     before = pl.read_parquet(results / "evaluation/initial_answers.parquet")
-    assert answers["prompt_id"].to_list() == before["prompt_id"].to_list() == sorted(prompts["prompt_id"])
+    assert answers["prompt_id"].to_list() == before["prompt_id"].to_list()  # but for those that are too long
+    assert set(answers["prompt_id"]) <= set(prompts["prompt_id"])
     assert not before["kl"].any()
     assert found["behaviour"]["kl"]["value"] == pytest.approx(answers["kl"].mean())
     finished = [reason != "length" for reason in answers["finish_reason"]]

@@ -63,43 +63,63 @@ def named(*words: str) -> set[str]:
 SAMPLED, JUDGED, TRAINED = named("responses/"), named("preferences/"), named("models/", POLICY)
 SFT = named("sft")
 RL = named(POLICY, "check_model/rl")
+ANSWERED, SCORED, COMPARED = named("answers.parquet"), named("scores.parquet"), named("judgements.parquet")
+PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
+MEASURED = PMP_MEASURED | MODEL_MEASURED
+WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
+TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
 # result is not here.
 STALE = {
     "targets": set(),
     "pathvars": set(),
-    "seed": ALL - named("check_model/judging", "check_model/training", "check_model/rl", "preferences/"),
-    "model": ALL - named("reward_data/", "examples", "oasst1", "rl.parquet"),
-    "model.base": ALL - named("reward_data/", "examples", "oasst1"),
-    "model.revision": ALL - named("reward_data/", "examples", "oasst1"),
-    "model.trust_remote_code": ALL - named("reward_data/", "examples", "oasst1"),
-    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training") - SFT,  # it may have a tokenizer
-    "model.adapter_revision": (SAMPLED | JUDGED | RL | named("check_model/sampling", "check_model/judging")),
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft"),
+    "seed": ALL - named("check_model", "preferences/") - SCORED - COMPARED,
+    "model": ALL - named("reward_data/", "examples", "oasst1", "rl.parquet") - WITHOUT_MODEL,
+    "model.base": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    "model.revision": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    "model.trust_remote_code": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    # It may have a tokenizer.
+    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training") - SFT - WITHOUT_MODEL,
+    "model.adapter_revision": SAMPLED
+    | JUDGED
+    | RL
+    | named("check_model/sampling", "check_model/judging")
+    | ANSWERED
+    | COMPARED,
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED,
     "sft_data": named("examples"),
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"},
     "judge.path": {"preferences/preferences.parquet"},
-    "judge": JUDGED | named("check_model/judging"),
-    "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences"),
-    "judge.principles": JUDGED | named("check_model/judging", "principle_preferences"),
+    "judge": JUDGED | named("check_model/judging") | COMPARED,
+    "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
+    "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,
     "aggregation": named("principle_preferences"),
+    "aggregation.dimensions": named("principle_preferences") | SCORED | MODEL_MEASURED,
     "aggregation.path": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
-    "scoring": TRAINED - SFT | RL | named("check_model/training"),
+    "scoring": TRAINED - SFT | RL | named("check_model/training") | SCORED | MEASURED,
     "pmp": named("models/pmp"),
+    **{f"pmp.{key}": named("models/pmp") | PMP_MEASURED for key in (*TEXTS, *SPLIT)},
     "reward_model": named("models/reward_model"),
+    **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED | SCORED for key in TEXTS},
+    **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED for key in SPLIT},
     "rl_prompts": named("rl.parquet"),
     "ppo": named(POLICY),
     "ppo.template": RL,
-    "ppo.query_length": RL,
-    "ppo.response_length": RL,
+    "ppo.temperature": named(POLICY) | ANSWERED,
+    "ppo.query_length": RL | ANSWERED,
+    "ppo.response_length": RL | ANSWERED,
     "ppo.reward_query_length": RL,
     "ppo.reward_response_length": RL,
     "ppo.reward_max_length": RL,
+    "evaluation.prompts": {"evaluation/prompts.parquet"},
+    "evaluation.pairs": {"evaluation/pairs.parquet"},
+    "evaluation.min_score_ratio": {"evaluation/pairs.parquet"},
+    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED,
 }
 
 
@@ -268,12 +288,15 @@ def test_a_table_with_other_contents(copy: Path) -> None:
     """Its consumers hashed another one; it has itself the rows that it should have."""
     rewrite_table(copy / "results" / "prompts" / "rl.parquet", pl.col("length_bonus") + 1)
     runs = load(copy)
-    assert look(runs) == {(POLICY, f"inputs changed ({copy}/results/prompts/rl.parquet)")}
+    reason = f"inputs changed ({copy}/results/prompts/rl.parquet)"
+    assert look(runs) == {(POLICY, reason), ("evaluation/prompts.parquet", reason)}
     rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
     shards = {f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)}
     gathered = {f"responses/response{index}.parquet" for index in (0, 1)}
-    assert paths(look(runs)) == {POLICY} | shards | gathered
-    assert paths(look(runs, "follows")) == JUDGED | {"reward_data/principle_preferences.parquet", "models/reward_model"}
+    assert paths(look(runs)) == {POLICY, "evaluation/prompts.parquet"} | shards | gathered
+    follows = {"reward_data/principle_preferences.parquet", "models/reward_model"}
+    follows |= ANSWERED | SCORED | COMPARED | {"evaluation/policies", "evaluation/judge", "evaluation/reward_model"}
+    assert paths(look(runs, "follows")) == JUDGED | follows
 
 
 def damage(path: Path) -> None:
@@ -324,7 +347,7 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
 def test_a_policy_whose_run_has_another_reward_model_by_now(copy: Path) -> None:
     """Which is not built yet: what the policy was trained against is still there, but it is not the run's any more."""
     shutil.copytree(copy / "results/runs/default/policy", copy / "results/runs/other/policy")
-    assert look(load(copy, runs={"default": {}, "other": {}})) == set()
+    assert paths(look(load(copy, runs={"default": {}, "other": {}}))) == {"evaluation/policies"}  # of one run more
     found = look(load(copy, runs={"default": {}, "other": {"aggregation": {"agreement": "mean"}}}))
     assert {path for path, text in found if "inputs changed" in text} == {"runs/other/policy"}
 
@@ -357,7 +380,8 @@ def test_shards(copy: Path) -> None:
         shutil.rmtree(folder)
     assert look(load(copy)) == set()
     rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
-    assert paths(look(load(copy))) == {"responses/response0.parquet", "responses/response1.parquet"}
+    stale = {"responses/response0.parquet", "responses/response1.parquet", "evaluation/prompts.parquet"}
+    assert paths(look(load(copy))) == stale
 
 
 def test_shards_of_a_table_that_is_not_there_yet(copy: Path) -> None:
@@ -414,7 +438,8 @@ def test_the_script(small_run: Path, tmp_path: Path) -> None:
     policy = small_run / "results" / POLICY
     assert stale.returncode == 1
     assert f"stale: {policy}: ppo.kl_coefficient 0.01 -> 0.5\n" in stale.stdout
-    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1} artifacts"
+    follows = named("runs/default/evaluation", "evaluation/policies")
+    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1 - len(follows)} artifacts"
     assert run("--forcerun", files=[changed]).stdout.split() == ["--forcerun", str(policy)]
     assert run("--forcerun", files=[]).stdout == ""
 

@@ -55,7 +55,7 @@ def read(files: list[Path]) -> dict[str, Any]:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} cannot be read as YAML: {error}") from None
         if not isinstance(found, dict):
-            raise UserError(f"{file} is no mapping of sections; a configuration is laid out as config.yaml is")
+            raise UserError(f"{file} is no mapping of sections, as a configuration is")
         whole = configuration.merge(whole, found)
     return whole
 

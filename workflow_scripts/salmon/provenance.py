@@ -344,7 +344,8 @@ def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin
 
 def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
     """Pairs that reward models are measured by."""
-    return Origin({"evaluation": evaluation}, _sources(evaluation.pairs))
+    settings = evaluation.model_dump(exclude={"prompts"})
+    return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
 
 
 def evaluate_reward_model(
@@ -410,7 +411,7 @@ def sample_answers(
 def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> Origin:
     """Scores of answers; a scorer has the fields of `score_answers.Scorer`."""
     inputs = _files(answers)
-    plain = []
+    plain = {}
     for scorer in scorers:
         settings: RewardModel = scorer["settings"]
         inputs += _files(scorer["folder"], scorer["principles"], settings.template)
@@ -418,7 +419,7 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
         read = ("template", "max_length", "query_length", "response_length")
         sections = {"model": scorer["model"].deciding(), "scoring": scorer["scoring"].deciding()}
         texts = {name: getattr(settings, name) for name in read}
-        plain.append({"name": scorer["name"], "dimensions": list(scorer["dimensions"]), **sections, **texts})
+        plain[scorer["name"]] = {"dimensions": list(scorer["dimensions"]), **sections, **texts}
     return Origin({"scorers": plain}, inputs)
 
 
