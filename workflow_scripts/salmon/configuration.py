@@ -3,6 +3,7 @@
 Only the Snakefile loads one; a script receives the sections it needs (`config`).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -244,6 +245,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     resolved: dict[str, Config] = {"default": config}
     lines: list[str] = []
     for name, changes in config.runs.items():
+        lines += _left_over(config, name, changes)
         raw = merge(config.model_dump(mode="json"), changes)
         try:
             resolved[name] = _shift_seeds(Config.model_validate(raw))
@@ -253,6 +255,24 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     if lines:
         raise UserError(describe(lines, NAME))
     return resolved
+
+
+def _left_over(config: Config, name: str, changes: Mapping[str, Any]) -> Iterator[str]:
+    """Findings about a run with another base model that would keep what belongs to the default run's."""
+    judge = changes.get("judge") or {}
+    for key, default, model in (
+        ("model", config.model, changes.get("model")),
+        ("judge.model", config.judge.model, judge.get("model") if isinstance(judge, dict) else None),
+    ):
+        if not (default and isinstance(model, dict) and model.get("base", default.base) != default.base):
+            continue
+        for part in ("revision", "adapter", "adapter_revision"):
+            kept = getattr(default, part)
+            if kept not in (None, SFT) and part not in model:
+                yield (
+                    f"runs.{name}.{key}.base: is another model than the default run's, but would keep its {part} {kept}; "
+                    f"set runs.{name}.{key}.{part}, to null if it has none"
+                )
 
 
 def field_of(key: str) -> FieldInfo | None:
