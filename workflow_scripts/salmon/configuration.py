@@ -270,7 +270,7 @@ def _left_over(config: Config, name: str, changes: Mapping[str, Any]) -> Iterato
             kept = getattr(default, part)
             if kept not in (None, SFT) and part not in model:
                 yield (
-                    f"runs.{name}.{key}.base: is another model than the default run's, but would keep its {part} {kept}; "
+                    f"runs.{name}.{key}.base: another model than the default run's, but would keep its {part} {kept}; "
                     f"set runs.{name}.{key}.{part}, to null if it has none"
                 )
 
