@@ -11,10 +11,13 @@ min_version("9.19")
 
 include: "rules/common.smk"
 include: "rules/model.smk"
+include: "rules/sft.smk"
 include: "rules/prompts.smk"
 include: "rules/preferences.smk"
 include: "rules/reward_model.smk"
 include: "rules/policy.smk"
+include: "rules/evaluation.smk"
+include: "rules/imports.smk"
 include: "rules/demo.smk"
 include: "rules/records.smk"
 

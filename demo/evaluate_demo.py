@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from pydantic import Field
@@ -25,12 +26,11 @@ from demo import oracles, report, world  # noqa: E402
 from salmon import (  # noqa: E402
     aggregation,
     artifacts,
-    batching,
     config,
     distributed,
     encoding,
+    likelihood,
     models,
-    ppo_math,
     principles,
     provenance,
     randomness,
@@ -218,7 +218,14 @@ def sign_flips(
     places = [list(judged).index(principle) for principle in shown]
     usable = [(pair, scores) for pair, scores in zip(pairs, judgements, strict=True) if scores is not None]
     scores = np.array([[scores[place] for place in places] for _, scores in usable])  # [pairs, dimensions, 2]
-    scaled = np.stack([aggregation.scaled_scores(*scores[:, column].T) for column in range(len(shown))], axis=1)
+    try:
+        columns = [
+            aggregation.scaled_scores(scores[:, column, 0], scores[:, column, 1], aggregation_settings.agreement)
+            for column in range(len(shown))
+        ]
+    except ValueError:
+        raise UserError("the judge has the same score for all pairs under a principle; measure more --pairs") from None
+    scaled = np.stack(columns, axis=1)
     quiet = aggregation_settings.model_copy(
         update={
             "passes": 2,
@@ -264,26 +271,10 @@ def turns(parts: Sequence[float], place: int) -> bool:
     return total * (total - 2 * parts[place]) < 0
 
 
-@torch.no_grad()
-def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: float) -> list[float]:
+def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: float) -> npt.NDArray[np.float64]:
     """Log probability of each answer, the sum over its tokens."""
-    sums = [0.0] * len(answers)
-    device = next(model.parameters()).device
-    for batch in batching.batches([len(answer.prompt) + len(answer.tokens) for answer in answers], BATCH):
-        chosen = [answers[index] for index in batch]
-        ids, mask = batching.left_pad([answer.prompt + answer.tokens for answer in chosen])
-        width = max(len(answer.tokens) for answer in chosen)
-        logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=batching.position_ids(mask).to(device),
-            use_cache=False,
-            logits_to_keep=width + 1,
-        ).logits[:, :-1]
-        values, _ = ppo_math.token_logprobs(logits, ids[:, -width:].to(device), temperature)
-        for index, answer, row in zip(batch, chosen, values, strict=True):
-            sums[index] = float(row[width - len(answer.tokens) :].sum())
-    return sums
+    prompts, tokens = [answer.prompt for answer in answers], [answer.tokens for answer in answers]
+    return likelihood.sequence_logprobs(model, prompts, tokens, temperature, BATCH)
 
 
 def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
@@ -350,6 +341,8 @@ def measure_policies(arguments: Arguments, model: Any, sampler: Sampler, tokeniz
 
 def main(arguments: Arguments) -> None:
     """Sample, judge, score, compare, write."""
+    if arguments.judge.model:
+        raise UserError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
     device = distributed.init()
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)

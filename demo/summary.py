@@ -59,7 +59,7 @@ def main() -> int:
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n"
         )
     sys.stdout.write("\nBeside each table and in each model's folder, manifest.json says what it was made of.\n\n")
-    evaluations = [read(folder / "evaluation" / "evaluation.json") for folder in arguments.results]
+    evaluations = [read(folder / "demo_evaluation" / "evaluation.json") for folder in arguments.results]
     evaluations = [{**evaluation, "headline": report.headline(evaluation)} for evaluation in evaluations]
     sys.stdout.write(report.markdown(evaluations))
     pictures = sorted(arguments.results[0].glob("evaluation/*.svg"))

@@ -166,8 +166,8 @@ def table_page() -> str:
         "# Tables",
         "",
         "Every table of the workflow, written by `make docs-reference` from `workflow_scripts/salmon/tables.py`. All",
-        "are Parquet (zstd), below the results' folder, each with a manifest beside it. A run whose settings change a",
-        "table has its own one below `runs/NAME/`. A column is never null unless it says so.",
+        "are Parquet (zstd), below the results' folder, each with a manifest beside it. A table that only",
+        "some runs have is in the folder of the first of them, `runs/NAME/`. A column is never null unless it says so.",
         "",
     ]
     for table in tables.TABLES:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,11 +50,11 @@ def checkout(rules):
 CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
-from salmon import configuration, plan, shipped, work
+from salmon import configuration, plan, provenance, shipped, work
 from salmon.config import PathVars, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
-from salmon.identity import model_files, tokenizer_files, tokenizer_model
+from salmon.identity import model_files, tokenizer_files
 from salmon.plan import Plan
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
@@ -85,7 +86,8 @@ def whole_configuration():
 
 
 try:
-    RUNS = load(whole_configuration(), Path.cwd(), CHECKOUT)
+    PLAN = Plan(load(whole_configuration(), Path.cwd(), CHECKOUT))
+    RUNS = PLAN.runs
     settings = RUNS["default"]
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -116,7 +118,7 @@ def source_files(sources):
 
 def target_files(target):
     """The artifacts of a target."""
-    return expand(f"<results>/{TARGETS[target].artifact}", run=RUNS)
+    return PLAN.target_paths(target)
 
 
 def files_of(model, files=model_files):
@@ -155,7 +157,6 @@ def free(**sections):
 # Every artifact is built once for all runs that have in common what decides it, in the folder of the first of them:
 # `<results>/` for the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
 HOME = "(runs/[^/]+/)?"
-PLAN = Plan(RUNS)
 
 
 def run_name(wildcards):
@@ -176,6 +177,11 @@ def artifact(name):
     return lambda wildcards: f"<results>/{PLAN.home(run_name(wildcards), name)}{configuration.ARTIFACTS[name]}"
 
 
+def in_results(path):
+    """A path of the plan as the rules write it."""
+    return f"<results>{path.removeprefix(settings.pathvars.results)}"
+
+
 def at_home(name):
     """No input, but a refusal of the artifact under the name of a run that shares another one's."""
 
@@ -183,10 +189,21 @@ def at_home(name):
         run, one = run_name(wildcards), name.format(**wildcards)
         if wildcards.home != PLAN.home(run, one):
             shared = PLAN.path(run, one)
-            raise WorkflowError(f"the {one} of the run {run} is {shared}: its settings are the same; name that")
+            raise WorkflowError(f"the {one} of the run {run} is {shared}, which has the same settings; name that path")
         return []
 
     return check
+
+
+def imported(name):
+    """Constraint of `{home}`: the folders of runs that bring an artifact in from elsewhere."""
+    folders = ["" if run == "default" else f"runs/{run}/" for run in RUNS if plan.is_imported(RUNS[run], name)]
+    return f"(?:{'|'.join(map(re.escape, folders))})" if folders else "(?!)"
+
+
+def made(name):
+    """Constraint of `{home}`: all other folders, in which the artifact is made here."""
+    return f"(?!{imported(name)}{configuration.ARTIFACTS[name].split('/')[0]}/){HOME}"
 
 
 def shard_of(table, key):
@@ -254,35 +271,57 @@ def judge_settings(run):
 
 
 @cache
-def judge_free(run):
-    """What `judge_settings` and the section `judge` leave out, as options of a script."""
+def judge_free(run, shards=None):
+    """What `judge_settings` and the section `judge` leave out, as options of a script; with another number of shards."""
     judge = RUNS[run].judge
-    return free(model=plan.judge_model(RUNS[run]), judge=judge.model_copy(update={"model": None}))
+    judge = judge.model_copy(update={"model": None, "shards": shards or judge.shards})
+    return free(model=plan.judge_model(RUNS[run]), judge=judge)
 
 
 @cache
 def base_model(run):
     """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""
     model = RUNS[run].model
-    return files_of(model.base) + files_of(tokenizer_model(model).adapter, tokenizer_files)
+    return files_of(model.base) + files_of(PLAN.tokenizer(run).adapter, tokenizer_files)
 
 
 @cache
 def tokenizer(run):
     """Files of the initial policy's tokenizer."""
-    model = tokenizer_model(RUNS[run].model)
+    model = PLAN.tokenizer(run)
     return files_of(model.base, tokenizer_files) + files_of(model.adapter, tokenizer_files)
 
 
 @cache
 def tokenizer_settings(run):
     """What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them."""
-    return tokenizer_model(RUNS[run].model).model_dump_json(exclude_unset=True)
+    return PLAN.tokenizer(run).model_dump_json(exclude_unset=True)
+
+
+@cache
+def base_settings(run):
+    """What a reward model that was made elsewhere is held against."""
+    return provenance.base_of(RUNS[run].model).model_dump_json(exclude_unset=True)
 
 
 def pmp_model(wildcards):
     """Input: the reward model that a run's reward model starts from, if any."""
     return artifact("pmp")(wildcards) if run_settings(wildcards).reward_model.init == "pmp" else []
+
+
+def config_file(folder):
+    """The file of a model that says what its layers are, as a list for `files_of`."""
+    return [folder / "config.json"]
+
+
+def options(**values):
+    """Words of a command line, without those that are null."""
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]
+
+
+def response_files(wildcards):
+    """The two response files that were made elsewhere, as an option."""
+    return ["--responses", json.dumps(run_settings(wildcards).sampling.paths)]
 
 
 @cache
@@ -291,11 +330,15 @@ def checked_sections(run):
     config = RUNS[run]
     training = {"lora": config.lora, "scoring": config.scoring}
     return {
-        "sampling": {"model": config.model, "policy_prompt": config.policy_prompt, "sampling": config.sampling},
-        "judging": {"model": plan.judge_model(config), "judge": config.judge},
+        "sampling": {
+            "model": config.model,
+            "policy_prompt": config.policy_prompt,
+            "sampling": config.sampling.model_copy(update={"paths": None}),
+        },
+        "judging": {"model": plan.judge_model(config), "judge": config.judge.model_copy(update={"path": None})},
         "training": {
             "model": config.model.without_adapter(),
-            "tokenizer": tokenizer_model(config.model),
+            "tokenizer": PLAN.tokenizer(run),
             **training,
         },
         "rl": {
@@ -318,6 +361,27 @@ def checked_files(wildcards):
     }[wildcards.part]
 
 
+def evaluation_pairs(wildcards):
+    """Input: the pairs that a reward model is measured by, if any."""
+    return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def scorers_input(wildcards):
+    """Input: every reward model of the runs, and what is needed to read texts with it."""
+    owners = [scorer["name"] for scorer in PLAN.scorers()]
+    return {
+        "reward_models": [in_results(PLAN.path(run, "reward_model")) for run in owners],
+        "principles": [RUNS[run].judge.principles for run in owners],
+        "templates": [RUNS[run].reward_model.template for run in owners],
+        "model": [file for run in owners for file in base_model(run)],
+    }
+
+
+def scorers_settings():
+    """Parameter: the reward models of `scorers_input` with their sections."""
+    return to_json(PLAN.scorers()).decode()
+
+
 # What `make_demo_data` writes besides its manifest.
 DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
 DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
@@ -325,22 +389,20 @@ DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
 
 def demo_world(wildcards):
     """No input, but a refusal of other data: the oracles measure texts of the demo's world only."""
-    differing = [
-        (run, key)
-        for run, config in RUNS.items()
-        for key in ("model", "policy_prompt", "lora", "scoring", "judge")
-        if getattr(config, key) != getattr(settings, key)
-    ]
-    if differing:
-        run, key = differing[0]
-        raise WorkflowError(
-            f"evaluation measures runs of one initial policy and judge, and runs.{run}.{key} is another"
-        )
     made = {f"{settings.pathvars.results}/data/{file}" for file in DEMO_DATA}
-    for name, source in (pair for config in RUNS.values() for pair in config.prompts.sources.items()):
-        if foreign := sorted(set(source.paths) - made):
-            raise WorkflowError(
-                "evaluation measures the demo's world with the demo's oracles, and "
-                f"prompts.sources.{name}.path, {foreign[0]}, is not of it: there is nothing to measure these runs by"
-            )
+    if settings.judge.model:
+        raise WorkflowError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
+    for run, config in RUNS.items():
+        for key in ("model", "policy_prompt", "lora", "scoring", "judge"):
+            if getattr(config, key).deciding() != getattr(settings, key).deciding():
+                raise WorkflowError(
+                    f"the demo's evaluation measures runs of one initial policy and judge, but runs.{run} has another {key}"
+                )
+        for name, source in config.prompts.sources.items():
+            if foreign := sorted(set(source.paths) - made):
+                key = f"prompts.sources.{name}.path" if run == "default" else f"runs.{run}.prompts.sources.{name}.path"
+                raise WorkflowError(
+                    f"evaluation measures the demo's world with the demo's oracles, and {key}, {foreign[0]}, is not of it: "
+                    "there is nothing to measure these runs by"
+                )
     return []

@@ -43,7 +43,7 @@ rule evaluate_demo:
         principles=settings.judge.principles,
         world=demo_world,
     output:
-        directory("<results>/evaluation"),
+        directory("<results>/demo_evaluation"),
     log:
         "<logs>/evaluate_demo.log",
     benchmark:

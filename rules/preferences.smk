@@ -17,7 +17,7 @@ rule sample_responses:
     benchmark:
         "<benchmarks>/{home}sample_responses/response{index}.{shard}.tsv"
     wildcard_constraints:
-        home=HOME,
+        home=made("response0"),
         index="[01]",
         shard=r"\d+",
     conda:
@@ -31,7 +31,7 @@ rule sample_responses:
         free=free_settings("model", "sampling"),
     params:
         model=setting("model"),
-        sampling=setting("sampling"),
+        sampling=setting("sampling", without=("paths",)),
         shards=lambda wildcards: run_settings(wildcards).sampling.shards,  # decides which rows are in a shard
         policy_prompt=setting("policy_prompt"),
     shell:
@@ -60,7 +60,7 @@ rule judge_preferences:
     benchmark:
         "<benchmarks>/{home}judge_preferences/{shard}.tsv"
     wildcard_constraints:
-        home=HOME,
+        home=made("preferences"),
         shard=r"\d+",
     conda:
         "../envs/model.yaml"
@@ -73,13 +73,14 @@ rule judge_preferences:
         free=lambda wildcards: judge_free(run_name(wildcards)),
     params:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
-        judge=setting("judge", without=("model",)),
+        judge=setting("judge", without=("model", "path")),
         shards=lambda wildcards: run_settings(wildcards).judge.shards,  # decides which rows are in a shard
+        shard=lambda wildcards: wildcards.shard,
     shell:
         f"{LAUNCH}/judge_preferences.py"
         " --response0 {input.response0:q} --response1 {input.response1:q} --principles {input.principles:q}"
         " {resources.free}"
-        " --output {output.table:q} --shard {wildcards.shard} --model {params.model:q} --judge {params.judge:q}"
+        " --output {output.table:q} --shard {params.shard} --model {params.model:q} --judge {params.judge:q}"
         " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
 
 
@@ -95,7 +96,7 @@ rule gather_responses:
     benchmark:
         "<benchmarks>/{home}gather_responses/{index}.tsv"
     wildcard_constraints:
-        home=HOME,
+        home=made("response0"),
         index="[01]",
     conda:
         "../envs/data.yaml"
@@ -117,6 +118,8 @@ use rule gather_responses as gather_preferences with:
         "<logs>/{home}gather_preferences.log",
     benchmark:
         "<benchmarks>/{home}gather_preferences.tsv"
+    wildcard_constraints:
+        home=made("preferences"),
 
 
 rule aggregate_preferences:
@@ -134,11 +137,11 @@ rule aggregate_preferences:
     benchmark:
         "<benchmarks>/{home}aggregate_preferences.tsv"
     wildcard_constraints:
-        home=HOME,
+        home=made("reward_data"),
     conda:
         "../envs/data.yaml"
     params:
-        aggregation=setting("aggregation"),
+        aggregation=setting("aggregation", without=("path",)),
         turn_markers=lambda wildcards: json.dumps(run_settings(wildcards).judge.turn_markers),
     shell:
         f"python {SCRIPTS}/aggregate_preferences.py"

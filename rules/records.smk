@@ -24,7 +24,9 @@ def has_no_record():
 def warn_of_stale_results():
     """Name what is stale where Snakemake cannot know, before the first job. Looks at manifests only where it has to."""
     unknown = has_no_record()
-    if not any(unknown(path) for target in TARGETS for path in configuration.target_paths(RUNS, target)):
+    paths = {path for target in TARGETS for path in PLAN.target_paths(target)}
+    paths |= {PLAN.path(run, name) for run in RUNS for name in plan.NAMES}
+    if not any(map(unknown, paths)):
         return
     from salmon import verification
 

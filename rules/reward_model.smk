@@ -37,7 +37,7 @@ rule train_reward_model:
     benchmark:
         "<benchmarks>/{home}train_reward_model.tsv"
     wildcard_constraints:
-        home=HOME,
+        home=made("reward_model"),
     conda:
         "../envs/model.yaml"
     threads: 8
@@ -55,7 +55,7 @@ rule train_reward_model:
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
         stage="reward-model",
-        settings=setting("reward_model", without=("init",)),
+        settings=setting("reward_model", without=("init", "path", "revision")),
     shell:
         f"{LAUNCH}/train_reward_model.py"
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
@@ -80,6 +80,8 @@ use rule train_reward_model as train_pmp with:
         "<logs>/{home}train_pmp.log",
     benchmark:
         "<benchmarks>/{home}train_pmp.tsv"
+    wildcard_constraints:
+        home=HOME,
     resources:
         nodes=1,
         ranks=1,

@@ -57,6 +57,16 @@ def jobs() -> dict[str, Job]:
     sources = {"own": source("prompts", "own.jsonl")}
     add("check_model", "check_model", "check", model=BARE, policy_prompt=POLICY_PROMPT, lora=LORA, parts=["sampling"])
     add("clean_prompts", "clean_prompts", "prompts.parquet", prompts={"sources": sources})
+    examples = {"own": source("instructions", "own.jsonl")}
+    add("clean_sft_data", "clean_sft_data", "examples.parquet", sft_data={"sources": examples})
+    sft = {"learning_rate": 1e-3, "batch_size": 4, "eval_examples": 2, "max_length": 80}
+    add(
+        "train_sft",
+        "train_sft",
+        "sft",
+        **{"examples": "examples.parquet", "model": BARE, "lora": LORA, "policy_prompt": POLICY_PROMPT, "sft": sft},
+        gradient_checkpointing=False,
+    )
     pairs = {"shp": source("shp", "shp.json"), "hh": source("hh_rlhf", "hh.jsonl.gz")}
     add("clean_pmp_data", "clean_pmp_data", "pmp.parquet", pmp_data={"sources": pairs, "min_score_ratio": 1.5})
     more = {
@@ -177,7 +187,10 @@ def make_files(folder: Path) -> None:
         [{"dimension": n, "definition": f"Ja – {n}.", "negative_definition": f"Nein – {n}."} for n in NAMES],
     )
     write_json(folder / "rl.json", [{"dimension": n, "definition": f"Ja – {n}.", "weight": 2} for n in NAMES])
-    rows = [{"instruction": f"Wie groß ist {word}, in words?", "input": ""} for word in WORDS]
+    rows = [
+        {"instruction": f"Wie groß ist {word}, in words?", "input": "", "output": f"So groß wie {word}."}
+        for word in WORDS
+    ]
     write_lines(folder / "own.jsonl", rows)
     write_lines(folder / "sharegpt.jsonl", sharegpt()[:20])
     write_json(folder / "shp.json", shp()[:20])

@@ -20,6 +20,7 @@ CHANGES = (
     ("model.dtype", "model={dtype: bfloat16}"),
     ("model.attention", "model={attention: eager}"),
     ("policy_prompt.assistant_marker", "policy_prompt={assistant_marker: 'A:'}"),
+    ("sft.epochs", "sft={epochs: 2.0}"),
     ("prompts.seed", "prompts={seed: 7}"),
     ("sampling.temperature", "sampling={temperature: 0.7}"),
     ("sampling.shards", "sampling={shards: 3}"),
@@ -52,25 +53,25 @@ def snakemake(folder: Path, *words: str) -> str:
 
 def pretend(folder: Path) -> None:
     """Put something in the place of every output, and let Snakemake record it."""
-    for line in snakemake(folder, "--summary", "evaluation").splitlines():
+    for line in snakemake(folder, "--summary", "demo_evaluation").splitlines():
         if line.startswith("results/"):
             output = folder / line.split("\t")[0]
             (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
             if output.suffix:
                 output.write_text(output.name)
-    snakemake(folder, "--touch", "--forceall", "evaluation")
+    snakemake(folder, "--touch", "--forceall", "demo_evaluation")
 
 
 def reruns(folder: Path, *words: str) -> str:
     """Rules, with the number of their jobs."""
-    said = snakemake(folder, "-n", "evaluation", *words)
+    said = snakemake(folder, "-n", "demo_evaluation", *words)
     if "Nothing to be done" in said:
         return "nothing"
     table = said.rsplit("Job stats:", 1)[1]
     jobs = [
         (rule, int(count))
         for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.M)
-        if rule not in ("total", "evaluation", "all")
+        if rule not in ("total", "demo_evaluation", "all")
     ]
     return ", ".join(f"{rule} x {count}" if count > 1 else rule for rule, count in sorted(jobs))
 

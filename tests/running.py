@@ -34,7 +34,10 @@ def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> li
     """The command line of a script with these arguments."""
     flags = []
     for name, value in script.Arguments(**arguments).model_dump(mode="json").items():
-        flags += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        flags += [
+            f"--{name.replace('_', '-')}",
+            json.dumps(value) if value is None or isinstance(value, dict) else str(value),
+        ]
     return [sys.executable, *launcher, str(script.__file__), *flags]
 
 

@@ -35,6 +35,15 @@ def configuration(folder: Path) -> dict[str, Any]:
     raw["pathvars"] = {"results": results, "logs": f"{results}/logs", "benchmarks": f"{results}/benchmarks"}
     trees = str(DATA / "oasst1")
     raw["prompts"]["sources"] = {"oasst1": {"path": trees, "limit": 40}}
+    raw["sft_data"] = {
+        "sources": {
+            "self_align": None,
+            "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 20},
+            "oasst1": {"format": "oasst1", "path": trees, "limit": 20},
+            "sharegpt": {"format": "sharegpt", "path": str(folder / "sharegpt.json"), "limit": 20},
+        }
+    }
+    raw["sft"] = {"max_length": 180, "batch_size": 8, "eval_examples": 8}
     raw["pmp_data"]["sources"] = {
         "shp": {"path": str(folder / "shp.jsonl")},
         "hh_rlhf": {"path": [str(DATA / "hh-rlhf" / "helpful_test_sample.jsonl.gz")], "limit": 60},
@@ -54,7 +63,20 @@ def configuration(folder: Path) -> dict[str, Any]:
             "question_type": "red_teaming",
         },
     }
-    raw["targets"] = ["policy"]
+    raw["targets"] = ["policy", "sft", "evaluation"]
+    raw["evaluation"] = {
+        "prompts": {
+            "oasst1": None,
+            "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8},
+        },
+        "pairs": {
+            "hh_rlhf": None,
+            "reward_bench": None,
+            "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
+            "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
+        },
+    }
+    raw["runs"] |= dict.fromkeys(raw["runs"])  # none but the default one
     raw["aggregation"] = {"passes": 2}
     raw["rl_prompts"]["max_tokens"] = 64
     raw["sampling"] |= {"max_length": 180, "shards": 2}

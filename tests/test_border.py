@@ -145,7 +145,7 @@ def test_damage_inside_of_a_table_is_found_when_it_is_opened(tmp_path: Path) -> 
     start = len(whole) // 2
     whole[start : start + 200] = b"\xff" * 200
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"j\.parquet cannot be read: .*; delete it and run again"):
+    with pytest.raises(UserError, match=r"j\.parquet cannot be read: .*; copy it again, or move it away"):
         tables.check_rows(tables.read(path, JUDGEMENTS), JUDGEMENTS, path)
 
 

@@ -197,6 +197,15 @@ def test_errors_of_a_run_name_it(raw: dict[str, Any], changes: dict[str, Any], s
     check_lines(str(error.value), said)
 
 
+def test_a_run_with_another_base_model_does_not_keep_the_adapter_of_the_first(raw: dict[str, Any]) -> None:
+    changed = set_key(set_key(raw, "model.adapter", "a/b"), "model.revision", "0123abc")
+    with pytest.raises(UserError) as error:
+        load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None}}), ROOT)
+    check_lines(str(error.value), ["runs.mine.model.base: another model", "set runs.mine.model.adapter, to null"])
+    run = load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None, "adapter": None}}), ROOT)
+    assert run["mine"].model.adapter is None
+
+
 @pytest.mark.parametrize(("name", "possible"), [("lr-1e-5", True), ("a", True), ("-a", False), ("a/b", False)])
 def test_names_of_runs(raw: dict[str, Any], name: str, possible: bool) -> None:
     changed = {**raw, "runs": {"default": {}, name: {}}}
@@ -254,5 +263,5 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
 
 
 def test_targets_are_those_of_the_list(raw: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"targets\.0: must be one of 'prompts'"):
+    with pytest.raises(UserError, match=r"targets\.0: must be one of 'sft_data', 'sft', 'prompts'"):
         load(set_key(raw, "targets", ["polices"]), ROOT)

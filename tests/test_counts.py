@@ -8,7 +8,16 @@ import pytest
 
 from salmon import checked
 from salmon.artifacts import manifest_path
-from salmon.tables import JUDGEMENTS, PMP_RECORDS, PRINCIPLE_RECORDS, PROMPTS, RESPONSES, RL_PROMPTS, Table
+from salmon.tables import (
+    JUDGEMENTS,
+    PMP_RECORDS,
+    PRINCIPLE_RECORDS,
+    PROMPTS,
+    RESPONSES,
+    RL_PROMPTS,
+    SFT_EXAMPLES,
+    Table,
+)
 from tests.border_world import NAMES, BorderWorld
 
 
@@ -86,6 +95,15 @@ def test_train_reward_model(counted: Counted) -> None:
     assert len(metrics["training"]) == counts["steps"]
 
 
+def test_train_sft(counted: Counted) -> None:
+    counts = counted.counts("sft")
+    used = counts["trained_on"] + counts["held_out"] + counts["left_out_of_last_batch"]
+    assert counts["examples"] == counted.rows("examples.parquet").height == used + counts["no_room_for_an_answer"]
+    metrics = json.loads((counted.world.folder / "sft" / "metrics.json").read_text())
+    assert metrics["evaluation"]["number"] == counts["held_out"]
+    assert len(metrics["training"]) == counts["steps"]
+
+
 def test_train_policy(counted: Counted) -> None:
     counts = counted.counts("policy")
     assert counts["rows"] == counted.rows("rl.parquet").height
@@ -98,6 +116,7 @@ def test_train_policy(counted: Counted) -> None:
     ("file", "table"),
     [
         ("prompts", PROMPTS),
+        ("examples", SFT_EXAMPLES),
         ("rl", RL_PROMPTS),
         ("responses1/0", RESPONSES),
         ("response1", RESPONSES),

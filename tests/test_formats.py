@@ -83,6 +83,8 @@ def sample(kind: Any, columns: str) -> Any:
         return get_args(kind)[0]
     if get_origin(kind) is list:
         return [sample(get_args(kind)[0], columns)] * 2
+    if get_origin(kind) is dict:
+        return {"text": sample(get_args(kind)[1], columns)}
     if members := get_args(kind):  # of a union
         return sample(members[0], columns)
     return {str: "text", float: 3.0, int: 1, bool: True}[kind]

@@ -44,6 +44,8 @@ def table(name: str) -> dict[str, Any]:
 INPUTS: dict[str, dict[str, Any]] = {
     "check_model": OPTIONS | MODEL | {"policy.txt": mutations.TEXT},
     "clean_prompts": OPTIONS | {"own.jsonl": mutations.OWN},
+    "clean_sft_data": OPTIONS | {"own.jsonl": mutations.LINES},
+    "train_sft": OPTIONS | table("examples") | MODEL | {"policy.txt": mutations.TEXT},
     "clean_pmp_data": OPTIONS | {"shp.json": mutations.PAIRS, "hh.jsonl.gz": mutations.ZIPPED},
     "clean_rl_prompts": OPTIONS
     | {"own.jsonl": mutations.OWN, "sharegpt.jsonl": mutations.LINES, "openorca.parquet": mutations.ORCA}

@@ -148,7 +148,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither responses nor judgements"):
         gather([paths[1], paths[0], paths[2]], output)
     artifacts.manifest_path(paths[2]).unlink()
-    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* build it again"):
+    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* be built again"):
         gather(paths, output)
     assert not output.exists()
 
@@ -159,7 +159,9 @@ def test_rows_that_its_manifest_does_not_count(tmp_path: Path) -> None:
         paths = write(tmp_path, table, 2)
         rows = pl.read_parquet(paths[1])
         rows[1:].write_parquet(paths[1])
-        said = rf"1\.parquet has {rows.height - 1} rows, but its manifest counts {rows.height}; delete both and build"
+        said = (
+            rf"1\.parquet has {rows.height - 1} rows, but its manifest counts {rows.height}; if the table is your own"
+        )
         with pytest.raises(UserError, match=said):
             gather(paths, output)
     assert not output.exists()

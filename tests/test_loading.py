@@ -199,7 +199,7 @@ def test_lora_on_embeddings_is_verified_and_trained(llama: Path, tmp_path: Path)
         ("adapter_config.json", "{", "cannot be read"),
         ("adapter_config.json", {"r": "8"}, "cannot be read"),
         (ADAPTER, "short", "cannot be read"),
-        ("adapter_model.bin", "no pickle", "no weights in safetensors"),
+        ("adapter_model.bin", "no pickle", "cannot be read"),
     ],
 )
 def test_a_damaged_adapter_is_refused_in_a_sentence(
@@ -243,7 +243,7 @@ def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:-50], "cannot be read: .*; build the reward model again"),
+        (lambda data: data[:-50], "cannot be read: .*; copy the reward model again"),
         (lambda w: w | {SCORE: torch.zeros(2, 64)}, r"shape \(2, 64\)"),
         (lambda w: w | {SCORE: torch.zeros(64)}, r"shape \(64,\)"),
         (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, and .* gives 64|size mismatch"),

@@ -61,6 +61,7 @@ def test_models_load_as_anyone_loads_them(results: Path) -> None:
         AutoPeftModelForSequenceClassification.from_pretrained(results / "models" / stage, num_labels=1)
         assert 0 <= json.loads((results / "models" / stage / "metrics.json").read_text())["evaluation"]["accuracy"] <= 1
     base = AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "model")
+    PeftModel.from_pretrained(base, str(results / "models" / "sft")).unload()
     policy = results / "runs" / "default" / "policy"
     PeftModel.from_pretrained(base, str(policy))
     assert len((policy / "metrics.jsonl").read_text().splitlines()) == 2
@@ -71,7 +72,7 @@ def test_every_artifact_has_a_manifest(results: Path) -> None:
     assert len(tables) >= 7
     files = [path.with_suffix(".manifest.json") for path in tables]
     files += [results / "models" / "pmp" / "manifest.json", results / "models" / "reward_model" / "manifest.json"]
-    files.append(results / "runs" / "default" / "policy" / "manifest.json")
+    files += [results / "runs" / "default" / "policy" / "manifest.json", results / "models" / "sft" / "manifest.json"]
     for file in files:
         found = manifest(file)
         assert {"settings", "inputs", "counts", "packages", "created"} <= set(found), file

@@ -74,6 +74,8 @@ FOLDERS = ("model", "adapter", "reward_model")
 INSTEAD: dict[str, tuple[str, ...]] = {
     "check_model": ("model/model.safetensors", "model/tokenizer.json", "model/config.json", "policy.txt"),
     "clean_prompts": ("own.jsonl",),
+    "clean_sft_data": ("own.jsonl",),
+    "train_sft": ("examples.parquet", "model/model.safetensors"),
     "clean_pmp_data": ("shp.json", "hh.jsonl.gz"),
     "clean_rl_prompts": ("openorca.parquet", "sharegpt.jsonl", "model/tokenizer.json", "model/tokenizer_config.json"),
     "sample_responses 0 0": ("prompts.parquet", "prompts.manifest.json", "adapter/adapter_model.safetensors"),

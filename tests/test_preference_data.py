@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from salmon import preference_data as data
 from salmon.config import PmpData
-from salmon.formats import PAIR_FORMATS, Comparison
+from salmon.formats import Comparison
 from salmon.tables import PMP_RECORDS
 from tests import synthetic
 
@@ -26,6 +26,10 @@ DATA = ROOT / "tests" / "data"
 def shp(**more: Any) -> dict[str, Any]:
     row = {"history": "post", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0}
     return {**row, **more}
+
+
+def records(settings: PmpData, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    return data.comparison_records(settings.sources, settings.min_score_ratio, settings.seed, counts)
 
 
 def taken(kind: str, row: dict[str, Any]) -> Any:
@@ -39,6 +43,33 @@ def taken(kind: str, row: dict[str, Any]) -> Any:
 def test_shp_label_1_prefers_a() -> None:
     assert taken("shp", shp(labels=1)) == ("post", "a", "b")
     assert taken("shp", shp(labels=0)) == ("post", "b", "a")
+
+
+PAIR = {"instruction": "post", "input": "", "output_1": "a", "output_2": "b", "preference": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "found"),
+    [
+        ("pairs", PAIR, ("post", "a", "b")),
+        ("pairs", PAIR | {"preference": 2, "input": "text"}, ("post\n\ntext", "b", "a")),
+        ("pairs", PAIR | {"output_1": None}, "empty output"),
+        ("rewardbench", {"prompt": "post", "chosen": "a", "rejected": "b"}, ("post", "a", "b")),
+        ("rewardbench", {"prompt": None, "chosen": "a", "rejected": "b"}, "empty query"),
+        ("hhh", {"input": "post", "target_scores": {"b": 0, "a": 1}}, ("post", "a", "b")),
+        ("hhh", {"input": "post", "target_scores": {"b": 1, "a": 1}}, "not one right answer of two"),
+    ],
+)
+def test_pairs_of_other_formats(kind: str, row: dict[str, Any], found: Any) -> None:
+    assert taken(kind, row) == found
+
+
+def test_the_examples_of_hhh_as_published() -> None:
+    counts: Counter[str] = Counter()
+    source = {"format": "hhh", "path": str(DATA / "hhh_alignment")}
+    found = list(records(PmpData.model_validate({"sources": {"hhh": source}}), counts))
+    assert len(found) == counts["hhh: rows"] - counts["hhh: identical outputs"] > 20
+    assert {row["preference"] for row in found} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +223,7 @@ def test_the_limit_of_a_source_is_kept(tmp_path: Path) -> None:
     source = {"format": "shp", "path": str(tmp_path / "s.jsonl"), "limit": 7}
     counts: Counter[str] = Counter()
     settings = PmpData.model_validate({"sources": {"posts": source}})
-    assert len(list(data.pmp_records(settings, counts))) == 7
+    assert len(list(records(settings, counts))) == 7
     assert counts == {"posts: rows": 50, "posts: over the limit": 43}
 
 
@@ -201,12 +232,15 @@ def test_the_counts_add_up_to_the_rows_read(tmp_path: Path, limit: int | None) -
     (tmp_path / "s.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*synthetic.shp(), *synthetic.shp(), 1])
     )
+    pairs = [{"instruction": "q", "output_1": "a", "output_2": str(n % 9), "preference": 1} for n in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*pairs, 1]))
     paths = {"shp": [str(tmp_path / "s.jsonl")], "hh_rlhf": [str(DATA / "hh-rlhf"), str(tmp_path / "h.jsonl")]}
+    paths["pairs"] = [str(tmp_path / "p.jsonl")]
     (tmp_path / "h.jsonl").write_text("{\n" + json.dumps({"chosen": "", "rejected": None}))
-    sources = {kind: {"format": kind, "path": paths[kind], "limit": limit, "max_bad_rows": 1} for kind in PAIR_FORMATS}
+    sources = {kind: {"format": kind, "path": paths[kind], "limit": limit, "max_bad_rows": 1} for kind in paths}
     counts: Counter[str] = Counter()
     settings = PmpData.model_validate({"sources": sources})
-    data.shuffle(data.pmp_records(settings, counts), 0, tmp_path, counts)
+    data.shuffle(records(settings, counts), 0, tmp_path, counts)
     for name in sources:
         here = {what.partition(": ")[2]: number for what, number in counts.items() if what.startswith(f"{name}: ")}
         assert here.pop("rows") == sum(here.values())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import train_reward_model
-from salmon import artifacts, checkpoints, models, reward_model
+from salmon import artifacts, checkpoints, models, reward_model, training
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
@@ -257,30 +257,30 @@ def test_reward_is_read_at_the_last_token_by_mask_also_where_it_is_the_padding_t
 @pytest.mark.parametrize("wanted", [0, 1, 10, 41])
 def test_split_shares_no_prompt_and_does_not_depend_on_the_order_of_rows(wanted):
     records = make_records(30, passes=4)
-    train, held = reward_model.split(records, wanted, seed=42)
+    train, held = training.split(records, wanted, seed=42, what="reward model")
     assert not set(train["prompt_id"]) & set(held["prompt_id"])
     assert wanted <= len(held) < wanted + 4
     assert len(train) + len(held) == len(records)
-    _, again = reward_model.split(records.sample(fraction=1, shuffle=True, seed=1), wanted, seed=42)
+    _, again = training.split(records.sample(fraction=1, shuffle=True, seed=1), wanted, seed=42, what="reward model")
     assert set(again["record_id"]) == set(held["record_id"])
     if wanted > 1:
-        _, other = reward_model.split(records, wanted, seed=43)
+        _, other = training.split(records, wanted, seed=43, what="reward model")
         assert set(other["record_id"]) != set(held["record_id"])
 
 
 def test_training_order_is_whole_batches_of_seeded_permutations():
     lengths = [random.Random(i).randrange(100) for i in range(50)]
-    order = reward_model.training_order(lengths, 8, 1.0, seed=1)
+    order = training.training_order(lengths, 8, 1.0, seed=1, what="reward model")
     assert len(order) == len(set(order)) == 48
-    assert order == reward_model.training_order(lengths, 8, 1.0, seed=1)
-    assert order != reward_model.training_order(lengths, 8, 1.0, seed=2)
+    assert order == training.training_order(lengths, 8, 1.0, seed=1, what="reward model")
+    assert order != training.training_order(lengths, 8, 1.0, seed=2, what="reward model")
     for start in range(0, 48, 8):
         batch = [lengths[index] for index in order[start : start + 8]]
         assert batch == sorted(batch, reverse=True)
-    twice = reward_model.training_order(lengths, 10, 2.0, seed=1)
+    twice = training.training_order(lengths, 10, 2.0, seed=1, what="reward model")
     assert set(Counter(twice).values()) == {2}
-    assert len(reward_model.training_order(lengths, 10, 0.5, seed=1)) == 20
-    assert reward_model.training_order(lengths, 51, 1.0, seed=1) == []
+    assert len(training.training_order(lengths, 10, 0.5, seed=1, what="reward model")) == 20
+    assert training.training_order(lengths, 51, 1.0, seed=1, what="reward model") == []
 
 
 def test_evaluate_counts_by_dimension_and_by_how_it_was_shown():
@@ -317,7 +317,7 @@ def test_artifact_is_a_peft_folder_that_anyone_loads_with_the_same_scores(traine
     }
     assert not (folder.parent / ".work").exists()
     records, _ = reward_model.read_records(arguments.records)
-    _, held = reward_model.split(records, arguments.settings.eval_examples, arguments.settings.seed)
+    _, held = training.split(records, arguments.settings.eval_examples, arguments.settings.seed, "reward model")
     rows = reward_model.record_tokens(tokenizer, TEMPLATE, held, arguments.settings, "reward_model")
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
     standard = AutoTokenizer.from_pretrained(tiny_model)  # everything as a stranger would do it
@@ -349,10 +349,12 @@ def test_first_step_against_a_float64_reference(trained, tokenizer):
     arguments = train_reward_model.Arguments(**trained["arguments"])
     settings = arguments.settings
     records, _ = reward_model.read_records(arguments.records)
-    train, _ = reward_model.split(records, settings.eval_examples, settings.seed)
+    train, _ = training.split(records, settings.eval_examples, settings.seed, "reward model")
     sizes = [len(row["output_1"]) for row in train.iter_rows(named=True)]
     # Which records make the first step does not depend on the lengths, only their order in it does
-    first = train[reward_model.training_order(sizes, settings.batch_size, settings.epochs, settings.seed)[:8]]
+    first = train[
+        training.training_order(sizes, settings.batch_size, settings.epochs, settings.seed, "reward model")[:8]
+    ]
     rows = reward_model.record_tokens(tokenizer, TEMPLATE, first, settings, "reward_model")
     model = models.new_reward_model(arguments.model, arguments.lora, "cpu", settings.seed).double()
     rewards = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows]).view(-1, 2)
@@ -467,22 +469,24 @@ def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
 # Dies at the sixth step, when all of its checkpoint is written but the mark that says so.
 KILLED = """
 import os, signal, train_reward_model as script
-mark = script.Reporter.on_save
+from salmon import training
+mark = training.Reporter.on_save
 def die(self, args, state, control, **more):
     if state.global_step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     mark(self, args, state, control, **more)
-script.Reporter.on_save = die
+training.Reporter.on_save = die
 script.script.run(script.main, script.Arguments)
 """
 
 # Is asked to stop in the middle of the fourth step.
 STOPPED = """
 import os, signal, train_reward_model as script
+from salmon import training
 def ask(self, args, state, control, **_):
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-script.Reporter.on_step_begin = ask
+training.Reporter.on_step_begin = ask
 script.script.run(script.main, script.Arguments)
 """
 
@@ -541,7 +545,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         arguments = train_reward_model.Arguments(**(trained["arguments"] | {"output": str(folder / "rm")} | changes))
         work = WorkFolder(arguments.output)
         origin = train_reward_model.origin_of(arguments)
-        assert not train_reward_model.open_work(arguments, work, origin.fingerprint(origin.identify()))
+        assert not training.open_work(arguments, work, origin.fingerprint(origin.identify()))
         return checkpoints.newest(work)
 
     other = tmp_path / "other.parquet"

@@ -27,6 +27,7 @@ ONE = "-p gpu -t 360 --mem 64000 --cpus-per-task=8 --gres=gpu:1"  # and one task
 EXPECTED = {
     "check_model": ONE,
     "clean_prompts": CPU,
+    "clean_sft_data": CPU,
     "clean_pmp_data": CPU,
     "clean_rl_prompts": CPU,
     "gather_responses": CPU,
@@ -36,12 +37,13 @@ EXPECTED = {
     "judge_preferences": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --gres=gpu:8",
     "train_pmp": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
     "train_reward_model": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
+    "train_sft": f"-p gpu -t 1440 --mem 512000 --nodes=1 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
     "train_policy": f"-p gpu -t 1440 --mem 512000 --nodes=6 {EIGHT} --signal=TERM@1200 --gres=gpu:8",
     "train_demo_policy": ONE,
     "evaluate_demo": ONE,
 }
-PAPER = ("policies", "demo_policy")
-DEMO = ("evaluation", "--configfile", "demo/config.yaml")
+PAPER = ("policies", "sft", "demo_policy")
+DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml")
 
 
 class Resources(dict[str, Any]):

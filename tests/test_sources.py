@@ -225,8 +225,13 @@ def test_numbers_of_any_size_are_read_and_scores_are_finite(tmp_path: Path, name
 
 
 def test_a_json_list_is_told_from_json_lines(tmp_path: Path) -> None:
+    """The authors' files of JSON lines end with `.json`."""
     path = tmp_path / "a.json"
     path.write_bytes(json_lines(ROWS[:2]))
+    assert read(path) == [(f"{path}, line {n + 1}", ROWS[n]) for n in range(2)]
+    path.write_bytes(json.dumps(ROWS[0], indent=1).encode())
+    assert read(path) == [(f"{path}, row 1", ROWS[0])]
+    path.write_bytes(json.dumps(ROWS[0], indent=1).encode() * 2)
     assert "ends with .jsonl" in fails(path)
     path.write_text('"tulip-7319"')
     assert "neither a JSON list nor an object" in fails(path)

@@ -1,5 +1,7 @@
 """The tables' schemas: what they say of themselves, and that writers keep to them."""
 
+import ast
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from salmon import aggregation, artifacts, preference_data
+from salmon import aggregation, artifacts, preference_data, tables
+from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.tables import PMP_RECORDS, PRINCIPLE_RECORDS, PROMPTS, RECORD_TEXTS, TABLES
 
@@ -47,3 +50,44 @@ def test_a_table_that_is_not_whole_is_not_written(tmp_path: Path, change: Any, s
     with pytest.raises(RuntimeError, match=said):
         artifacts.write_table(wrong.lazy() if lazy else wrong, tmp_path / "wrong.parquet", PROMPTS)
     assert [path.name for path in tmp_path.iterdir()] == ["right.parquet"]
+
+
+@pytest.mark.parametrize("table", tables.TABLES, ids=lambda table: table.name)
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'{"instruction": "tulip-7319"}\n', "JSON"),
+        (b"[]", "JSON"),
+        (b"\x1f\x8b\x08", "packed with gzip"),
+        (b"", "empty"),
+        (b"a,b\n", "something else"),
+    ],
+)
+def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: bytes, found: str) -> None:
+    """What is expected, what it is, and which key reads it; nobody is told to delete a file of theirs."""
+    path = tmp_path / "mine.parquet"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as told:
+        tables.read(path, table)
+    said = str(told.value)
+    assert f"is {found}, and a table of {table.name} is expected" in said
+    assert said.endswith(table.reader)
+    assert re.search(r"\b(sampling|judge|aggregation)\.paths?|\.sources", said)
+    assert "delete" not in said
+    assert "tulip" not in said
+
+
+def test_no_error_about_a_table_or_a_reward_model_tells_to_delete_it() -> None:
+    """Where a work folder or a checkpoint is meant, which is nobody's own, it may."""
+    scripts = Path(__file__).parents[1] / "workflow_scripts"
+    own = {"work.py", "optimization.py", "ppo.py", "tokenizers.py"}
+    texts = [
+        (path.name, node.value)
+        for path in scripts.rglob("*.py")
+        if path.name not in own
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        for node in ast.walk(call)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "delete" in node.value
+    ]
+    assert [text for text in texts if text[1] != "deleted" and not text[1].startswith(".")] == []

@@ -17,7 +17,7 @@ import verify
 from salmon import artifacts, configuration, verification
 from salmon.config import FREE
 from salmon.configuration import Config, field_of, section_in
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
+from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
 from tests.running import PATIENCE, environment, merge
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,8 @@ ALL = {
     "check_model/judging",
     "check_model/training",
     "check_model/rl",
+    "sft/examples.parquet",
+    "models/sft",
     "prompts/oasst1.parquet",
     *(f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)),
     "responses/response0.parquet",
@@ -39,6 +41,17 @@ ALL = {
     "models/reward_model",
     "prompts/rl.parquet",
     POLICY,
+    "evaluation/prompts.parquet",
+    "evaluation/initial_answers.parquet",
+    "evaluation/initial_scores.parquet",
+    "runs/default/evaluation/answers.parquet",
+    "runs/default/evaluation/scores.parquet",
+    "runs/default/evaluation/judgements.parquet",
+    "evaluation/policies",
+    "evaluation/judge",
+    "evaluation/pairs.parquet",
+    "evaluation/pmp",
+    "evaluation/reward_model",
 }
 
 
@@ -48,39 +61,65 @@ def named(*words: str) -> set[str]:
 
 
 SAMPLED, JUDGED, TRAINED = named("responses/"), named("preferences/"), named("models/", POLICY)
+SFT = named("sft")
 RL = named(POLICY, "check_model/rl")
+ANSWERED, SCORED, COMPARED = named("answers.parquet"), named("scores.parquet"), named("judgements.parquet")
+PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
+MEASURED = PMP_MEASURED | MODEL_MEASURED
+WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
+TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
 # result is not here.
 STALE = {
     "targets": set(),
     "pathvars": set(),
-    "seed": ALL - named("check_model/judging", "check_model/training", "check_model/rl", "preferences/"),
-    "model": ALL - named("reward_data/", "oasst1", "rl.parquet"),
-    "model.base": ALL - named("reward_data/", "oasst1"),
-    "model.revision": ALL - named("reward_data/", "oasst1"),
-    "model.trust_remote_code": ALL - named("reward_data/", "oasst1"),
-    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training"),  # it may have a tokenizer
-    "model.adapter_revision": (SAMPLED | JUDGED | RL | named("check_model/sampling", "check_model/judging")),
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling"),
+    "seed": ALL - named("check_model", "preferences/") - SCORED - COMPARED,
+    "model": ALL - named("reward_data/", "examples", "oasst1", "rl.parquet") - WITHOUT_MODEL,
+    "model.base": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    "model.revision": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    "model.trust_remote_code": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
+    # It may have a tokenizer.
+    "model.adapter": ALL - named("reward_data/", "oasst1", "check_model/training") - SFT - WITHOUT_MODEL,
+    "model.adapter_revision": SAMPLED
+    | JUDGED
+    | RL
+    | named("check_model/sampling", "check_model/judging")
+    | ANSWERED
+    | COMPARED,
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED,
+    "sft_data": named("examples"),
+    "sft": named("models/sft"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
-    "judge": JUDGED | named("check_model/judging"),
-    "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences"),
-    "judge.principles": JUDGED | named("check_model/judging", "principle_preferences"),
+    "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"},
+    "judge.path": {"preferences/preferences.parquet"},
+    "judge": JUDGED | named("check_model/judging") | COMPARED,
+    "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
+    "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,
     "aggregation": named("principle_preferences"),
+    "aggregation.dimensions": named("principle_preferences") | SCORED | MODEL_MEASURED,
+    "aggregation.path": named("principle_preferences"),
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
-    "scoring": TRAINED | RL | named("check_model/training"),
+    "scoring": TRAINED - SFT | RL | named("check_model/training") | SCORED | MEASURED,
     "pmp": named("models/pmp"),
+    **{f"pmp.{key}": named("models/pmp") | PMP_MEASURED for key in (*TEXTS, *SPLIT)},
     "reward_model": named("models/reward_model"),
+    **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED | SCORED for key in TEXTS},
+    **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED for key in SPLIT},
     "rl_prompts": named("rl.parquet"),
     "ppo": named(POLICY),
     "ppo.template": RL,
-    "ppo.query_length": RL,
-    "ppo.response_length": RL,
+    "ppo.temperature": named(POLICY) | ANSWERED,
+    "ppo.query_length": RL | ANSWERED,
+    "ppo.response_length": RL | ANSWERED,
     "ppo.reward_query_length": RL,
     "ppo.reward_response_length": RL,
     "ppo.reward_max_length": RL,
+    "evaluation.prompts": {"evaluation/prompts.parquet"},
+    "evaluation.pairs": {"evaluation/pairs.parquet"},
+    "evaluation.min_score_ratio": {"evaluation/pairs.parquet"},
+    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED,
 }
 
 
@@ -141,6 +180,7 @@ VALUES: dict[str, Any] = {
     "pathvars.results": None,  # other results
     "targets": ["prompts"],
     "model.base": "HuggingFaceTB/SmolLM2-135M",
+    "sampling.paths": ["owner/first", "owner/second"],
     "sampling.seeds": [7, 8],
     "aggregation.dimensions": ["Concise"],
     "policy_prompt.thinking": ["<t>", "</t>"],
@@ -183,7 +223,8 @@ def other(key: str, old: Any, folder: Path) -> Any:
         return "owner/other"
     if isinstance(old, str):
         if key.endswith(".format"):
-            return next(name for name in (PAIR_FORMATS if "pmp" in key else PROMPT_FORMATS) if name != old)
+            known = {"pmp_data": PAIR_FORMATS, "sft_data": EXAMPLE_FORMATS}.get(key.partition(".")[0], PROMPT_FORMATS)
+            return next(name for name in known if name != old)
         return f"{old}other"
     return 5 if "int" in annotation else "owner/other"
 
@@ -209,6 +250,10 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
     base: dict[str, Any] = {}  # what there has to be for the key to be set
     if key.startswith("judge.model."):
         base = {"judge": {"model": raw["model"]}}
+    if key == "judge.path":
+        base = {"sampling": {"paths": VALUES["sampling.paths"]}}
+    if key == "reward_model.revision":
+        base = {"reward_model": {"path": "owner/other"}}
     if key.endswith("template_variables"):
         base = {section: CHAT[section]}
     expected = STALE[max((begin for begin in STALE if f"{key}.".startswith(f"{begin}.")), key=len)]
@@ -243,12 +288,15 @@ def test_a_table_with_other_contents(copy: Path) -> None:
     """Its consumers hashed another one; it has itself the rows that it should have."""
     rewrite_table(copy / "results" / "prompts" / "rl.parquet", pl.col("length_bonus") + 1)
     runs = load(copy)
-    assert look(runs) == {(POLICY, f"inputs changed ({copy}/results/prompts/rl.parquet)")}
+    reason = f"inputs changed ({copy}/results/prompts/rl.parquet)"
+    assert look(runs) == {(POLICY, reason), ("evaluation/prompts.parquet", reason)}
     rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
     shards = {f"responses/response{index}.shards/{shard}.parquet" for index in (0, 1) for shard in (0, 1)}
     gathered = {f"responses/response{index}.parquet" for index in (0, 1)}
-    assert paths(look(runs)) == {POLICY} | shards | gathered
-    assert paths(look(runs, "follows")) == JUDGED | {"reward_data/principle_preferences.parquet", "models/reward_model"}
+    assert paths(look(runs)) == {POLICY, "evaluation/prompts.parquet"} | shards | gathered
+    follows = {"reward_data/principle_preferences.parquet", "models/reward_model"}
+    follows |= ANSWERED | SCORED | COMPARED | {"evaluation/policies", "evaluation/judge", "evaluation/reward_model"}
+    assert paths(look(runs, "follows")) == JUDGED | follows
 
 
 def damage(path: Path) -> None:
@@ -296,6 +344,24 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
     assert paths(look(runs)) == {POLICY}
 
 
+def test_a_policy_whose_run_has_another_reward_model_by_now(copy: Path) -> None:
+    """Which is not built yet: what the policy was trained against is still there, but it is not the run's any more."""
+    shutil.copytree(copy / "results/runs/default/policy", copy / "results/runs/other/policy")
+    assert paths(look(load(copy, runs={"default": {}, "other": {}}))) == {"evaluation/policies"}  # of one run more
+    found = look(load(copy, runs={"default": {}, "other": {"aggregation": {"agreement": "mean"}}}))
+    assert {path for path, text in found if "inputs changed" in text} == {"runs/other/policy"}
+
+
+def test_manifests_from_before_responses_were_cut(copy: Path) -> None:
+    """A key that is new, and whose default is not what was done without it."""
+    file = copy / "results/runs/default/policy/manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["settings"]["ppo"]["cut_markers"]
+    file.write_text(json.dumps(manifest))
+    assert any(path == POLICY and "ppo.cut_markers not set -> " in text for path, text in look(load(copy)))
+    assert look(load(copy, ppo={"cut_markers": []})) == set()
+
+
 def test_results_that_were_moved(small_run: Path, copy: Path) -> None:
     """And are known there by other paths, as are the inputs that moved with them."""
     assert look(load(copy)) == set()
@@ -314,7 +380,8 @@ def test_shards(copy: Path) -> None:
         shutil.rmtree(folder)
     assert look(load(copy)) == set()
     rewrite_table(copy / "results" / "prompts" / "oasst1.parquet", pl.col("source") + "x")
-    assert paths(look(load(copy))) == {"responses/response0.parquet", "responses/response1.parquet"}
+    stale = {"responses/response0.parquet", "responses/response1.parquet", "evaluation/prompts.parquet"}
+    assert paths(look(load(copy))) == stale
 
 
 def test_shards_of_a_table_that_is_not_there_yet(copy: Path) -> None:
@@ -371,7 +438,8 @@ def test_the_script(small_run: Path, tmp_path: Path) -> None:
     policy = small_run / "results" / POLICY
     assert stale.returncode == 1
     assert f"stale: {policy}: ppo.kl_coefficient 0.01 -> 0.5\n" in stale.stdout
-    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1} artifacts"
+    follows = named("runs/default/evaluation", "evaluation/policies")
+    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1 - len(follows)} artifacts"
     assert run("--forcerun", files=[changed]).stdout.split() == ["--forcerun", str(policy)]
     assert run("--forcerun", files=[]).stdout == ""
 
@@ -395,4 +463,4 @@ def test_other_weights_under_the_same_name(copy: Path) -> None:
     assert look(runs) == set()
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert paths(look(runs)) == ALL - named("reward_data/", "oasst1", "rl.parquet")
+    assert paths(look(runs)) == ALL - named("reward_data/", "examples", "oasst1", "rl.parquet")

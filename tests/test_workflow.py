@@ -35,7 +35,11 @@ PARENTS = {
     "clean_rl_prompts": [],
     "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
+# Of the initial policy, which the configuration does not train.
+SFT = {"clean_sft_data": [], "train_sft": ["clean_sft_data", "check_model"]}
 TARGETS = {
+    "sft_data": "clean_sft_data",
+    "sft": "train_sft",
     "prompts": "clean_prompts",
     "response0": "gather_responses",
     "response1": "gather_responses",
@@ -66,12 +70,12 @@ def jobs(output: str) -> dict[str, int]:
 
 
 def ancestors(rule: str) -> set[str]:
-    return {rule}.union(*(ancestors(parent) for parent in PARENTS[rule]))
+    return {rule}.union(*(ancestors(parent) for parent in (PARENTS | SFT)[rule]))
 
 
 def test_every_target_is_tested() -> None:
     """Those of all runs and of the demo have tests of their own below."""
-    assert {*TARGETS, "policies", "evaluation", "demo_policy"} == set(configuration.TARGETS)
+    assert {*TARGETS, "policies", "evaluation", "demo_evaluation", "demo_policy"} == set(configuration.TARGETS)
 
 
 def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_a_named_target_builds_just_its_ancestors(target: str, tmp_path: Path) -
 def test_a_file_of_the_results_is_a_target_too(tmp_path: Path) -> None:
     run = snakemake("-n", *(str(tmp_path / name.removeprefix("results/")) for name in FILES), *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert set(jobs(run.stdout + run.stderr)) == set(PARENTS)
+    assert set(jobs(run.stdout + run.stderr)) == {*PARENTS, *SFT}
 
 
 def test_runs_share_what_they_have_in_common(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
             "runs/no_pmp/reward_data/principle_preferences.parquet",
             "the reward_data of the run no_pmp is results/reward_data/principle_preferences.parquet",
         ),
-        ("evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
+        ("demo_evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
     ],
 )
 def test_what_no_rule_should_make_is_refused(target: str, said: str) -> None:
@@ -238,23 +242,25 @@ BASE = "demo/model"
 
 def pretend(folder: Path, *arguments: str) -> None:
     """Put something in the place of every output of the demo, so that all of it is up to date."""
-    listed = snakemake("--profile", "profiles/demo", "--summary", "evaluation", *arguments, folder=folder)
+    listed = snakemake("--profile", "profiles/demo", "--summary", "demo_evaluation", *arguments, folder=folder)
     assert listed.returncode == 0, listed.stderr
     for line in listed.stdout.splitlines()[1:]:
         output = folder / line.split("\t")[0]
         (output.parent if output.suffix else output).mkdir(parents=True, exist_ok=True)
         if output.suffix:
             output.write_text(output.name)
-    touched = snakemake("--profile", "profiles/demo", "--touch", "--forceall", "evaluation", *arguments, folder=folder)
+    touched = snakemake(
+        "--profile", "profiles/demo", "--touch", "--forceall", "demo_evaluation", *arguments, folder=folder
+    )
     assert touched.returncode == 0, touched.stderr
 
 
 def reruns(folder: Path, *arguments: str) -> set[str]:
     """Rules that a dry run of the demo lists, but for the check of the model, which makes nothing that they read."""
-    run = snakemake("--profile", "profiles/demo", "-n", "evaluation", *arguments, folder=folder)
+    run = snakemake("--profile", "profiles/demo", "-n", "demo_evaluation", *arguments, folder=folder)
     assert run.returncode == 0, run.stderr
     said = run.stdout + run.stderr
-    return set() if "Nothing to be done" in said else set(jobs(said)) - {"evaluation", "check_model"}
+    return set() if "Nothing to be done" in said else set(jobs(said)) - {"demo_evaluation", "check_model"}
 
 
 @contextmanager
@@ -401,7 +407,9 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
     overlay = built / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"runs": raw["runs"]}))
     words = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "--detailed-summary")
-    listed = snakemake(*words, "evaluation", "--config", f"model={{adapter: {ADAPTER}}}", folder=built)
+    listed = snakemake(
+        *words, "evaluation", "demo_evaluation", "sft", "--config", f"model={{adapter: {ADAPTER}}}", folder=built
+    )
     assert listed.returncode == 0, listed.stderr
     head, *lines = (line.split("\t") for line in listed.stdout.splitlines() if "\t" in line)
     rows = [dict(zip(head, line, strict=True)) for line in lines]

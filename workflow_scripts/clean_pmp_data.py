@@ -30,7 +30,7 @@ def main(arguments: Arguments) -> None:
     settings, output = arguments.pmp_data, arguments.output
     counts: Counter[str] = Counter()
     with artifacts.scratch(output) as folder:
-        records = preference_data.pmp_records(settings, counts)
+        records = preference_data.comparison_records(settings.sources, settings.min_score_ratio, settings.seed, counts)
         files = preference_data.shuffle(records, settings.seed, folder, counts)
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not any(counts[f"{name}: kept"] for name in settings.sources):

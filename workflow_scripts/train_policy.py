@@ -23,7 +23,7 @@ from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.shared_base import SharedBase, check_lengths
-from salmon.tables import RL_PROMPTS
+from salmon.tables import MEND, RL_PROMPTS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
@@ -67,6 +67,10 @@ def main(args: Arguments) -> None:
     )
     inputs = origin.identify()
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
+    if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
+        raise UserError(f"the rate of all PPO steps ({steps}) is 0, that of the warm-up; lower ppo.warmup_steps")
+    if steps <= args.ppo.warmup_steps:
+        log.warning("the warm-up (ppo.warmup_steps %d) does not end within %d steps", args.ppo.warmup_steps, steps)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
     layout = ""  # other hardware may resume from a checkpoint, but for the shards of DeepSpeed
@@ -142,7 +146,7 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
     if unknown := set(table["question_type"]) - set(QUESTION_TYPES):
         raise UserError(
             f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
-            "build the file again"
+            f"{MEND}"
         )
     used = ppo.within_query_length(table, tokenizer, args.ppo, args.policy_prompt)
     left_out = len(table) - len(used)

@@ -30,7 +30,11 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Verify, and print what was found."""
-    raw = arguments.configuration or read([shipped.CHECKOUT / "config.yaml", *arguments.configfile])
+    raw = (
+        arguments.configuration
+        if arguments.configuration is not None
+        else read([shipped.CHECKOUT / "config.yaml", *arguments.configfile])
+    )
     report = verification.verify(configuration.load(raw, Path.cwd()))
     if arguments.forcerun:
         sys.stdout.write("".join(f"{word}\n" for word in ["--forcerun", *report.forcerun] if report.stale))
@@ -47,10 +51,12 @@ def read(files: list[Path]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for file in files:
         try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} cannot be read as YAML: {error}") from None
-        whole = configuration.merge(whole, found or {})
+        if not isinstance(found, dict):
+            raise UserError(f"{file} is no mapping of sections, as a configuration is")
+        whole = configuration.merge(whole, found)
     return whole
 
 

@@ -25,6 +25,7 @@ from salmon import encoding, language, principles, reward_model, templates
 from salmon.configuration import load
 from salmon.encoding import read_template
 from salmon.tables import JUDGEMENTS
+from salmon.training import split
 from tests.running import merge
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +207,7 @@ def test_reward_models_score_as_in_the_hands_of_a_stranger(results: Path, settin
     table = results / "reward_data" / {"pmp": "pmp", "reward_model": "principle_preferences"}[stage]
     training = getattr(settings, stage)
     records, _ = reward_model.read_records(table.with_suffix(".parquet"))
-    _, held = reward_model.split(records, training.eval_examples, training.seed)
+    _, held = split(records, training.eval_examples, training.seed, "reward model")
     template = read_template(tokenizer(), training.template, settings.scoring, "scoring.format")
     rows = reward_model.record_tokens(tokenizer(), template, held, training, stage)
     end = "<|im_end|>\n<|im_start|>assistant\nThe quality of the output is"

@@ -2,11 +2,13 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import load_peft_weights
 from torch import nn
@@ -16,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from salmon.border import reading
 from salmon.config import Lora
 from salmon.errors import UserError
+from salmon.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REWARD_HEAD, adapter_folder
 
 log = logging.getLogger(__name__)
 
@@ -154,14 +157,13 @@ def load_adapter(
         UserError: where it cannot be loaded, holds other weights than LoRA's (and a head's), or its weights and the
             model's LoRA layers are not the same ones.
     """
-    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    folder = str(find_adapter(adapter, revision))
+    config, weights = read_adapter(folder, adapter)
+    keys = set(weights)
+    del weights
     with reading(f"adapter {adapter}", ADVICE):
-        if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-            raise UserError(f"adapter {adapter} has no weights in safetensors; {ADVICE}")
-        config = PeftConfig.from_pretrained(adapter, **options)
-        keys = set(load_peft_weights(adapter, device="cpu", **options))
-        _check_kind(adapter, config, keys)
-        options["key_mapping"] = _fit(config, base.get_base_model() if isinstance(base, PeftModel) else base, keys)
+        mapping = _fit(config, base.get_base_model() if isinstance(base, PeftModel) else base, keys)
+        options: dict[str, Any] = {"key_mapping": mapping}
         if isinstance(base, PeftModel):
             config.inference_mode = not trainable
             base.add_adapter(name, config)
@@ -169,10 +171,10 @@ def load_adapter(
                 base.set_requires_grad(name)
         else:
             base = PeftModel.from_pretrained(
-                base, adapter, adapter_name=name, is_trainable=trainable, config=config, **options
+                base, folder, adapter_name=name, is_trainable=trainable, config=config, **options
             )
         # `from_pretrained` does not tell what it has left out; reading the same weights once more does.
-        result = base.load_adapter(adapter, name, is_trainable=trainable, **options)
+        result = base.load_adapter(folder, name, is_trainable=trainable, **options)
     unexpected = [key for key in result.unexpected_keys if not (head_elsewhere and key.endswith(HEAD))]
     # PEFT looks for the adapter's name anywhere in a key; `value` is also in `query_key_value`.
     missing = [key for key in result.missing_keys if of_adapter(key, name)]
@@ -187,6 +189,54 @@ def load_adapter(
             + ". It was made for another base model, or another class of it"
         )
     return base
+
+
+def find_adapter(adapter: str, revision: str | None = None) -> Path:
+    """The PEFT folder of an adapter: of a local folder, or of the copy of a hub model in the cache, fetched if need be.
+
+    Raises:
+        UserError: where there is none, or more than one (`identity.adapter_folder`).
+    """
+    with reading(f"adapter {adapter}", ADVICE):
+        return adapter_folder(fetch(adapter, revision))
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """The local folder of an adapter, which may be on the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = [f"{prefix}{file}" for prefix in ("", "*/") for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, REWARD_HEAD)]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def read_adapter(folder: str, named: str) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of LoRA in a PEFT folder, in safetensors, or in a pickle of tensors and nothing else.
+
+    Args:
+        folder: of `find_adapter`.
+        named: what the user calls it.
+
+    Raises:
+        UserError: where it cannot be read, or is more than LoRA (and a head).
+    """
+    with reading(f"adapter {named}", ADVICE):
+        if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
+            raise UserError(f"adapter {named} has no weights ({' or '.join(ADAPTER_WEIGHTS)} in {folder}); {ADVICE}")
+        config = PeftConfig.from_pretrained(folder)
+    with reading(f"adapter {named}", unpickling_advice):
+        weights: dict[str, torch.Tensor] = load_peft_weights(folder, device="cpu")
+        _check_kind(named, config, weights)
+    return config, weights
+
+
+def unpickling_advice(error: BaseException) -> str:
+    """What to do about weights that cannot be read, which may be a pickle with something else in it."""
+    if type(error).__name__ != "UnpicklingError":
+        return ADVICE
+    return (
+        "a pickle is read only where it holds tensors and nothing else, because anything else may run code. If you "
+        f"trust who made it, load it there and save it as safetensors; {ADVICE}"
+    )
 
 
 def of_adapter(key: str, name: str) -> bool:
@@ -209,6 +259,15 @@ def _check_kind(adapter: str, config: PeftConfig, keys: Collection[str]) -> None
             f"so that nothing else could be trained beside it: save it as plain LoRA ({_PLAIN}), or merge it into the "
             "base model and name that as model.base"
         )
+
+
+def fit_to(config: PeftConfig, base: nn.Module, keys: Sequence[str]) -> dict[str, str]:
+    """Name of each weight of an adapter -> its name where the model calls its layers otherwise; see `_fit`."""
+    start = "base_model.model."
+    names = {key: key for key in keys}
+    for pattern, ours in (_fit(config, base, keys) or {}).items():
+        names = {key: start + re.sub(pattern, ours, key.removeprefix(start)) for key in keys}
+    return names
 
 
 def _fit(config: PeftConfig, base: nn.Module, keys: Collection[str]) -> dict[str, str] | None:

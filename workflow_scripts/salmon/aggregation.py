@@ -233,7 +233,7 @@ def read_scores(
             key = min(set(here) ^ set(ids))
             raise UserError(
                 f"{path}: prompt_id {key} was judged by one of {dimensions[0]} and {dimension}, but not by the other; "
-                "delete the file and judge again"
+                "judge again, or take the pair out"
             )
         ids = here
         try:
@@ -268,8 +268,8 @@ def check_responses(response0: Path, response1: Path) -> pl.DataFrame:
         lacking = response0 if in0 is None else response1
         what = f"is not in {lacking}" if in0 is None or in1 is None else "has different instructions in both"
         raise UserError(
-            f"{response0} and {response1} are not about the same prompts: prompt_id {key} {what}; delete the older "
-            "one and sample it again from the same prompts"
+            f"{response0} and {response1} are not about the same prompts: prompt_id {key} {what}; name two "
+            "files of the same prompts, or move the older one away and let it be sampled again"
         )
     return texts.select("prompt_id")
 

@@ -12,6 +12,7 @@ from salmon.artifacts import manifest_path
 from salmon.border import read_json
 from salmon.errors import UserError, describe_errors
 from salmon.tables import (
+    ANSWERS,
     JUDGEMENTS,
     PMP_RECORDS,
     PREFERENCE_RECORDS,
@@ -19,8 +20,12 @@ from salmon.tables import (
     PROMPTS,
     RESPONSES,
     RL_PROMPTS,
+    SCORES,
+    SFT_EXAMPLES,
     Table,
 )
+
+OWN = "if the table is your own, take the manifest away; else move both away, and let them be built again"
 
 
 class Manifest(BaseModel):
@@ -57,12 +62,11 @@ def read_manifest(table: Path) -> Manifest:
         UserError: where it cannot be read, or is none.
     """
     path = manifest_path(table)
-    advice = f"delete {table} and build it again"
-    raw = read_json(path, "", advice)
+    raw = read_json(path, "", OWN)
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{describe_errors(error, Manifest, str(path))}\n{advice}") from None
+        raise UserError(f"{describe_errors(error, Manifest, str(path))}\n{OWN}") from None
 
 
 def check_count(path: Path, table: Table) -> None:
@@ -82,25 +86,25 @@ def check_count(path: Path, table: Table) -> None:
     if table.name not in counted:
         raise UserError(
             f"{manifest_path(path)} is not the manifest of a table of {table.name}: it counts "
-            f"{', '.join(sorted(counts)) or 'nothing'}; delete both and build {path} again"
+            f"{', '.join(sorted(counts)) or 'nothing'}; {OWN}"
         )
     rows = tables.number_of_rows(path)
     if rows != counted[table.name]:
-        raise UserError(
-            f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; delete both and build {path} again"
-        )
+        raise UserError(f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; {OWN}")
 
 
 def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
     """The kinds of tables that a manifest with these counts may be of, and the number of rows it says they have."""
-    if "judged" in counts and "rows" in counts:
-        return {JUDGEMENTS.name: counts["rows"]}
-    if "records" in counts:
-        return dict.fromkeys((PRINCIPLE_RECORDS.name, PREFERENCE_RECORDS.name), counts["records"])
-    if "kept" in counts:
-        return dict.fromkeys((PMP_RECORDS.name, PREFERENCE_RECORDS.name), counts["kept"])
-    if "rows" in counts:
-        return {RESPONSES.name: counts["rows"]}
+    for marks, kinds in (
+        (("judged", "rows"), (JUDGEMENTS,)),
+        (("records",), (PRINCIPLE_RECORDS, PREFERENCE_RECORDS)),
+        (("answers",), (ANSWERS, RESPONSES)),
+        (("scores",), (SCORES,)),
+        (("kept",), (PMP_RECORDS, PREFERENCE_RECORDS)),
+        (("rows",), (RESPONSES,)),
+    ):
+        if all(mark in counts for mark in marks):
+            return {kind.name: counts[marks[-1]] for kind in kinds}
     kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
-    kinds = (PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
-    return dict.fromkeys((kind.name for kind in kinds), sum(kept)) if kept else {}
+    of_sources = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
+    return dict.fromkeys((kind.name for kind in of_sources), sum(kept)) if kept else {}

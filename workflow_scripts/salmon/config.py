@@ -28,7 +28,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from salmon.border import LARGEST, Number
 from salmon.errors import in_field
-from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
+from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS, QUESTION_TYPES, QuestionType
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -174,7 +174,8 @@ class Source(Section):
     data_files: str | None = Field(None, description="file inside the hub repository, where it has no split")
     limit: Count | None = Field(
         None,
-        description="at most so many prompts (of openorca: per family) or pairs after cleaning, drawn with the seed",
+        description="at most so many prompts (of openorca: per family), pairs or examples after cleaning, drawn with "
+        "the seed",
     )
     max_bad_rows: int = Field(
         0, ge=0, description="so many rows that are not of the format are left out and counted; more are an error"
@@ -199,6 +200,12 @@ class PairSource(Source):
     """A data set of human preferences."""
 
     format: Annotated[str, OneOf(PAIR_FORMATS)] = Field(description="which upstream schema the rows have")
+
+
+class ExampleSource(Source):
+    """A data set of instructions with answers."""
+
+    format: Annotated[str, OneOf(EXAMPLE_FORMATS)] = Field(description="which upstream schema the rows have")
 
 
 class PathVars(Section):
@@ -251,6 +258,14 @@ class PolicyPrompt(Section):
         return [] if self.is_chat else [self.template]
 
 
+def _expanded(path: str | None) -> str | None:
+    """`~/file` as a path that everybody understands."""
+    return path and os.path.expanduser(path)
+
+
+ReadyFile = Annotated[str, AfterValidator(_expanded)]
+
+
 class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
@@ -292,6 +307,11 @@ class RlPrompts(Prompts):
 class Sampling(Section):
     """response0 and response1."""
 
+    paths: tuple[ReadyFile, ReadyFile] | None = Field(
+        None,
+        description="response0 and response1 that are there already, two response files of the authors' release; null "
+        "samples them. The first is output 1 of the judging",
+    )
     seeds: tuple[Seed, Seed] = Field((42, 43), description="seeds of response0 and response1")
     temperature: float = Field(0.7, ge=0, le=1000, description="sampling temperature; 0 takes the most probable token")
     top_p: float = Field(
@@ -312,6 +332,13 @@ class Sampling(Section):
         if 0 < temperature < COLDEST:
             raise ValueError(f"a temperature below {COLDEST} is as good as 0; set it to 0")
         return temperature
+
+    @field_validator("paths")
+    @classmethod
+    def _two_files(cls, paths: tuple[str, str] | None) -> tuple[str, str] | None:
+        if paths and paths[0] == paths[1]:
+            raise ValueError("the two responses are in different files")
+        return paths
 
     @field_validator("seeds")
     @classmethod
@@ -345,6 +372,11 @@ class Scoring(Scored):
 class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="judgements that are there already, a preference file of the authors' release about the responses "
+        "in sampling.paths; null judges them",
+    )
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; else a section")
     template: str = Field(
         description="template file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
@@ -363,6 +395,11 @@ class Judge(Scored):
 class Aggregation(Section):
     """Judgements to reward-model records (paper section 3.2, reference step 2)."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="records that are there already, a file of the authors' release with principles that "
+        "judge.principles defines; null makes them of the judgements",
+    )
     dimensions: list[str] = Field(min_length=1, description="names of the judged principles that are used")
     passes: Count = Field(4, le=1000, description="number of records drawn per pair, at most")
     geometric_p: float = Field(
@@ -407,37 +444,66 @@ class PmpData(Section):
     seed: Seed = Field(42, description="seed of the order of outputs and records, and of the draw under a limit")
 
 
+class SftData(Section):
+    """Instructions with answers, which the initial policy is trained on where `model.adapter` is `sft`."""
+
+    sources: dict[str, ExampleSource] = Field(min_length=1, description="name -> data set")
+    seed: Seed = Field(42, description="seed of the draw where a source has a limit")
+
+
 class Lora(Section):
     """Adapters of all trained models (QLoRA); their weights are float32, in the paper's RL bfloat16."""
 
     r: Count = Field(64, le=16384, description="rank of the adapters")
     alpha: Positive = Field(16.0, description="numerator of the scale alpha / r of the adapters' outputs")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of the adapters' inputs while a reward model is trained"
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout of the adapters' inputs while a reward model or the initial policy is trained",
     )
 
 
-class RewardTraining(Section):
-    """One stage of reward-model training."""
+class Training(Section):
+    """The training of an adapter, by gradient descent on examples."""
 
-    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
     learning_rate: Rate = Field(description="peak learning rate, after linear warm-up and before half a cosine to 0")
     epochs: Positive = Field(1.0, le=1000, description="number of passes over the records; need not be whole")
     batch_size: Count = Field(64, description="pairs per step, over all GPUs")
     max_length: Tokens = Field(description="largest number of tokens of the whole text")
-    query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
-    response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     warmup_ratio: Probability = Field(0.03, description="share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(0.3, description="gradients of a larger norm are scaled down to it")
+    eval_examples: int = Field(500, ge=0, description="number of records held out, whole prompts at a time")
+    save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
+    seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
+
+
+class Sft(Training):
+    """Supervised fine-tuning of the base model on answers, which makes the initial policy."""
+
+    batch_size: Count = Field(128, description="examples per step, over all GPUs")
+    max_length: Tokens = Field(
+        1024,
+        description="largest number of tokens of prompt and answer; a longer answer is cut, and its end is not learnt",
+    )
+    eval_examples: int = Field(
+        500, ge=0, description="number of examples held out for the loss in metrics.json, whole prompts at a time"
+    )
+
+
+class RewardTraining(Training):
+    """One stage of reward-model training."""
+
+    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
+    query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
+    response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     eval_examples: int = Field(
         500,
         ge=0,
         description="number of pairs held out for evaluation, whole prompts at a time; the paper trains on all, as 0 "
         "does, and evaluates on 500 human preferences of another data set",
     )
-    save_steps: Annotated[Count, FREE] = Field(50, description="number of steps between two checkpoints")
-    seed: Seed = Field(42, description="seed of the split, the order of the records and the fresh weights")
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -453,9 +519,29 @@ class RewardTraining(Section):
 class RewardModel(RewardTraining):
     """Principle-following stage."""
 
+    path: ReadyFile | None = Field(
+        None,
+        description="reward model that is there already, hub id or folder, in our layout or in that of the authors' "
+        "release; null trains one",
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of that reward model on the hub")
     init: Literal["pmp", "base"] = Field(
         "pmp", description="what training starts from: the pre-trained reward model, or the base model"
     )
+
+
+class Evaluation(Section):
+    """What is measured of judge, reward models and policies, beside their training."""
+
+    prompts: dict[str, PromptSource] = Field(
+        {}, description="name -> prompts that policies answer; those that were trained on are left out"
+    )
+
+    pairs: dict[str, PairSource] = Field(
+        {}, description="name -> preferences of people that reward models are held against; of a split not trained on"
+    )
+    min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
+    seed: Seed = Field(42, description="seed of the order of outputs, the draw under a limit, and the intervals")
 
 
 class PpoTexts(Section):

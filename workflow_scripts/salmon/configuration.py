@@ -3,7 +3,7 @@
 Only the Snakefile loads one; a script receives the sections it needs (`config`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from salmon import principles, shipped, templates
 from salmon.config import (
     Aggregation,
+    Evaluation,
     Judge,
     Lora,
     Model,
@@ -30,16 +31,22 @@ from salmon.config import (
     Sampling,
     Scoring,
     Section,
+    Sft,
+    SftData,
     is_local,
 )
 from salmon.errors import UserError, describe, describe_errors, findings
 from salmon.identity import context_limit, read_config
 
+SFT = "sft"
+"""As `model.adapter`, stands for the adapter that `train_sft` makes; `plan.Plan` knows where that is."""
 SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
 NAME = "the configuration"  # in messages
 RunSection = Literal[
     "model",
     "policy_prompt",
+    "sft_data",
+    "sft",
     "prompts",
     "sampling",
     "judge",
@@ -53,6 +60,8 @@ RunSection = Literal[
     "ppo",
 ]
 ARTIFACTS = {
+    "sft_data": "sft/examples.parquet",
+    "sft": "models/sft",
     "check_sampling": "check_model/sampling",
     "check_judging": "check_model/judging",
     "check_training": "check_model/training",
@@ -67,8 +76,29 @@ ARTIFACTS = {
     "reward_model": "models/reward_model",
     "rl_prompts": "prompts/rl.parquet",
     "policy": "policy",
+    "evaluation_prompts": "evaluation/prompts.parquet",
+    "initial_answers": "evaluation/initial_answers.parquet",
+    "initial_scores": "evaluation/initial_scores.parquet",
+    "answers": "evaluation/answers.parquet",
+    "answer_scores": "evaluation/scores.parquet",
+    "answer_judgements": "evaluation/judgements.parquet",
+    "policy_evaluation": "evaluation/policies",
+    "judge_evaluation": "evaluation/judge",
+    "evaluation_pairs": "evaluation/pairs.parquet",
+    "pmp_evaluation": "evaluation/pmp",
+    "reward_evaluation": "evaluation/reward_model",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
+
+SOURCES = (
+    ("sft_data", "sources"),
+    ("prompts", "sources"),
+    ("pmp_data", "sources"),
+    ("rl_prompts", "sources"),
+    ("evaluation", "pairs"),
+    ("evaluation", "prompts"),
+)
+"""Sections, and their keys for data sets by name."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +108,17 @@ class Target:
     Attributes:
         artifact: path below the results; with `{run}`, of every run.
         meaning: what it is and how it is made, for documents.
+        names: of `ARTIFACTS`, where it is several, of every run that has them.
     """
 
     artifact: str
     meaning: str
+    names: tuple[str, ...] = ()
 
 
 TARGETS = {
+    "sft_data": Target(ARTIFACTS["sft_data"], "`clean_sft_data`, instructions with answers"),
+    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy where `model.adapter` is `sft`"),
     "prompts": Target(ARTIFACTS["prompts"], "`clean_prompts`, from OASST1"),
     "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, scattered over shards"),
     "response1": Target(ARTIFACTS["response1"], "the same with another seed"),
@@ -101,7 +135,12 @@ TARGETS = {
     ),
     "policy": Target("runs/default/policy", "`train_policy`, PPO"),
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
-    "evaluation": Target("evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
+    "evaluation": Target(
+        "evaluation/*",
+        "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
+        ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+    ),
+    "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
 }
 """What can be named on the command line of Snakemake and in `targets`."""
@@ -122,6 +161,8 @@ class Config(Section):
     )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
+    sft_data: SftData = Field(description="what the initial policy is trained on, where `model.adapter` is `sft`")
+    sft: Sft = Field(description="that training")
     prompts: Prompts = Field(description="prompts of the synthetic preferences")
     sampling: Sampling = Field(description="response0 and response1")
     judge: Judge = Field(description="the judging of the responses")
@@ -133,6 +174,7 @@ class Config(Section):
     reward_model: RewardModel = Field(description="the reward model's principle-following stage")
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
     ppo: Ppo = Field(description="RL")
+    evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )
@@ -147,10 +189,10 @@ class Config(Section):
         results = pathvars.get("results") if isinstance(pathvars, dict) else None
         results = results if results and isinstance(results, str) else PathVars().results
         raw = _fill_results(raw, str(PurePosixPath(results)))
-        for name in ("prompts", "pmp_data", "rl_prompts"):
+        for name, key in SOURCES:
             section = raw.get(name)
-            if isinstance(section, dict) and isinstance(section.get("sources"), dict):
-                raw[name] = {**section, "sources": {k: v for k, v in section["sources"].items() if v is not None}}
+            if isinstance(section, dict) and isinstance(section.get(key), dict):
+                raw[name] = {**section, key: {k: v for k, v in section[key].items() if v is not None}}
         if isinstance(raw.get("runs"), dict):
             raw["runs"] = {key: value for key, value in raw["runs"].items() if value is not None}
         return raw
@@ -185,7 +227,7 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
     runs = resolve_runs(config)
     for name, run in runs.items():
         prefix = "" if name == "default" else f"runs.{name}."
-        for check in (check_templates, check_chats, check_principles, check_paths, check_lengths):
+        for check in (check_templates, check_chats, check_principles, check_paths, check_imports, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
     if lines:
         raise UserError(describe(lines, NAME))
@@ -203,6 +245,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     resolved: dict[str, Config] = {"default": config}
     lines: list[str] = []
     for name, changes in config.runs.items():
+        lines += _left_over(config, name, changes)
         raw = merge(config.model_dump(mode="json"), changes)
         try:
             resolved[name] = _shift_seeds(Config.model_validate(raw))
@@ -212,6 +255,24 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     if lines:
         raise UserError(describe(lines, NAME))
     return resolved
+
+
+def _left_over(config: Config, name: str, changes: Mapping[str, Any]) -> Iterator[str]:
+    """Findings about a run with another base model that would keep what belongs to the default run's."""
+    judge = changes.get("judge") or {}
+    for key, default, model in (
+        ("model", config.model, changes.get("model")),
+        ("judge.model", config.judge.model, judge.get("model") if isinstance(judge, dict) else None),
+    ):
+        if not (default and isinstance(model, dict) and model.get("base", default.base) != default.base):
+            continue
+        for part in ("revision", "adapter", "adapter_revision"):
+            kept = getattr(default, part)
+            if kept not in (None, SFT) and part not in model:
+                yield (
+                    f"runs.{name}.{key}.base: another model than the default run's, but would keep its {part} {kept}; "
+                    f"set runs.{name}.{key}.{part}, to null if it has none"
+                )
 
 
 def field_of(key: str) -> FieldInfo | None:
@@ -237,12 +298,6 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
-
-
-def target_paths(runs: Mapping[str, Config], target: str) -> list[str]:
-    """The artifacts of a target, of every run where it has one for each."""
-    artifact = f"{runs['default'].pathvars.results}/{TARGETS[target].artifact}"
-    return list(dict.fromkeys(artifact.format(run=run) for run in runs)) if "{run}" in artifact else [artifact]
 
 
 def texts_of(ppo: Ppo) -> PpoTexts:
@@ -358,17 +413,31 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
     if judge := config.judge.model:
         named += [("judge.model.base", judge.base), ("judge.model.adapter", judge.adapter)]
-    for section in ("prompts", "pmp_data", "rl_prompts"):
-        for name, source in getattr(config, section).sources.items():
-            named += [(f"{section}.sources.{name}.path", path) for path in source.paths]
+    named += [("sampling.paths", path) for path in config.sampling.paths or ()]
+    named += [("judge.path", config.judge.path), ("aggregation.path", config.aggregation.path)]
+    named += [("reward_model.path", config.reward_model.path)]
+    for section, key in SOURCES:
+        for name, source in getattr(getattr(config, section), key).items():
+            named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]
     return [
         f"{key}: {path} does not exist (local file or folder; a hub id has the form owner/name)"
         for key, path in named
         if path
+        and path != SFT
         and is_local(path)
         and not path.startswith(f"{results}/")
         and not (root / Path(path).expanduser()).exists()
     ]
+
+
+def check_imports(config: Config, root: Path) -> list[str]:
+    """Findings about what was made elsewhere and needs something else of there."""
+    if config.judge.path and not config.sampling.paths:
+        return [
+            "judge.path: a preference file numbers the pairs of two response files; set sampling.paths to those, first "
+            "the one that was output 1"
+        ]
+    return []
 
 
 def check_lengths(config: Config, root: Path) -> list[str]:
@@ -385,6 +454,7 @@ def check_lengths(config: Config, root: Path) -> list[str]:
         (
             config.model,
             {
+                **({"sft.max_length": config.sft.max_length} if config.model.adapter == SFT else {}),
                 "sampling.max_length": config.sampling.max_length,
                 "pmp.max_length": config.pmp.max_length,
                 "reward_model.max_length": config.reward_model.max_length,

@@ -1,7 +1,7 @@
 """Ranks: one process per GPU (or a few on the CPU), started by `launch.sh` through srun or torchrun."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -126,3 +126,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is not None:
             parameter.grad.copy_(flat[offset : offset + size].view_as(parameter))
         offset += size
+
+
+def over_ranks(rows: Sequence[Any], compute: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
+    """Numbers of rows, each rank computing its share; the same number of forward passes on all (for ZeRO-3).
+
+    Args:
+        rows: at least one.
+        compute: numbers of some rows, on the CPU, [rows, ...].
+    """
+    padded = [*rows, *[rows[-1]] * (-len(rows) % world())]
+    mine = compute(padded[rank() :: world()])
+    return torch.stack(gather(mine), dim=1).flatten(0, 1)[: len(rows)]

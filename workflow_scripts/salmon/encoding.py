@@ -179,6 +179,20 @@ def encode_prompt(
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
+def tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Tokens of a text that goes on after a prompt, and how many characters of the text each one reaches.
+
+    Args:
+        tokenizer: of the model; where it is not a fast one, no token reaches any.
+        text: values in it guarded.
+    """
+    found, start = [], 0
+    for piece in text.split(SENTINEL):
+        found += [(token, start + end if end else 0) for token, (_, end) in _continue(tokenizer, piece)]
+        start += len(piece) + len(SENTINEL)
+    return found
+
+
 def shared_tokens(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> int:
     """Number of tokens that all prompts of the policy begin with: beginning token, preamble, the user's marker."""
     prompts = [encode_prompt(tokenizer, text, prompt, preamble) for text in _UNLIKE]

@@ -1,9 +1,9 @@
-r"""The upstream schemas of public data sets, and what is taken from a row of each: prompts, comparisons, or both.
+r"""The upstream schemas of public data sets, and what is taken from a row of each: prompts, examples, comparisons.
 
 A format is one entry here: a `TypedDict` of the columns that are needed, and a function of a row of this type under
-`@prompts_from("NAME")` or `@comparisons_from("NAME")`. The schema is read off the function's annotation, the
-configuration accepts what is registered, and docs/configuration.md lists it. A function returns what it found, or
-`Skipped` with the reason why the row gives nothing, which is counted (reference: steps 1 to 3).
+`@prompts_from("NAME")`, `@examples_from("NAME")` or `@comparisons_from("NAME")`. The schema is read off the function's
+annotation, the configuration accepts what is registered, and docs/configuration.md lists it. A function returns what it
+found, or `Skipped` with the reason why the row gives nothing, which is counted (reference: steps 1 to 3).
 """
 
 import os
@@ -24,8 +24,10 @@ QuestionType = Literal["general", "reasoning", "red_teaming"]
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)  # 0, 1, 2 in the authors' files
 DOLLY_CATEGORIES = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
 OPENORCA_FAMILIES = ("niv", "flan", "t0", "cot")
+HUMANS, ASSISTANTS = ("human", "user"), ("gpt", "chatgpt", "assistant")  # speakers of shared conversations
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
+SELF_ALIGN_END = "\n### User"
 
 _NLI = ("premise", "Premise", "hypothesis", "Hypothesis", "it is not possible to tell")
 _COUNTER_AT_END = re.compile(r"(\d{1,3}) / (\d{1,3})$")
@@ -57,6 +59,21 @@ class Prompt(NamedTuple):
         return join_instruction(self.instruction, self.input)
 
 
+class Example(NamedTuple):
+    """An instruction with an answer that is to be learnt."""
+
+    instruction: str
+    input: str
+    output: str
+    is_whole: bool = True  # whether the answer ends where its text does; else it was cut off
+    family: str = ""
+
+    @property
+    def text(self) -> str:
+        """What makes two examples the same."""
+        return f"{join_instruction(self.instruction, self.input)}\0{self.output}"
+
+
 class Comparison(NamedTuple):
     """Two answers to a query, of which a person preferred one; by how much, where that is known."""
 
@@ -75,6 +92,7 @@ class Skipped(str):
 Located = tuple[str, Any]
 """Where a row stands, for messages; and the row."""
 Row = TypeVar("Row")
+Found = TypeVar("Found", Prompt, Example)
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,14 @@ class PromptFormat:
 
 
 @dataclass(frozen=True)
+class ExampleFormat:
+    """A schema of instructions with answers; as `PromptFormat`."""
+
+    row: Any
+    extract: Callable[[Iterable[Located], Counter[str]], Iterator[Example]]
+
+
+@dataclass(frozen=True)
 class PairFormat:
     """A schema of human preferences: `row` as in `PromptFormat`, `compare` of one row."""
 
@@ -99,6 +125,7 @@ class PairFormat:
 
 
 PROMPT_FORMATS: dict[str, PromptFormat] = {}
+EXAMPLE_FORMATS: dict[str, ExampleFormat] = {}
 PAIR_FORMATS: dict[str, PairFormat] = {}
 
 
@@ -106,18 +133,36 @@ def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Cal
     """Register a function of one row as a format of prompts."""
 
     def register(function: Callable[[Row], Prompt | Skipped]) -> Callable[[Row], Prompt | Skipped]:
-        def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
-            for _, row in rows:
-                prompt = function(row)
-                if isinstance(prompt, Skipped):
-                    counts[prompt] += 1
-                else:
-                    yield prompt
-
-        _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), extract))
+        _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), _each(function)))
         return function
 
     return register
+
+
+def examples_from(name: str) -> Callable[[Callable[[Row], Example | Skipped]], Callable[[Row], Example | Skipped]]:
+    """Register a function of one row as a format of instructions with answers."""
+
+    def register(function: Callable[[Row], Example | Skipped]) -> Callable[[Row], Example | Skipped]:
+        _add(EXAMPLE_FORMATS, name, ExampleFormat(_schema(function), _each(function)))
+        return function
+
+    return register
+
+
+def _each(
+    function: Callable[[Any], Found | Skipped],
+) -> Callable[[Iterable[Located], Counter[str]], Iterator[Found]]:
+    """What a function of one row finds in all rows; what is left out is counted by reason."""
+
+    def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Found]:
+        for _, row in rows:
+            found = function(row)
+            if isinstance(found, Skipped):
+                counts[found] += 1
+            else:
+                yield found
+
+    return extract
 
 
 def comparisons_from(
@@ -161,7 +206,12 @@ class Oasst1Row(TypedDict):
 
 
 def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -> Iterator[Prompt]:
-    """Root messages that have at least one reply, in the order in which they appear.
+    """Root messages that have at least one reply, in the order in which they appear; see `_oasst1_roots`."""
+    return (Prompt(text) for _, text in _oasst1_roots(rows, counts))
+
+
+def _oasst1_roots(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Id and text of root messages that have at least one reply, in the order in which they appear.
 
     Deleted messages and spam are no messages, as in upstream's own exports: they ask nothing and reply to nothing. (The
     hub's table has some of them, though its trees are those that were ready for export.)
@@ -190,13 +240,50 @@ def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) 
             roots[row["message_id"]] = row["text"] or ""
     for root, text in roots.items():
         if root in parents:
-            yield Prompt(text)
+            yield root, text
         else:
             counts["root without a reply"] += 1
 
 
-# The one format whose prompts depend on more than their own rows.
+# The one schema of which more than the own row of a prompt or an answer counts.
 _add(PROMPT_FORMATS, "oasst1", PromptFormat(Oasst1Row, oasst1_prompts))
+
+
+class Oasst1AnswerRow(Oasst1Row):
+    """The same with a reply's rank among its parent's, from 0, the best; null where people did not rank them."""
+
+    rank: int | None
+
+
+def oasst1_examples(rows: Iterable[tuple[str, Oasst1AnswerRow]], counts: Counter[str]) -> Iterator[Example]:
+    """Root messages with their reply of rank 0, in the order in which the roots appear.
+
+    Which messages count, and errors: as for `oasst1_prompts`. Memory: the roots and the replies of rank 0.
+
+    Raises:
+        UserError: where two messages have the same id.
+    """
+    best: dict[str, str] = {}
+
+    def ranked() -> Iterator[tuple[str, Oasst1AnswerRow]]:
+        for place, row in rows:
+            if (
+                row["parent_id"]
+                and row["rank"] == 0
+                and not row.get("deleted")
+                and row.get("review_result") is not False
+            ):
+                best[row["parent_id"]] = row["text"] or ""
+            yield place, row
+
+    for root, text in _oasst1_roots(ranked(), counts):  # which yields after it has read all rows
+        if root in best:
+            yield Example(text, "", best[root])
+        else:
+            counts["no reply of rank 0"] += 1
+
+
+_add(EXAMPLE_FORMATS, "oasst1", ExampleFormat(Oasst1AnswerRow, oasst1_examples))
 
 
 class ShpRow(TypedDict):
@@ -224,6 +311,26 @@ class HhRlhfRow(TypedDict):
     rejected: str | None
 
 
+class PairRow(TypedDict):
+    """Two outputs and which is preferred: the authors' PMP data, AlpacaFarm's human preferences, or your own."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    output_1: str | None
+    output_2: str | None
+    preference: Literal[1, 2]
+    score: NotRequired[FiniteFloat | None]
+
+
+@comparisons_from("pairs")
+def written_pair(row: PairRow) -> Comparison | Skipped:
+    """A row of a file of pairs, with the ratio of scores if it has one (the authors' rows of SHP do)."""
+    outputs = row["output_1"] or "", row["output_2"] or ""
+    preferred, other = outputs if row["preference"] == 1 else outputs[::-1]
+    query = join_instruction(row["instruction"] or "", row.get("input") or "")
+    return Comparison(query, preferred, other, row.get("score"))
+
+
 @comparisons_from("hh_rlhf")
 def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
     r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
@@ -248,6 +355,37 @@ def _without_empty_turn(answer: str) -> str:
     while (end := answer.rstrip()).endswith(HUMAN_TURN):
         answer = end.removesuffix(HUMAN_TURN)
     return answer
+
+
+class RewardBenchRow(TypedDict):
+    """An answer to a prompt that is better than another one (`allenai/reward-bench`)."""
+
+    prompt: str | None
+    chosen: str | None
+    rejected: str | None
+
+
+@comparisons_from("rewardbench")
+def rewardbench_comparison(row: RewardBenchRow) -> Comparison | Skipped:
+    """A row of RewardBench, or of any data set with these columns."""
+    return Comparison(row["prompt"] or "", row["chosen"] or "", row["rejected"] or "")
+
+
+class HhhRow(TypedDict):
+    """A question and its two answers, as keys of their scores (BIG-bench, `hhh_alignment`)."""
+
+    input: str | None
+    target_scores: dict[str, Literal[0, 1]]
+
+
+@comparisons_from("hhh")
+def hhh_comparison(row: HhhRow) -> Comparison | Skipped:
+    """An example of the Helpful, Honest and Harmless evaluation, where exactly one of two answers is right."""
+    scores = row["target_scores"]
+    if sorted(scores.values()) != [0, 1]:
+        return Skipped("not one right answer of two")
+    preferred, other = sorted(scores, key=lambda answer: -scores[answer])
+    return Comparison(row["input"] or "", preferred, other)
 
 
 @prompts_from("hh_rlhf")
@@ -297,9 +435,26 @@ def sharegpt_prompt(row: ShareGptRow) -> Prompt | Skipped:
     turns = row["conversations"]
     if len(turns) < 2:
         return Skipped("fewer than two turns")
-    if turns[0]["from"] not in ("human", "user"):
+    if turns[0]["from"] not in HUMANS:
         return Skipped("no human turn first")
-    return Prompt(clean_web_text(turns[0].get("markdown") or turns[0]["value"] or ""))
+    return Prompt(clean_web_text(_said(turns[0])))
+
+
+@examples_from("sharegpt")
+def sharegpt_example(row: ShareGptRow) -> Example | Skipped:
+    """The first turn as a prompt, and the assistant's answer to it; later turns refer to earlier ones."""
+    prompt = sharegpt_prompt(row)
+    if isinstance(prompt, Skipped):
+        return prompt
+    answer = row["conversations"][1]
+    if answer["from"] not in ASSISTANTS:
+        return Skipped("no assistant turn second")
+    return Example(prompt.instruction, "", _said(answer))
+
+
+def _said(turn: ShareGptTurn) -> str:
+    """Text of a turn."""
+    return turn.get("markdown") or turn["value"] or ""
 
 
 def clean_web_text(text: str) -> str:
@@ -408,6 +563,20 @@ def dolly_prompt(row: DollyRow) -> Prompt | Skipped:
     return Skipped("with context") if (row["context"] or "").strip() else Prompt(row["instruction"] or "")
 
 
+class DollyAnswerRow(TypedDict):
+    """The same with its answer."""
+
+    instruction: str | None
+    context: str | None
+    response: str | None
+
+
+@examples_from("dolly")
+def dolly_example(row: DollyAnswerRow) -> Example:
+    """Instruction, context and answer, of all categories."""
+    return Example(row["instruction"] or "", row["context"] or "", row["response"] or "")
+
+
 class MathRow(TypedDict):
     """A problem of MATH (`hendrycks/competition_math`)."""
 
@@ -438,4 +607,33 @@ def written_prompt(row: PromptRow) -> Prompt | Skipped:
         row.get("input") or "",
         question_type=QUESTION_TYPES[kind] if isinstance(kind, int) else kind,
         length_bonus=row.get("length_bonus"),
+    )
+
+
+class InstructionRow(TypedDict):
+    """An instruction and its answer, as many data sets have them (Alpaca's columns)."""
+
+    instruction: str | None
+    input: NotRequired[str | None]
+    output: str | None
+
+
+@examples_from("instructions")
+def written_example(row: InstructionRow) -> Example:
+    """A row of an instruction file."""
+    return Example(row["instruction"] or "", row.get("input") or "", row["output"] or "")
+
+
+@examples_from("self_align")
+def self_align_example(row: InstructionRow) -> Example:
+    """A row of the authors' data (`zhiqings/dromedary-2-70b-v2`), whose answers end with the user's turn marker.
+
+    An answer without the marker was cut off where its sampling had no more room: what it says is learnt, but no end.
+    """
+    answer = (row["output"] or "").rstrip()
+    return Example(
+        row["instruction"] or "",
+        row.get("input") or "",
+        answer.removesuffix(SELF_ALIGN_END),
+        is_whole=answer.endswith(SELF_ALIGN_END),
     )

@@ -26,6 +26,11 @@ MODEL_FILES = (
     *("generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
 )
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+REWARD_HEAD = "reward_head"
+"""File of the head of a reward model that the authors' release wrote, a pickle of tensors."""
+SHOWN = 8  # names in a message
+
 WHOLE = 64 << 20  # a weights file of at most so many bytes is hashed whole
 BLOCK = 64 << 10  # of a larger one, evenly spaced blocks are read,
 SPREAD = 64  # at least so many, and one for every WHOLE bytes
@@ -39,13 +44,46 @@ def model_files(folder: Path) -> list[Path]:
 
     Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
     adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
-    only where there is no `adapter_model.safetensors`, which would be read instead. Not the README, the manifest,
-    metrics, logs or a trainer's state.
+    only where there is no `adapter_model.safetensors`, which would be read instead. Of a folder that holds an adapter
+    deeper down (`adapter_folder`) the files there count, too, and the head of the authors' reward model. Not the
+    README, the manifest, metrics, logs or a trainer's state.
     """
     found = _matching(folder, MODEL_FILES)
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        found |= _matching(folder, (f"**/{name}" for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, REWARD_HEAD)))
+    elif not (folder / "adapter_model.safetensors").is_file():
         found |= _matching(folder, ("adapter_model.bin",))
     return sorted(found)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The PEFT folder in a local adapter: itself, or the one folder below it that holds an adapter.
+
+    The authors' release writes `adapter_model/lora_default/`, and checkpoints of trainers have a folder each.
+
+    Raises:
+        UserError: where there is none, or more than one; it names what is there.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    nested = sorted({file.parent for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) for file in folder.rglob(name)})
+    whole = [each for each in nested if (each / ADAPTER_CONFIG).is_file()]
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
+        raise UserError(
+            f"adapter {folder} holds {len(whole)} adapters: name one of the folders "
+            + ", ".join(str(each) for each in whole[:SHOWN])
+            + (", …" if len(whole) > SHOWN else "")
+        )
+    if nested:
+        raise UserError(f"adapter {nested[0]} has weights and no {ADAPTER_CONFIG}; fetch or copy that file, too")
+    entries = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    raise UserError(
+        f"adapter {folder} holds no adapter, also not in a folder below it: {ADAPTER_CONFIG} beside "
+        f"{' or '.join(ADAPTER_WEIGHTS)} is looked for, and what is there is {', '.join(entries[:SHOWN]) or 'nothing'}"
+        + (", …" if len(entries) > SHOWN else "")
+    )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

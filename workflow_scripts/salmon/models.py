@@ -24,7 +24,7 @@ from salmon.adapters import HEAD, add_lora, load_adapter, some
 from salmon.border import read_json, reading
 from salmon.config import Lora, Model
 from salmon.errors import UserError
-from salmon.identity import context_limit
+from salmon.identity import REWARD_HEAD, SHOWN, context_limit
 from salmon.tokenizers import check_depth, check_folder, find_file
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,12 @@ class Scoring(nn.Module):
             return SequenceClassifierOutput(logits=self.score(states.to(dtype)))  # type: ignore[operator]
 
 
+def new_policy(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
+    """A policy to train: base, fresh LoRA on all linear layers."""
+    torch.manual_seed(seed)
+    return add_lora(prepare(load_base(model, device), model), lora, TaskType.CAUSAL_LM)
+
+
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
     """A reward model to train: base, fresh LoRA on all linear layers, fresh linear head (no bias) of one output."""
     torch.manual_seed(seed)
@@ -159,14 +165,27 @@ def read_head(folder: Path) -> torch.Tensor:
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(f"{folder} holds no reward model ({file.name} is missing); build it first")
-    with reading(file, "build the reward model again"), safe_open(str(file), framework="pt") as tensors:
+        found = sorted(each.name for each in folder.iterdir())[:SHOWN] if folder.is_dir() else ["nothing"]
+        raise UserError(
+            f"{folder} holds no reward model: {file.name} is missing, and what is there is {', '.join(found)}. Build "
+            "it first; a reward model in another layout, such as the authors', is read by the key reward_model.path"
+        )
+    with (
+        reading(file, "copy the reward model again, or let it be built again"),
+        safe_open(str(file), framework="pt") as tensors,
+    ):
         heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
         if len(heads) != 1:
-            raise UserError(f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one")
+            raise UserError(
+                f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one; the authors' reward "
+                f"model, whose head is in the file {REWARD_HEAD}, is read by the key reward_model.path"
+            )
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
         if head.dim() != 2 or head.shape[0] != 1:
-            raise UserError(f"the head in {file} has the shape {tuple(head.shape)}, not one output: build it again")
+            raise UserError(
+                f"the head in {file} has the shape {tuple(head.shape)}, not one output: copy the reward model again, "
+                "or let it be built again"
+            )
     return head
 
 
@@ -279,6 +298,23 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
         loaded = loaded.to(device)
     base: PreTrainedModel = loaded.eval()
     return base
+
+
+def load_outline(model: Model) -> PreTrainedModel:
+    """The base model's layers without their weights, by its config.json alone: names and shapes to compare with.
+
+    Raises:
+        UserError: where the configuration cannot be read.
+    """
+    check_folder(model.base, "model.base")
+    remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with reading(model.base, lambda error: _advice(error, model)), torch.device("meta"):
+        check_depth(model.base, model.revision)
+        config = AutoConfig.from_pretrained(model.base, **remote)
+        outline: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
+        )
+    return outline
 
 
 def _check_generation_config(model: Model) -> None:

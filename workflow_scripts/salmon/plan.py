@@ -1,20 +1,22 @@
 """The artifacts of a configuration: what decides each, and where it is, which runs share that have it in common."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.config import Model
-from salmon.configuration import ARTIFACTS, Config, texts_of
+from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
 
 Name = Literal[
+    "check_training",
+    "sft_data",
+    "sft",
     "check_sampling",
     "check_judging",
-    "check_training",
     "check_rl",
     "prompts",
     "response0",
@@ -26,12 +28,24 @@ Name = Literal[
     "reward_model",
     "rl_prompts",
     "policy",
+    "evaluation_prompts",
+    "initial_answers",
+    "initial_scores",
+    "answers",
+    "answer_scores",
+    "answer_judgements",
+    "policy_evaluation",
+    "judge_evaluation",
+    "evaluation_pairs",
+    "pmp_evaluation",
+    "reward_evaluation",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
 SCATTERED: frozenset[Name] = frozenset({"response0", "response1", "preferences"})
 """Tables that are made in shards."""
 CHECKED: dict[Name, Name] = {
+    "sft": "check_training",
     "response0": "check_sampling",
     "response1": "check_sampling",
     "preferences": "check_judging",
@@ -40,6 +54,12 @@ CHECKED: dict[Name, Name] = {
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
+OWN: frozenset[Name] = frozenset({"policy", "answers", "answer_scores", "answer_judgements"})
+"""What every run has of its own."""
+OF_POLICIES: frozenset[Name] = frozenset(
+    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OWN} - {"policy"}
+)
+"""What there is where policies are measured."""
 
 
 class Plan:
@@ -47,17 +67,36 @@ class Plan:
 
     Args:
         runs: as `configuration.load` has them.
+
+    Attributes:
+        runs: the same, with the place of the adapter that `train_sft` makes where `model.adapter` is `sft`.
     """
 
     def __init__(self, runs: Mapping[str, Config]) -> None:
-        self.runs = runs
         self.origin = cache(self._origin)
         self.owner = cache(self._owner)
         self._what_decides = cache(self._deciding)
+        self.runs = dict(runs)
+        self._made: Collection[str] = ()
+        # What decides that adapter is none of itself.
+        places = {run: self.path(run, "sft") for run in runs}
+        for run, config in runs.items():
+            if config.model.adapter == SFT:
+                model = config.model.model_copy(update={"adapter": places[run]})
+                self.runs[run] = config.model_copy(update={"model": model})
+        self._made = {*places.values(), *(self.path(run, "policy") for run in runs)}
 
     def path(self, run: str, name: Name) -> str:
         """Where a run's artifact is."""
         return f"{self.runs[run].pathvars.results}/{self.home(run, name)}{ARTIFACTS[name]}"
+
+    def tokenizer(self, run: str) -> Model:
+        """As much of a run's model as its tokenizer depends on; adapters that the rules make have none of their own.
+
+        Whether they are there does not matter: what decides an artifact must not change while others are built.
+        """
+        model = self.runs[run].model
+        return tokenizer_model(model.without_adapter() if model.adapter in self._made else model)
 
     def home(self, run: str, name: Name) -> str:
         """The part of the path between the results' folder and the artifact's own: the folder of its owner.
@@ -66,23 +105,51 @@ class Plan:
             Empty for the default run, `runs/NAME/` for another.
         """
         owner = self.owner(run, name)
-        return f"runs/{owner}/" if name == "policy" or owner != "default" else ""
+        return f"runs/{owner}/" if name in OWN or owner != "default" else ""
+
+    def has(self, run: str, name: Name) -> bool:
+        """Whether a run has an artifact at all."""
+        config = self.runs[run]
+        if name == "evaluation_pairs":
+            return bool(config.evaluation.pairs)
+        if name in OF_POLICIES:
+            return bool(config.evaluation.prompts)
+        # Of what was made elsewhere, there is nothing that it was made from.
+        ready = config.reward_model.path is not None
+        if name == "judge_evaluation":
+            return not ready and config.aggregation.path is None
+        if name == "pmp_evaluation":
+            return not ready and config.reward_model.init == "pmp"
+        return name != "reward_evaluation" or not ready
+
+    def target_paths(self, target: str) -> list[str]:
+        """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
+        one, results = TARGETS[target], self.runs["default"].pathvars.results
+        if one.names:
+            names = [name for name in NAMES if name in one.names]
+            paths = [self.path(run, name) for name in names for run in self.runs if self.has(run, name)]
+        else:
+            paths = [f"{results}/{one.artifact.format(run=run)}" for run in self.runs]
+        return list(dict.fromkeys(paths))
 
     def _owner(self, run: str, name: Name) -> str:
-        """The first run whose artifact is decided by the same; every policy is its run's own."""
-        if name == "policy":
+        """The first run whose artifact is decided by the same; a policy, and what is made of it, is its run's own."""
+        if name in OWN:
             return run
         mine = self._what_decides(run, name)
         return next(other for other in self.runs if self._what_decides(other, name) == mine)
 
     def _deciding(self, run: str, name: Name) -> tuple[object, ...]:
-        origin = self.origin(run, name)
+        # Without the keys: a judge that is spelled out may well be the initial policy.
+        origin = replace(self.origin(run, name), keys={})
         return origin.values(), origin.inputs
 
     def _origin(self, run: str, name: Name) -> Origin:
         """What decides a run's artifact; of responses and judgements, what decides the whole table."""
         config = self.runs[run]
-        model, tokenizer = config.model, tokenizer_model(config.model)
+        model = config.model
+        if is_imported(config, name):
+            return _imported(config, name)
         match name:
             case "check_sampling" | "check_judging" | "check_training" | "check_rl":
                 part = name.removeprefix("check_")
@@ -94,8 +161,18 @@ class Plan:
                     judge=config.judge,
                     lora=config.lora,
                     scoring=config.scoring,
-                    tokenizer=tokenizer,
+                    tokenizer=self.tokenizer(run),
                     ppo=texts_of(config.ppo),
+                )
+            case "sft_data":
+                origin = provenance.clean_sft_data(config.sft_data)
+            case "sft":
+                origin = provenance.train_sft(
+                    self.path(run, "sft_data"),
+                    model=model.without_adapter(),
+                    lora=config.lora,
+                    policy_prompt=config.policy_prompt,
+                    sft=config.sft,
                 )
             case "prompts":
                 origin = provenance.clean_prompts(config.prompts)
@@ -120,12 +197,12 @@ class Plan:
                     stage=name,
                     settings=config.pmp if name == "pmp" else config.reward_model,
                     model=model.without_adapter(),
-                    tokenizer=tokenizer,
+                    tokenizer=self.tokenizer(run),
                     lora=config.lora,
                     scoring=config.scoring,
                 )
             case "rl_prompts":
-                origin = provenance.clean_rl_prompts(config.rl_prompts, tokenizer)
+                origin = provenance.clean_rl_prompts(config.rl_prompts, self.tokenizer(run))
             case "policy":
                 origin = provenance.train_policy(
                     self.path(run, "rl_prompts"),
@@ -136,7 +213,98 @@ class Plan:
                     ppo=config.ppo,
                     scoring=config.scoring,
                 )
+            case _:
+                origin = self._evaluated(run, name)
         return origin
+
+    def _evaluated(self, run: str, name: Name) -> Origin:
+        """The same, of what is measured after the training."""
+        config = self.runs[run]
+        model = config.model
+        match name:
+            case "evaluation_prompts":
+                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
+            case "initial_answers" | "answers":
+                origin = provenance.sample_answers(
+                    self.path(run, "evaluation_prompts"),
+                    self.path(run, "policy") if name == "answers" else None,
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    ppo=config.ppo,
+                    evaluation=config.evaluation,
+                )
+            case "initial_scores" | "answer_scores":
+                answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
+                origin = provenance.score_answers(answers, self.scorers())
+            case "answer_judgements":
+                origin = provenance.judge_preferences(
+                    self.path(run, "answers"),
+                    self.path(run, "initial_answers"),
+                    config.judge.principles,
+                    0,
+                    model=judge_model(config),
+                    judge=config.judge.model_copy(update={"shards": 1}),
+                )
+            case "policy_evaluation":
+                origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
+            case "judge_evaluation":
+                origin = provenance.evaluate_judge(self.path(run, "preferences"), evaluation=config.evaluation)
+            case "evaluation_pairs":
+                origin = provenance.clean_evaluation_pairs(config.evaluation)
+            case "pmp_evaluation" | "reward_evaluation":
+                pre_trained = name == "pmp_evaluation"
+                origin = provenance.evaluate_reward_model(
+                    self.path(run, "pmp" if pre_trained else "reward_model"),
+                    self.path(run, "pmp_data" if pre_trained else "reward_data"),
+                    self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
+                    config.judge.principles,
+                    stage="pmp" if pre_trained else "reward_model",
+                    settings=config.pmp if pre_trained else config.reward_model,
+                    dimensions=[] if pre_trained else config.aggregation.dimensions,
+                    model=model.without_adapter(),
+                    tokenizer=self.tokenizer(run),
+                    scoring=config.scoring,
+                    evaluation=config.evaluation,
+                )
+            case _:
+                raise ValueError(name)
+        return origin
+
+    def trained(self) -> list[str]:
+        """All prompts that a stage of any run trains on: all policies answer the same ones."""
+        names: tuple[Name, ...] = ("prompts", "rl_prompts")
+        return list(dict.fromkeys(self.path(run, name) for name in names for run in self.runs))
+
+    def scorers(self) -> list[dict[str, Any]]:
+        """Every reward model of the runs, with the fields of `score_answers.Scorer`."""
+        found = []
+        for run, config in self.runs.items():
+            if self.owner(run, "reward_model") == run:
+                found.append(
+                    {
+                        "name": run,
+                        "folder": self.path(run, "reward_model"),
+                        "principles": config.judge.principles,
+                        "dimensions": config.aggregation.dimensions,
+                        "model": config.model.without_adapter(),
+                        "tokenizer": self.tokenizer(run),
+                        "scoring": config.scoring,
+                        "settings": config.reward_model,
+                    }
+                )
+        return found
+
+    def compared(self) -> list[dict[str, str]]:
+        """The runs whose policies are measured, with the fields of `evaluate_policies.Run`."""
+        tables: dict[str, Name] = {
+            "answers": "answers",
+            "scores": "answer_scores",
+            "judgements": "answer_judgements",
+            "initial_answers": "initial_answers",
+            "initial_scores": "initial_scores",
+        }
+        runs = [run for run in self.runs if self.has(run, "answers")]
+        return [{"name": run} | {key: self.path(run, name) for key, name in tables.items()} for run in runs]
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""
@@ -159,6 +327,31 @@ class Plan:
             sampling=config.sampling,
             policy_prompt=config.policy_prompt,
         )
+
+
+def is_imported(config: Config, name: Name) -> bool:
+    """Whether the configuration names an artifact that was made elsewhere."""
+    paths: dict[Name, object] = {
+        "response0": config.sampling.paths,
+        "response1": config.sampling.paths,
+        "preferences": config.judge.path,
+        "reward_data": config.aggregation.path,
+        "reward_model": config.reward_model.path,
+    }
+    return bool(paths.get(name))
+
+
+def _imported(config: Config, name: Name) -> Origin:
+    """What decides an artifact that was made elsewhere."""
+    responses, principles = config.sampling.paths or (), config.judge.principles
+    if name in ("response0", "response1"):
+        return provenance.import_responses(responses, int(name == "response1"))
+    if name == "preferences":
+        return provenance.import_preferences(config.judge.path or "", responses, principles)
+    if name == "reward_data":
+        return provenance.import_records(config.aggregation.path or "", principles)
+    ready = config.reward_model
+    return provenance.import_reward_model(ready.path or "", ready.revision, config.model)
 
 
 def judge_model(config: Config) -> Model:

@@ -6,13 +6,13 @@ holds no more than one of those.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from salmon.config import PmpData
+from salmon.config import PairSource
 from salmon.formats import PAIR_FORMATS, Comparison, Located, Skipped
 from salmon.randomness import digest, seed_of
 from salmon.script import progress
@@ -149,19 +149,23 @@ def draw_records(
     return drawn
 
 
-def pmp_records(settings: PmpData, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def comparison_records(
+    sources: Mapping[str, PairSource], min_score_ratio: float, seed: int, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
     """The records of all sources, in the order in which they are read.
 
     Args:
-        settings: sources, score ratio and seed.
+        sources: by name.
+        min_score_ratio: see `extract`.
+        seed: of the draws, and of the order of outputs.
         counts: gains the numbers of rows, by source and reason (`name: reason`).
 
     Under a limit, a source gives its records of smallest hash, whatever the order of its rows.
     """
-    for name, source in settings.sources.items():
+    for name, source in sources.items():
         here: Counter[str] = Counter()
         rows = progress(read_source(source, PAIR_FORMATS[source.format].row, here), total=None, what=f"rows of {name}")
-        comparisons = extract(source.format, rows, settings.min_score_ratio, here)
-        records = (record(name, comparison, settings.seed) for comparison in comparisons)
-        yield from records if source.limit is None else draw_records(records, source.limit, settings.seed, here)
+        comparisons = extract(source.format, rows, min_score_ratio, here)
+        records = (record(name, comparison, seed) for comparison in comparisons)
+        yield from records if source.limit is None else draw_records(records, source.limit, seed, here)
         counts.update({f"{name}: {what}": number for what, number in here.items()})

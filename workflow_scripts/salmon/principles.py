@@ -66,7 +66,7 @@ def read_judged(path: str | Path) -> list[JudgedPrinciple]:
 def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
     """Principles `{dimension, definition, weight}`, in the order of the file; all of them have a weight, or none has.
 
-    Without weights, each weighs 1 and they are drawn uniformly, but for what a question type boosts.
+    Without weights they are drawn uniformly, whatever the question.
     """
     principles: list[WeightedPrinciple] = _read(path, WeightedPrinciple)
     without = [principle.dimension for principle in principles if "weight" not in principle.model_fields_set]
@@ -83,14 +83,15 @@ def draw_principles(
     """Draw the principles of one rollout, without replacement, in proportion to their weights.
 
     A principle whose name holds one of the words boosted for the question type weighs `settings.boost` more
-    (paper section 3.4; reference step 3).
+    (paper section 3.4; reference step 3), where principles have weights.
 
     Args:
         rng: generator of the rollout, so that the draw depends on no rank and no order.
     """
     if settings.principles_per_rollout == 0:
         return []
-    words = settings.boosted_words.get(question_type, [])  # type: ignore[call-overload]
+    weighted = any("weight" in principle.model_fields_set for principle in principles)
+    words = settings.boosted_words.get(question_type, []) if weighted else []  # type: ignore[call-overload]
     weights = np.array(
         [
             principle.weight + settings.boost * any(word.lower() in principle.dimension.lower() for word in words)

@@ -1,5 +1,7 @@
 """Public data sets to prompts: what is asked in each, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
 
+Likewise to examples, which have an answer.
+
 `formats` says what a row gives. A draw under a limit takes the prompts of smallest hash of (seed, source, text): it
 depends on the seed and on what the data set holds, not on the order of its rows. Memory: four times the prompts that a
 limit allows, or all that are kept where there is none.
@@ -7,19 +9,19 @@ limit allows, or all that are kept where there is none.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from salmon.config import Prompts, RlPrompts, Source
+from salmon.config import Prompts, RlPrompts, SftData, Source
 from salmon.errors import UserError
-from salmon.formats import PROMPT_FORMATS, Located, Prompt, QuestionType
+from salmon.formats import EXAMPLE_FORMATS, PROMPT_FORMATS, Example, Found, Located, Prompt, QuestionType
 from salmon.randomness import digest, ranks
 from salmon.script import progress
 from salmon.sources import read_source
-from salmon.tables import PROMPTS, RL_PROMPTS
+from salmon.tables import PROMPTS, RL_PROMPTS, SFT_EXAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,20 @@ def extract(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> 
             yield prompt
         else:
             yield prompt._replace(instruction=instruction, input=extra)
+
+
+def extract_examples(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> Iterator[Example]:
+    """The examples of a data set, as `extract`; those without an answer are left out, too."""
+    for example in EXAMPLE_FORMATS[format_name].extract(rows, counts):
+        stripped = example._replace(
+            instruction=example.instruction.strip(), input=example.input.strip(), output=example.output.strip()
+        )
+        if not stripped.instruction:
+            counts["empty"] += 1
+        elif not stripped.output:
+            counts["no answer"] += 1
+        else:
+            yield stripped
 
 
 def keep_all(texts: Sequence[str]) -> list[None]:
@@ -79,7 +95,7 @@ def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
 class _Candidate(NamedTuple):
     position: int
     key: str
-    prompt: Prompt
+    prompt: Any
 
 
 @dataclass
@@ -129,7 +145,7 @@ class _Family:
 
 
 def draw_prompts(
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Found],
     *,
     name: str,
     limit: int | None,
@@ -137,8 +153,8 @@ def draw_prompts(
     reject: Reject,
     taken: MutableSet[str],
     counts: Counter[str],
-) -> list[Prompt]:
-    """Distinct prompts that are not rejected, at most `limit` a family, in the order of first appearance.
+) -> list[Found]:
+    """Distinct prompts, or examples, that are not rejected, at most `limit` a family, in the order of first appearance.
 
     Four times as many prompts as a family's limit are kept at most. A text in two families counts for the first of
     them.
@@ -202,9 +218,7 @@ def collect_prompts(
     totals: dict[str, int] = {}
     for name, source in settings.sources.items():
         counts: Counter[str] = Counter()
-        rows = progress(
-            read_source(source, PROMPT_FORMATS[source.format].row, counts), total=None, what=f"rows of {name}"
-        )
+        rows = _rows(name, source, PROMPT_FORMATS[source.format].row, counts)
         prompts = draw_prompts(
             extract(source.format, rows, counts),
             name=name,
@@ -215,14 +229,51 @@ def collect_prompts(
             counts=counts,
         )
         counts["kept"] = len(prompts)
-        log.info("%s: %s", name, ", ".join(f"{number} {what}" for what, number in counts.items()))
         records += [_record(name, source, prompt, bonuses) for prompt in prompts]
-        totals |= {f"{name}: {what}": number for what, number in counts.items()}
+        totals |= _told(name, counts)
     if not records:
-        counted = ", ".join(f"{what} {number}" for what, number in totals.items())
-        raise UserError(f"no prompt is left of all sources ({counted}); check the sources and the limits")
+        raise UserError(f"no prompt is left of all sources ({_listed(totals)}); check the sources and the limits")
     table = PROMPTS if bonuses is None else RL_PROMPTS
     return pl.DataFrame(records, schema=table.schema, orient="row"), totals
+
+
+def collect_examples(settings: SftData) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The examples of all sources.
+
+    Returns:
+        The table `SFT_EXAMPLES`, and numbers of rows as of `collect_prompts`.
+
+    Raises:
+        UserError: where a source cannot be read or no example is left.
+    """
+    taken: set[str] = set()
+    records: list[tuple[Any, ...]] = []
+    totals: dict[str, int] = {}
+    for name, source in settings.sources.items():
+        counts: Counter[str] = Counter()
+        rows = _rows(name, source, EXAMPLE_FORMATS[source.format].row, counts)
+        examples = draw_prompts(
+            extract_examples(source.format, rows, counts),
+            name=name,
+            limit=source.limit,
+            seed=settings.seed,
+            reject=keep_all,
+            taken=taken,
+            counts=counts,
+        )
+        counts["kept"] = len(examples)
+        totals |= _told(name, counts)
+        records += [
+            (
+                digest(name, *example[:3]),
+                *(digest(name, *example[:2]), name, example.instruction, example.input),
+                *(example.output, example.is_whole),
+            )
+            for example in examples
+        ]
+    if not records:
+        raise UserError(f"no example is left of all sources ({_listed(totals)}); check the sources and the limits")
+    return pl.DataFrame(records, schema=SFT_EXAMPLES.schema, orient="row"), totals
 
 
 def collect_rl_prompts(settings: RlPrompts, tokenizer: Any) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -230,6 +281,21 @@ def collect_rl_prompts(settings: RlPrompts, tokenizer: Any) -> tuple[pl.DataFram
     return collect_prompts(
         settings, token_limits(tokenizer, settings.min_tokens, settings.max_tokens), settings.length_bonus
     )
+
+
+def _rows(name: str, source: Source, schema: Any, counts: Counter[str]) -> Iterator[Located]:
+    """Rows of a source, with progress in the log."""
+    return progress(read_source(source, schema, counts), total=None, what=f"rows of {name}")
+
+
+def _told(name: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """The numbers of a source as a manifest has them, and a line in the log."""
+    log.info("%s: %s", name, ", ".join(f"{number} {what}" for what, number in counts.items()))
+    return {f"{name}: {what}": number for what, number in counts.items()}
+
+
+def _listed(totals: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {number}" for what, number in totals.items())
 
 
 def _record(

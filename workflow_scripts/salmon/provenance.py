@@ -13,6 +13,7 @@ from salmon import artifacts, sources
 from salmon.config import (
     FREE,
     Aggregation,
+    Evaluation,
     Judge,
     Lora,
     Model,
@@ -26,8 +27,10 @@ from salmon.config import (
     RlPrompts,
     Sampling,
     Scoring,
-    Section,
+    Sft,
+    SftData,
     Source,
+    is_local,
 )
 from salmon.configuration import field_of
 from salmon.identity import identify, identify_tokenizer
@@ -155,11 +158,24 @@ def clean_pmp_data(pmp_data: PmpData) -> Origin:
     return Origin({"pmp_data": pmp_data}, _sources(pmp_data.sources))
 
 
+def clean_sft_data(sft_data: SftData) -> Origin:
+    """Examples of the initial policy."""
+    return Origin({"sft_data": sft_data}, _sources(sft_data.sources))
+
+
+def train_sft(examples: Path | str, *, model: Model, lora: Lora, policy_prompt: PolicyPrompt, sft: Sft) -> Origin:
+    """The initial policy, whose adapter `model` does not have."""
+    return Origin(
+        {"model": model, "lora": lora, "policy_prompt": policy_prompt, "sft": sft},
+        _files(examples, *policy_prompt.files) + _model(model),
+    )
+
+
 def sample_responses(
     prompts: Path | str, index: int, shard: int, *, model: Model, sampling: Sampling, policy_prompt: PolicyPrompt
 ) -> Origin:
     """One shard of the responses: the settings of the other response do not decide it."""
-    alone = sampling.model_dump(exclude={"seeds", "shards"})
+    alone = sampling.model_dump(exclude={"paths", "seeds", "shards"})
     return Origin(
         {
             "model": model,
@@ -178,7 +194,7 @@ def judge_preferences(
     response0: Path | str, response1: Path | str, principles: Path | str, shard: int, *, model: Model, judge: Judge
 ) -> Origin:
     """One shard of the judgements, by a model that need not be the one of the settings."""
-    alone = judge.model_dump(exclude={"model", "shards"})
+    alone = judge.model_dump(exclude={"path", "model", "shards"})
     return Origin(
         {"model": model, **alone, "shard": shard, "shards": judge.shards},
         _files(response0, response1, principles, judge.template) + _model(model),
@@ -205,7 +221,8 @@ def aggregate_preferences(
 ) -> Origin:
     """Records of the reward model."""
     return Origin(
-        {"aggregation": aggregation, "turn_markers": list(turn_markers)},
+        # Not set by anybody: 0.1.0 had the variance of the means.
+        {"aggregation": aggregation, "turn_markers": list(turn_markers), "variance": "of both orders pooled"},
         _files(preferences, response0, response1, principles),
         keys=_alone("judge", {"turn_markers": None}),
     )
@@ -224,11 +241,41 @@ def train_reward_model(
 ) -> Origin:
     """A reward model of either stage; what it starts from is an input, whatever `reward_model.init` says."""
     if isinstance(settings, RewardModel):
-        settings = RewardTraining.model_validate(settings.model_dump(exclude={"init"}))
+        settings = RewardTraining.model_validate(settings.model_dump(exclude={"path", "revision", "init"}))
     return Origin(
         {"model": model, "lora": lora, "scoring": scoring, stage: settings},
         _files(records, settings.template, init) + _model(tokenizer, "tokenizer") + _model(model),
     )
+
+
+def import_responses(paths: Sequence[str], index: int) -> Origin:
+    """Responses that are there already; both files have to fit each other."""
+    return Origin({"paths": list(paths), "index": index}, _files(*paths), keys=_alone("sampling", {"paths": None}))
+
+
+def import_preferences(path: str, paths: Sequence[str], principles: Path | str) -> Origin:
+    """Judgements that are there already, of responses that are."""
+    keys = _alone("judge", {"path": None}) | _alone("sampling", {"paths": None})
+    return Origin({"path": path, "paths": list(paths)}, _files(path, *paths, principles), keys=keys)
+
+
+def import_records(path: str, principles: Path | str) -> Origin:
+    """Records of the reward model that are there already."""
+    return Origin({"path": path}, _files(path, principles), keys=_alone("aggregation", {"path": None}))
+
+
+def import_reward_model(path: str, revision: str | None, model: Model) -> Origin:
+    """A reward model that is there already, which has to fit the base model's layers."""
+    base = [f"{model.base}/config.json"] if is_local(model.base) else []
+    return Origin(
+        {"reward_model": {"path": path, "revision": revision}, "model": base_of(model).model_dump(exclude_unset=True)},
+        [Input(path, "model", revision), *_files(*base)],
+    )
+
+
+def base_of(model: Model) -> Model:
+    """As much of a model as a reward model that is there already is held against: which base it is."""
+    return Model.model_validate(model.model_dump(include={"base", "revision", "trust_remote_code"}))
 
 
 def train_policy(
@@ -243,7 +290,14 @@ def train_policy(
 ) -> Origin:
     """A policy."""
     return Origin(
-        {"model": model, "lora": lora, "policy_prompt": policy_prompt, "ppo": ppo, "scoring": scoring},
+        {
+            "model": model,
+            "lora": lora,
+            "policy_prompt": policy_prompt,
+            "ppo": ppo,
+            "scoring": scoring,
+            "warm-up": "from 0",  # not set by anybody: 0.1.0 counted from 1
+        },
         _files(prompts, reward_model, ppo.principles, ppo.template, *policy_prompt.files) + _model(model),
     )
 
@@ -261,13 +315,13 @@ def check_model(
     ppo: PpoTexts | None,
 ) -> Origin:
     """A report on a model: what a part of the check reads is what its stages read, and no more."""
-    settings: dict[str, Section] = {"model": model}
+    settings: dict[str, Any] = {"model": model}
     inputs = _model(model)
     if "sampling" in parts:
-        settings |= {"policy_prompt": policy_prompt, "sampling": sampling}
+        settings |= {"policy_prompt": policy_prompt, "sampling": sampling.model_dump(exclude={"seeds", "paths"})}
         inputs += _files(*policy_prompt.files)
     if "judging" in parts:
-        settings |= {"judge": judge}
+        settings |= {"judge": judge.model_copy(update={"path": None})}
         inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
     if "training" in parts:
         settings |= {"lora": lora, "scoring": scoring}
@@ -279,7 +333,101 @@ def check_model(
         if ppo:
             settings["ppo"] = ppo
             inputs += _files(ppo.template)
-    return Origin(settings, inputs, unrecorded=frozenset(one.name for one in inputs))
+    keys = {"model": "judge.model"} if judge.model and [*parts] == ["judging"] else {}
+    return Origin(settings, inputs, keys, unrecorded=frozenset(one.name for one in inputs))
+
+
+def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin:
+    """What judgements say of the judge."""
+    return Origin({"seed": evaluation.seed}, _files(preferences), keys=_alone("evaluation", {"seed": None}))
+
+
+def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
+    """Pairs that reward models are measured by."""
+    settings = evaluation.model_dump(exclude={"prompts"})
+    return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
+
+
+def evaluate_reward_model(
+    reward_model: Path | str,
+    records: Path | str,
+    pairs: Path | str | None,
+    principles: Path | str,
+    *,
+    stage: Literal["pmp", "reward_model"],
+    settings: RewardTraining,
+    dimensions: Sequence[str],
+    model: Model,
+    tokenizer: Model,
+    scoring: Scoring,
+    evaluation: Evaluation,
+) -> Origin:
+    """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
+    read = ("template", "max_length", "query_length", "response_length", "eval_examples", "seed")
+    alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
+    return Origin(
+        {
+            "model": model,
+            "scoring": scoring,
+            "dimensions": list(dimensions),
+            "seed": evaluation.seed,
+            **alone,
+        },
+        _files(reward_model, records, pairs, principles, settings.template)
+        + _model(tokenizer, "tokenizer")
+        + _model(model),
+        keys={
+            "dimensions": "aggregation.dimensions",
+            "seed": "evaluation.seed",
+            **{name: f"{stage}.{name.removeprefix(f'{stage}_')}" for name in alone},
+        },
+    )
+
+
+def clean_evaluation_prompts(trained: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
+    """Prompts that policies are measured by."""
+    settings = {"prompts": evaluation.prompts, "seed": evaluation.seed}
+    return Origin(settings, _sources(evaluation.prompts) + _files(*trained), keys=_alone("evaluation", settings))
+
+
+def sample_answers(
+    prompts: Path | str,
+    policy: Path | str | None,
+    *,
+    model: Model,
+    policy_prompt: PolicyPrompt,
+    ppo: Ppo,
+    evaluation: Evaluation,
+) -> Origin:
+    """Answers of a policy, the initial one where none is given."""
+    read = {name: getattr(ppo, name) for name in ("temperature", "query_length", "response_length")}
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read, "seed": evaluation.seed},
+        _files(prompts, policy, *policy_prompt.files) + _model(model),
+        keys=_alone("ppo", read) | {"seed": "evaluation.seed"},
+    )
+
+
+def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> Origin:
+    """Scores of answers; a scorer has the fields of `score_answers.Scorer`."""
+    inputs = _files(answers)
+    plain = {}
+    for scorer in scorers:
+        settings: RewardModel = scorer["settings"]
+        inputs += _files(scorer["folder"], scorer["principles"], settings.template)
+        inputs += _model(scorer["tokenizer"], "tokenizer") + _model(scorer["model"])
+        read = ("template", "max_length", "query_length", "response_length")
+        sections = {"model": scorer["model"].deciding(), "scoring": scorer["scoring"].deciding()}
+        texts = {name: getattr(settings, name) for name in read}
+        plain[scorer["name"]] = {"dimensions": list(scorer["dimensions"]), **sections, **texts}
+    return Origin({"scorers": plain}, inputs)
+
+
+def evaluate_policies(runs: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
+    """The comparison of all policies; a run has the fields of `evaluate_policies.Run`."""
+    files = [path for run in runs for name, path in run.items() if name != "name"]
+    settings = {"compared": [run["name"] for run in runs], "seed": evaluation.seed}
+    return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
 def evaluate_demo(

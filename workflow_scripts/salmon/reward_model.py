@@ -10,7 +10,6 @@ has two rows per pair:
     row 3   output_2 of pair 1   t t t t . . . . . .
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from salmon import checked, templates
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
-from salmon.randomness import rng, seed_of
-from salmon.tables import PREFERENCE_RECORDS
+from salmon.tables import MEND, PREFERENCE_RECORDS
 from salmon.text import join_instruction
+
+NAME = "reward model"
+"""Of the draws of its training: the split and the order of the records."""
 
 
 def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -53,48 +54,10 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     if len(odd):
         raise UserError(
             f"{path}: in {len(odd)} records, dimensions, negated, definitions and deciding are not of the same "
-            f"principles, the first is record {odd['record_id'][0]}; build the file again"
+            f"principles, the first is record {odd['record_id'][0]}; {MEND}"
         )
     whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
     return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}
-
-
-def split(records: pl.DataFrame, eval_examples: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Records to train on and records held out, whole prompts at a time.
-
-    A prompt gives several records (one per pass); with one of them trained on, the others would be known.
-    Prompts are held out in the order of a hash of (seed, prompt_id), until `eval_examples` is reached, so that
-    the last prompt may exceed it by a few records.
-    """
-    sizes = records.group_by("prompt_id").len().rows()
-    held, count = [], 0
-    for prompt, size in sorted(sizes, key=lambda row: seed_of("reward model split", seed, row[0])):
-        if count >= eval_examples:
-            break
-        held.append(prompt)
-        count += size
-    is_held = pl.col("prompt_id").is_in(held)
-    return records.filter(~is_held), records.filter(is_held)
-
-
-def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """Which record is trained on when: `batch_size` of them a step, in whole steps.
-
-    Each epoch is a new permutation. Within a step, records are sorted by length, longest first: the gradient of
-    a step is a sum over its records, so this changes no result, but micro-batches hold less padding.
-
-    Args:
-        lengths: of each record, in any unit.
-
-    Returns:
-        Indices; the last, incomplete batch is left out, so the list may be empty.
-    """
-    order: list[int] = []
-    for epoch in range(math.ceil(epochs)):
-        order += rng("reward model order", seed, epoch).permutation(len(lengths)).tolist()
-    steps = int(len(lengths) * epochs) // batch_size
-    batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
-    return [index for batch in batches for index in sorted(batch, key=lambda i: -lengths[i])]
 
 
 def reward_text_tokens(

@@ -170,7 +170,7 @@ def _check_judgements(rows: pl.LazyFrame, where: Path) -> None:
     if some.height:
         raise UserError(
             f"{where}: {some.height} pairs were judged by some of {all_of_them} principles only, such as prompt_id "
-            f"{some['prompt_id'][0]} by {some['len'][0]}; delete the shards and judge again"
+            f"{some['prompt_id'][0]} by {some['len'][0]}; move the shards away, and let them be judged again"
         )
 
 

@@ -27,6 +27,7 @@ from salmon.formats import Located
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 BATCH_ROWS = 1000
 BAD_ROWS_TOLD = 20
+ADVICE = "mend the file, or set the format that it has"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -36,7 +37,7 @@ class _Broken(str):
     __slots__ = ()
 
 
-def read_source(source: Source, schema: Any, counts: Counter[str]) -> Iterator[Located]:
+def read_source(source: Source, schema: Any, counts: Counter[str], advice: str | None = None) -> Iterator[Located]:
     """Rows of a data set, file by file in the order of the configuration, each with the place where it stands.
 
     Bad rows, which are not of the format, are left out, up to `source.max_bad_rows`. If there are more, no row is
@@ -46,6 +47,7 @@ def read_source(source: Source, schema: Any, counts: Counter[str]) -> Iterator[L
         source: which.
         schema: `TypedDict` of the columns that are needed (`formats`).
         counts: gains the number of rows read (`rows`) and of those left out (`bad rows`).
+        advice: what to do about a file of another format, the end of a sentence; None for a configuration's source.
 
     Yields:
         (place, row): row is a dict of the schema's columns; other columns are left out.
@@ -64,7 +66,7 @@ def read_source(source: Source, schema: Any, counts: Counter[str]) -> Iterator[L
     for path in source.paths:
         parts: list[tuple[str, Iterator[Located]]]
         if is_local(path):
-            parts = [(str(file), _read_file(file, schema)) for file in local_files(path)]
+            parts = [(str(file), _read_file(file, schema, advice or ADVICE)) for file in local_files(path)]
         else:
             parts = [(path, _read_hub(path, source, schema))]
         for name, rows in parts:
@@ -82,15 +84,17 @@ def read_source(source: Source, schema: Any, counts: Counter[str]) -> Iterator[L
                 if counts["bad rows"] <= source.max_bad_rows:
                     yield place, checked
             if not place:
-                raise UserError(f"{name} holds no rows; fetch it again or take it out of the sources")
+                raise UserError(f"{name} holds no rows; {advice or 'fetch it again or take it out of the sources'}")
     if counts["bad rows"] > source.max_bad_rows:
-        raise UserError(_describe_bad_rows(told, counts["bad rows"], source, schema))
+        raise UserError(_describe_bad_rows(told, counts["bad rows"], source, schema, advice))
 
 
-def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any) -> str:
+def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any, advice: str | None) -> str:
     """The bad rows of a data set, the first of them one by one, and what to do."""
     needed = ", ".join(sorted(schema.__required_keys__))
     lines = [*told, f"... and {number - len(told)} more"] if number > len(told) else told
+    if advice:
+        return "\n".join([*lines, f"{number} bad rows; {advice}"])
     lines.append(
         f"{number} bad rows, where max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
         f"needs {needed}: mend the rows (fetch the file again if it was cut off), set the format that it has, or raise "
@@ -144,7 +148,7 @@ def _finding(error: ValidationError) -> str:
     return f"column {column}: {message}" if column else "the row is not an object with named columns"
 
 
-def _wanted(columns: list[str], schema: Any, path: str) -> list[str]:
+def _wanted(columns: list[str], schema: Any, path: str, advice: str) -> list[str]:
     """Columns to read of a file that knows its columns.
 
     Raises:
@@ -152,16 +156,16 @@ def _wanted(columns: list[str], schema: Any, path: str) -> list[str]:
     """
     missing = sorted(schema.__required_keys__ - set(columns))
     if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}: mend the file, or set the format that it has")
+        raise UserError(f"{path} has no column {', '.join(missing)}; {advice}")
     return [name for name in columns if name in schema.__annotations__]
 
 
-def _read_file(path: Path, schema: Any) -> Iterator[Located]:
+def _read_file(path: Path, schema: Any, advice: str) -> Iterator[Located]:
     """Rows of one local file; every failure to read it becomes a `UserError`."""
     try:
         if path.suffix == ".parquet":
-            yield from _read_parquet(path, schema)
-        elif ".jsonl" in path.suffixes[-2:]:
+            yield from _read_parquet(path, schema, advice)
+        elif ".jsonl" in path.suffixes[-2:] or _holds_lines(path):
             yield from _read_json_lines(path)
         else:
             yield from _read_json(path)
@@ -171,13 +175,25 @@ def _read_file(path: Path, schema: Any) -> Iterator[Located]:
         raise UserError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
 
 
-def _read_parquet(path: Path, schema: Any) -> Iterator[Located]:
+def _holds_lines(path: Path) -> bool:
+    """Whether a `.json` file begins with an object in a line of its own, and goes on: the authors' have JSON lines."""
+    with _open(path) as stream:
+        if stream.peek(1)[:1] != b"{":  # type: ignore[attr-defined]
+            return False
+        try:
+            json.loads(stream.readline())
+        except (ValueError, RecursionError):
+            return False
+        return any(line.strip() for line in stream)
+
+
+def _read_parquet(path: Path, schema: Any, advice: str) -> Iterator[Located]:
     """Rows of a Parquet file, batch by batch, of the wanted columns only."""
     number = 0
     try:
         # Its defaults keep all that was read until the end; with a buffer, a batch of pages is held at a time.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            columns = _wanted(file.schema_arrow.names, schema, str(path))
+            columns = _wanted(file.schema_arrow.names, schema, str(path), advice)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -208,7 +224,10 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
 
 
 def _read_json(path: Path) -> Iterator[Located]:
-    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published)."""
+    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published).
+
+    A task of BIG-bench is an object, whose list `examples` holds the rows.
+    """
     number = 0
     for parser in (ijson, ijson.get_backend("python")):
         with _open(path) as stream:
@@ -219,8 +238,8 @@ def _read_json(path: Path) -> Iterator[Located]:
                 raise UserError(
                     f"{path} is neither a JSON list nor an object; correct it, or take it out of the sources"
                 )
-            rows = parser.items(stream, "item" if start == b"[" else "", use_float=True)
             try:
+                rows = parser.items(stream, "item" if start == b"[" else _place(path), use_float=True)
                 for row in islice(rows, number, None):
                     number += 1
                     yield f"{path}, row {number}", row if parser is ijson else _without_surrogates(row)
@@ -234,6 +253,13 @@ def _read_json(path: Path) -> Iterator[Located]:
                     f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut "
                     f"off{lines}"
                 ) from None
+
+
+def _place(path: Path) -> str:
+    """Where in an object of JSON its rows are, as ijson calls it: the list `examples`, or the object itself."""
+    with _open(path) as stream:
+        found = any(event[:2] == ("examples", "start_array") for event in ijson.parse(stream))
+    return "examples.item" if found else ""
 
 
 def _without_surrogates(row: Any) -> Any:
@@ -264,7 +290,7 @@ def _read_hub(path: str, source: Source, schema: Any) -> Iterator[Located]:
             "without network needs a local copy as path."
         ) from error
     if rows.column_names:
-        rows = rows.select_columns(_wanted(rows.column_names, schema, path))
+        rows = rows.select_columns(_wanted(rows.column_names, schema, path, ADVICE))
     number = 0
     try:
         for number, row in enumerate(rows, start=1):

@@ -34,6 +34,7 @@ class Table:
         meaning: what one row is, and how the rows are ordered.
         key: columns that no two rows have in common.
         columns: by name, in their order.
+        reader: which key of the configuration reads such rows in another format, for messages.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Table:
     meaning: str
     key: tuple[str, ...]
     columns: Mapping[str, Column]
+    reader: str
 
     @property
     def schema(self) -> dict[str, pl.DataType]:
@@ -66,6 +68,7 @@ PROMPTS = Table(
     "One prompt, in the order of the sources and, within one, of first appearance. No two have the same text.",
     ("prompt_id",),
     _PROMPT,
+    "prompts.sources reads data sets and prompt files",
 )
 
 RL_PROMPTS = Table(
@@ -78,10 +81,28 @@ RL_PROMPTS = Table(
         "question_type": Column(_STRING, "`general`, `reasoning` or `red_teaming`"),
         "length_bonus": Column(_REAL, "factor of the length reward for this prompt"),
     },
+    "rl_prompts.sources reads data sets and prompt files",
+)
+
+SFT_EXAMPLES = Table(
+    "SFT examples",
+    "sft/examples.parquet",
+    "One instruction with an answer that the initial policy learns, ordered and distinct as the prompts are.",
+    ("example_id",),
+    {
+        "example_id": Column(_STRING, "hash of source, instruction, input and output"),
+        **_PROMPT,
+        "prompt_id": Column(_STRING, "hash of source, instruction and input, which several examples may share"),
+        "output": Column(_STRING, "the answer"),
+        "is_whole": Column(_BOOL, "whether the answer ends there; of one that was cut off, no end is learnt"),
+    },
+    "sft_data.sources reads instructions with answers",
 )
 
 PROMPT_TOO_LONG = "prompt_too_long"
 """The finish reason of a prompt that leaves no room for a response, and was not sampled."""
+IMPORTED = "imported"
+"""The finish reason of a response that was sampled elsewhere, of which nobody knows why it ended."""
 
 RESPONSES = Table(
     "responses",
@@ -94,11 +115,49 @@ RESPONSES = Table(
         "finish_reason": Column(
             _STRING,
             "why the response ended: `eos` the policy ended its turn, `stop` a stop string appeared, `length` no room "
-            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response",
+            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response, `{IMPORTED}` not known: it is from "
+            "a file of `sampling.paths`",
         ),
-        "prompt_tokens": Column(pl.Int32(), "number of tokens of the whole prompt, template included"),
-        "response_tokens": Column(pl.Int32(), "number of tokens sampled, those of thinking and of the end included"),
+        "prompt_tokens": Column(
+            pl.Int32(), "number of tokens of the whole prompt, template included; null if imported", nullable=True
+        ),
+        "response_tokens": Column(
+            pl.Int32(),
+            "number of tokens sampled, those of thinking and of the end included; null if imported",
+            nullable=True,
+        ),
     },
+    "sampling.paths reads the response files of the authors' release",
+)
+
+ANSWERS = Table(
+    "answers",
+    "evaluation/{initial_,}answers.parquet",
+    "One prompt that nothing was trained on and a policy's answer to it, ordered by prompt_id.",
+    ("prompt_id",),
+    {
+        **RESPONSES.columns,
+        "kl": Column(
+            _REAL,
+            "log probability of the tokens less that under the initial policy, at the temperature of RL; 0 of its own",
+        ),
+    },
+    "sampling.paths reads responses",
+)
+
+SCORES = Table(
+    "scores of answers",
+    "evaluation/{initial_,}scores.parquet",
+    "One answer under one principle alone, by one reward model.",
+    ("reward_model", "dimension", "negated", "prompt_id"),
+    {
+        "reward_model": Column(_STRING, "the first run that has it"),
+        "dimension": Column(_STRING, "name of the principle"),
+        "negated": Column(_BOOL, "whether it is shown negated"),
+        "prompt_id": _PROMPT["prompt_id"],
+        "score": Column(_REAL, "the reward"),
+    },
+    "nothing reads other scores",
 )
 
 JUDGEMENTS = Table(
@@ -113,6 +172,7 @@ JUDGEMENTS = Table(
         "s12": Column(_REAL, "logit(a) - logit(b) with output 1 as (a): positive where output 1 is preferred"),
         "s21": Column(_REAL, "logit(b) - logit(a) with output 2 as (a): positive where output 1 is preferred"),
     },
+    "judge.path reads the preference files of the authors' release",
 )
 
 RECORD_TEXTS = ("instruction", "input", "output_1", "output_2")
@@ -139,7 +199,7 @@ _RECORD = {
     ),
     "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null where none did", nullable=True),
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
-    "swapped": Column(_BOOL, "whether output_1 is response1"),
+    "swapped": Column(_BOOL, "whether output_1 is response1; null if imported", nullable=True),
     "instruction_language": Column(
         _STRING,
         "language of instruction and input (ISO 639); null if unknown, or if the language rule is off",
@@ -150,10 +210,14 @@ _RECORD = {
 }
 
 
-def _records(name: str, files: str, meaning: str, columns: Sequence[str], **more: str) -> Table:
+_READ_RECORDS = "aggregation.path reads records of the authors' release"
+_READ_PAIRS = "pmp_data.sources reads data sets and files of pairs"
+
+
+def _records(name: str, files: str, meaning: str, columns: Sequence[str], reader: str, **more: str) -> Table:
     """A table of preference records; `more` says what some columns mean in this one."""
     own = {column: replace(_RECORD[column], meaning=more.get(column, _RECORD[column].meaning)) for column in columns}
-    return Table(name, files, meaning, ("record_id",), own)
+    return Table(name, files, meaning, ("record_id",), own, reader)
 
 
 PREFERENCE_RECORDS = _records(
@@ -162,6 +226,7 @@ PREFERENCE_RECORDS = _records(
     "A view, not a file of its own: what the training of a reward model reads of a preference record, in either of the "
     "next two tables.",
     ("record_id", "prompt_id", *RECORD_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
+    f"{_READ_RECORDS}, and {_READ_PAIRS}",
 )
 PMP_RECORDS = _records(
     "PMP records",
@@ -178,6 +243,7 @@ PMP_RECORDS = _records(
         "negated",
         "deciding",
     ),
+    _READ_PAIRS,
     record_id="hash of source, query and outputs",
     prompt_id="hash of source and query, which several records may share",
     instruction="the query: a post, or a dialogue up to the answer",
@@ -196,18 +262,58 @@ PRINCIPLE_RECORDS = _records(
         *("record_id", "prompt_id", *RECORD_TEXTS, "preference", "dimensions", "negated", "definitions", "scores"),
         *("deciding", "rule", "flipped", "swapped", "instruction_language", "output_1_language", "output_2_language"),
     ),
+    _READ_RECORDS,
     record_id="prompt_id and number of the pass, as in `PROMPT_ID-0`",
     preference="which output is better, 1 or 2, after rules and label noise",
     deciding="name of the principle that decided; null where a rule or the sum of all did",
 )
 
-TABLES = (PROMPTS, RL_PROMPTS, RESPONSES, JUDGEMENTS, PREFERENCE_RECORDS, PMP_RECORDS, PRINCIPLE_RECORDS)
+TABLES = (
+    SFT_EXAMPLES,
+    PROMPTS,
+    RL_PROMPTS,
+    RESPONSES,
+    ANSWERS,
+    SCORES,
+    JUDGEMENTS,
+    PREFERENCE_RECORDS,
+    PMP_RECORDS,
+    PRINCIPLE_RECORDS,
+)
+
+
+MEND = "correct it, or move it away and let it be built again"
+"""What to do about a file that may be somebody's own."""
+# How files of other formats begin.
+_BEGINNINGS = {b"{": "JSON", b"[": "JSON", b"\x1f\x8b": "packed with gzip", b"PK": "a zip archive", b"\x80": "a pickle"}
 
 
 def _rebuild(error: BaseException) -> str:
     """What to do about a file that cannot be read."""
     missing = isinstance(error, FileNotFoundError)
-    return "build it first, or correct its name" if missing else "delete it and run again"
+    return (
+        "build it first, or correct its name" if missing else "copy it again, or move it away and let it be built again"
+    )
+
+
+def _check_format(path: Path, table: Table) -> None:
+    """Refuse a file that is no Parquet: it says what it is, what is expected, and which key reads it.
+
+    Raises:
+        UserError: naming them.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start != b"PAR1":
+        found = next(
+            (what for begin, what in _BEGINNINGS.items() if start.lstrip().startswith(begin)), "something else"
+        )
+        raise UserError(
+            f"{path} cannot be read: it is {found if start else 'empty'}, and a table of {table.name} is expected, in "
+            f"Parquet ({table.files}); name the right file. {table.reader}"
+        )
 
 
 def reading_table(where: object) -> AbstractContextManager[None]:
@@ -226,13 +332,14 @@ def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.L
     Raises:
         UserError: naming the file and what is missing or of another type.
     """
+    _check_format(path, table)
     wanted = table.select(*(columns or table.columns))
     schema = schema_of(path)
     wrong = [f"{name} ({kind}, found {schema.get(name)})" for name, kind in wanted.items() if schema.get(name) != kind]
     if wrong:
         raise UserError(
-            f"{path} lacks columns: {', '.join(wrong)}; as a table of {table.name} it needs them: build it again, or "
-            "name the right file"
+            f"{path} lacks columns: {', '.join(wrong)}; as a table of {table.name} it needs them: name the right file. "
+            f"{table.reader}"
         )
     # Without the statistics that a file keeps of its columns, which could hide rows, and damage.
     return pl.scan_parquet(path, glob=False, use_statistics=False).select(list(wanted))
@@ -304,13 +411,12 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
             row = rows.filter(pl.any_horizontal(flaws[at] for at in here)).head(1).select(key).collect()
             named = ", ".join(f"{column} {row[column][0]}" for column in key)
             raise UserError(
-                f"{where} has {what} in {', '.join(name for _, name in here)}, first in the row of {named}; delete the "
-                "file and build it again"
+                f"{where} has {what} in {', '.join(name for _, name in here)}, first in the row of {named}; {MEND}"
             )
         doubled = rows.group_by(key).len().filter(pl.col("len") > 1).sort(key).head(1).collect(engine="streaming")
     if doubled.height:
         named = ", ".join(f"{column} {doubled[column][0]}" for column in key)
-        raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; delete the file and build it again")
+        raise UserError(f"{where} has {doubled['len'][0]} rows of {named}; {MEND}")
 
 
 def _element(table: Table, name: str) -> pl.DataType:

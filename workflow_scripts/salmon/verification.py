@@ -4,10 +4,11 @@ Snakemake forgets why something was built when results are moved, shared with an
 `.snakemake` folder. Manifests go where the results go.
 """
 
+import itertools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,15 @@ from salmon.checked import Manifest, rows_counted
 from salmon.config import is_local
 from salmon.configuration import TARGETS, Config, field_of
 from salmon.errors import UserError
-from salmon.plan import CHECKED, NAMES, SCATTERED, Name, Plan
+from salmon.plan import CHECKED, NAMES, SCATTERED, Name, Plan, is_imported
 from salmon.provenance import Input, Origin
 from salmon.shards import OF_ONE_SHARD
 from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
 RULES: dict[Name, str] = {
+    "sft_data": "clean_sft_data",
+    "sft": "train_sft",
     "check_sampling": "check_model",
     "check_judging": "check_model",
     "check_training": "check_model",
@@ -39,8 +42,27 @@ RULES: dict[Name, str] = {
     "reward_model": "train_reward_model",
     "rl_prompts": "clean_rl_prompts",
     "policy": "train_policy",
+    "evaluation_prompts": "clean_evaluation_prompts",
+    "initial_answers": "sample_initial_answers",
+    "initial_scores": "score_initial_answers",
+    "answers": "sample_answers",
+    "answer_scores": "score_answers",
+    "answer_judgements": "judge_answers",
+    "policy_evaluation": "evaluate_policies",
+    "judge_evaluation": "evaluate_judge",
+    "evaluation_pairs": "clean_evaluation_pairs",
+    "pmp_evaluation": "evaluate_pmp",
+    "reward_evaluation": "evaluate_reward_model",
 }
 """Artifact -> the rule that makes it."""
+IMPORTS: dict[Name, str] = {
+    "response0": "import_responses",
+    "response1": "import_responses",
+    "preferences": "import_preferences",
+    "reward_data": "import_records",
+    "reward_model": "import_authors",
+}
+"""The same where it was made elsewhere."""
 NOT_SET = object()
 
 
@@ -112,20 +134,24 @@ def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
 
 
 def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
-    config, plan = runs["default"], Plan(runs)
+    plan = Plan(runs)
+    runs, config = plan.runs, plan.runs["default"]
     results = config.pathvars.results
     made = {path for run in runs.values() for path in _source_paths(run) if path.startswith(f"{results}/data/")}
     if made:
         yield Artifact(f"{results}/data", "make_demo_data", Origin({"seed": config.seed}))
-    bases = {run.model.base for run in runs.values()}
+    bases = {model.base for run in runs.values() for model in (run.model, run.judge.model) if model}
     if f"{results}/demo_policy" in bases or "demo_policy" in config.targets:
         yield Artifact(f"{results}/demo_policy", "train_demo_policy", None)
     for name in NAMES:
         checked = CHECKED.get(name)
         for run in runs:
-            if plan.owner(run, name) != run:
+            if plan.owner(run, name) != run or not plan.has(run, name):
                 continue
             path, origin = plan.path(run, name), plan.origin(run, name)
+            if is_imported(runs[run], name):
+                yield Artifact(path, IMPORTS[name], origin)
+                continue
             one = Artifact(path, RULES[name], origin, checked=plan.path(run, checked) if checked else None)
             if name in SCATTERED:
                 shards = [*_shards(one, partial(plan.shard, run, name))]
@@ -148,7 +174,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
             "seed": config.seed,
         },
     )
-    yield Artifact(f"{results}/{TARGETS['evaluation'].artifact}", "evaluate_demo", evaluation)
+    yield Artifact(f"{results}/{TARGETS['demo_evaluation'].artifact}", "evaluate_demo", evaluation)
 
 
 def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
@@ -160,8 +186,8 @@ def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifa
 
 
 def _source_paths(config: Config) -> Iterator[str]:
-    for section in (config.prompts, config.pmp_data, config.rl_prompts):
-        for source in section.sources.values():
+    for section, key in configuration.SOURCES:
+        for source in getattr(getattr(config, section), key).values():
             yield from source.paths
 
 
@@ -175,7 +201,7 @@ def verify(runs: Mapping[str, Config], only: Callable[[str], bool] = lambda path
     known = inventory(runs)
     made_from = {path: _made_from(artifact, known) for path, artifact in known.items()}
     wanted = _wanted(runs, known, made_from)
-    report, verifier = Report(), _Verifier()
+    report, verifier = Report(), _Verifier(known)
     behind: dict[str, str] = {}  # artifact that is stale or follows -> the first stale one before it
     commits: dict[str, list[str]] = defaultdict(list)
     for path, artifact in known.items():
@@ -216,7 +242,7 @@ def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
 
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
     """What the configuration's targets consist of; shards only where their table is not there."""
-    left = [path for target in runs["default"].targets for path in configuration.target_paths(runs, target)]
+    left = [path for target in runs["default"].targets for path in Plan(runs).target_paths(target)]
     wanted: set[str] = set()
     while left:
         path = left.pop()
@@ -228,9 +254,14 @@ def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from
 
 
 class _Verifier:
-    """Looks at artifacts, and hashes each input once."""
+    """Looks at artifacts, and hashes each input once.
 
-    def __init__(self) -> None:
+    Args:
+        known: paths of all artifacts of the configuration.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = [short_name(path) for path in known]
         self.identities: dict[Input, str | None] = {}
 
     def look(self, artifact: Artifact) -> tuple[list[str], str | None]:
@@ -301,9 +332,16 @@ class _Verifier:
                 in_folder = Path(one.name).parent == folder
                 if identity is not None and one.name not in origin.unrecorded and not in_folder:
                     yield one.name
-            elif left.pop(moved) != identity and identity is not None:
+            elif left.pop(moved) != identity and (identity is not None or self._is_another(moved, one.name)):
                 yield one.name
         yield from (name for name in left if Path(name).parent.name != folder.name)
+
+    def _is_another(self, recorded: str, name: str) -> bool:
+        """Whether a recorded name fits another artifact of the configuration better than one that is not there.
+
+        Then that one is not the recorded one moved, but a run's own, which the settings have made necessary.
+        """
+        return any(_shared_end(recorded, path) > _shared_end(recorded, name) for path in self.known)
 
     def _identity(self, one: Input) -> str | None:
         """Identity of an input; None where it is not there."""
@@ -311,6 +349,12 @@ class _Verifier:
             there = Path(one.name).expanduser().exists() or not is_local(one.name)
             self.identities[one] = one.identity() if there else None
         return self.identities[one]
+
+
+def _shared_end(one: str, other: str) -> int:
+    """Number of parts that two paths have in common at their ends."""
+    pairs = zip(reversed(Path(one).parts), reversed(Path(other).parts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -338,8 +382,14 @@ def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
+FORMER: dict[str, Any] = {"ppo.cut_markers": []}
+"""Settings whose default is not what was done before there were any -> what was done."""
+
+
 def _is_default(key: str, value: Any) -> bool:
     """Whether a setting that an older manifest does not have has the value that does what was done before."""
+    if key in FORMER:
+        return bool(FORMER[key] == value)
     found = field_of(key)
     return found is not None and not found.is_required() and _plain(found.default) == value
 

@@ -1,0 +1,178 @@
+"""What is measured of judge and reward models: each number again the slow way, and the scripts on real files."""
+
+import itertools
+import json
+import math
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from salmon import evaluation
+from salmon.tables import JUDGEMENTS
+
+NAMES = ["Concise", "Ethical"]
+OPPOSITE = {name: (f"Be {name}.", f"Do not be {name}.") for name in NAMES}
+
+
+def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
+    """Of the mean of prompts that are all alike inside: as wide as theory says, however many rows each has."""
+    generator = np.random.default_rng(0)
+    values = generator.random(200) < 0.3
+    groups = [f"p{number}" for number in range(200)]
+    once = evaluation.estimate(values, groups, 0)
+    often = evaluation.estimate(np.repeat(values, 5), np.repeat(groups, 5).tolist(), 0)
+    share = values.mean()
+    width = 2 * 1.96 * math.sqrt(share * (1 - share) / 200)
+    for found in (once, often):
+        assert found["value"] == pytest.approx(share)
+        assert found["high"] - found["low"] == pytest.approx(width, rel=0.1)
+    assert (once["number"], often["number"]) == (200, 1000)
+    assert evaluation.estimate(values, groups, 0) == once
+    assert evaluation.estimate([math.nan], ["p"], 0) == {"value": None, "low": None, "high": None, "number": 0}
+    assert evaluation.estimate([1.0, math.nan], ["p", "q"], 0)["number"] == 1
+
+
+def judgements(pairs: int = 40) -> pl.DataFrame:
+    generator = random.Random(1)
+    rows = [
+        (f"p{pair:02}", name, generator.gauss(0.5, 1), generator.gauss(-0.5, 1) if pair else 0.0)
+        for pair in range(pairs)
+        for name in NAMES
+    ]
+    return pl.DataFrame(rows, schema=JUDGEMENTS.schema, orient="row")
+
+
+def test_numbers_of_a_judge_are_those_of_plain_loops() -> None:
+    table = judgements()
+    found = evaluation.judge(table, 0)
+    assert list(found["principles"]) == NAMES
+    means: dict[str, list[float]] = defaultdict(list)
+    for name, measured in found["principles"].items():
+        rows = [row for row in table.iter_rows(named=True) if row["dimension"] == name]
+        agreeing = [row for row in rows if row["s12"] * row["s21"] > 0]
+        first = [row for row in agreeing if row["s12"] > 0]
+        means[name] = [(row["s12"] + row["s21"]) / 2 for row in rows]
+        assert measured["agree"]["value"] == pytest.approx(len(agreeing) / len(rows))
+        assert measured["first"]["value"] == pytest.approx(len(first) / len(agreeing))
+        assert measured["first"]["number"] == len(agreeing)
+        assert measured["bias"]["value"] == pytest.approx(sum(r["s12"] - r["s21"] for r in rows) / 2 / len(rows))
+        assert measured["margin"]["value"] == pytest.approx(sum(map(abs, means[name])) / len(rows))
+        assert measured["zeros"]["value"] == pytest.approx(1 / len(rows))
+    one, other = (means[name] for name in NAMES)
+    middle = [sum(values) / len(values) for values in (one, other)]
+    pairs = [(a - middle[0], b - middle[1]) for a, b in zip(one, other, strict=True)]
+    expected = sum(a * b for a, b in pairs) / math.sqrt(sum(a * a for a, _ in pairs) * sum(b * b for _, b in pairs))
+    assert found["correlation"][0][1] == pytest.approx(expected)
+    assert found["correlation"][1][1] == pytest.approx(1)
+    same = pl.DataFrame([("a", "X", 1.0, 1.0), ("b", "X", 1.0, 1.0)], schema=JUDGEMENTS.schema, orient="row")
+    assert evaluation.judge(same, 0)["correlation"] == [[None]]
+
+
+def records() -> pl.DataFrame:
+    """Of two prompts, with one and two principles; the last one decided by a rule."""
+    shown = [(["Concise"], [False]), (["Ethical", "Concise"], [True, False]), (["Ethical"], [False])]
+    rows = []
+    for number, (dimensions, negated) in enumerate(shown):
+        definitions = [OPPOSITE[name][turned] for name, turned in zip(dimensions, negated, strict=True)]
+        row = {"record_id": f"r{number}", "prompt_id": f"p{number // 2}", "preference": 1 + number % 2}
+        row |= {"dimensions": dimensions, "negated": negated, "definitions": definitions}
+        rows.append(row | {"deciding": dimensions[0] if number < 2 else None})
+    return pl.DataFrame(rows)
+
+
+def test_one_principle_is_turned_round_and_the_others_stay() -> None:
+    variants = evaluation.turned(records(), OPPOSITE)
+    assert variants.select("record", "turned", "definitions", "negated").rows() == [
+        (0, "Concise", ["Do not be Concise."], [True]),
+        (1, "Ethical", ["Be Ethical.", "Be Concise."], [False, False]),
+        (1, "Concise", ["Do not be Ethical.", "Do not be Concise."], [True, True]),
+        (2, "Ethical", ["Do not be Ethical."], [True]),
+    ]
+
+
+def test_numbers_of_held_out_records() -> None:
+    table = records()
+    margins = np.array([1.0, 1.0, 0.0])  # right, wrong (output 2 is preferred), undecided
+    after = np.array([-1.0, -2.0, 3.0, 0.5])
+    found = evaluation.held_out(table, margins, evaluation.turned(table, OPPOSITE), after, 0)
+    assert found["accuracy"]["value"] == pytest.approx(0.5)
+    concise, ethical = found["deciding"]["Concise"], found["deciding"]["Ethical"]
+    assert (concise["plain"]["value"], concise["negated"]["value"]) == (1.0, None)
+    assert (ethical["plain"]["value"], ethical["negated"]["value"]) == (None, 0.0)
+    assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
+    assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
+    assert found["flips"]["Concise"] == {"value": 0.5, "low": 0.5, "high": 0.5, "number": 2}  # both of one prompt
+    assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # of the second record, not of an undecided one
+
+
+def test_probabilities_of_a_calibrated_model_come_true() -> None:
+    generator = np.random.default_rng(0)
+    margins = generator.normal(0, 2, 20_000)
+    labels = np.where(generator.random(20_000) < 1 / (1 + np.exp(-margins)), 1, 2).tolist()
+    calibrated = evaluation.calibration(margins, labels)
+    assert calibrated["error"] < 0.02
+    assert sum(one["number"] for one in calibrated["bins"]) == 20_000
+    assert all(abs(one["expected"] - one["observed"]) < 0.05 for one in calibrated["bins"])
+    assert evaluation.calibration(3 * margins, labels)["error"] > 0.1
+    assert evaluation.calibration([], []) == {"bins": [], "error": None}
+
+
+# ---- The rules, on the small run
+
+
+def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
+    """The counts of held-out records, and the accuracy, are those that the training wrote; the rest the slow way."""
+    results = small_run / "results"
+    judge = json.loads((results / "evaluation/judge/judge.json").read_text())
+    table = pl.read_parquet(results / "preferences/preferences.parquet")
+    assert judge == json.loads(json.dumps(evaluation.judge(table, 42)))
+    for stage, folder in (("pmp", "pmp"), ("reward_model", "reward_model")):
+        found = json.loads((results / "evaluation" / folder / "reward_model.json").read_text())
+        trained = json.loads((results / "models" / stage / "metrics.json").read_text())["evaluation"]
+        assert found["held_out"]["accuracy"]["number"] == trained["number"]
+        assert found["held_out"]["accuracy"]["value"] == pytest.approx(trained["accuracy"], abs=1e-6)
+        assert set(found["people"]["all"]) == {"helpful", "hhh"}
+    assert "Concise, negated" in found["people"]
+    for name, ways in found["held_out"]["deciding"].items():
+        assert ways["plain"]["number"] + ways["negated"]["number"] == trained["by_deciding_dimension"][name]["number"]
+
+
+def test_policies_of_the_small_run(small_run: Path) -> None:
+    """Every number of the table again, from the tables that it is made of; nothing that was trained on is answered."""
+    results = small_run / "results"
+    found = json.loads((results / "evaluation/policies/policies.json").read_text())["default"]
+    prompts = pl.read_parquet(results / "evaluation/prompts.parquet")
+    for trained in ("prompts/oasst1.parquet", "prompts/rl.parquet"):
+        assert set(prompts["instruction"]).isdisjoint(pl.read_parquet(results / trained)["instruction"])
+    answers = pl.read_parquet(results / "runs/default/evaluation/answers.parquet")
+    before = pl.read_parquet(results / "evaluation/initial_answers.parquet")
+    assert answers["prompt_id"].to_list() == before["prompt_id"].to_list()  # but for those that are too long
+    assert set(answers["prompt_id"]) <= set(prompts["prompt_id"])
+    assert not before["kl"].any()
+    assert found["behaviour"]["kl"]["value"] == pytest.approx(answers["kl"].mean())
+    finished = [reason != "length" for reason in answers["finish_reason"]]
+    assert found["behaviour"]["finished"]["value"] == pytest.approx(sum(finished) / len(finished))
+    words = [text.lower().split() for text in answers["response"]]
+    pairs = [[*itertools.pairwise(row)] for row in words]
+    distinct = [len({*row}) / len(row) for row in pairs if row]
+    assert found["behaviour"]["distinct_2"]["value"] == pytest.approx(sum(distinct) / len(distinct))
+    scores, old = (
+        {tuple(row[:4]): row[4] for row in pl.read_parquet(results / path).iter_rows()}
+        for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
+    )
+    assert scores.keys() == old.keys()
+    for name, ways in found["scores"]["default"].items():
+        for way, measured in ways.items():
+            keys = [key for key in scores if key[1:3] == (name, way == "negated")]
+            won = [0.5 if scores[key] == old[key] else float(scores[key] > old[key]) for key in keys]
+            assert measured["value"] == pytest.approx(sum(won) / len(won))
+    judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
+    for name, measured in found["judge"].items():
+        rows = [row for row in judged if row["dimension"] == name]
+        won = [(0.5 + 0.5 * math.copysign(1, row["s12"])) if row["s12"] * row["s21"] > 0 else 0.5 for row in rows]
+        assert measured["value"] == pytest.approx(sum(won) / len(won))
+    assert "| Concise, negated |" in (results / "evaluation/policies/policies.md").read_text()

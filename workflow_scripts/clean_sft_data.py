@@ -1,0 +1,31 @@
+"""What the initial policy learns from: instructions with answers, of the sources set.
+
+Writes the table `tables.SFT_EXAMPLES`.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from salmon import artifacts, prompts, provenance, script
+from salmon.config import SftData
+from salmon.tables import SFT_EXAMPLES
+
+
+class Arguments(script.Arguments):
+    """Options of the command line."""
+
+    output: Path = Field(description="examples (parquet); the manifest is written beside them")
+    sft_data: SftData = Field(description="section of the configuration")
+
+
+def main(arguments: Arguments) -> None:
+    """Read the sources and write the table."""
+    table, counts = prompts.collect_examples(arguments.sft_data)
+    origin = provenance.clean_sft_data(arguments.sft_data)
+    manifest = origin.manifest(origin.identify(), counts)
+    artifacts.write_table(table, arguments.output, SFT_EXAMPLES, manifest)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

@@ -1,0 +1,132 @@
+"""Ready reward models, the authors' published one among them, to the standard folder that RL reads.
+
+The authors' release saves a reward model as a PEFT adapter of a causal language model and, in a folder above it, the
+head as a pickle of `weight` [1, hidden] and `bias` [1]:
+
+    adapter_model/reward_head
+    adapter_model/lora_default/adapter_config.json, adapter_model.bin
+
+The standard folder has the head among the adapter's weights, as PEFT saves a sequence classifier. It has no bias: that
+adds the same to every reward, cancels in a difference of two, and whitened advantages do not see it.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from salmon.adapters import HEAD, fetch, fit_to, read_adapter, some, unpickling_advice
+from salmon.border import reading
+from salmon.config import Model
+from salmon.errors import UserError
+from salmon.identity import REWARD_HEAD, adapter_folder
+from salmon.models import head_width, load_outline
+
+HEAD_KEY = f"base_model.model.{HEAD}"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def read_reward_model(
+    name: str, revision: str | None, model: Model
+) -> tuple[LoraConfig, dict[str, torch.Tensor], dict[str, int]]:
+    """A reward model in either layout, of which every weight fits the base model.
+
+    Args:
+        name: hub id or local folder; the adapter may lie in a folder below it.
+        revision: on the hub.
+        model: the base model.
+
+    Returns:
+        Configuration and weights of the standard folder, the head float32 [1, hidden]; and numbers for the manifest.
+
+    Raises:
+        UserError: where adapter or head is missing, cannot be read without running code, or does not fit.
+    """
+    key = f"reward_model.path {name}"
+    with reading(key, "it has to be a hub id, or a folder with a reward model"):
+        root = fetch(name, revision)
+        folder = adapter_folder(root)
+    config, weights = read_adapter(str(folder), name)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{key} is an adapter of the kind {config.peft_type}, and LoRA is what can be used")
+    heads = [name for name in weights if name.endswith(HEAD)]
+    head = weights.pop(heads[0]) if len(heads) == 1 else _read_head(root, folder, key)
+    wrong = {str(weight.dtype) for weight in (*weights.values(), head) if weight.dtype not in FLOATS}
+    if wrong:
+        raise UserError(f"{key} holds weights of the type {', '.join(sorted(wrong))}; save it in float32 or 16 bits")
+    if head.dim() != 2 or head.shape[0] != 1:
+        raise UserError(f"the head of {key} has the shape {tuple(head.shape)}, where one output is (1, hidden size)")
+    _check_fit(config, weights, head, model, key)
+    config.base_model_name_or_path, config.revision = model.base, model.revision
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
+    counts = {"weights": len(weights), "parameters": sum(weight.numel() for weight in weights.values())}
+    return config, {**weights, HEAD_KEY: head.float()}, counts
+
+
+def save_reward_model(config: LoraConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the standard folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
+    """The head that the authors' release has in a file of its own: beside the adapter, above it, or elsewhere below.
+
+    Returns:
+        Its weight; the bias is checked to be one, and left out.
+    """
+    near = [each / REWARD_HEAD for each in (adapter, *adapter.parents) if each == root or root in each.parents]
+    found = [file for file in near if file.is_file()] or sorted(root.rglob(REWARD_HEAD))
+    if not found:
+        raise UserError(
+            f"{key} is no reward model: the adapter in {adapter} has no head ({HEAD}), and there is no file "
+            f"{REWARD_HEAD}, where the authors' release has it, in that folder or one above it; copy the whole folder"
+        )
+    with reading(found[0], unpickling_advice):
+        head = torch.load(found[0], map_location="cpu", weights_only=True)
+        shapes = {name: tuple(weight.shape) for name, weight in head.items()}
+    if set(shapes) - {"bias"} != {"weight"} or shapes.get("bias", (1,)) != (1,):
+        raise UserError(
+            f"{found[0]} holds {', '.join(f'{name} {shape}' for name, shape in shapes.items()) or 'nothing'}, where a "
+            "head is weight (1, hidden size) and bias (1,)"
+        )
+    weight: torch.Tensor = head["weight"]
+    return weight
+
+
+def _check_fit(
+    config: LoraConfig, weights: dict[str, torch.Tensor], head: torch.Tensor, model: Model, key: str
+) -> None:
+    """Hold names and shapes of all weights against the base model, of which no weight is loaded."""
+    base = load_outline(model)
+    if head.shape[1] != head_width(base):
+        raise UserError(
+            f"the head of {key} reads {head.shape[1]} numbers, and {model.base} gives {head_width(base)}: it was "
+            f"trained on another base model{_named(config)}"
+        )
+    names = fit_to(config, base, list(weights))
+    found = {names[name]: tuple(weight.shape) for name, weight in weights.items()}
+    own = {"task_type": None, "base_model_name_or_path": model.base}
+    with reading(key, "its adapter_config.json has to be that of the adapter"):
+        blank = get_peft_model(base, LoraConfig(**config.to_dict() | own), low_cpu_mem_usage=True)
+    needed = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(blank).items()}
+    flaws = {
+        "are missing": needed.keys() - found.keys(),
+        "fit nothing": found.keys() - needed.keys(),
+        "have another shape than the rank in adapter_config.json and the base model give": {
+            f"{name} {found[name]}, not {shape}" for name, shape in needed.items() if found.get(name, shape) != shape
+        },
+    }
+    if told := [f"{len(names)} weights {what} ({some(names)})" for what, names in flaws.items() if names]:
+        raise UserError(
+            f"{key} does not fit {model.base}: {'; '.join(told)}. It was made for another base model{_named(config)}, "
+            "or its files are not of one adapter"
+        )
+
+
+def _named(config: LoraConfig) -> str:
+    """The base model that an adapter's configuration names."""
+    return f" (it names {config.base_model_name_or_path})" if config.base_model_name_or_path else ""

@@ -1,0 +1,259 @@
+"""Supervised fine-tuning of the initial policy: its texts, its loss, how well it fits held-out answers.
+
+What is trained is what sampling builds: the policy's prompt token by token (`encoding.encode_prompt`), then what the
+policy should say. A row of a batch:
+
+    p p p p p p a a a a a e e . . .      p  prompt     a  answer     e  its end     .  padding (right)
+                0 0 0 0 0 0 0            the loss is over these tokens, each predicted from those before it
+
+An answer ends by itself, in sampling and in RL alike, with an end token or a stop string, whichever comes first. So the
+end is one of them, never both, of which the second would never be sampled:
+
+- with a template file, the user's turn marker (the first of `policy_prompt.stop`) after a blank line, as in the data of
+  the authors; or the end token, where there is no stop string;
+- with a chat template, what that puts after an answer, up to its first special token or stop string.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon.config import PolicyPrompt
+from salmon.encoding import (
+    begins_thinking,
+    encode_prompt,
+    first_special_token,
+    guard,
+    prompt_text,
+    read_preamble,
+    render,
+    tokens_and_ends,
+)
+from salmon.errors import UserError
+from salmon.text import cut_at_markers
+
+IGNORED = -100
+"""The label of a token that is not trained on, in torch and transformers."""
+_QUESTION, _ANSWER = "Is it so?", "So."
+Text = tuple[str, str, bool]
+"""Instruction with its input, answer, and whether the answer is whole."""
+
+
+class Frame(NamedTuple):
+    """What the policy says around an answer, special tokens written out."""
+
+    before: str
+    end: str
+
+
+class Example(NamedTuple):
+    """One text to train on.
+
+    Attributes:
+        tokens: of prompt, answer and end, int32.
+        prompt: number of those of the prompt.
+        end: number of those of the end; none where the answer was cut off, or a tokenizer (a slow one) tells no places.
+        is_cut: whether it was too long.
+    """
+
+    tokens: NDArray[np.int32]
+    prompt: int
+    end: int
+    is_cut: bool
+
+
+def frame(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt) -> Frame:
+    """What the policy learns to say around an answer.
+
+    Raises:
+        UserError: where a chat template does not say how an answer ends, or begins it with thinking.
+    """
+    if not prompt.is_chat:
+        if not prompt.stop:
+            return Frame("", str(tokenizer.eos_token))
+        marker = prompt.stop[0]
+        # Turns are divided by a blank line, as `templates.policy_prompt` does.
+        return Frame("", f"\n{marker}" if marker.startswith("\n") and not marker.startswith("\n\n") else marker)
+    if begins_thinking(tokenizer, prompt, ""):
+        raise UserError(
+            "the tokenizer's chat template begins every answer with thinking, which the examples do not have: set the "
+            "variable that turns it off in policy_prompt.template_variables, or name a file in policy_prompt.template"
+        )
+    asked = prompt_text(tokenizer, _QUESTION, prompt, "")
+    said = render(tokenizer, {"user": _QUESTION, "assistant": _ANSWER}, prompt.template_variables, begin=False)
+    before, found, after = said.rpartition(_ANSWER)
+    end = _first_end(tokenizer, after, prompt.stop)
+    if not found or end is None:
+        raise UserError(
+            "the tokenizer's chat template puts no end after an assistant's answer that could be learnt: check "
+            "policy_prompt.template_variables, or name a file in policy_prompt.template"
+        )
+    return Frame(before.removeprefix(asked) if before.startswith(asked) else "", after[:end])
+
+
+def _first_end(tokenizer: PreTrainedTokenizerBase, text: str, stop: Sequence[str]) -> int | None:
+    """Where the first special token or stop string of a text ends; None where it has none."""
+    ends = [place + len(string) for string in stop if (place := text.find(string)) >= 0]
+    if found := first_special_token(tokenizer, text):
+        token, place = found
+        ends.append(place + len(str(tokenizer.convert_ids_to_tokens(token))))
+    return min(ends, default=None)
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, end: str, ends: Collection[int]) -> None:
+    """Refuse an end that would not end an answer in sampling.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: names the stop strings.
+        end: of `frame`.
+        ends: tokens that end an answer (`generation.end_tokens`).
+    """
+    tokens = tokens_and_ends(tokenizer, end)
+    if not tokens:
+        raise UserError(f"the tokenizer makes no token of {end!r}, with which answers end; fetch the model again")
+    if tokens[-1][0] not in ends and not any(string in end for string in prompt.stop):
+        raise UserError(
+            f"in this chat template an answer ends with {end!r}, which is neither an end token of the model nor one of "
+            "policy_prompt.stop: every answer would run to its limit; add it there"
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text], prompt: PolicyPrompt, max_length: int
+) -> list[Example | None]:
+    """Texts to train on.
+
+    An answer is read up to the first stop string in it, after which nothing would be sampled. A longer text is cut at
+    its end, and so has none.
+
+    Args:
+        tokenizer: of the policy.
+        texts: from data.
+        prompt: how they become prompts, and what ends them.
+        max_length: tokens of prompt, answer and end.
+
+    Returns:
+        One for each; None where the prompt leaves no room for an answer, or a stop string nothing of it.
+
+    Raises:
+        UserError: as `frame`.
+    """
+    preamble, around = read_preamble(prompt), frame(tokenizer, prompt)
+    examples: list[Example | None] = []
+    for instruction, answer, is_whole in texts:
+        query = encode_prompt(tokenizer, instruction, prompt, preamble)
+        stopped = cut_at_markers(answer, prompt.stop)
+        said = around.before + guard(tokenizer, stopped.rstrip())
+        ends = is_whole or stopped != answer
+        found = tokens_and_ends(tokenizer, said + around.end if ends else said)
+        if len(query) >= max_length or not stopped.strip() or not found:
+            examples.append(None)
+            continue
+        row = [*query, *(token for token, _ in found)]
+        is_cut = len(row) > max_length
+        end = 0 if is_cut or not ends else sum(place > len(said) for _, place in found)
+        examples.append(Example(np.array(row[:max_length], dtype=np.int32), len(query), end, is_cut))
+    return examples
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Examples padded on their right to the longest of them.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, int64 [B, T]. The labels of prompt and padding are `IGNORED`.
+    """
+    width = max(len(example.tokens) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, (tokens, prompt, *_) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        mask[row, : len(tokens)] = 1
+        labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-log p of every token that is trained on.
+
+    Args:
+        logits: any float type, [B, T, V]; those at t are of token t + 1.
+        labels: int64 [B, T].
+
+    Returns:
+        float32 [B, T - 1], 0 where the label is `IGNORED`.
+    """
+    wanted = labels[:, 1:]
+    chosen = wanted != IGNORED
+    losses = torch.zeros(wanted.shape, dtype=torch.float32, device=logits.device)
+    # Of the prompt's tokens, most of a batch, no logits are made float32.
+    losses[chosen] = nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="none")
+    return losses
+
+
+def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Share of a micro-batch in the mean over all tokens that are trained on of the global batch.
+
+    Args:
+        outputs: of the model, with `logits`.
+        labels: of `collate`.
+        num_items_in_batch: tokens that are trained on, of all micro-batches and ranks, as the Trainer counts them.
+    """
+    return token_losses(outputs.logits, labels).sum() / num_items_in_batch
+
+
+def score(model: nn.Module, examples: Sequence[Example], batch_size: int, device: torch.device | str) -> torch.Tensor:
+    """Losses of examples, batched by length, without gradients.
+
+    Returns:
+        float64 [N, 4] on the CPU: sum of the losses of answer and end, their number, and the same of the end alone.
+    """
+    found = torch.zeros(len(examples), 4, dtype=torch.float64)
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: t.to(device) for name, t in collate([examples[index] for index in chosen]).items()}
+            labels = batch.pop("labels")
+            losses = token_losses(model(**batch, use_cache=False).logits, labels).double().cpu()
+            for index, row in zip(chosen, losses, strict=True):
+                tokens, prompt, end, _ = examples[index]
+                last = row[len(tokens) - 1 - end : len(tokens) - 1]
+                found[index] = torch.stack(
+                    [row.sum(), torch.tensor(len(tokens) - prompt), last.sum(), torch.tensor(end)]
+                )
+    model.train(was_training)
+    return found
+
+
+def evaluate(scores: Callable[[], torch.Tensor], model: Any) -> dict[str, Any]:
+    """Mean losses per token of held-out examples: of the trained model, and of its base model.
+
+    Args:
+        scores: makes what `score` returns of the model as it is.
+        model: with the adapter that was trained (`peft`).
+
+    Returns:
+        Number of examples and of tokens; mean loss of answers with their ends, and of ends alone (null without any).
+    """
+    trained = scores()
+    with model.disable_adapter():
+        base = scores()
+
+    def means(of: torch.Tensor) -> dict[str, float | None]:
+        loss, tokens, end_loss, end_tokens = of.sum(0).tolist()
+        return {"loss": loss / tokens if tokens else None, "end_loss": end_loss / end_tokens if end_tokens else None}
+
+    return {
+        "number": len(trained),
+        "answer_tokens": int(trained[:, 1].sum()),
+        **means(trained),
+        "base_model": means(base),
+    }

@@ -1,0 +1,316 @@
+"""The loop in which an adapter is trained: the reward model's and the initial policy's.
+
+One step is one global batch, however it is spread over micro-batches and ranks, with or without DeepSpeed. An
+interrupted training resumes from its last checkpoint, and gives the same bytes.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from peft import PeftModel
+from pydantic import Field
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from salmon import artifacts, checkpoints, distributed, optimization, script, stopping
+from salmon.border import read_json
+from salmon.config import Lora, Model, Training
+from salmon.errors import UserError
+from salmon.randomness import rng, seed_of
+from salmon.work import WorkFolder
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+class Arguments(script.Arguments):
+    """What every script of this loop is told."""
+
+    output: Path = Field(description="folder of the adapter, with metrics.json and manifest.json")
+    model: Model = Field(description="section of the configuration")
+    lora: Lora = Field(Lora(), description="section of the configuration")
+    micro_batch_size: int = Field(
+        2, ge=1, description="hardware: examples per forward pass on each GPU (pairs are one)"
+    )
+    deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
+    gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage's section in the configuration."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> Training:
+        """The stage's section."""
+        raise NotImplementedError
+
+
+class Reporter(TrainerCallback):
+    """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
+
+    def __init__(self, stage: str, work: WorkFolder) -> None:
+        self.stage, self.work = stage, work
+        self.first_step = 0
+        self.started = self.last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from where the run begins or resumes."""
+        self.first_step = state.global_step
+        self.started = self.last = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """One line an interval: steps, rate, time left, loss, learning rate."""
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise UserError(f"the loss of step {state.global_step} is {logs['loss']}; lower {self.stage}.learning_rate")
+        now = time.monotonic()
+        if now - self.last >= script.INTERVAL or state.global_step == state.max_steps:
+            line = tqdm.format_meter(
+                state.global_step,
+                state.max_steps,
+                now - self.started,
+                unit=" steps",
+                initial=self.first_step,
+                ncols=120,
+                postfix=f"loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}",
+            )
+            log.info("%s", line)
+            self.last = now
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint and an end, where any rank was asked to stop and steps are left."""
+        if stopping.stop_requested(args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint after the last rank has written its part."""
+        checkpoints.seal(self.work, self.work.path / f"checkpoint-{state.global_step}")
+
+
+def start(arguments: Arguments) -> torch.device:
+    """Join the other ranks, and listen to requests to stop; returns this rank's device."""
+    device = distributed.init()
+    stopping.listen()
+    if arguments.deepspeed:
+        distributed.init_deepspeed(device)
+    return device
+
+
+def split(rows: pl.DataFrame, eval_examples: int, seed: int, what: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows to train on and rows held out, whole prompts at a time.
+
+    A prompt may give several rows; with one of them trained on, the others would be known. Prompts are held out in the
+    order of a hash of (seed, prompt_id), until `eval_examples` is reached, so that the last prompt may exceed it by a
+    few rows.
+
+    Args:
+        rows: with a column `prompt_id`.
+        eval_examples: number of rows to hold out.
+        seed: of the hash.
+        what: is trained; another one has another split.
+    """
+    sizes = rows.group_by("prompt_id").len().rows()
+    held, count = [], 0
+    for prompt, size in sorted(sizes, key=lambda row: seed_of(f"{what} split", seed, row[0])):
+        if count >= eval_examples:
+            break
+        held.append(prompt)
+        count += size
+    is_held = pl.col("prompt_id").is_in(held)
+    return rows.filter(~is_held), rows.filter(is_held)
+
+
+def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int, what: str) -> list[int]:
+    """Which row is trained on when: `batch_size` of them a step, in whole steps.
+
+    Each epoch is a new permutation. Within a step, rows are sorted by length, longest first: the gradient of a step is
+    a sum over its rows, so this changes no result, but micro-batches hold less padding.
+
+    Args:
+        lengths: of each row, in any unit.
+        batch_size: rows of a step.
+        epochs: need not be whole.
+        seed: of the permutations.
+        what: is trained; another one has another order.
+
+    Returns:
+        Indices; the last, incomplete batch is left out, so the list may be empty.
+    """
+    order: list[int] = []
+    for epoch in range(math.ceil(epochs)):
+        order += rng(f"{what} order", seed, epoch).permutation(len(lengths)).tolist()
+    steps = int(len(lengths) * epochs) // batch_size
+    batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
+    return [index for batch in batches for index in sorted(batch, key=lambda i: -lengths[i])]
+
+
+def count_rows(order: Sequence[int], train: int, held: int, arguments: Arguments, table: Path) -> dict[str, int]:
+    """Numbers of rows trained on, held out and left over, and of steps.
+
+    Args:
+        order: of `training_order`.
+        train: rows that could be trained on.
+        held: rows held out.
+        arguments: of the script.
+        table: of the rows, for the message.
+
+    Raises:
+        UserError: where there are too few.
+    """
+    settings, stage = arguments.settings, arguments.stage
+    if not order or held < settings.eval_examples:
+        raise UserError(
+            f"{table} has {train + held} usable records, too few to hold out {settings.eval_examples} "
+            f"({stage}.eval_examples) and train a batch of {settings.batch_size} ({stage}.batch_size) in "
+            f"{settings.epochs:g} epochs ({stage}.epochs)"
+        )
+    trained = len(set(order))
+    return {
+        "trained_on": trained,
+        "held_out": held,
+        "steps": len(order) // settings.batch_size,
+        "left_out_of_last_batch": train - trained,
+    }
+
+
+def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
+    """Open the work folder, with the checkpoints of the same settings and inputs, if any; see `WorkFolder.open`."""
+    # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
+    deepspeed = arguments.deepspeed
+    layout = (
+        json.dumps([read_json(deepspeed, "", "it has to be a DeepSpeed configuration in JSON"), distributed.world()])
+        if deepspeed
+        else ""
+    )
+    return work.open(fingerprint, layout)
+
+
+def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """The Trainer's arguments for `steps` steps of the global batch.
+
+    ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
+    """
+    settings, world = arguments.settings, distributed.world()
+    if settings.batch_size % (arguments.micro_batch_size * world):
+        raise UserError(
+            f"{arguments.stage}.batch_size {settings.batch_size} is not a multiple of micro_batch_size "
+            f"{arguments.micro_batch_size} x {world} processes (on SLURM, site.yaml sets micro_batch_size as "
+            "reward_model_micro_batch_size)"
+        )
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    if warmup and steps == 1:
+        raise UserError(
+            f"the only step belongs to the warm-up, at a rate of 0; set {arguments.stage}.warmup_ratio to 0, or train "
+            "longer"
+        )
+    paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=arguments.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (arguments.micro_batch_size * world),
+        num_train_epochs=1,  # of the order, which holds the epochs of the settings
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="paged_adamw_32bit" if paged else "adamw_torch",
+        bf16=arguments.model.dtype == "bfloat16",
+        fp16=arguments.model.dtype == "float16" and device.type == "cuda",
+        activation_checkpointing=arguments.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=checkpoints.KEPT,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    if world == 1:
+        training._n_gpu = min(training.n_gpu, 1)  # one process is one GPU: never torch's DataParallel
+    return training
+
+
+def trainable_in_float32(model: PeftModel) -> PeftModel:
+    """A model to train, what is trained of it in float32: small steps vanish in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.config.use_cache = False
+    return model
+
+
+def train(
+    model: PeftModel,
+    training: TrainingArguments,
+    order: Sequence[int],
+    batch: Callable[[list[int]], Batch],
+    loss: Callable[..., torch.Tensor],
+    *,
+    stage: str,
+    work: WorkFolder,
+) -> Trainer:
+    """Train from the newest checkpoint, if there is one, to the last step. All ranks call this.
+
+    Args:
+        model: with the adapter that is trained.
+        training: of `trainer_arguments`.
+        order: of `training_order`.
+        batch: makes a micro-batch of rows, with `labels`.
+        loss: of the model's output, the labels and the Trainer's count of labels: the micro-batch's share in the loss
+            of the global batch.
+        stage: name of its section in the configuration.
+        work: keeps the checkpoints.
+
+    Returns:
+        The Trainer, with the trained model.
+
+    Raises:
+        Stopped: where it was asked to stop; a checkpoint is written.
+    """
+    checkpoint = checkpoints.newest(work)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        data_collator=batch,
+        train_dataset=order,
+        compute_loss_func=loss,
+        callbacks=[Reporter(stage, work)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise stopping.Stopped(trainer.state.global_step)
+    return trainer
+
+
+def write(trainer: Trainer, work: WorkFolder, manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Write the adapter, its metrics and its manifest. All ranks call this."""
+    # DeepSpeed shards or rounds what it trains.
+    weights = optimization.full_weights(trainer.model) if trainer.is_deepspeed_enabled else None
+    if distributed.is_main():
+        training = [entry for entry in trainer.state.log_history if "loss" in entry]
+        with work.finish(manifest) as folder:
+            trainer.model.save_pretrained(str(folder), state_dict=weights)
+            artifacts.write_json(folder / "metrics.json", {"evaluation": evaluation, "training": training})
+        log.info("held out: %s", json.dumps(evaluation))
+    distributed.barrier()
+    distributed.leave()

@@ -1,0 +1,93 @@
+"""Scores of a policy's answers by every reward model of the runs, under each principle alone, plain and negated."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, Field
+
+from salmon import artifacts, checked, distributed, encoding, models, principles, provenance, reward_model, script
+from salmon.config import Model, RewardModel, Scoring
+from salmon.errors import UserError
+from salmon.tables import ANSWERS, SCORES
+from salmon.text import join_instruction
+from salmon.tokenizers import load_tokenizer
+
+log = logging.getLogger("salmon.score_answers")
+
+
+class Scorer(BaseModel):
+    """A reward model, and how it reads."""
+
+    name: str = Field(description="of the first run that has it")
+    folder: Path = Field(description="of the reward model")
+    principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
+    dimensions: list[str] = Field(description="names of the principles that it was trained with")
+    model: Model = Field(description="section of the configuration, without an adapter")
+    tokenizer: Model = Field(description="model whose tokenizer is used")
+    scoring: Scoring = Field(description="section of the configuration")
+    settings: RewardModel = Field(description="section reward_model of the configuration")
+
+
+class Arguments(script.Arguments):
+    """Score a policy's answers."""
+
+    answers: Path = Field(description="answers (parquet)")
+    output: Path = Field(description="scores (parquet); the manifest is written beside them")
+    scorers: script.JsonList[Scorer] = Field(min_length=1, description="JSON list of reward models with their sections")
+    batch_size: int = Field(8, ge=1, description="hardware: texts per forward pass on each GPU")
+
+
+def main(arguments: Arguments) -> None:
+    """Score with one reward model after the other, write the table."""
+    device = distributed.init()
+    answers = checked.read(arguments.answers, ANSWERS).collect()
+    instructions = [join_instruction(*row) for row in answers.select("instruction", "input").iter_rows()]
+    parts = []
+    for scorer in arguments.scorers:
+        judged = {one.dimension: one for one in principles.read_judged(scorer.principles)}
+        if unknown := [name for name in scorer.dimensions if name not in judged]:
+            raise UserError(f"{scorer.principles} has no principle {unknown[0]}, which is to be shown; name its file")
+        tokenizer, settings = load_tokenizer(scorer.tokenizer), scorer.settings
+        template = encoding.read_template(tokenizer, settings.template, scorer.scoring, "scoring.format")
+        model = models.load_reward_model(scorer.model, scorer.folder, device, trainable=False)
+        for name in scorer.dimensions:
+            for negated in (False, True):
+                definition = judged[name].negative_definition if negated else judged[name].definition
+                rows = reward_model.reward_text_tokens(
+                    tokenizer,
+                    template,
+                    instructions,
+                    answers["response"].to_list(),
+                    [[definition]] * len(answers),
+                    query_length=settings.query_length,
+                    response_length=settings.response_length,
+                    max_length=settings.max_length,
+                    keys="reward_model.",
+                )
+                score = partial(reward_model.score, model, batch_size=arguments.batch_size, device=device)
+                scores = distributed.over_ranks(rows, score).double().numpy()
+                log.info("%s, %s%s: mean %.3f", scorer.name, name, ", negated" * negated, np.mean(scores))
+                parts.append(
+                    answers.select(
+                        "prompt_id",
+                        reward_model=pl.lit(scorer.name),
+                        dimension=pl.lit(name),
+                        negated=pl.lit(negated),
+                        score=pl.Series(scores),
+                    )
+                )
+        del model
+    if distributed.is_main():
+        table = pl.concat(parts).select(list(SCORES.columns))
+        origin = provenance.score_answers(arguments.answers, [dict(scorer) for scorer in arguments.scorers])
+        manifest = origin.manifest(origin.identify(), {"scores": len(table)})
+        artifacts.write_table(table, arguments.output, SCORES, manifest)
+    distributed.barrier()
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

@@ -1,0 +1,120 @@
+"""Train the initial policy on instructions with answers: supervised fine-tuning (SFT) of the base model, QLoRA.
+
+The loss is over answers and their ends; see `salmon/sft.py`. It runs and resumes as the training of a reward model.
+The adapter is an ordinary PEFT folder, which `model.adapter` can name.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from salmon import checked, distributed, models, provenance, script, sft, training
+from salmon.config import Model, PolicyPrompt, Sft
+from salmon.generation import end_tokens
+from salmon.tables import SFT_EXAMPLES
+from salmon.text import join_instruction
+from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
+
+log = logging.getLogger("salmon.train_sft")
+NAME = "SFT"  # of the draws: the split and the order of the examples
+
+
+class Arguments(training.Arguments):
+    """Train the initial policy on instructions with answers."""
+
+    examples: Path = Field(description="Parquet table of SFT examples")
+    output: Path = Field(description="folder of the initial policy: adapter, metrics.json, manifest.json")
+    model: Model = Field(description="section of the configuration; its adapter is not used")
+    policy_prompt: PolicyPrompt = Field(description="section of the configuration")
+    sft: Sft = Field(description="section of the configuration")
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage's section in the configuration."""
+        return "sft"
+
+    @property
+    def settings(self) -> Sft:
+        """The stage's section."""
+        return self.sft
+
+
+def main(arguments: Arguments) -> None:
+    """Read and split the examples, train, evaluate, write the folder."""
+    device = training.start(arguments)
+    settings, base = arguments.sft, arguments.model.without_adapter()
+    tokenizer = load_tokenizer(base)
+    rows, examples, counts = read_examples(arguments, tokenizer)
+    train, held = (
+        [examples[place] for place in part["place"]]
+        for part in training.split(rows, settings.eval_examples, settings.seed, NAME)
+    )
+    lengths = [len(example.tokens) for example in train]
+    order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, NAME)
+    counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples)
+    counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)
+
+    work = WorkFolder(arguments.output)
+    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], device)
+    origin = provenance.train_sft(
+        arguments.examples, model=base, lora=arguments.lora, policy_prompt=arguments.policy_prompt, sft=settings
+    )
+    inputs = distributed.broadcast(origin.identify() if distributed.is_main() else None)
+    if training.open_work(arguments, work, origin.fingerprint(inputs)):
+        distributed.leave()
+        return
+    model = training.trainable_in_float32(models.new_policy(base, arguments.lora, device, settings.seed))
+    models.check_context(model, settings.max_length, "sft.max_length")
+    end = sft.frame(tokenizer, arguments.policy_prompt).end
+    sft.check_end(tokenizer, arguments.policy_prompt, end, end_tokens(model.get_base_model(), tokenizer))
+
+    def batch(indices: list[int]) -> training.Batch:
+        return sft.collate([train[index] for index in indices])
+
+    log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
+    trainer = training.train(model, trainer_arguments, order, batch, sft.batch_loss, stage="sft", work=work)
+    score = partial(sft.score, trainer.model, batch_size=arguments.micro_batch_size, device=device)
+    evaluation = sft.evaluate(lambda: distributed.over_ranks(held, score) if held else score([]), trainer.model)
+    training.write(trainer, work, origin.manifest(inputs, counts), evaluation)
+
+
+def read_examples(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[pl.DataFrame, list[sft.Example], dict[str, int]]:
+    """The examples that can be trained on.
+
+    Returns:
+        Their `prompt_id` and `place` in the list that comes next; and the counts.
+    """
+    columns = ("example_id", "prompt_id", "instruction", "input", "output", "is_whole")
+    table = checked.read(arguments.examples, SFT_EXAMPLES, columns).sort("example_id").collect()
+    texts = (
+        (join_instruction(instruction, extra), output, is_whole)
+        for *_, instruction, extra, output, is_whole in script.progress(
+            table.iter_rows(), total=len(table), what="examples encoded"
+        )
+    )
+    found = sft.encode(tokenizer, texts, arguments.policy_prompt, arguments.sft.max_length)
+    examples = [example for example in found if example]
+    usable = pl.Series([example is not None for example in found], dtype=pl.Boolean)
+    rows = table.select("prompt_id").filter(usable).with_row_index("place")
+    counts = {
+        "examples": len(table),
+        "no_room_for_an_answer": len(table) - len(examples),
+        "without_an_end": len(table) - int(table["is_whole"].sum()),
+        "answers_cut": sum(example.is_cut for example in examples),
+    }
+    if left_out := counts["no_room_for_an_answer"]:
+        log.warning(
+            "%d examples leave no room for an answer in sft.max_length, or have none, and are left out", left_out
+        )
+    return rows, examples, counts
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)
