@@ -132,6 +132,7 @@ def jobs() -> dict[str, Job]:
     )
     ppo = {"template": "reward.txt", "principles": "rl.json", "principles_per_rollout": 1, "epochs": 1}
     ppo |= {"rollout_batch_size": 8, "minibatch_size": 8, "inner_epochs": 1, "max_steps": 1, "query_length": 60}
+    ppo |= {"warmup_steps": 0}
     ppo |= {"response_length": 8, "reward_max_length": 160, "reward_query_length": 30, "reward_response_length": 40}
     add(
         "train_policy",

@@ -72,7 +72,7 @@ def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: 
     said = str(told.value)
     assert f"is {found}, and a table of {table.name} is expected" in said
     assert said.endswith(table.reader)
-    assert re.search(r"\b(sampling|judge|aggregation)\.paths?|\.sources", said)
+    assert re.search(r"\b(sampling|judge|aggregation)\.paths?|\.sources|no key reads", said)
     assert "delete" not in said
     assert "tulip" not in said
 

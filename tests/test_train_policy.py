@@ -169,11 +169,11 @@ def test_changed_settings_or_inputs_never_continue_a_stale_run(
     other = World(tmp_path / "world", world.base)
     interrupted, fresh = tmp_path / "a" / "policy", tmp_path / "b" / "policy"
     with mock.patch.object(SharedBase, "save_policy", side_effect=OSError(28, "No space left on device")):
-        assert run(other.arguments(interrupted, max_steps=1))[0] == 1
+        assert run(other.arguments(interrupted, max_steps=1, warmup_steps=0))[0] == 1
     if change:
         change(other)
     for output in (interrupted, fresh):
-        status, log = run(other.arguments(output, max_steps=1, **settings))
+        status, log = run(other.arguments(output, max_steps=1, warmup_steps=0, **settings))
         assert status == 0, log
         assert "continuing" not in log
         assert ("starting anew" in log) == (output == interrupted)

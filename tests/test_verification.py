@@ -91,6 +91,7 @@ STALE = {
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
     "sampling": SAMPLED | named("check_model/sampling"),
+    "sampling.seeds": SAMPLED,
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"},
     "judge.path": {"preferences/preferences.parquet"},
     "judge": JUDGED | named("check_model/judging") | COMPARED,
@@ -223,7 +224,12 @@ def other(key: str, old: Any, folder: Path) -> Any:
         return "owner/other"
     if isinstance(old, str):
         if key.endswith(".format"):
-            known = {"pmp_data": PAIR_FORMATS, "sft_data": EXAMPLE_FORMATS}.get(key.partition(".")[0], PROMPT_FORMATS)
+            section = key.removesuffix(".*.format")
+            known = {
+                "pmp_data.sources": PAIR_FORMATS,
+                "sft_data.sources": EXAMPLE_FORMATS,
+                "evaluation.pairs": PAIR_FORMATS,
+            }.get(section, PROMPT_FORMATS)
             return next(name for name in known if name != old)
         return f"{old}other"
     return 5 if "int" in annotation else "owner/other"
@@ -463,4 +469,4 @@ def test_other_weights_under_the_same_name(copy: Path) -> None:
     assert look(runs) == set()
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert paths(look(runs)) == ALL - named("reward_data/", "examples", "oasst1", "rl.parquet")
+    assert paths(look(runs)) == ALL - named("reward_data/", "examples", "oasst1", "rl.parquet") - WITHOUT_MODEL

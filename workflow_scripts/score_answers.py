@@ -75,7 +75,7 @@ def main(arguments: Arguments) -> None:
                         "prompt_id",
                         reward_model=pl.lit(scorer.name),
                         dimension=pl.lit(name),
-                        negated=pl.lit(negated),
+                        opposite=pl.lit(negated),
                         score=pl.Series(scores),
                     )
                 )

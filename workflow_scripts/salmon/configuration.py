@@ -257,7 +257,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
     return resolved
 
 
-def _left_over(config: Config, name: str, changes: Mapping[str, Any]) -> Iterator[str]:
+def _left_over(config: Config, name: str, changes: Mapping[RunSection, Any]) -> Iterator[str]:
     """Findings about a run with another base model that would keep what belongs to the default run's."""
     judge = changes.get("judge") or {}
     for key, default, model in (

@@ -283,13 +283,13 @@ def score_wins(scores: pl.DataFrame, before: pl.DataFrame, seed: int) -> dict[st
     Returns:
         Reward model -> principle -> `plain` and `negated`: share of prompts (equal scores count half).
     """
-    key = ["reward_model", "dimension", "negated", "prompt_id"]
+    key = ["reward_model", "dimension", "opposite", "prompt_id"]
     both = scores.join(before, on=key, suffix="_before", validate="1:1")
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for (model, name, negated), rows in both.group_by(key[:3], maintain_order=True):
+    for (model, name, opposite), rows in both.group_by(key[:3], maintain_order=True):
         right = correct((rows["score"] - rows["score_before"]).to_numpy())
         way = found.setdefault(str(model), {}).setdefault(str(name), {})
-        way["negated" if negated else "plain"] = estimate(right, rows["prompt_id"].to_list(), seed)
+        way["negated" if opposite else "plain"] = estimate(right, rows["prompt_id"].to_list(), seed)
     return found
 
 

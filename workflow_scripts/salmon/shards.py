@@ -7,6 +7,7 @@ is ordered by its key.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, d
     manifests = [checked.read_manifest(shard) for shard in shards]
     _check_whole(shards, manifests)
     table = _table(shards[0])
-    rows = pl.concat([checked.read(shard, table) for shard in shards])
+    # Null are columns of what was imported, which is never in shards.
+    whole = replace(table, columns={name: replace(one, nullable=False) for name, one in table.columns.items()})
+    rows = pl.concat([checked.read(shard, whole) for shard in shards])
     if rows.select(pl.len()).collect().item() == 0:
         raise UserError(
             f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"

@@ -149,15 +149,15 @@ SCORES = Table(
     "scores of answers",
     "evaluation/{initial_,}scores.parquet",
     "One answer under one principle alone, by one reward model.",
-    ("reward_model", "dimension", "negated", "prompt_id"),
+    ("reward_model", "dimension", "opposite", "prompt_id"),
     {
         "reward_model": Column(_STRING, "the first run that has it"),
         "dimension": Column(_STRING, "name of the principle"),
-        "negated": Column(_BOOL, "whether it is shown negated"),
+        "opposite": Column(_BOOL, "whether its negative definition is shown"),
         "prompt_id": _PROMPT["prompt_id"],
         "score": Column(_REAL, "the reward"),
     },
-    "nothing reads other scores",
+    "no key reads such a table, which `snakemake evaluation` makes",
 )
 
 JUDGEMENTS = Table(
