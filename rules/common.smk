@@ -51,7 +51,7 @@ CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
 from salmon import configuration, plan, provenance, shipped, work
-from salmon.config import PathVars, is_local
+from salmon.config import PathVars, Section, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 from salmon.identity import model_files, tokenizer_files
@@ -379,7 +379,8 @@ def scorers_input(wildcards):
 
 def scorers_settings():
     """Parameter: the reward models of `scorers_input` with their sections."""
-    return to_json(PLAN.scorers()).decode()
+    settings_of = lambda value: value.deciding() if isinstance(value, Section) else value
+    return to_json([{name: settings_of(value) for name, value in one.items()} for one in PLAN.scorers()]).decode()
 
 
 # What `make_demo_data` writes besides its manifest.

@@ -1,4 +1,4 @@
-"""Measure a reward model on records that its training held out, with principles turned round, and on people's pairs.
+"""Measure a reward model on records that its training held out, with principles reversed, and on human preferences.
 
 Held out are whole prompts (`training.split`), so that no text of theirs was trained on.
 """
@@ -104,7 +104,7 @@ def main(arguments: Arguments) -> None:
     if len(held):
         variants = evaluation.turned(held, opposite)
         counts["turned"] = len(variants)
-        log.info("%d records held out, %d with a principle turned round", len(held), len(variants))
+        log.info("%d records held out, %d with a principle reversed", len(held), len(variants))
         found["held_out"] = evaluation.held_out(held, reader.margins(held), variants, reader.margins(variants), seed)
     if pairs is not None:
         found["people"] = agreement(reader, pairs, {name: opposite[name] for name in arguments.dimensions}, seed)

@@ -1,4 +1,4 @@
-"""How good judge and reward models are: numbers with confidence intervals, from judgements and from scores.
+"""How good judge, reward models and policies are: numbers with confidence intervals, from judgements and from scores.
 
 An interval says how far a number depends on the prompts that happened to be drawn: prompts are drawn anew, with all
 rows of each, since rows of one prompt are not independent.
@@ -124,7 +124,7 @@ def calibration(margins: Sequence[float] | npt.NDArray[Any], labels: Sequence[in
 
 
 def turned(records: pl.DataFrame, opposite: Mapping[str, tuple[str, str]]) -> pl.DataFrame:
-    """Records with one of their principles turned round, and the others as they are: one for each that is shown.
+    """Records with one of their principles reversed and the others unchanged: one for each principle shown.
 
     Args:
         records: `tables.PREFERENCE_RECORDS`.
@@ -161,9 +161,9 @@ def held_out(
 
     Returns:
         `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
-        `plain` and `negated`, the accuracy where it is shown so, and `turned`: where it alone is turned round, how
+        `plain` and `negated`, the accuracy where it is shown so, and `turned`: where it alone is reversed, how
         often the reward model prefers the other output of the record. `flips`: for each principle shown, how often the
-        reward model changes its mind when that one is turned round.
+        reward model changes its mind when that one is reversed.
     """
     labels, groups = records["preference"].to_list(), records["prompt_id"].to_list()
     sign = np.where(np.asarray(labels) == 1, 1.0, -1.0)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,14 @@ class Arguments(script.Arguments):
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
 
     @property
+    @abstractmethod
     def stage(self) -> str:
         """Name of the stage's section in the configuration."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def settings(self) -> Training:
         """The stage's section."""
-        raise NotImplementedError
 
 
 class Reporter(TrainerCallback):
