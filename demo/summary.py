@@ -23,7 +23,8 @@ def lines(results: Path) -> list[tuple[str, str, str]]:
     artifacts = []
     for name, target in TARGETS.items():
         table = results / target.artifact
-        if table.suffix != ".parquet":
+        # Not every run needs every table: the demo has no supervised fine-tuning.
+        if table.suffix != ".parquet" or not table.exists():
             continue
         counts = read(table.with_suffix(".manifest.json"))["counts"]
         rows = (
@@ -62,7 +63,7 @@ def main() -> int:
     evaluations = [read(folder / "demo_evaluation" / "evaluation.json") for folder in arguments.results]
     evaluations = [{**evaluation, "headline": report.headline(evaluation)} for evaluation in evaluations]
     sys.stdout.write(report.markdown(evaluations))
-    pictures = sorted(arguments.results[0].glob("evaluation/*.svg"))
+    pictures = sorted(arguments.results[0].glob("demo_evaluation/*.svg"))
     sys.stdout.write(f"\nPictures: {', '.join(map(str, pictures))}\n")
     if not arguments.check:
         return 0
