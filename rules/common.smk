@@ -230,12 +230,17 @@ def shards_of(table, section):
     )
 
 
-def setting(section, without=()):
-    """Parameter: a section of the job's run; what changes no result is left out."""
+BENCHMARKS = {"evaluation": provenance.TASKS}
+
+
+def setting(section, without=(), only=()):
+    """Parameter: a section of the job's run; what changes no result is left out, and what only benchmarks read."""
 
     @cache
     def of(run):
-        return deciding(getattr(RUNS[run], section), without)
+        values = getattr(RUNS[run], section)
+        rest = [name for name in type(values).model_fields if name not in only] if only else BENCHMARKS.get(section, ())
+        return deciding(values, (*without, *rest))
 
     return lambda wildcards: of(run_name(wildcards))
 

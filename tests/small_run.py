@@ -75,6 +75,9 @@ def configuration(folder: Path) -> dict[str, Any]:
             "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
         },
+        "tasks": ["hhh"],
+        "tasks_limit": 2,
+        "tasks_data": {"hhh": str(DATA / "hhh_alignment")},
     }
     raw["runs"] |= dict.fromkeys(raw["runs"])  # none but the default one
     raw["aggregation"] = {"passes": 2}

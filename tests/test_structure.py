@@ -174,7 +174,9 @@ def rules_with_a_model(blocks: list[str]) -> set[str]:
         before = set(with_model)
         for heading, block in zip(headings, blocks, strict=True):
             assert heading
-            if "envs/model.yaml" in block or (heading[1] in with_model and "conda:" not in block):
+            if re.search(r"envs/(model|evaluation)\.yaml", block) or (
+                heading[1] in with_model and "conda:" not in block
+            ):
                 with_model.add(heading[2])
     return with_model
 
@@ -211,7 +213,7 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
 # ---- Errors name what the user can set
 
 # Of a model's file, of DeepSpeed's; and files.
-OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "models.md"}
+OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "models.md", "benchmarks.md"}
 
 
 def texts(node: ast.AST) -> Iterator[str]:

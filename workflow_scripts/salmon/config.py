@@ -542,6 +542,21 @@ class Evaluation(Section):
     )
     min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
     seed: Seed = Field(42, description="seed of the order of outputs, the draw under a limit, and the intervals")
+    tasks: list[Marker] = Field(
+        [], description="tasks of lm-eval, and of `evaluation_tasks`, that every policy and the initial one are asked"
+    )
+    tasks_limit: Count | None = Field(None, description="at most so many questions of a task, the first ones")
+    tasks_format: Literal["policy", "text", "chat"] = Field(
+        "policy",
+        description="`text`: questions as documents, which the model goes on with; `chat`: as turns of the tokenizer's "
+        "chat template; `policy`: as turns where policy_prompt.template is `chat`",
+    )
+    tasks_data: dict[str, ReadyFile] = Field(
+        {}, description="data of tasks that are at hand: `hhh`, a folder, and `truthfulqa`, a file (docs/benchmarks.md)"
+    )
+    tasks_folder: ReadyFile | None = Field(
+        None, description="folder of more tasks in lm-eval's YAML, which may run Python code that is beside it"
+    )
 
 
 class PpoTexts(Section):

@@ -87,6 +87,8 @@ ARTIFACTS = {
     "evaluation_pairs": "evaluation/pairs.parquet",
     "pmp_evaluation": "evaluation/pmp",
     "reward_evaluation": "evaluation/reward_model",
+    "initial_task_evaluation": "evaluation/initial_tasks",
+    "task_evaluation": "evaluation/tasks",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
@@ -137,8 +139,11 @@ TARGETS = {
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
     "evaluation": Target(
         "evaluation/*",
-        "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
-        ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and `evaluate_tasks`, of all runs",
+        (
+            *("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+            *("initial_task_evaluation", "task_evaluation"),
+        ),
     ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
@@ -416,6 +421,8 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named += [("sampling.paths", path) for path in config.sampling.paths or ()]
     named += [("judge.path", config.judge.path), ("aggregation.path", config.aggregation.path)]
     named += [("reward_model.path", config.reward_model.path)]
+    named += [(f"evaluation.tasks_data.{name}", path) for name, path in config.evaluation.tasks_data.items()]
+    named += [("evaluation.tasks_folder", config.evaluation.tasks_folder)]
     for section, key in SOURCES:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]

@@ -323,17 +323,11 @@ def render(
         UserError: where the template does not take them, or writes the date of today.
     """
     messages = [{"role": role, "content": text} for role, text in turns.items()]
-    options: dict[str, Any] = {"add_generation_prompt": begin, "tokenize": False, **variables}
     try:
-        if DATE not in str(tokenizer.chat_template):
-            texts = {tokenizer.apply_chat_template(messages, **options)}
-        else:
-            options["chat_template"] = _GIVEN_DATE + tokenizer.get_chat_template()
-            fixed = options.pop(DATE, None)
-            texts = {
-                tokenizer.apply_chat_template(messages, given_date=_date_codes(day), **options)
-                for day in ([date.fromisoformat(fixed)] if fixed else [date(1999, 12, 31), date(2022, 2, 1)])
-            }
+        texts = {
+            tokenizer.apply_chat_template(messages, add_generation_prompt=begin, tokenize=False, **options)
+            for options in _by_day(tokenizer, variables)
+        }
     except MemoryError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
@@ -345,6 +339,33 @@ def render(
         )
     text: str = texts.pop()
     return text
+
+
+def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What `apply_chat_template` is given besides turns, for libraries that call it themselves.
+
+    Args:
+        tokenizer: has the template.
+        variables: of the template.
+
+    Raises:
+        UserError: where there is no template, it does not take a user's turn, or it writes the date of today.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template")
+    render(tokenizer, {"user": _SOME_QUESTION}, variables)
+    return _by_day(tokenizer, variables)[0]
+
+
+def _by_day(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Options of `apply_chat_template`, more than once where the text may depend on the day: for different days."""
+    options = dict(variables)
+    if DATE not in str(tokenizer.chat_template):
+        return [options]
+    options["chat_template"] = _GIVEN_DATE + tokenizer.get_chat_template()
+    fixed = options.pop(DATE, None)
+    days = [date.fromisoformat(fixed)] if fixed else [date(1999, 12, 31), date(2022, 2, 1)]
+    return [{**options, "given_date": _date_codes(day)} for day in days]
 
 
 def _date_codes(day: date) -> dict[str, str]:

@@ -39,6 +39,8 @@ Name = Literal[
     "evaluation_pairs",
     "pmp_evaluation",
     "reward_evaluation",
+    "initial_task_evaluation",
+    "task_evaluation",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -54,12 +56,15 @@ CHECKED: dict[Name, Name] = {
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
-OWN: frozenset[Name] = frozenset({"policy", "answers", "answer_scores", "answer_judgements"})
+OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
+OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", *OF_ANSWERS})
 """What every run has of its own."""
 OF_POLICIES: frozenset[Name] = frozenset(
-    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OWN} - {"policy"}
+    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OF_ANSWERS}
 )
 """What there is where policies are measured."""
+OF_TASKS: frozenset[Name] = frozenset({"initial_task_evaluation", "task_evaluation"})
+"""What there is where lm-eval's tasks are named."""
 
 
 class Plan:
@@ -114,6 +119,8 @@ class Plan:
             return bool(config.evaluation.pairs)
         if name in OF_POLICIES:
             return bool(config.evaluation.prompts)
+        if name in OF_TASKS:
+            return bool(config.evaluation.tasks)
         # Of what was made elsewhere, there is nothing that it was made from.
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
@@ -249,6 +256,13 @@ class Plan:
                 origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
             case "judge_evaluation":
                 origin = provenance.evaluate_judge(self.path(run, "preferences"), evaluation=config.evaluation)
+            case "initial_task_evaluation" | "task_evaluation":
+                origin = provenance.evaluate_tasks(
+                    self.path(run, "policy") if name == "task_evaluation" else None,
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    evaluation=config.evaluation,
+                )
             case "evaluation_pairs":
                 origin = provenance.clean_evaluation_pairs(config.evaluation)
             case "pmp_evaluation" | "reward_evaluation":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from salmon import artifacts, sources
+from salmon import artifacts, shipped, sources
 from salmon.config import (
     FREE,
     Aggregation,
@@ -344,7 +344,7 @@ def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin
 
 def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
     """Pairs that reward models are measured by."""
-    settings = evaluation.model_dump(exclude={"prompts"})
+    settings = evaluation.model_dump(include={"pairs", "min_score_ratio", "seed"})
     return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
 
 
@@ -428,6 +428,30 @@ def evaluate_policies(runs: Sequence[Mapping[str, Any]], *, evaluation: Evaluati
     files = [path for run in runs for name, path in run.items() if name != "name"]
     settings = {"compared": [run["name"] for run in runs], "seed": evaluation.seed}
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
+
+
+TASKS = ("tasks", "tasks_limit", "tasks_format", "tasks_data", "tasks_folder")
+"""Keys of `evaluation` that say what `evaluate_tasks` does."""
+
+
+def task_files(evaluation: Evaluation) -> list[str]:
+    """The files of the tasks that lm-eval has not, ours and the user's."""
+    folders = [shipped.TASKS, *([Path(evaluation.tasks_folder)] if evaluation.tasks_folder else [])]
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if "__pycache__" not in file.parts)
+
+
+def evaluate_tasks(
+    policy: Path | str | None, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
+) -> Origin:
+    """What a policy reaches in tasks of lm-eval, the initial one where none is given."""
+    read = {name: getattr(evaluation, name) for name in TASKS}
+    files = _files(policy, *task_files(evaluation), *evaluation.tasks_data.values())
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read},
+        files + _model(model),
+        keys=_alone("evaluation", read),
+    )
 
 
 def evaluate_demo(

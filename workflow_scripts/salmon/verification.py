@@ -53,6 +53,8 @@ RULES: dict[Name, str] = {
     "evaluation_pairs": "clean_evaluation_pairs",
     "pmp_evaluation": "evaluate_pmp",
     "reward_evaluation": "evaluate_reward_model",
+    "initial_task_evaluation": "evaluate_initial_tasks",
+    "task_evaluation": "evaluate_tasks",
 }
 """Artifact -> the rule that makes it."""
 IMPORTS: dict[Name, str] = {
