@@ -148,7 +148,7 @@ def deciding(section, without=()):
 def free(**sections):
     """What `deciding` leaves out, as options of a script. A resource, since a change of those reruns nothing either."""
     return " ".join(
-        f"--{name}.{field}".replace("_", "-") + f" {shlex.quote(str(value))}"
+        f"--{name}.{field}".replace("_", "-") + f" {'null' if value is None else shlex.quote(str(value))}"
         for name, section in sections.items()
         for field, value in section.free().items()
     )
@@ -230,7 +230,7 @@ def shards_of(table, section):
     )
 
 
-BENCHMARKS = {"evaluation": provenance.TASKS}
+BENCHMARKS = {"evaluation": {*provenance.TASKS, *provenance.MT_BENCH, *provenance.ENDPOINT} - {"seed"}}
 
 
 def setting(section, without=(), only=()):

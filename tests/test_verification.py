@@ -54,6 +54,8 @@ ALL = {
     "evaluation/reward_model",
     "evaluation/initial_tasks",
     "runs/default/evaluation/tasks",
+    "evaluation/initial_mt_bench",
+    "runs/default/evaluation/mt_bench",
 }
 
 
@@ -68,7 +70,7 @@ RL = named(POLICY, "check_model/rl")
 ANSWERED, SCORED, COMPARED = named("answers.parquet"), named("scores.parquet"), named("judgements.parquet")
 PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
 MEASURED = PMP_MEASURED | MODEL_MEASURED
-TASKED = named("tasks")
+TASKED, DIALOGUES = named("tasks"), named("mt_bench")
 WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
 TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
@@ -89,8 +91,9 @@ STALE = {
     | named("check_model/sampling", "check_model/judging")
     | ANSWERED
     | COMPARED
-    | TASKED,
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED | TASKED,
+    | TASKED
+    | DIALOGUES,
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED | TASKED | DIALOGUES,
     "sft_data": named("examples"),
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
@@ -124,7 +127,10 @@ STALE = {
     "evaluation.prompts": {"evaluation/prompts.parquet"},
     "evaluation.pairs": {"evaluation/pairs.parquet"},
     "evaluation.min_score_ratio": {"evaluation/pairs.parquet"},
-    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED,
+    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED | DIALOGUES,
+    "evaluation.mt_bench": DIALOGUES,
+    "evaluation.judge_endpoint": set(),  # which the small run has not
+    "evaluation.mt_bench_tokens": DIALOGUES,
     **{f"evaluation.{key}": TASKED for key in provenance.TASKS},
 }
 
@@ -308,7 +314,7 @@ def test_a_table_with_other_contents(copy: Path) -> None:
     assert paths(look(runs)) == {POLICY, "evaluation/prompts.parquet"} | shards | gathered
     follows = {"reward_data/principle_preferences.parquet", "models/reward_model"}
     follows |= ANSWERED | SCORED | COMPARED | {"evaluation/policies", "evaluation/judge", "evaluation/reward_model"}
-    follows.add("runs/default/evaluation/tasks")
+    follows |= {"runs/default/evaluation/tasks", "runs/default/evaluation/mt_bench"}
     assert paths(look(runs, "follows")) == JUDGED | follows
 
 

@@ -89,6 +89,9 @@ ARTIFACTS = {
     "reward_evaluation": "evaluation/reward_model",
     "initial_task_evaluation": "evaluation/initial_tasks",
     "task_evaluation": "evaluation/tasks",
+    "initial_mt_bench": "evaluation/initial_mt_bench",
+    "mt_bench": "evaluation/mt_bench",
+    "verdicts": "evaluation/verdicts.parquet",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
@@ -139,10 +142,10 @@ TARGETS = {
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
     "evaluation": Target(
         "evaluation/*",
-        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and `evaluate_tasks`, of all runs",
+        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and the benchmarks, of all runs",
         (
             *("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
-            *("initial_task_evaluation", "task_evaluation"),
+            *("initial_task_evaluation", "task_evaluation", "initial_mt_bench", "mt_bench", "verdicts"),
         ),
     ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
@@ -347,6 +350,11 @@ def check_templates(config: Config, root: Path) -> list[str]:
         ("reward_model.template", config.reward_model.template, templates.REWARD_SLOTS),
         ("ppo.template", config.ppo.template, templates.REWARD_SLOTS),
         *(("policy_prompt.template", file, ()) for file in config.policy_prompt.files),
+        *(
+            [("evaluation.judge_endpoint.template", endpoint.template, templates.ENDPOINT_SLOTS)]
+            if (endpoint := config.evaluation.judge_endpoint)
+            else []
+        ),
     ]
     lines = []
     for key, path, needed in wanted:
@@ -422,7 +430,7 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named += [("judge.path", config.judge.path), ("aggregation.path", config.aggregation.path)]
     named += [("reward_model.path", config.reward_model.path)]
     named += [(f"evaluation.tasks_data.{name}", path) for name, path in config.evaluation.tasks_data.items()]
-    named += [("evaluation.tasks_folder", config.evaluation.tasks_folder)]
+    named += [(f"evaluation.{key}", getattr(config.evaluation, key)) for key in ("tasks_folder", "mt_bench")]
     for section, key in SOURCES:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]

@@ -41,6 +41,9 @@ Name = Literal[
     "reward_evaluation",
     "initial_task_evaluation",
     "task_evaluation",
+    "initial_mt_bench",
+    "mt_bench",
+    "verdicts",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -57,7 +60,7 @@ CHECKED: dict[Name, Name] = {
 }
 """What comes after a part of `check_model` -> that part."""
 OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
-OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", *OF_ANSWERS})
+OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
 """What every run has of its own."""
 OF_POLICIES: frozenset[Name] = frozenset(
     {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OF_ANSWERS}
@@ -65,6 +68,8 @@ OF_POLICIES: frozenset[Name] = frozenset(
 """What there is where policies are measured."""
 OF_TASKS: frozenset[Name] = frozenset({"initial_task_evaluation", "task_evaluation"})
 """What there is where lm-eval's tasks are named."""
+OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
+"""What there is where the questions of MT-Bench are named."""
 
 
 class Plan:
@@ -115,12 +120,16 @@ class Plan:
     def has(self, run: str, name: Name) -> bool:
         """Whether a run has an artifact at all."""
         config = self.runs[run]
-        if name == "evaluation_pairs":
-            return bool(config.evaluation.pairs)
-        if name in OF_POLICIES:
-            return bool(config.evaluation.prompts)
-        if name in OF_TASKS:
-            return bool(config.evaluation.tasks)
+        evaluation = config.evaluation
+        for names, asked in (
+            ({"evaluation_pairs"}, evaluation.pairs),
+            (OF_POLICIES, evaluation.prompts),
+            (OF_TASKS, evaluation.tasks),
+            (OF_MT_BENCH, evaluation.mt_bench),
+            ({"verdicts"}, evaluation.judge_endpoint and (evaluation.prompts or evaluation.mt_bench)),
+        ):
+            if name in names:
+                return bool(asked)
         # Of what was made elsewhere, there is nothing that it was made from.
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
@@ -263,6 +272,17 @@ class Plan:
                     policy_prompt=config.policy_prompt,
                     evaluation=config.evaluation,
                 )
+            case "verdicts":
+                origin = provenance.judge_by_endpoint(**self.judged(run), evaluation=config.evaluation)
+            case "initial_mt_bench" | "mt_bench":
+                own = name == "mt_bench"
+                origin = provenance.answer_mt_bench(
+                    self.path(run, "policy") if own else None,
+                    run if own else "initial",
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    evaluation=config.evaluation,
+                )
             case "evaluation_pairs":
                 origin = provenance.clean_evaluation_pairs(config.evaluation)
             case "pmp_evaluation" | "reward_evaluation":
@@ -319,6 +339,11 @@ class Plan:
         }
         runs = [run for run in self.runs if self.has(run, "answers")]
         return [{"name": run} | {key: self.path(run, name) for key, name in tables.items()} for run in runs]
+
+    def judged(self, run: str) -> dict[str, str]:
+        """What a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
+        names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
+        return {name: self.path(run, name) for name in names if self.has(run, name)}
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""

@@ -454,6 +454,45 @@ def evaluate_tasks(
     )
 
 
+MT_BENCH = ("mt_bench", "mt_bench_tokens", "seed")
+"""Keys of `evaluation` that say what `answer_mt_bench` does."""
+
+
+def answer_mt_bench(
+    policy: Path | str | None, name: str, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
+) -> Origin:
+    """Answers of a policy to MT-Bench, of the initial one where none is given."""
+    read = {key: getattr(evaluation, key) for key in MT_BENCH}
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read, "name": name},
+        _files(policy, evaluation.mt_bench, *policy_prompt.files) + _model(model),
+        keys=_alone("evaluation", read),
+    )
+
+
+ENDPOINT = ("judge_endpoint", "mt_bench")
+"""Keys of `evaluation` that `judge_by_endpoint` reads."""
+
+
+def judge_by_endpoint(
+    answers: Path | str | None = None,
+    initial_answers: Path | str | None = None,
+    mt_bench: Path | str | None = None,
+    initial_mt_bench: Path | str | None = None,
+    *,
+    evaluation: Evaluation,
+) -> Origin:
+    """Verdicts of a model behind an endpoint on a policy's answers against those of the initial policy."""
+    endpoint = evaluation.judge_endpoint
+    questions = evaluation.mt_bench if mt_bench else None
+    files = _files(answers, initial_answers, mt_bench, initial_mt_bench, questions)
+    return Origin(
+        {"judge_endpoint": endpoint},
+        files + _files(endpoint.template if endpoint else None),
+        keys=_alone("evaluation", {"judge_endpoint": None}),
+    )
+
+
 def evaluate_demo(
     reward_model: Path | str | None,
     pmp: Path | str | None,

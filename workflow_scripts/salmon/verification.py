@@ -55,6 +55,9 @@ RULES: dict[Name, str] = {
     "reward_evaluation": "evaluate_reward_model",
     "initial_task_evaluation": "evaluate_initial_tasks",
     "task_evaluation": "evaluate_tasks",
+    "initial_mt_bench": "answer_initial_mt_bench",
+    "mt_bench": "answer_mt_bench",
+    "verdicts": "judge_by_endpoint",
 }
 """Artifact -> the rule that makes it."""
 IMPORTS: dict[Name, str] = {
