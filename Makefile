@@ -92,7 +92,7 @@ $(INSTALLED): $(wildcard envs/*.txt)
 	@echo "creating $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel numpy
-	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/workflow.txt -r envs/dev.txt
+	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/evaluation.txt -r envs/workflow.txt -r envs/dev.txt
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r envs/deepspeed.txt
 	touch $@
 

@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-KINDS = {"data": ["data.txt"], "model": ["data.txt", "model.txt"]}
+KINDS = {
+    "data": ["data.txt"],
+    "model": ["data.txt", "model.txt"],
+    "evaluation": ["data.txt", "model.txt", "evaluation.txt"],
+}
 
 
 def conda_file(texts: list[str]) -> str:

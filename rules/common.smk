@@ -149,7 +149,7 @@ def deciding(section, without=(), only=None):
 def free(**sections):
     """What `deciding` leaves out, as options of a script. A resource, since a change of those reruns nothing either."""
     return " ".join(
-        f"--{name}.{field}".replace("_", "-") + f" {shlex.quote(str(value))}"
+        f"--{name}.{field}".replace("_", "-") + f" {'null' if value is None else shlex.quote(str(value))}"
         for name, section in sections.items()
         for field, value in section.free().items()
     )

@@ -30,6 +30,8 @@ def configuration(folder: Path) -> dict[str, Any]:
     (folder / "shp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic.shp()))
     (folder / "sharegpt.json").write_text(json.dumps(synthetic.sharegpt()))
     pl.DataFrame(synthetic.openorca()).write_parquet(folder / "openorca.parquet")
+    question = {"question_id": 81, "category": "writing", "turns": ["Tell a story.", "Shorter."]}
+    (folder / "question.jsonl").write_text(json.dumps(question) + "\n")
     raw = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text())
     results = str(folder / "results")
     raw["pathvars"] = {"results": results, "logs": f"{results}/logs", "benchmarks": f"{results}/benchmarks"}
@@ -82,6 +84,11 @@ def configuration(folder: Path) -> dict[str, Any]:
             | {"principles": ["Ethical"]},
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "helpful"), "limit": 4},
         },
+        "tasks": ["hhh"],
+        "tasks_limit": 2,
+        "tasks_data": {"hhh": str(DATA / "hhh_alignment")},
+        "mt_bench": str(folder / "question.jsonl"),
+        "mt_bench_tokens": 16,
     }
     raw["runs"] |= dict.fromkeys(raw["runs"])  # none but the default one
     raw["aggregation"] = {"passes": 2}

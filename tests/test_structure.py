@@ -140,7 +140,9 @@ def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
 
 def test_tables_and_targets_name_the_same_files() -> None:
     artifacts = {target.artifact for target in TARGETS.values() if target.artifact.endswith(".parquet")}
-    artifacts |= {path for name, path in configuration.ARTIFACTS.items() if name.endswith(("answers", "scores"))}
+    artifacts |= {
+        path for name, path in configuration.ARTIFACTS.items() if name.endswith(("answers", "scores", "verdicts"))
+    }
     files = {table.files for table in TABLES if "*" not in table.files}  # which is what two tables have in common
     found = set()
     for name in files:
@@ -174,7 +176,9 @@ def rules_with_a_model(blocks: list[str]) -> set[str]:
         before = set(with_model)
         for heading, block in zip(headings, blocks, strict=True):
             assert heading
-            if "envs/model.yaml" in block or (heading[1] in with_model and "conda:" not in block):
+            if re.search(r"envs/(model|evaluation)\.yaml", block) or (
+                heading[1] in with_model and "conda:" not in block
+            ):
                 with_model.add(heading[2])
     return with_model
 
@@ -211,7 +215,7 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
 # ---- Errors name what the user can set
 
 # Of a model's file, of DeepSpeed's; and files.
-OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "models.md"}
+OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "models.md", "benchmarks.md"}
 
 
 def texts(node: ast.AST) -> Iterator[str]:
@@ -328,7 +332,7 @@ def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
 def test_data_rules_and_the_snakefile_do_without_torch() -> None:
     """The environment of the data rules has none, and it takes a second or two to be imported."""
     modules = ["clean_prompts", "clean_sft_data", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
-    modules += ["import_authors", "evaluate_judge", "evaluate_policies"]
+    modules += ["import_authors", "evaluate_judge", "evaluate_policies", "judge_by_endpoint"]
     modules += ["salmon.work", "salmon.configuration", "salmon.identity", "salmon.tokenizers"]
     program = "import sys\nsys.modules['torch'] = None\n" + "".join(f"import {name}\n" for name in modules)
     done = subprocess.run(

@@ -20,6 +20,7 @@ FILES = {
     "reward_model": "prompts/templates/reward_model.txt",
     "ppo": "prompts/templates/reward_model_rl.txt",
     "policy_prompt": "prompts/templates/policy.txt",
+    "judge_endpoint": "prompts/templates/endpoint.txt",
 }
 
 
@@ -28,6 +29,7 @@ def check(root: Path = ROOT, **files: str) -> list[str]:
     named = FILES | files
     config: Any = SimpleNamespace(**{key: SimpleNamespace(template=path) for key, path in named.items()})
     config.policy_prompt = PolicyPrompt(template=named["policy_prompt"])
+    config.evaluation = SimpleNamespace(judge_endpoint=config.judge_endpoint)
     return check_templates(config, root)
 
 

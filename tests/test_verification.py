@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 import verify
-from salmon import artifacts, configuration, verification
+from salmon import artifacts, configuration, provenance, verification
 from salmon.config import FREE
 from salmon.configuration import Config, field_of, section_in
 from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
@@ -52,6 +52,10 @@ ALL = {
     "evaluation/pairs.parquet",
     "evaluation/pmp",
     "evaluation/reward_model",
+    "evaluation/initial_tasks",
+    "runs/default/evaluation/tasks",
+    "evaluation/initial_mt_bench",
+    "runs/default/evaluation/mt_bench",
 }
 
 
@@ -66,6 +70,7 @@ RL = named(POLICY, "check_model/rl")
 ANSWERED, SCORED, COMPARED = named("answers.parquet"), named("scores.parquet"), named("judgements.parquet")
 PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
 MEASURED = PMP_MEASURED | MODEL_MEASURED
+TASKED, DIALOGUES = named("tasks"), named("mt_bench")
 WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
 TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
@@ -73,7 +78,7 @@ TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("
 STALE = {
     "targets": set(),
     "pathvars": set(),
-    "seed": ALL - named("check_model", "preferences/") - SCORED - COMPARED,
+    "seed": ALL - named("check_model", "preferences/") - SCORED - COMPARED - TASKED,
     "model": ALL - named("reward_data/", "examples", "oasst1", "rl.parquet") - WITHOUT_MODEL,
     "model.base": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
     "model.revision": ALL - named("reward_data/", "examples", "oasst1") - WITHOUT_MODEL,
@@ -85,8 +90,10 @@ STALE = {
     | RL
     | named("check_model/sampling", "check_model/judging")
     | ANSWERED
-    | COMPARED,
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED,
+    | COMPARED
+    | TASKED
+    | DIALOGUES,
+    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED | TASKED | DIALOGUES,
     "sft_data": named("examples"),
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
@@ -120,7 +127,11 @@ STALE = {
     "evaluation.prompts": {"evaluation/prompts.parquet"},
     "evaluation.pairs": {"evaluation/pairs.parquet"},
     "evaluation.min_score_ratio": {"evaluation/pairs.parquet"},
-    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED,
+    "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED | DIALOGUES,
+    "evaluation.mt_bench": DIALOGUES,
+    "evaluation.judge_endpoint": set(),  # which the small run has not
+    "evaluation.mt_bench_tokens": DIALOGUES,
+    **{f"evaluation.{key}": TASKED for key in provenance.TASKS},
 }
 
 
@@ -195,6 +206,7 @@ VALUES: dict[str, Any] = {
     "ppo.boosted_words": {"reasoning": ["logic"]},
     "rl_prompts.length_bonus": {"general": 0.5},
     "rl_prompts.min_tokens": 3,
+    "evaluation.tasks_data": {"hhh": str(ROOT / "tests" / "data" / "truthfulqa")},
 }
 CHAT = {"policy_prompt": {"template": "chat"}, "judge": {"format": "chat"}, "scoring": {"format": "chat"}}
 
@@ -302,6 +314,7 @@ def test_a_table_with_other_contents(copy: Path) -> None:
     assert paths(look(runs)) == {POLICY, "evaluation/prompts.parquet"} | shards | gathered
     follows = {"reward_data/principle_preferences.parquet", "models/reward_model"}
     follows |= ANSWERED | SCORED | COMPARED | {"evaluation/policies", "evaluation/judge", "evaluation/reward_model"}
+    follows |= {"runs/default/evaluation/tasks", "runs/default/evaluation/mt_bench"}
     assert paths(look(runs, "follows")) == JUDGED | follows
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 from pydantic import Field
 
 from salmon import artifacts, checked, encoding, likelihood, models, provenance, script
@@ -55,7 +54,7 @@ def main(arguments: Arguments) -> None:
             f"none of the {len(fits)} prompts of {arguments.prompts} has at most {ppo.query_length} tokens "
             "(ppo.query_length); name others in evaluation.prompts"
         )
-    policy = load_policy(arguments, device)
+    policy = models.load_policy(arguments.model, arguments.policy, device)
     models.check_context(policy, ppo.query_length + ppo.response_length, "ppo.query_length + ppo.response_length")
     sampler = TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, model=policy)
     answers = sampler.sample(
@@ -93,14 +92,6 @@ def main(arguments: Arguments) -> None:
     )
     manifest = origin.manifest(origin.identify(), counts)
     artifacts.write_table(rows.select(list(ANSWERS.columns)).sort("prompt_id"), arguments.output, ANSWERS, manifest)
-
-
-def load_policy(arguments: Arguments, device: torch.device) -> torch.nn.Module:
-    """What answers: the trained policy, whose adapter stands on the base model alone, or the initial one."""
-    model = arguments.model
-    if arguments.policy:
-        model = model.model_copy(update={"adapter": str(arguments.policy), "adapter_revision": None})
-    return models.load_initial_policy(model, device)
 
 
 if __name__ == "__main__":

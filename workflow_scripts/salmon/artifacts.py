@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate"),
-    *("datasets", "polars", "snakemake", "py3langid", "numpy"),
+    *("datasets", "polars", "snakemake", "py3langid", "numpy", "lm_eval"),
 )
 
 ROW_GROUP = 10_000

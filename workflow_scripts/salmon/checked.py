@@ -22,6 +22,7 @@ from salmon.tables import (
     RL_PROMPTS,
     SCORES,
     SFT_EXAMPLES,
+    VERDICTS,
     Table,
 )
 
@@ -100,6 +101,7 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
         (("records",), (PRINCIPLE_RECORDS, PREFERENCE_RECORDS)),
         (("answers",), (ANSWERS, RESPONSES)),
         (("scores",), (SCORES,)),
+        (("verdicts",), (VERDICTS,)),
         (("kept",), (PMP_RECORDS, PREFERENCE_RECORDS)),
         (("rows",), (RESPONSES,)),
     ):

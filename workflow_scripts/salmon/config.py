@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +25,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from salmon.border import LARGEST, Number
 from salmon.errors import in_field
@@ -538,6 +539,46 @@ class RewardModel(RewardTraining):
     )
 
 
+class JudgeEndpoint(Section):
+    """A model behind an OpenAI-compatible endpoint that compares each policy's answers with the initial policy's."""
+
+    url: Annotated[str, FREE] = Field(
+        description="of the API, such as `http://localhost:8000/v1`; `/chat/completions` is put behind it"
+    )
+    model: str = Field(min_length=1, description="name of the model, as the endpoint knows it")
+    key_variable: Annotated[str | None, FREE] = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="name of the environment variable that holds the key, if it has one",
+    )
+    template: str = Field(
+        "prompts/templates/endpoint.txt", description="template file with {UserInstruction} {OutputA} {OutputB}"
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        {"temperature": 0, "max_tokens": 1024}, description="what a request holds besides model and messages"
+    )
+    max_requests: Annotated[Count, FREE] = Field(8, le=1000, description="requests at once, at most")
+    timeout: Annotated[Positive, FREE] = Field(120.0, description="seconds until a request counts as failed")
+    retries: Annotated[int, FREE] = Field(
+        8, ge=0, le=1000, description="number of times that a request that failed for a while is sent again"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            port_is_one = parts.port is None or parts.port > 0
+        except ValueError:
+            port_is_one = False
+        if not (port_is_one and parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("must be an address that begins with http:// or https://")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            # Not shown, as it may be a key.
+            raise PydanticCustomError("address", "must hold no name, key or query: a key belongs into key_variable")
+        return url.rstrip("/")
+
+
 class Evaluation(Section):
     """What is measured of judge, reward models and policies, beside their training."""
 
@@ -553,6 +594,28 @@ class Evaluation(Section):
     )
     min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
     seed: Seed = Field(42, description="seed of the order of outputs, the draw under a limit, and the intervals")
+    tasks: list[Marker] = Field(
+        [], description="tasks of lm-eval, and of `evaluation_tasks`, that every policy and the initial one are asked"
+    )
+    tasks_limit: Count | None = Field(None, description="at most so many questions of a task, the first ones")
+    tasks_format: Literal["policy", "text", "chat"] = Field(
+        "policy",
+        description="`text`: questions as documents, which the model goes on with; `chat`: as turns of the tokenizer's "
+        "chat template; `policy`: as turns where policy_prompt.template is `chat`",
+    )
+    tasks_data: dict[str, ReadyFile] = Field(
+        {}, description="data of tasks that are at hand: `hhh`, a folder, and `truthfulqa`, a file (docs/benchmarks.md)"
+    )
+    tasks_folder: ReadyFile | None = Field(
+        None, description="folder of more tasks in lm-eval's YAML, which may run Python code that is beside it"
+    )
+    mt_bench: ReadyFile | None = Field(
+        None, description="FastChat's file of questions, which every policy and the initial one answer; null for none"
+    )
+    mt_bench_tokens: Tokens = Field(1024, description="largest number of tokens of an answer to MT-Bench")
+    judge_endpoint: JudgeEndpoint | None = Field(
+        None, description="null, or a section: who compares the policies' answers to evaluation.prompts and MT-Bench"
+    )
 
 
 class PpoTexts(Section):

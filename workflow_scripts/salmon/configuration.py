@@ -90,6 +90,11 @@ ARTIFACTS = {
     "evaluation_pairs": "evaluation/pairs.parquet",
     "pmp_evaluation": "evaluation/pmp",
     "reward_evaluation": "evaluation/reward_model",
+    "initial_task_evaluation": "evaluation/initial_tasks",
+    "task_evaluation": "evaluation/tasks",
+    "initial_mt_bench": "evaluation/initial_mt_bench",
+    "mt_bench": "evaluation/mt_bench",
+    "verdicts": "evaluation/verdicts.parquet",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
@@ -141,8 +146,11 @@ TARGETS = {
     "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
     "evaluation": Target(
         "evaluation/*",
-        "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
-        ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and the benchmarks, of all runs",
+        (
+            *("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
+            *("initial_task_evaluation", "task_evaluation", "initial_mt_bench", "mt_bench", "verdicts"),
+        ),
     ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
@@ -346,6 +354,11 @@ def check_templates(config: Config, root: Path) -> list[str]:
         ("reward_model.template", config.reward_model.template, templates.REWARD_SLOTS),
         ("ppo.template", config.ppo.template, templates.REWARD_SLOTS),
         *(("policy_prompt.template", file, ()) for file in config.policy_prompt.files),
+        *(
+            [("evaluation.judge_endpoint.template", endpoint.template, templates.ENDPOINT_SLOTS)]
+            if (endpoint := config.evaluation.judge_endpoint)
+            else []
+        ),
     ]
     lines = []
     for key, path, needed in wanted:
@@ -426,6 +439,8 @@ def check_paths(config: Config, root: Path) -> list[str]:
     named += [("sampling.paths", path) for path in config.sampling.paths or ()]
     named += [("judge.path", config.judge.path), ("aggregation.path", config.aggregation.path)]
     named += [("reward_model.path", config.reward_model.path)]
+    named += [(f"evaluation.tasks_data.{name}", path) for name, path in config.evaluation.tasks_data.items()]
+    named += [(f"evaluation.{key}", getattr(config.evaluation, key)) for key in ("tasks_folder", "mt_bench")]
     for section, key in SOURCES:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]

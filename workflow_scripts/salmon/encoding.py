@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,14 @@ def encode_prompt(
     Raises:
         UserError: where the tokenizer has no chat template, or it refuses the prompt.
     """
-    text = prompt_text(tokenizer, instruction, prompt, preamble)
+    return encode_dialogue(tokenizer, [instruction], prompt, preamble)
+
+
+def encode_dialogue(
+    tokenizer: PreTrainedTokenizerBase, said: Sequence[str], prompt: PolicyPrompt, preamble: str
+) -> list[int]:
+    """The same of a dialogue: what the user and the policy have said by turns, the user first and last."""
+    text = dialogue_text(tokenizer, said, prompt, preamble)
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
@@ -290,16 +298,21 @@ def read_preamble(prompt: PolicyPrompt) -> str:
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str) -> str:
     """The text of the policy's prompt, the instruction guarded; see `encode_prompt`."""
-    instruction = guard(tokenizer, instruction)
+    return dialogue_text(tokenizer, [instruction], prompt, preamble)
+
+
+def dialogue_text(tokenizer: PreTrainedTokenizerBase, said: Sequence[str], prompt: PolicyPrompt, preamble: str) -> str:
+    """The same of a dialogue; see `encode_dialogue`."""
+    said = [guard(tokenizer, text) for text in said]
     if not prompt.is_chat:
-        return templates.policy_prompt(preamble, prompt.assistant_marker, instruction)
+        return templates.policy_dialogue(preamble, prompt.assistant_marker, said)
     if not tokenizer.chat_template:
         raise UserError("policy_prompt.template is `chat`, but the tokenizer has no chat template; name a file")
     try:
-        return render(tokenizer, {"user": instruction}, prompt.template_variables)
+        return render(tokenizer, list(zip(cycle(("user", "assistant")), said)), prompt.template_variables)
     except _RefusedError as error:
         raise UserError(
-            f"the tokenizer's chat template refuses a prompt of one user turn ({error}); check "
+            f"the tokenizer's chat template refuses a prompt of {len(said)} turns ({error}); check "
             "policy_prompt.template_variables, or name a file in policy_prompt.template"
         ) from None
 
@@ -309,31 +322,31 @@ class _RefusedError(UserError):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, turns: Mapping[str, str], variables: Mapping[str, Any], *, begin: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Mapping[str, str] | Sequence[tuple[str, str]],
+    variables: Mapping[str, Any],
+    *,
+    begin: bool = True,
 ) -> str:
     """The text that the chat template makes of turns (role -> text).
 
     Args:
         tokenizer: has the template.
-        turns: in their order.
+        turns: in their order; as pairs where a role has several.
         variables: of the template.
         begin: whether the assistant's turn is begun after them.
 
     Raises:
         UserError: where the template does not take them, or writes the date of today.
     """
-    messages = [{"role": role, "content": text} for role, text in turns.items()]
-    options: dict[str, Any] = {"add_generation_prompt": begin, "tokenize": False, **variables}
+    messages = [
+        {"role": role, "content": text} for role, text in (turns.items() if isinstance(turns, Mapping) else turns)
+    ]
     try:
-        if DATE not in str(tokenizer.chat_template):
-            texts = {tokenizer.apply_chat_template(messages, **options)}
-        else:
-            options["chat_template"] = _GIVEN_DATE + tokenizer.get_chat_template()
-            fixed = options.pop(DATE, None)
-            texts = {
-                tokenizer.apply_chat_template(messages, given_date=_date_codes(day), **options)
-                for day in ([date.fromisoformat(fixed)] if fixed else [date(1999, 12, 31), date(2022, 2, 1)])
-            }
+        texts = {
+            tokenizer.apply_chat_template(messages, add_generation_prompt=begin, tokenize=False, **options)
+            for options in _by_day(tokenizer, variables)
+        }
     except MemoryError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
@@ -345,6 +358,33 @@ def render(
         )
     text: str = texts.pop()
     return text
+
+
+def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What `apply_chat_template` is given besides turns, for libraries that call it themselves.
+
+    Args:
+        tokenizer: has the template.
+        variables: of the template.
+
+    Raises:
+        UserError: where there is no template, it does not take a user's turn, or it writes the date of today.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template")
+    render(tokenizer, {"user": _SOME_QUESTION}, variables)
+    return _by_day(tokenizer, variables)[0]
+
+
+def _by_day(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Options of `apply_chat_template`, more than once where the text may depend on the day: for different days."""
+    options = dict(variables)
+    if DATE not in str(tokenizer.chat_template):
+        return [options]
+    options["chat_template"] = _GIVEN_DATE + tokenizer.get_chat_template()
+    fixed = options.pop(DATE, None)
+    days = [date.fromisoformat(fixed)] if fixed else [date(1999, 12, 31), date(2022, 2, 1)]
+    return [{**options, "given_date": _date_codes(day)} for day in days]
 
 
 def _date_codes(day: date) -> dict[str, str]:

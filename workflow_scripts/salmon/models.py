@@ -62,6 +62,13 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
     return _divide(policy, torch.device(device)).eval() if together else policy.eval()
 
 
+def load_policy(model: Model, policy: Path | None, device: torch.device | str) -> nn.Module:
+    """A trained policy, whose adapter stands on the base model alone, or the initial one where none is given."""
+    if policy:
+        model = model.model_copy(update={"adapter": str(policy), "adapter_revision": None})
+    return load_initial_policy(model, device)
+
+
 def load_judge(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:
     """A model that judges, as `load_initial_policy` loads it, but for flash attention.
 

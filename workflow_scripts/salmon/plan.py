@@ -42,6 +42,11 @@ Name = Literal[
     "evaluation_pairs",
     "pmp_evaluation",
     "reward_evaluation",
+    "initial_task_evaluation",
+    "task_evaluation",
+    "initial_mt_bench",
+    "mt_bench",
+    "verdicts",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -58,12 +63,19 @@ CHECKED: dict[Name, Name] = {
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
-OWN: frozenset[Name] = frozenset({"policy", "answers", "answer_scores", "answer_judgements"})
+OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
+OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
 """What every run has of its own."""
 OF_POLICIES: frozenset[Name] = frozenset(
-    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OWN} - {"policy"}
+    {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OF_ANSWERS}
 )
 """What there is where policies are measured."""
+OF_JUDGED_PAIRS: frozenset[Name] = frozenset({"preferred_outputs", "other_outputs", "judged_pairs"})
+"""What there is where the judge is held against people."""
+OF_TASKS: frozenset[Name] = frozenset({"initial_task_evaluation", "task_evaluation"})
+"""What there is where lm-eval's tasks are named."""
+OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
+"""What there is where the questions of MT-Bench are named."""
 
 INITIAL = "initial policy"
 """What the policy that runs start from is called where policies are compared; a further one is called after its run."""
@@ -117,12 +129,18 @@ class Plan:
     def has(self, run: str, name: Name) -> bool:
         """Whether a run has an artifact at all."""
         config = self.runs[run]
-        if name == "evaluation_pairs":
-            return bool(config.evaluation.pairs)
-        if name in ("preferred_outputs", "other_outputs", "judged_pairs"):
-            return bool(config.evaluation.judge_pairs) and self.has(run, "judge_evaluation")
-        if name in OF_POLICIES:
-            return bool(config.evaluation.prompts)
+        evaluation = config.evaluation
+        if name in OF_JUDGED_PAIRS:
+            return bool(evaluation.judge_pairs) and self.has(run, "judge_evaluation")
+        for names, asked in (
+            ({"evaluation_pairs"}, evaluation.pairs),
+            (OF_POLICIES, evaluation.prompts),
+            (OF_TASKS, evaluation.tasks),
+            (OF_MT_BENCH, evaluation.mt_bench),
+            ({"verdicts"}, evaluation.judge_endpoint and (evaluation.prompts or evaluation.mt_bench)),
+        ):
+            if name in names:
+                return bool(asked)
         # Of what was made elsewhere, there is nothing that it was made from.
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
@@ -227,39 +245,13 @@ class Plan:
         return origin
 
     def _evaluated(self, run: str, name: Name) -> Origin:
-        """The same, of what is measured after the training."""
+        """The same, of what is measured of judges and reward models after the training."""
         config = self.runs[run]
         model = config.model
         match name:
-            case "evaluation_prompts":
-                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
-            case "initial_answers" | "answers":
-                origin = provenance.sample_answers(
-                    self.path(run, "evaluation_prompts"),
-                    self.path(run, "policy") if name == "answers" else None,
-                    model=model,
-                    policy_prompt=config.policy_prompt,
-                    ppo=config.ppo,
-                    evaluation=config.evaluation,
-                )
-            case "initial_scores" | "answer_scores":
-                answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
-                origin = provenance.score_answers(answers, self.scorers())
             case "preferred_outputs" | "other_outputs":
                 which: Literal["preferred", "other"] = "preferred" if name == "preferred_outputs" else "other"
                 origin = provenance.clean_judge_pairs(config.evaluation, which)
-            case "answer_judgements" | "judged_pairs":
-                of_policy = name == "answer_judgements"
-                origin = provenance.judge_preferences(
-                    self.path(run, "answers" if of_policy else "preferred_outputs"),
-                    self.path(run, "initial_answers" if of_policy else "other_outputs"),
-                    config.judge.principles,
-                    0,
-                    model=judge_model(config),
-                    judge=config.judge.model_copy(update={"shards": 1}),
-                )
-            case "policy_evaluation":
-                origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
             case "judge_evaluation":
                 has_pairs = self.has(run, "judged_pairs")
                 origin = provenance.evaluate_judge(
@@ -283,6 +275,59 @@ class Plan:
                     model=model.without_adapter(),
                     tokenizer=self.tokenizer(run),
                     scoring=config.scoring,
+                    evaluation=config.evaluation,
+                )
+            case _:
+                origin = self._compared(run, name)
+        return origin
+
+    def _compared(self, run: str, name: Name) -> Origin:
+        """The same, of policies; and of judged pairs, which are judged as their answers are."""
+        config = self.runs[run]
+        model = config.model
+        match name:
+            case "evaluation_prompts":
+                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
+            case "initial_answers" | "answers":
+                origin = provenance.sample_answers(
+                    self.path(run, "evaluation_prompts"),
+                    self.path(run, "policy") if name == "answers" else None,
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    ppo=config.ppo,
+                    evaluation=config.evaluation,
+                )
+            case "initial_scores" | "answer_scores":
+                answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
+                origin = provenance.score_answers(answers, self.scorers())
+            case "answer_judgements" | "judged_pairs":
+                of_policy = name == "answer_judgements"
+                origin = provenance.judge_preferences(
+                    self.path(run, "answers" if of_policy else "preferred_outputs"),
+                    self.path(run, "initial_answers" if of_policy else "other_outputs"),
+                    config.judge.principles,
+                    0,
+                    model=judge_model(config),
+                    judge=config.judge.model_copy(update={"shards": 1}),
+                )
+            case "policy_evaluation":
+                origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
+            case "initial_task_evaluation" | "task_evaluation":
+                origin = provenance.evaluate_tasks(
+                    self.path(run, "policy") if name == "task_evaluation" else None,
+                    model=model,
+                    policy_prompt=config.policy_prompt,
+                    evaluation=config.evaluation,
+                )
+            case "verdicts":
+                origin = provenance.judge_by_endpoint(**self.judged(run), evaluation=config.evaluation)
+            case "initial_mt_bench" | "mt_bench":
+                own = name == "mt_bench"
+                origin = provenance.answer_mt_bench(
+                    self.path(run, "policy") if own else None,
+                    run if own else "initial",
+                    model=model,
+                    policy_prompt=config.policy_prompt,
                     evaluation=config.evaluation,
                 )
             case _:
@@ -342,6 +387,11 @@ class Plan:
             for run, name in initial.items()
         ]
         return before + trained
+
+    def judged(self, run: str) -> dict[str, str]:
+        """What a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
+        names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
+        return {name: self.path(run, name) for name in names if self.has(run, name)}
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""

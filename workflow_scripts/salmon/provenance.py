@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from salmon import artifacts, sources
+from salmon import artifacts, shipped, sources
 from salmon.config import (
     FREE,
     Aggregation,
@@ -444,6 +444,69 @@ def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Eval
     files = [policy[name] for policy in policies for name in tables]
     settings = {"compared": {policy["name"]: policy["initial"] for policy in policies}, "seed": evaluation.seed}
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
+
+
+TASKS = ("tasks", "tasks_limit", "tasks_format", "tasks_data", "tasks_folder")
+"""Keys of `evaluation` that say what `evaluate_tasks` does."""
+
+
+def task_files(evaluation: Evaluation) -> list[str]:
+    """The files of the tasks that lm-eval has not, ours and the user's."""
+    folders = [shipped.TASKS, *([Path(evaluation.tasks_folder)] if evaluation.tasks_folder else [])]
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if "__pycache__" not in file.parts)
+
+
+def evaluate_tasks(
+    policy: Path | str | None, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
+) -> Origin:
+    """What a policy reaches in tasks of lm-eval, the initial one where none is given."""
+    read = {name: getattr(evaluation, name) for name in TASKS}
+    files = _files(policy, *task_files(evaluation), *evaluation.tasks_data.values())
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read},
+        files + _model(model),
+        keys=_alone("evaluation", read),
+    )
+
+
+MT_BENCH = ("mt_bench", "mt_bench_tokens", "seed")
+"""Keys of `evaluation` that say what `answer_mt_bench` does."""
+
+
+def answer_mt_bench(
+    policy: Path | str | None, name: str, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
+) -> Origin:
+    """Answers of a policy to MT-Bench, of the initial one where none is given."""
+    read = {key: getattr(evaluation, key) for key in MT_BENCH}
+    return Origin(
+        {"model": model, "policy_prompt": policy_prompt, **read, "name": name},
+        _files(policy, evaluation.mt_bench, *policy_prompt.files) + _model(model),
+        keys=_alone("evaluation", read),
+    )
+
+
+ENDPOINT = ("judge_endpoint", "mt_bench")
+"""Keys of `evaluation` that `judge_by_endpoint` reads."""
+
+
+def judge_by_endpoint(
+    answers: Path | str | None = None,
+    initial_answers: Path | str | None = None,
+    mt_bench: Path | str | None = None,
+    initial_mt_bench: Path | str | None = None,
+    *,
+    evaluation: Evaluation,
+) -> Origin:
+    """Verdicts of a model behind an endpoint on a policy's answers against those of the initial policy."""
+    endpoint = evaluation.judge_endpoint
+    questions = evaluation.mt_bench if mt_bench else None
+    files = _files(answers, initial_answers, mt_bench, initial_mt_bench, questions)
+    return Origin(
+        {"judge_endpoint": endpoint},
+        files + _files(endpoint.template if endpoint else None),
+        keys=_alone("evaluation", {"judge_endpoint": None}),
+    )
 
 
 def evaluate_demo(

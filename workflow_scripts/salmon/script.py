@@ -91,7 +91,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     )
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, at every step
-    for chatty in ("httpx", "filelock", "fsspec", "urllib3"):
+    for chatty in ("httpx", "httpx2", "httpcore2", "filelock", "fsspec", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     _end_with_launcher()
     try:

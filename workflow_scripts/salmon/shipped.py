@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-FOLDERS = ("prompts", "demo")
+FOLDERS = ("prompts", "demo", "evaluation_tasks")
+TASKS = CHECKOUT / "evaluation_tasks"
+"""Tasks that lm-eval has not."""
 
 
 def find(value: Any, root: Path, checkout: Path = CHECKOUT) -> Any:

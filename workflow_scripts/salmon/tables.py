@@ -160,6 +160,22 @@ SCORES = Table(
     "no key reads such a table, which `snakemake evaluation` makes",
 )
 
+VERDICTS = Table(
+    "verdicts",
+    "evaluation/verdicts.parquet",
+    "One answer of a policy against that of its initial policy, in one order, judged by a model behind an endpoint.",
+    ("kind", "prompt_id", "policy_first"),
+    {
+        "kind": Column(_STRING, "`prompts`: an answer to evaluation.prompts; `mt_bench`: a dialogue of MT-Bench"),
+        "prompt_id": Column(_STRING, "as in the answers; of a dialogue, its question_id"),
+        "policy_first": Column(_BOOL, "whether the policy's answer was shown before that of the initial policy"),
+        "preferred": Column(
+            _STRING, "`policy`, `initial` or `tie`; null where the judge's answer names no verdict", nullable=True
+        ),
+    },
+    "no key reads such a table, which `snakemake evaluation` makes",
+)
+
 JUDGEMENTS = Table(
     "judgements",
     "preferences/preferences.parquet",
@@ -275,6 +291,7 @@ TABLES = (
     RESPONSES,
     ANSWERS,
     SCORES,
+    VERDICTS,
     JUDGEMENTS,
     PREFERENCE_RECORDS,
     PMP_RECORDS,

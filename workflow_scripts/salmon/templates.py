@@ -5,13 +5,14 @@ in one pass over the template, and what stands in the values is left alone.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from salmon.border import read_text
 from salmon.errors import UserError
 
 JUDGE_SLOTS = ("UserInstruction", "OutputA", "OutputB", "Dimension", "Definition")
+ENDPOINT_SLOTS = ("UserInstruction", "OutputA", "OutputB")
 PMP_SLOTS = ("Output", "Input")
 REWARD_SLOTS = ("Output", "Input", "Dimensions")
 _SLOT = re.compile(r"\{(" + "|".join(sorted({*JUDGE_SLOTS, *REWARD_SLOTS})) + r")\}")
@@ -87,3 +88,15 @@ def bullets(definitions: Iterable[str]) -> str:
 def policy_prompt(preamble: str, assistant_marker: str, instruction: str) -> str:
     """Preamble, instruction, blank line, assistant's turn marker: what the policy continues."""
     return f"{preamble}\n{instruction}\n\n{assistant_marker}\n"
+
+
+def policy_dialogue(preamble: str, assistant_marker: str, said: Sequence[str]) -> str:
+    """The same of a dialogue, the user first and last; the preamble's last line is the user's turn marker.
+
+    An answer ends with a line break and that marker, as it was sampled: the paper's stop string.
+    """
+    user_marker = preamble.rpartition("\n")[2]
+    text = policy_prompt(preamble, assistant_marker, said[0])
+    for answer, asked in zip(said[1::2], said[2::2], strict=True):
+        text = policy_prompt(f"{text}{answer}\n\n{user_marker}", assistant_marker, asked)
+    return text

@@ -56,6 +56,11 @@ RULES: dict[Name, str] = {
     "evaluation_pairs": "clean_evaluation_pairs",
     "pmp_evaluation": "evaluate_pmp",
     "reward_evaluation": "evaluate_reward_model",
+    "initial_task_evaluation": "evaluate_initial_tasks",
+    "task_evaluation": "evaluate_tasks",
+    "initial_mt_bench": "answer_initial_mt_bench",
+    "mt_bench": "answer_mt_bench",
+    "verdicts": "judge_by_endpoint",
 }
 """Artifact -> the rule that makes it."""
 IMPORTS: dict[Name, str] = {

@@ -51,7 +51,7 @@ class WorkFolder:
         self.finished = self.path / "finished"
         self.fingerprint = ""
 
-    def open(self, fingerprint: str, layout: str = "") -> bool:
+    def open(self, fingerprint: str, layout: str = "", *, alone: bool = False) -> bool:
         """Wait until no other process owns the folder, then create it, or keep what is of the same fingerprint.
 
         All ranks call this.
@@ -59,6 +59,7 @@ class WorkFolder:
         Args:
             fingerprint: of the settings and inputs.
             layout: what else has to be the same for checkpoints to be read (DeepSpeed's sharding, the number of ranks).
+            alone: there are no other ranks, and no torch.
 
         Returns:
             Whether the artifact is finished: by the process waited for, or by one that ended before it could tell.
@@ -68,9 +69,11 @@ class WorkFolder:
                 which are not to be deleted because a cluster's file has changed. Or where somebody else could have
                 written into the folder.
         """
+        self.fingerprint = fingerprint
+        if alone:
+            return self._open(layout, self._take_alone())
         from salmon import distributed  # needs torch, which data rules and the Snakefile do without
 
-        self.fingerprint = fingerprint
         waited = self._take()
         return bool(distributed.broadcast(distributed.is_main() and self._open(layout, waited)))
 
@@ -94,10 +97,22 @@ class WorkFolder:
         # In turns, because ranks do not wait for one another for hours.
         while not distributed.broadcast(distributed.is_main() and self._acquire(seconds=TURN if waited else 0)):
             if not waited and distributed.is_main():
-                owner = self._owner()
-                log.warning("%s is being made by another process (%s): waiting for its end", self.artifact, owner)
+                self._say_that_it_waits()
             waited = True
         return waited
+
+    def _take_alone(self) -> bool:
+        """The same of a process without other ranks."""
+        waited = False
+        while not self._acquire(seconds=TURN if waited else 0):
+            if not waited:
+                self._say_that_it_waits()
+            waited = True
+        return waited
+
+    def _say_that_it_waits(self) -> None:
+        owner = self._owner()
+        log.warning("%s is being made by another process (%s): waiting for its end", self.artifact, owner)
 
     def _acquire(self, seconds: float) -> bool:
         """Try to get the lease. The main rank calls this."""

@@ -1,0 +1,68 @@
+"""Ask a policy tasks of lm-eval, such as TruthfulQA, and our own, such as HHH.
+
+Each task is kept as it comes: a job that was killed goes on with the next one.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from salmon import artifacts, models, provenance, script
+from salmon.config import Evaluation, Model, PolicyPrompt
+from salmon.distributed import init
+from salmon.tasks import Benchmarks
+from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
+
+log = logging.getLogger("salmon.evaluate_tasks")
+
+
+class Arguments(script.Arguments):
+    """Ask a policy tasks."""
+
+    policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy is asked")
+    output: Path = Field(description="folder to write: tasks.json, manifest.json")
+    model: Model = Field(description="section of the configuration: the initial policy")
+    policy_prompt: PolicyPrompt = Field(description="section of the configuration")
+    evaluation: Evaluation = Field(description="section of the configuration")
+    batch_size: int = Field(16, ge=1, description="hardware: texts at a time")
+
+
+def main(arguments: Arguments) -> None:
+    """Ask what has not been asked yet, write the folder."""
+    device, evaluation = init(), arguments.evaluation
+    origin = provenance.evaluate_tasks(
+        arguments.policy, model=arguments.model, policy_prompt=arguments.policy_prompt, evaluation=evaluation
+    )
+    identities = origin.identify()
+    work = WorkFolder(arguments.output)
+    if work.open(origin.fingerprint(identities)):
+        return
+    benchmarks: Benchmarks | None = None
+    found: dict[str, Any] = {}
+    for place, task in enumerate(evaluation.tasks):
+        kept = work.path / f"task-{place}.json"
+        if not kept.is_file():
+            benchmarks = benchmarks or Benchmarks(
+                models.load_policy(arguments.model, arguments.policy, device),
+                load_tokenizer(arguments.model),
+                policy_prompt=arguments.policy_prompt,
+                evaluation=evaluation,
+                batch_size=arguments.batch_size,
+            )
+            artifacts.write_json(kept, benchmarks.measure(task))
+        measured = json.loads(kept.read_text(encoding="utf-8"))
+        for name, metrics in measured.items():
+            log.info("%s: %s", name, {metric: one["value"] for metric, one in metrics.items()})
+        found |= measured
+    counts = {"tasks": len(found)}
+    with work.finish(origin.manifest(identities, counts)) as folder:
+        folder.mkdir()
+        artifacts.write_json(folder / "tasks.json", found)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

@@ -1,0 +1,129 @@
+"""Compare a policy's answers with the initial policy's by a model behind an OpenAI-compatible endpoint, in both orders.
+
+Each verdict is kept as it comes: a job that was killed asks for the others only.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import polars as pl
+from pydantic import Field
+
+from salmon import artifacts, checked, endpoint, mt_bench, provenance, script, templates
+from salmon.config import Evaluation
+from salmon.endpoint import Comparison, Endpoint
+from salmon.errors import UserError
+from salmon.tables import ANSWERS, VERDICTS
+from salmon.text import join_instruction
+from salmon.work import WorkFolder
+
+log = logging.getLogger("salmon.judge_by_endpoint")
+
+Key = tuple[str, str, bool]
+
+
+class Arguments(script.Arguments):
+    """Judge answers by an endpoint."""
+
+    answers: Path | None = Field(None, description="answers of the policy (parquet), if any")
+    initial_answers: Path | None = Field(None, description="answers of the initial policy (parquet)")
+    mt_bench: Path | None = Field(None, description="folder of the policy's answers to MT-Bench, if any")
+    initial_mt_bench: Path | None = Field(None, description="folder of the initial policy's answers to MT-Bench")
+    output: Path = Field(description="verdicts (parquet); the manifest is written beside them")
+    evaluation: Evaluation = Field(description="section of the configuration")
+
+
+def main(arguments: Arguments) -> None:
+    """Ask for the verdicts that are not there yet, write the table."""
+    settings = arguments.evaluation.judge_endpoint
+    if settings is None:
+        raise UserError("evaluation.judge_endpoint names no endpoint")
+    template = templates.read(settings.template)
+    needed = templates.ENDPOINT_SLOTS
+    templates.check_slots(template, settings.template, needed, "evaluation.judge_endpoint.template")
+    origin = provenance.judge_by_endpoint(
+        arguments.answers,
+        arguments.initial_answers,
+        arguments.mt_bench,
+        arguments.initial_mt_bench,
+        evaluation=arguments.evaluation,
+    )
+    inputs = origin.identify()
+    pairs = {(pair.kind, pair.prompt_id): pair for pair in comparisons(arguments)}
+    if not pairs:
+        raise UserError("there is nothing to judge: no prompt was answered by both policies")
+    work = WorkFolder(arguments.output)
+    if work.open(origin.fingerprint(inputs), alone=True):
+        return
+    wanted = [(*key, first) for key in pairs for first in (True, False)]
+    done = set(work.read_parts(VERDICTS.schema).select(VERDICTS.key).iter_rows())
+    left = [key for key in wanted if key not in done]
+    if left:
+        log.info("%d of %d comparisons are left", len(left), len(wanted))
+        ask_all(Endpoint(settings), template, pairs, left, work)
+    rows = work.read_parts(VERDICTS.schema).sort(VERDICTS.key)
+    found = Counter(rows["preferred"].to_list())
+    counts = {"comparisons": len(wanted), "unreadable": found[None]}
+    if found[None] == len(wanted):
+        raise UserError(
+            f"no answer of {settings.model} has a line such as `Verdict: A`: mend evaluation.judge_endpoint.template, "
+            "or allow more tokens in evaluation.judge_endpoint.options"
+        )
+    log.info("%s", ", ".join(f"{name or 'unreadable'} {number}" for name, number in found.most_common()))
+    with work.finish(origin.manifest(inputs, counts | {"verdicts": len(rows)})) as file:
+        artifacts.write_table(rows, file, VERDICTS)
+
+
+def comparisons(arguments: Arguments) -> Iterator[Comparison]:
+    """What is to be compared."""
+    if arguments.answers and arguments.initial_answers:
+        answers, initial = (
+            checked.read(path, ANSWERS).collect() for path in (arguments.answers, arguments.initial_answers)
+        )
+        others = dict(initial.select("prompt_id", "response").iter_rows())
+        for row in answers.iter_rows(named=True):
+            if row["prompt_id"] in others:
+                instruction = join_instruction(row["instruction"], row["input"])
+                yield Comparison("prompts", row["prompt_id"], instruction, row["response"], others[row["prompt_id"]])
+    if arguments.mt_bench and arguments.initial_mt_bench and arguments.evaluation.mt_bench:
+        policy, initial_policy = (
+            [answer for file in sorted(folder.glob("*.jsonl")) for answer in mt_bench.read_answers(file)]
+            for folder in (arguments.mt_bench, arguments.initial_mt_bench)
+        )
+        questions = mt_bench.read_questions(Path(arguments.evaluation.mt_bench))
+        yield from endpoint.dialogues(questions, policy, initial_policy)
+
+
+def ask_all(
+    judge: Endpoint, template: str, pairs: dict[tuple[str, str], Comparison], left: list[Key], work: WorkFolder
+) -> None:
+    """Ask for verdicts, and keep each as it comes.
+
+    Raises:
+        UserError: of the first request that failed for good, when those under way have ended and are kept.
+    """
+
+    def verdict(key: Key) -> None:
+        kind, prompt_id, first = key
+        pair = pairs[kind, prompt_id]
+        if pair.policy == pair.initial:
+            found: str | None = "tie"
+        else:
+            said = judge.ask(endpoint.request_text(template, pair, policy_first=first))
+            found = endpoint.preferred(endpoint.read_verdict(said), policy_first=first)
+        work.write_part(pl.DataFrame([(*key, found)], schema=VERDICTS.schema, orient="row"))
+
+    with ThreadPoolExecutor(judge.settings.max_requests) as pool:
+        asked = [pool.submit(verdict, key) for key in left]
+        try:
+            for future in script.progress(as_completed(asked), total=len(asked), what="verdicts"):
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

@@ -1,0 +1,217 @@
+"""A judge behind an OpenAI-compatible endpoint: chat completions over HTTP, sent again where that helps.
+
+No text of a request or an answer is logged or shown in an error, nor is the key: a server may repeat both.
+"""
+
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+import httpx2
+
+from salmon import mt_bench, templates
+from salmon.config import JudgeEndpoint
+from salmon.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Verdict = Literal["A", "B", "tie"]
+
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses after which the same request may succeed."""
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts, where the server does not name them."""
+_KEPT = "what has been judged is kept: start the job again"
+_VERDICT = re.compile(r"^\W*verdict\W*(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
+_CODE = re.compile(r"[\w.-]{1,60}")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two answers to be compared.
+
+    Attributes:
+        kind: `prompts` or `mt_bench`.
+        prompt_id: names what was asked.
+        instruction: what the user asked for.
+        policy: answer of the policy.
+        initial: answer of the initial policy.
+    """
+
+    kind: str
+    prompt_id: str
+    instruction: str
+    policy: str
+    initial: str
+
+
+def dialogues(
+    questions: Sequence[mt_bench.Question], policy: Sequence[mt_bench.Answer], initial: Sequence[mt_bench.Answer]
+) -> list[Comparison]:
+    """Dialogues of MT-Bench, each as one comparison; those that both have answered."""
+    said = [{answer.question_id: answer.choices[0].turns for answer in answers} for answers in (policy, initial)]
+    return [
+        Comparison(
+            "mt_bench",
+            str(question.question_id),
+            question.turns[0],
+            *(_dialogue(question.turns, answers[question.question_id]) for answers in said),
+        )
+        for question in questions
+        if all(question.question_id in answers for answers in said)
+    ]
+
+
+def _dialogue(asked: Sequence[str], answers: Sequence[str]) -> str:
+    """Answers with what the user said between them."""
+    text = answers[0]
+    for question, answer in zip(asked[1:], answers[1:], strict=False):
+        text += f"\n\n## The user then\n\n{question}\n\n## The assistant then\n\n{answer}"
+    return text
+
+
+def request_text(template: str, pair: Comparison, *, policy_first: bool) -> str:
+    """What the judge is asked about two answers, in one of both orders."""
+    first, second = (pair.policy, pair.initial) if policy_first else (pair.initial, pair.policy)
+    return templates.fill(template, UserInstruction=pair.instruction, OutputA=first, OutputB=second)
+
+
+def read_verdict(text: str) -> Verdict | None:
+    """The verdict that an answer ends with; None where it names none."""
+    found = _VERDICT.findall(text)
+    verdicts: dict[str, Verdict] = {"a": "A", "b": "B", "tie": "tie"}
+    return verdicts[found[-1].lower()] if found else None
+
+
+def preferred(verdict: Verdict | None, *, policy_first: bool) -> str | None:
+    """Whose answer a verdict prefers: `policy`, `initial`, `tie` or None."""
+    if verdict is None or verdict == "tie":
+        return verdict
+    return "policy" if (verdict == "A") == policy_first else "initial"
+
+
+class Endpoint:
+    """The endpoint. Several threads may ask at once.
+
+    Args:
+        settings: section of the configuration.
+
+    Raises:
+        UserError: where the environment does not hold the key.
+    """
+
+    def __init__(self, settings: JudgeEndpoint) -> None:
+        self.settings = settings
+        self.address = f"{settings.url}/chat/completions"
+        headers = {"Authorization": f"Bearer {read_key(settings.key_variable)}"} if settings.key_variable else {}
+        limits = httpx2.Limits(max_connections=settings.max_requests)
+        self.client = httpx2.Client(timeout=settings.timeout, headers=headers, limits=limits)
+        self._lock = threading.Lock()
+        self._not_before = 0.0  # a rate limit is that of all threads
+
+    def ask(self, text: str) -> str:
+        """The model's answer to one message.
+
+        Raises:
+            UserError: where the endpoint refuses the request, or all attempts have failed.
+        """
+        body = {**self.settings.options, "model": self.settings.model, "messages": [{"role": "user", "content": text}]}
+        for attempt in range(self.settings.retries + 1):
+            time.sleep(max(0.0, self._not_before - time.monotonic()))
+            wait, what = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1), ""  # noqa: S311 (no secret)
+            try:
+                response = self.client.post(self.address, json=body)
+            except httpx2.TransportError as error:
+                kind = type(error).__name__
+                what = f"could not be reached, or did not answer within {self.settings.timeout:g} s ({kind})"
+            else:
+                if response.status_code == httpx2.codes.OK:
+                    if (answer := _content(response)) is not None:
+                        return answer
+                    what = "answered with something that is no chat completion"
+                elif response.status_code in AGAIN:
+                    what = f"answered {response.status_code}{_code(response)}"
+                    if (asked := _retry_after(response)) is not None:
+                        wait = asked
+                        with self._lock:
+                            self._not_before = max(self._not_before, time.monotonic() + asked)
+                else:
+                    raise self._refusal(response)
+            if attempt < self.settings.retries:
+                log.warning("the endpoint %s; again in %.1f s", what, wait)
+                time.sleep(wait)
+        raise UserError(
+            f"{self.address} {what}, {self.settings.retries + 1} times in a row: look after the server or your quota, "
+            f"or set evaluation.judge_endpoint.max_requests, timeout or retries otherwise; {_KEPT}"
+        )
+
+    def _refusal(self, response: httpx2.Response) -> UserError:
+        """What to do about a status that will stay."""
+        status = response.status_code
+        key = self.settings.key_variable
+        advice = {
+            401: f"check the key in the environment variable {key}"
+            if key
+            else "name its key's environment variable in evaluation.judge_endpoint.key_variable",
+            403: f"the key in {key} may not use this model"
+            if key
+            else "name its key's environment variable in evaluation.judge_endpoint.key_variable",
+            404: "check evaluation.judge_endpoint.url and evaluation.judge_endpoint.model",
+            413: "the texts are too long for it; take a judge that reads more",
+        }.get(status, "check evaluation.judge_endpoint.options, and that the model reads texts of this length")
+        return UserError(f"{self.address} answered {status}{_code(response)}: {advice}; {_KEPT}")
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable.
+
+    Raises:
+        UserError: where there is none, or it cannot be one; without showing it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(
+            f"the environment variable {variable} (evaluation.judge_endpoint.key_variable) is "
+            + ("not set, or empty" if not key else "no key: it has blanks, or signs that a header cannot hold")
+        )
+    return key
+
+
+def _content(response: httpx2.Response) -> str | None:
+    """The text of a chat completion; None where the body is something else."""
+    try:
+        content = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return content if isinstance(content, str) else None
+
+
+def _code(response: httpx2.Response) -> str:
+    """The code of an error, if the body has one that is a word; its message may repeat the request."""
+    try:
+        error: Any = response.json()["error"]
+        code = str(error.get("code") or error.get("type") or "")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f" ({code})" if _CODE.fullmatch(code) else ""
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds that the server asks to wait; None where it asks for none."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if seconds < float("inf") else None

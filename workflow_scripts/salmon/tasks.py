@@ -1,0 +1,173 @@
+"""Benchmarks through lm-eval: its tasks, and those of `evaluation_tasks`, asked of a model that is loaded here.
+
+So quantisation, adapter and tokenizer are the run's, and the numbers those that lm-eval itself has of the same weights.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from salmon import encoding, shipped
+from salmon.border import reading, reason
+from salmon.config import Evaluation, PolicyPrompt
+from salmon.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Metric = dict[str, float | int | None]
+"""`value` of a task's metric, its standard error `stderr`, null where lm-eval has none, and `number` of questions."""
+
+
+class _Cut(logging.Filter):
+    """Counts questions that were longer than the model reads, of each of which lm-eval has a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let no line pass."""
+        self.number += record.getMessage().startswith(("Combined length", "Left truncation"))
+        return False
+
+
+# Its lines hold texts of the data, and its warnings are about command lines.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+_CUT = _Cut()
+_reader = logging.getLogger(HFLM.__module__)
+_reader.setLevel(logging.WARNING)
+_reader.addFilter(_CUT)
+
+
+class Benchmarks:
+    """lm-eval around a model.
+
+    Args:
+        model: causal language model in eval mode, with or without an adapter.
+        tokenizer: of the model.
+        policy_prompt: whether the policy speaks in a chat, and what its template is given.
+        evaluation: which tasks, and how they are asked.
+        batch_size: texts at a time.
+
+    Raises:
+        UserError: where there is no task of a name, or the tokenizer's chat template cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        policy_prompt: PolicyPrompt,
+        evaluation: Evaluation,
+        batch_size: int,
+    ) -> None:
+        self.evaluation = evaluation
+        self.manager = _manager(evaluation.tasks_folder, *evaluation.tasks_data.items())
+        _check_names(evaluation.tasks, self.manager.all_tasks)
+        self.chat = policy_prompt.is_chat if evaluation.tasks_format == "policy" else evaluation.tasks_format == "chat"
+        self.lm = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            think_end_token=policy_prompt.thinking[1] if policy_prompt.thinking else None,
+            chat_template_args=_chat_options(tokenizer, policy_prompt) if self.chat else None,
+        )
+
+    def measure(self, task: str) -> dict[str, dict[str, Metric]]:
+        """Ask a task, or all of a group.
+
+        Returns:
+            Name of the task, or of the group and each of its tasks -> metric -> what it is. A metric of several filters
+            has the filter's name behind its own.
+
+        Raises:
+            UserError: where its data cannot be had, or it runs code that the model writes.
+        """
+        advice = (
+            "without a network, the data have to be in the hub's cache, or those of our own tasks named in "
+            "evaluation.tasks_data"
+        )
+        with reading(f"the data of the task {task} (evaluation.tasks)", advice):
+            loaded = self.manager.load([task])["tasks"]
+        if unsafe := sorted(name for name, one in loaded.items() if getattr(one, "UNSAFE_CODE", False)):
+            raise UserError(
+                f"the task {unsafe[0]} (evaluation.tasks) runs code that the model writes, which is not done here: "
+                "take it out, and ask it by lm-eval's own command line where nothing can be harmed (docs/benchmarks.md)"
+            )
+        before = _CUT.number
+        try:
+            found: Any = lm_eval.simple_evaluate(
+                self.lm,
+                tasks=[task],
+                limit=self.evaluation.tasks_limit,
+                task_manager=self.manager,
+                apply_chat_template=self.chat,
+                log_samples=False,
+            )
+        except AssertionError as error:  # so lm-eval says that an answer does not fit into the model
+            raise UserError(
+                f"the task {task} (evaluation.tasks) cannot be asked of this model, which reads {self.lm.max_length} "
+                f"tokens at most: {reason(error)}; take it out"
+            ) from error
+        if cut := _CUT.number - before:
+            log.warning("%s: %d texts were longer than the model reads, and were cut on their left", task, cut)
+        return metrics(found["results"])
+
+
+@cache
+def _manager(folder: str | None, *data: tuple[str, str]) -> TaskManager:
+    """All tasks that there are; reading their thousands of files takes seconds."""
+    folders = [str(shipped.TASKS), *([folder] if folder else [])]
+    return TaskManager(include_path=folders, metadata=dict(data))
+
+
+def _check_names(tasks: list[str], known: list[str]) -> None:
+    """Refuse tasks that there are not."""
+    if unknown := [name for name in tasks if name not in known]:
+        like = difflib.get_close_matches(unknown[0], known, n=3)
+        raise UserError(
+            f"evaluation.tasks: neither lm-eval {lm_eval.__version__} nor this workflow has a task {unknown[0]}"
+            + (f"; similar are {', '.join(like)}" if like else "")
+        )
+
+
+def _chat_options(tokenizer: PreTrainedTokenizerBase, policy_prompt: PolicyPrompt) -> dict[str, Any]:
+    """What the chat template is given."""
+    try:
+        return encoding.chat_options(tokenizer, policy_prompt.template_variables)
+    except UserError as error:
+        raise UserError(
+            f"tasks cannot be asked as turns of a chat: {error}; check policy_prompt.template_variables, or set "
+            "evaluation.tasks_format to text"
+        ) from None
+
+
+def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Metric]]:
+    """The numbers in what lm-eval found, by task and metric; see `Benchmarks.measure`."""
+    found: dict[str, dict[str, Metric]] = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                found.setdefault(task, {})[metric if chosen == "none" else f"{metric} ({chosen})"] = {
+                    "value": _finite(value),
+                    "stderr": _finite(values.get(f"{metric}_stderr,{chosen}")),
+                    "number": int(values["sample_len"]),
+                }
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    """A number; null where lm-eval has none, or says N/A."""
+    number = math.nan if value is None or isinstance(value, str) else float(value)
+    return number if math.isfinite(number) else None
