@@ -383,6 +383,46 @@ def scorers_settings():
     return to_json([{name: settings_of(value) for name, value in one.items()} for one in PLAN.scorers()]).decode()
 
 
+def pictures_and_tables(folder, caption, category, of_run=True):
+    """Output: a folder whose pictures and tables are in Snakemake's report.
+
+    Args:
+        folder: path of the folder.
+        caption: file in rules/captions.
+        category: of the report.
+        of_run: whether it shows one run, after which it is then filed.
+    """
+    return report(
+        directory(folder),
+        patterns=["{what}.{kind,svg|html}"],
+        caption=f"captions/{caption}.rst",
+        category=category,
+        subcategory=run_name if of_run else "all runs",
+        labels={"shown": "{what}"},
+    )
+
+
+def drawn(name):
+    """Input: what a part of the report shows."""
+    return lambda wildcards: [in_results(path) for _, _, path in PLAN.drawn(run_name(wildcards), name)]
+
+
+def evaluation_option(wildcards, input):
+    """Parameter: the evaluation of `drawn_model`, if any, as an option."""
+    return f"--evaluation {shlex.quote(input.evaluation)}" if input.get("evaluation") else ""
+
+
+def drawn_model(name):
+    """Input: a model and, where it is measured, its evaluation, that a part of the report shows."""
+
+    def files(wildcards):
+        kinds = {True: "evaluation", False: "model"}
+        shown = PLAN.drawn(run_name(wildcards), name)
+        return {kinds[one.endswith("_evaluation")]: in_results(path) for one, _, path in shown}
+
+    return files
+
+
 # What `make_demo_data` writes besides its manifest.
 DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
 DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]

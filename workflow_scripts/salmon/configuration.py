@@ -25,6 +25,7 @@ from salmon.config import (
     Ppo,
     PpoTexts,
     Prompts,
+    Report,
     RewardModel,
     RewardTraining,
     RlPrompts,
@@ -87,6 +88,14 @@ ARTIFACTS = {
     "evaluation_pairs": "evaluation/pairs.parquet",
     "pmp_evaluation": "evaluation/pmp",
     "reward_evaluation": "evaluation/reward_model",
+    "funnel": "report/funnel",
+    "sft_figures": "report/sft",
+    "judge_figures": "report/judge",
+    "pmp_figures": "report/pmp",
+    "reward_figures": "report/reward_model",
+    "training_figures": "report/training",
+    "policy_figures": "report/policies",
+    "samples": "report/samples",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
@@ -140,6 +149,20 @@ TARGETS = {
         "`evaluate_judge`, `evaluate_reward_model` and `evaluate_policies`, of all runs",
         ("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
     ),
+    "report": Target(
+        "report/*",
+        "the rules `draw_*`: pictures and tables of what the other targets in `config.yaml` make",
+        (
+            "funnel",
+            "sft_figures",
+            "judge_figures",
+            "pmp_figures",
+            "reward_figures",
+            "training_figures",
+            "policy_figures",
+            "samples",
+        ),
+    ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
 }
@@ -175,6 +198,7 @@ class Config(Section):
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
     ppo: Ppo = Field(description="RL")
     evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
+    report: Report = Field(Report(), description="what the report shows")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )

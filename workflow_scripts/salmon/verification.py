@@ -53,6 +53,14 @@ RULES: dict[Name, str] = {
     "evaluation_pairs": "clean_evaluation_pairs",
     "pmp_evaluation": "evaluate_pmp",
     "reward_evaluation": "evaluate_reward_model",
+    "funnel": "draw_funnel",
+    "sft_figures": "draw_sft",
+    "judge_figures": "draw_judge",
+    "pmp_figures": "draw_pmp",
+    "reward_figures": "draw_reward_model",
+    "training_figures": "draw_training",
+    "policy_figures": "draw_policies",
+    "samples": "draw_samples",
 }
 """Artifact -> the rule that makes it."""
 IMPORTS: dict[Name, str] = {
