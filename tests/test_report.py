@@ -212,11 +212,15 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
 
     bins = [{"expected": x / 10, "observed": chance.random(), "number": 5 * x} for x in range(1, 10)]
     calibration = {"bins": bins, "error": 0.1}
-    names = ["initial", *runs]
+    names = ["initial policy", "initial policy of no_pmp", *runs]
+    before = {run: names[run == "no_pmp"] for run in runs}
     judge = {
         "principles": {p: {w: estimate() for w in ("agree", "first", "bias", "margin", "zeros")} for p in principles},
         "correlation": [[None if one == other else 0.5 for one in principles] for other in principles],
-        "labelled": {p: estimate() for p in principles[:3]},
+        "labelled": {
+            source: {p: {what: estimate() for what in ("agree", "right", "mean_right")} for p in principles[:3]}
+            for source in ("hh_rlhf_helpful", "hh_rlhf_harmless")
+        },
     }
     deciding = {
         p: {w: estimate() for w in ("plain", "negated", "turned")} | {"calibration": calibration} for p in principles
@@ -244,7 +248,7 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
             m: {p: {w: {n: {o: estimate() for o in names if o != n} for n in names} for w in ways} for p in principles}
             for m in ("a", "b")
         },
-        "judge": {p: {n: {"initial": estimate()} for n in runs} for p in principles},
+        "judge": {p: {run: {other: estimate()} for run, other in before.items()} for p in principles},
     }
     step = {"step": 1, "loss": 0.7, "grad_norm": 1.0, "learning_rate": 1e-5}
     counts = {f"{run}: {what}": 9 for run in runs for what in ("kept", "duplicate", "over the limit", *principles)}

@@ -15,7 +15,6 @@ from salmon import drawing
 from salmon.pages import Cell, Estimate, Table, page
 
 NOTHING: Estimate = {"value": None, "low": None, "high": None, "number": 0}
-INITIAL = "initial"
 AGAIN = "move its folder away, and let it be built again"
 """What to do about a file that cannot be read."""
 INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts."
@@ -185,17 +184,17 @@ def _reasons(one: Step) -> str:
 def judge(found: Mapping[str, Any]) -> Part:
     """Agreement of both orders, position bias, margins, and how principles correlate (`evaluation.judge`)."""
     measured: Mapping[str, Mapping[str, Estimate]] = found["principles"]
-    labelled: Mapping[str, Estimate] = found.get("labelled") or {}
+    labelled: Mapping[str, Mapping[str, Mapping[str, Estimate]]] = found.get("labelled") or {}
     names = list(measured)
     drawn = drawing.figure(11, 1.0 + drawing.ROW * max(6, len(names)) * 1.1)
     left, middle, right = drawn.subplots(1, 3, sharey=True)
     series = {"both orders agree": [measured[name]["agree"] for name in names]}
-    if labelled:
-        series["right, by labelled pairs"] = [labelled.get(name, NOTHING) for name in names]
+    for source, by_principle in labelled.items():
+        series[f"right, by {source}"] = [by_principle.get(name, {}).get("right", NOTHING) for name in names]
     drawing.dots(left, names, series)
     left.set(xlim=(-0.02, 1.02), title="Both orders agree", xlabel="share of pairs")
     if labelled:
-        left.legend(loc="best")
+        drawing.legend(drawn, left)
     drawing.dots(middle, names, {"": [measured[name]["bias"] for name in names]}, reference=0)
     middle.set(title="Position bias", xlabel="how much better the output read first is liked")
     drawing.dots(right, names, {"": [measured[name]["margin"] for name in names]})
@@ -213,15 +212,24 @@ def judge(found: Mapping[str, Any]) -> Part:
     rows: list[list[Cell]] = [
         [name, measured[name]["agree"]["number"], *(measured[name][what] for what in order)] for name in names
     ]
-    if labelled:
-        columns.append("right, by labelled pairs")
-        rows = [[*row, labelled.get(name, NOTHING)] for name, row in zip(names, rows, strict=True)]
     correlations = [[name, *row] for name, row in zip(names, found["correlation"], strict=True)]
     note = (
         "How often both orders prefer the same output; of these, how often output 1; by how much the output that is "
         f"read first is liked better; the size of the mean score; how often a score is 0. {INTERVALS}"
     )
     tables = [Table("Judgements", columns, rows, note), Table("Correlation", ["principle", *names], correlations)]
+    if labelled:
+        columns = ["pairs", "principle", "orders agree", "right", "right, by the mean of both orders"]
+        rows = [
+            [source, name, *(one.get(what) for what in ("agree", "right", "mean_right"))]
+            for source, by_principle in labelled.items()
+            for name, one in by_principle.items()
+        ]
+        note = (
+            "How often the judge prefers the output that people prefer, a half where its two orders disagree; and by "
+            f"the mean of both orders. {INTERVALS}"
+        )
+        tables.append(Table("Pairs that people compared", columns, rows, note))
     return Part("The judge", tables, {"judge": drawn, "correlation": square})
 
 
@@ -419,28 +427,39 @@ def policies(found: Mapping[str, Any]) -> Part:
     rows: list[list[Cell]] = [[name, *(behaviour[name].get(what) for what in quantities)] for name in names]
     columns = ["policy", *(BEHAVIOUR.get(what, what.replace("_", " ").capitalize()) for what in quantities)]
     tables = [Table("How policies answer", columns, rows, INTERVALS)]
-    runs = names[1:]
+    initial = {run: other for of in found["judge"].values() for run, wins in of.items() for other in wins}
+    runs = [name for name in names[1:] if name not in initial.values()]
+    initial = {run: initial.get(run, names[0]) for run in runs}
     for number, (model, principles) in enumerate(found["wins"].items()):
         whose = "" if len(found["wins"]) == 1 else f" of {model}"
         name = "principles" if len(found["wins"]) == 1 else f"principles_{model}"
-        pictures[name] = _principles(runs, principles, found["judge"] if number == 0 else {}, whose)
+        pictures[name] = _principles(initial, principles, found["judge"] if number == 0 else {}, whose)
         heading = f"Answers with a higher score than the initial policy's, by the reward model{whose}"
         note = f"Share of prompts; 0.5 is no difference. {INTERVALS}"
-        tables.append(_by_principle(heading, runs, principles, lambda cell: cell.get(INITIAL), note))
-        scores = found["scores"][model]
+        rows = [
+            [label, *((values.get(run) or {}).get(other) for run, other in initial.items())]
+            for label, values in _by_principle(principles)
+        ]
+        tables.append(Table(heading, ["principle", *runs], rows, note))
         heading = f"Mean score, by the reward model{whose}"
-        tables.append(_by_principle(heading, names, scores, lambda cell: cell, INTERVALS))
+        rows = [
+            [label, *(values.get(policy) for policy in names)]
+            for label, values in _by_principle(found["scores"][model])
+        ]
+        tables.append(Table(heading, ["principle", *names], rows, INTERVALS))
     if found["judge"]:
-        rows = [[one, *((of.get(run) or {}).get(INITIAL) for run in runs)] for one, of in found["judge"].items()]
+        rows = [
+            [one, *((of.get(run) or {}).get(other) for run, other in initial.items())]
+            for one, of in found["judge"].items()
+        ]
         note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
         tables.append(Table("Answers that the judge prefers to the initial policy's", ["principle", *runs], rows, note))
     for model, principles in found["wins"].items():
         rows = [
-            [f"{one}{'' if way == 'plain' else ', negated'}", run, other, estimate]
-            for one, ways in principles.items()
-            for way, by_run in ways.items()
+            [label, run, other, estimate]
+            for label, values in _by_principle(principles)
             for place, run in enumerate(runs)
-            for other, estimate in (by_run.get(run) or {}).items()
+            for other, estimate in (values.get(run) or {}).items()
             if other in runs[place + 1 :]
         ]
         if rows:
@@ -451,14 +470,11 @@ def policies(found: Mapping[str, Any]) -> Part:
     return Part("Policies", tables, pictures)
 
 
-def _by_principle(heading: str, columns: Sequence[str], principles: Mapping[str, Any], cell: Any, note: str) -> Table:
-    """Principles, plain and negated, by policies."""
-    rows: list[list[Cell]] = []
+def _by_principle(principles: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Principles, plain and negated, with what was measured by policy."""
     for name, ways in principles.items():
         for way, values in ways.items():
-            label = name if way == "plain" else f"{name}, negated"
-            rows.append([label, *(cell(values[one]) if values.get(one) else None for one in columns)])
-    return Table(heading, ["principle", *columns], rows, note)
+            yield (name if way == "plain" else f"{name}, negated"), values
 
 
 def _behaviour(names: Sequence[str], behaviour: Mapping[str, Mapping[str, Estimate]]) -> Figure:
@@ -477,31 +493,33 @@ def _behaviour(names: Sequence[str], behaviour: Mapping[str, Mapping[str, Estima
     return drawn
 
 
-def _principles(runs: Sequence[str], principles: Mapping[str, Any], judged: Mapping[str, Any], whose: str) -> Figure:
-    """Share of prompts on which a run does better than the initial policy: by reward model and judge."""
+def _principles(
+    initial: Mapping[str, str], principles: Mapping[str, Any], judged: Mapping[str, Any], whose: str
+) -> Figure:
+    """Share of prompts on which a run does better than its initial policy: by reward model and judge."""
+
+    def cells(values: Mapping[str, Any]) -> list[Estimate]:
+        return [(values.get(run) or {}).get(other) or NOTHING for run, other in initial.items()]
+
+    names = list(principles)
     tables = {
-        f"Reward model{whose}, principle {label}": [
-            [(ways.get(way, {}).get(run) or {}).get(INITIAL) or NOTHING for run in runs] for ways in principles.values()
-        ]
+        f"Reward model{whose}, principle {label}": [cells(ways.get(way) or {}) for ways in principles.values()]
         for way, label in (("plain", "as it is"), ("negated", "negated"))
     }
-    names = list(principles)
     if judged:
-        tables["Judge"] = [
-            [((judged.get(one) or {}).get(run) or {}).get(INITIAL) or NOTHING for run in runs] for one in names
-        ]
-    width = max(1.6, 0.37 * len(runs))
+        tables["Judge"] = [cells(judged.get(one) or {}) for one in names]
+    width = max(1.6, 0.37 * len(initial))
     drawn = drawing.figure(2.9 + (width + 0.3) * len(tables), 1.9 + 1.15 * drawing.ROW * len(names))
     panels = drawn.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    for axes, (title, cells) in zip(panels, tables.items(), strict=True):
+    for axes, (title, rows) in zip(panels, tables.items(), strict=True):
         image = drawing.heat_map(
             axes,
             names,
-            runs,
-            [[cell["value"] for cell in row] for row in cells],
+            list(initial),
+            [[cell["value"] for cell in row] for row in rows],
             low=0,
             high=1,
-            bold=[[_is_clear(cell) for cell in row] for row in cells],
+            bold=[[_is_clear(cell) for cell in row] for row in rows],
         )
         axes.set_title(drawing.wrapped(title, int(width * 12)))
     for axes in panels[1:]:
