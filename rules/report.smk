@@ -29,7 +29,7 @@ rule draw_judge:
         evaluation=artifact("judge_evaluation"),
         home=at_home("judge_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/judge", "judge", "2. Judge"),
+        pictures_and_tables("<results>/{home}report/judge", "judge", "3. Judge"),
     log:
         "<logs>/{home}draw_judge.log",
     benchmark:
@@ -47,7 +47,7 @@ rule draw_reward_model:
         unpack(drawn_model("reward_figures")),
         home=at_home("reward_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/reward_model", "reward_model", "3. Reward model"),
+        pictures_and_tables("<results>/{home}report/reward_model", "reward_model", "5. Reward model"),
     log:
         "<logs>/{home}draw_reward_model.log",
     benchmark:
@@ -69,7 +69,7 @@ use rule draw_reward_model as draw_pmp with:
         unpack(drawn_model("pmp_figures")),
         home=at_home("pmp_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/pmp", "pmp", "3. Reward model, pre-training"),
+        pictures_and_tables("<results>/{home}report/pmp", "pmp", "4. Reward model, PMP"),
     log:
         "<logs>/{home}draw_pmp.log",
     benchmark:
@@ -84,7 +84,7 @@ use rule draw_reward_model as draw_sft with:
         unpack(drawn_model("sft_figures")),
         home=at_home("sft_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/sft", "sft", "1. Initial policy"),
+        pictures_and_tables("<results>/{home}report/sft", "sft", "2. Initial policy"),
     log:
         "<logs>/{home}draw_sft.log",
     benchmark:
@@ -99,7 +99,7 @@ rule draw_training:
         policies=drawn("training_figures"),
         home=at_home("training_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/training", "training", "4. PPO", of_run=False),
+        pictures_and_tables("<results>/{home}report/training", "training", "6. PPO", of_run=False),
     log:
         "<logs>/{home}draw_training.log",
     benchmark:
@@ -119,7 +119,7 @@ rule draw_policies:
         evaluation=artifact("policy_evaluation"),
         home=at_home("policy_figures"),
     output:
-        pictures_and_tables("<results>/{home}report/policies", "policies", "5. Policies", of_run=False),
+        pictures_and_tables("<results>/{home}report/policies", "policies", "7. Policies", of_run=False),
     log:
         "<logs>/{home}draw_policies.log",
     benchmark:
@@ -137,7 +137,7 @@ rule draw_samples:
         answers=drawn("samples"),
         home=at_home("samples"),
     output:
-        pictures_and_tables("<results>/{home}report/samples", "samples", "5. Samples of answers", of_run=False),
+        pictures_and_tables("<results>/{home}report/samples", "samples", "8. Samples of answers", of_run=False),
     log:
         "<logs>/{home}draw_samples.log",
     benchmark:

@@ -47,7 +47,7 @@ mpl.rcParams.update(
     }
 )
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1f24")
-GREY, LIGHT = "#9aa3ad", "#dde2e7"
+SHADES = DARK, GREY, LIGHT = "#57606a", "#9aa3ad", "#dde2e7"
 LINES, MARKS = ("-", "--", ":"), ("o", "s", "^")
 CHANCE = 0.5
 ROW = 0.26  # inches of one line of labels
@@ -104,7 +104,7 @@ def dots(
     """
     rows(axes, names)
     if reference is not None:
-        axes.axvline(reference, color="#57606a", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(reference, color=DARK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for number, (label, estimates) in enumerate(series.items()):
         shift = (number - (len(series) - 1) / 2) * 0.7 / len(series)
         places = np.arange(len(names)) + shift
@@ -196,7 +196,7 @@ def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float
         known = [np.nan if value is None else value for value in values]
         mark = look["marker"] if len(steps) < 3 else "none"
         axes.plot(steps, known, color=look["color"], linestyle=look["linestyle"], marker=mark, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def bars(

@@ -329,7 +329,7 @@ def _shown(way: str) -> str:
 
 def _calibration(axes: Any, whole: Mapping[str, Any], deciding: Mapping[str, Mapping[str, Any]]) -> None:
     """Probabilities against the shares that came true, of all records and, in grey, of each principle."""
-    axes.plot([0, 1], [0, 1], color="#57606a", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot([0, 1], [0, 1], color=drawing.DARK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     label: str | None = "of one principle"
     for one in deciding.values():
         if bins := (one.get("calibration") or {}).get("bins"):
@@ -386,7 +386,7 @@ def training(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Part:
         label: [sum(entry.get(key, 0.0) for entry in entries) / 60 for entries in runs.values()]
         for key, label in SECONDS.items()
     }
-    drawing.bars(panels["seconds"], list(runs), spent, dict(zip(spent, drawing.PALETTE[3:6], strict=True)))
+    drawing.bars(panels["seconds"], list(runs), spent, dict(zip(spent, drawing.SHADES, strict=True)))
     panels["seconds"].set(title="Time by part", xlabel="minutes")
     panels["seconds"].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     columns = ["run", "steps", *(f"{title}, {when}" for title in CURVES.values() for when in ("first step", "end"))]
