@@ -140,9 +140,10 @@ def files_of(model, files=model_files):
     return [str(file) for file in files(folder)] or [model]
 
 
-def deciding(section, without=()):
+def deciding(section, without=(), only=None):
     """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
-    return to_json({name: value for name, value in section.deciding().items() if name not in without}).decode()
+    chosen = {name: value for name, value in section.deciding().items() if name not in without}
+    return to_json({name: value for name, value in chosen.items() if only is None or name in only}).decode()
 
 
 def free(**sections):
@@ -230,12 +231,12 @@ def shards_of(table, section):
     )
 
 
-def setting(section, without=()):
-    """Parameter: a section of the job's run; what changes no result is left out."""
+def setting(section, without=(), only=None):
+    """Parameter: a section of the job's run, or some of its keys; what changes no result is left out."""
 
     @cache
     def of(run):
-        return deciding(getattr(RUNS[run], section), without)
+        return deciding(getattr(RUNS[run], section), without, only)
 
     return lambda wildcards: of(run_name(wildcards))
 
@@ -364,6 +365,12 @@ def checked_files(wildcards):
 def evaluation_pairs(wildcards):
     """Input: the pairs that a reward model is measured by, if any."""
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def labelled_pairs(wildcards):
+    """Input: judgements of pairs that people compared, and the outputs that they prefer, if there are any."""
+    names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()
+    return {name: artifact(name)(wildcards) for name in names}
 
 
 def scorers_input(wildcards):

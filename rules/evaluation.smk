@@ -3,6 +3,7 @@
 
 rule evaluate_judge:
     input:
+        unpack(labelled_pairs),
         preferences=artifact("preferences"),
         home=at_home("judge_evaluation"),
     output:
@@ -16,10 +17,68 @@ rule evaluate_judge:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation", without=("prompts",)),
+        labelled=lambda wildcards, input: options(
+            judged=input.get("judged_pairs"), labelled=input.get("preferred_outputs")
+        ),
+        evaluation=setting("evaluation", only=("seed", "judge_pairs")),
     shell:
         f"python {SCRIPTS}/evaluate_judge.py"
-        " --preferences {input.preferences:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+        " --preferences {input.preferences:q} {params.labelled:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+
+
+# Outputs that people prefer to the other ones, as responses that the judge compares.
+rule clean_judge_pairs:
+    input:
+        sources=lambda wildcards: source_files(run_settings(wildcards).evaluation.judge_pairs),
+        home=at_home("{which}_outputs"),
+    output:
+        table="<results>/{home}evaluation/judge_pairs/{which}.parquet",
+        manifest="<results>/{home}evaluation/judge_pairs/{which}.manifest.json",
+    log:
+        "<logs>/{home}clean_judge_pairs/{which}.log",
+    benchmark:
+        "<benchmarks>/{home}clean_judge_pairs/{which}.tsv"
+    wildcard_constraints:
+        home=HOME,
+        which="preferred|other",
+    conda:
+        "../envs/data.yaml"
+    params:
+        evaluation=setting("evaluation", only=("judge_pairs", "min_score_ratio", "seed")),
+    shell:
+        f"python {SCRIPTS}/clean_judge_pairs.py"
+        " --output {output.table:q} --which {wildcards.which:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+
+
+use rule judge_preferences as judge_pairs with:
+    input:
+        response0=artifact("preferred_outputs"),
+        response1=artifact("other_outputs"),
+        principles=lambda wildcards: run_settings(wildcards).judge.principles,
+        template=lambda wildcards: run_settings(wildcards).judge.template,
+        model=lambda wildcards: judge_model(run_name(wildcards)),
+        checked=artifact("check_judging"),
+        home=at_home("judged_pairs"),
+    output:
+        table="<results>/{home}evaluation/judge_pairs/judgements.parquet",
+        manifest="<results>/{home}evaluation/judge_pairs/judgements.manifest.json",
+    log:
+        "<logs>/{home}judge_pairs.log",
+    benchmark:
+        "<benchmarks>/{home}judge_pairs.tsv"
+    wildcard_constraints:
+        home=HOME,
+    resources:
+        nodes=1,
+        ranks=1,
+        batch_size=4,
+        tensor_parallel="false",
+        free=lambda wildcards: judge_free(run_name(wildcards), shards=1),
+    params:
+        model=lambda wildcards: judge_settings(run_name(wildcards)),
+        judge=setting("judge", without=("model",)),
+        shards=1,
+        shard=0,
 
 
 rule clean_evaluation_pairs:
@@ -38,7 +97,7 @@ rule clean_evaluation_pairs:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation", without=("prompts",)),
+        evaluation=setting("evaluation", only=("pairs", "min_score_ratio", "seed")),
     shell:
         f"python {SCRIPTS}/clean_evaluation_pairs.py"
         " --output {output.table:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
@@ -77,7 +136,7 @@ rule evaluate_reward_model:
         stage="trained",
         settings=setting("reward_model", without=("init", "save_steps")),
         dimensions=lambda wildcards: json.dumps(run_settings(wildcards).aggregation.dimensions),
-        evaluation=setting("evaluation", without=("prompts",)),
+        evaluation=setting("evaluation", only=("seed",)),
     shell:
         f"{LAUNCH}/evaluate_reward_model.py"
         " --reward-model {input.reward_model:q} --records {input.records:q} {params.pairs} --output {output:q}"
@@ -111,7 +170,7 @@ use rule evaluate_reward_model as evaluate_pmp with:
         stage="pmp",
         settings=setting("pmp"),
         dimensions="[]",
-        evaluation=setting("evaluation", without=("prompts",)),
+        evaluation=setting("evaluation", only=("seed",)),
 
 
 rule clean_evaluation_prompts:
@@ -131,7 +190,7 @@ rule clean_evaluation_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
+        evaluation=setting("evaluation", only=("prompts", "seed")),
         trained=lambda wildcards, input: json.dumps(list(input.trained)),
     shell:
         f"python {SCRIPTS}/clean_evaluation_prompts.py"
@@ -165,7 +224,7 @@ rule sample_answers:
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         ppo=setting("ppo"),
-        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
+        evaluation=setting("evaluation", only=("seed",)),
     shell:
         f"python {SCRIPTS}/sample_answers.py"
         " --prompts {input.prompts:q} {params.policy} --output {output.table:q} --model {params.model:q}"
@@ -267,7 +326,12 @@ use rule judge_preferences as judge_answers with:
 
 rule evaluate_policies:
     input:
-        tables=[in_results(path) for run in PLAN.compared() for name, path in run.items() if name != "name"],
+        tables=[
+            in_results(policy[table])
+            for policy in PLAN.compared()
+            for table in ("answers", "scores", "judgements")
+            if policy[table]
+        ],
         home=at_home("policy_evaluation"),
     output:
         directory("<results>/{home}evaluation/policies"),
@@ -280,8 +344,8 @@ rule evaluate_policies:
     conda:
         "../envs/data.yaml"
     params:
-        runs=json.dumps(PLAN.compared()),
-        evaluation=setting("evaluation", without=("pairs", "min_score_ratio")),
+        policies=json.dumps(PLAN.compared()),
+        evaluation=setting("evaluation", only=("seed",)),
     shell:
         f"python {SCRIPTS}/evaluate_policies.py"
-        " --runs {params.runs:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+        " --policies {params.policies:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"

@@ -79,6 +79,13 @@ def configuration(folder: Path) -> dict[str, Any]:
             "helpful": {"format": "hh_rlhf", "path": str(DATA / "hh-rlhf"), "limit": 6},
             "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "other"), "limit": 6},
         },
+        "judge_pairs": {
+            "hh_rlhf_helpful": None,
+            "hh_rlhf_harmless": None,
+            "harmless": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "harmless"), "limit": 4}
+            | {"principles": ["Ethical"]},
+            "hhh": {"format": "hhh", "path": str(DATA / "hhh_alignment" / "helpful"), "limit": 4},
+        },
     }
     raw["runs"] |= dict.fromkeys(raw["runs"])  # none but the default one
     raw["aggregation"] = {"passes": 2}

@@ -18,6 +18,17 @@ NAMES = ["Concise", "Ethical"]
 OPPOSITE = {name: (f"Be {name}.", f"Do not be {name}.") for name in NAMES}
 
 
+def test_an_interval_does_not_depend_on_how_much_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws in blocks are other draws, of the same distribution."""
+    values = np.random.default_rng(0).random(300) < 0.3
+    groups = [f"p{number}" for number in range(300)]
+    whole = evaluation.estimate(values, groups, 0)
+    monkeypatch.setattr(evaluation, "HELD", 7_000)
+    parts = evaluation.estimate(values, groups, 0)
+    assert parts["low"] == pytest.approx(whole["low"], abs=0.01)
+    assert parts["high"] == pytest.approx(whole["high"], abs=0.01)
+
+
 def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
     """Of the mean of prompts that are all alike inside: as wide as theory says, however many rows each has."""
     generator = np.random.default_rng(0)
@@ -72,6 +83,51 @@ def test_numbers_of_a_judge_are_those_of_plain_loops() -> None:
     assert evaluation.judge(same, 0)["correlation"] == [[None]]
 
 
+def test_a_judge_is_held_against_people() -> None:
+    """Output 1 is the one that they prefer; a source counts under the principles that its preferences are about."""
+    rows = [("a", 1, 2), ("b", 1, -1), ("c", -2, -1), ("d", 3, -1), ("e", -1, -1)]
+    table = pl.DataFrame(
+        [(pair, name, float(s12), float(s21)) for pair, s12, s21 in rows for name in NAMES],
+        schema=JUDGEMENTS.schema,
+        orient="row",
+    )
+    sources = pl.DataFrame({"prompt_id": [*"abcde"], "source": ["mine"] * 4 + ["other"]})
+    found = evaluation.labelled(table, sources, {"mine": ["Ethical"], "other": None}, 0)
+    assert {source: list(ways) for source, ways in found.items()} == {"mine": ["Ethical"], "other": NAMES}
+    ethical = found["mine"]["Ethical"]
+    assert ethical["agree"]["value"] == 0.5  # a and c
+    assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert found["other"]["Concise"]["right"] == {"value": 0.0, "low": 0.0, "high": 0.0, "number": 1}
+
+
+def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
+    """Three policies, one of which answered a prompt less: all pairs, each from both sides."""
+    columns = {
+        "first": {"p": 1.0, "q": 1.0, "r": 5.0},
+        "second": {"p": 2.0, "q": 1.0},
+        "third": {"p": 3, "q": 0, "r": 9},
+    }
+    scores = {
+        name: pl.DataFrame(
+            [("m", "Concise", False, prompt, float(score)) for prompt, score in column.items()],
+            schema=["reward_model", "dimension", "opposite", "prompt_id", "score"],
+            orient="row",
+        )
+        for name, column in columns.items()
+    }
+    wins = evaluation.score_wins(scores, 0)["m"]["Concise"]["plain"]
+    for name, other in itertools.permutations(columns, 2):
+        both = columns[name].keys() & columns[other].keys()
+        won = [0.5 + 0.5 * np.sign(columns[name][prompt] - columns[other][prompt]) for prompt in both]
+        assert wins[name][other]["value"] == pytest.approx(np.mean(won))
+        assert wins[name][other]["number"] == len(both)
+    means = evaluation.score_means(scores, 0)["m"]["Concise"]["plain"]
+    assert {name: one["value"] for name, one in means.items()} == {
+        name: pytest.approx(np.mean([*column.values()])) for name, column in columns.items()
+    }
+
+
 def records() -> pl.DataFrame:
     """Of two prompts, with one and two principles; the last one decided by a rule."""
     shown = [(["Concise"], [False]), (["Ethical", "Concise"], [True, False]), (["Ethical"], [False])]
@@ -103,6 +159,7 @@ def test_numbers_of_held_out_records() -> None:
     concise, ethical = found["deciding"]["Concise"], found["deciding"]["Ethical"]
     assert (concise["plain"]["value"], concise["negated"]["value"]) == (1.0, None)
     assert (ethical["plain"]["value"], ethical["negated"]["value"]) == (None, 0.0)
+    assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
     assert found["flips"]["Concise"] == {"value": 0.5, "low": 0.5, "high": 0.5, "number": 2}  # both of one prompt
@@ -129,7 +186,20 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
     results = small_run / "results"
     judge = json.loads((results / "evaluation/judge/judge.json").read_text())
     table = pl.read_parquet(results / "preferences/preferences.parquet")
+    judged = judge.pop("labelled")
     assert judge == json.loads(json.dumps(evaluation.judge(table, 42)))
+    assert set(judged) == {"harmless", "hhh"}
+    assert set(judged["harmless"]) == {"Ethical"}
+    assert set(judged["hhh"]) == set(table["dimension"])
+    pairs = pl.read_parquet(results / "evaluation/judge_pairs/judgements.parquet").rows(named=True)
+    sources = dict(
+        pl.read_parquet(results / "evaluation/judge_pairs/preferred.parquet").select("prompt_id", "source").iter_rows()
+    )
+    for source, ways in judged.items():
+        for name, measured in ways.items():
+            rows = [row for row in pairs if (sources[row["prompt_id"]], row["dimension"]) == (source, name)]
+            right = [0.5 if r["s12"] * r["s21"] <= 0 else float(r["s12"] > 0) for r in rows]
+            assert measured["right"]["value"] == pytest.approx(sum(right) / len(right))
     for stage, folder in (("pmp", "pmp"), ("reward_model", "reward_model")):
         found = json.loads((results / "evaluation" / folder / "reward_model.json").read_text())
         trained = json.loads((results / "models" / stage / "metrics.json").read_text())["evaluation"]
@@ -144,7 +214,7 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
 def test_policies_of_the_small_run(small_run: Path) -> None:
     """Every number of the table again, from the tables that it is made of; nothing that was trained on is answered."""
     results = small_run / "results"
-    found = json.loads((results / "evaluation/policies/policies.json").read_text())["default"]
+    found = json.loads((results / "evaluation/policies/policies.json").read_text())
     prompts = pl.read_parquet(results / "evaluation/prompts.parquet")
     for trained in ("prompts/oasst1.parquet", "prompts/rl.parquet"):
         assert set(prompts["instruction"]).isdisjoint(pl.read_parquet(results / trained)["instruction"])
@@ -153,25 +223,36 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
     assert answers["prompt_id"].to_list() == before["prompt_id"].to_list()  # but for those that are too long
     assert set(answers["prompt_id"]) <= set(prompts["prompt_id"])
     assert (before["kl"] == 0).all()
-    assert found["behaviour"]["kl"]["value"] == pytest.approx(answers["kl"].mean())
+    assert found["names"] == ["initial policy", "default"]
+    behaviour = found["behaviour"]["default"]
+    assert behaviour["kl"]["value"] == pytest.approx(answers["kl"].mean())
     finished = [reason != "length" for reason in answers["finish_reason"]]
-    assert found["behaviour"]["finished"]["value"] == pytest.approx(sum(finished) / len(finished))
+    assert behaviour["finished"]["value"] == pytest.approx(sum(finished) / len(finished))
     words = [text.lower().split() for text in answers["response"]]
     pairs = [[*itertools.pairwise(row)] for row in words]
     distinct = [len({*row}) / len(row) for row in pairs if row]
-    assert found["behaviour"]["distinct_2"]["value"] == pytest.approx(sum(distinct) / len(distinct))
+    assert behaviour["distinct_2"]["value"] == pytest.approx(sum(distinct) / len(distinct))
     scores, old = (
         {tuple(row[:4]): row[4] for row in pl.read_parquet(results / path).iter_rows()}
         for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
     )
     assert scores.keys() == old.keys()
-    for name, ways in found["scores"]["default"].items():
-        for way, measured in ways.items():
+    for name, ways in found["wins"]["default"].items():
+        for way, wins in ways.items():
             keys = [key for key in scores if key[1:3] == (name, way == "negated")]
             won = [0.5 if scores[key] == old[key] else float(scores[key] > old[key]) for key in keys]
-            assert measured["value"] == pytest.approx(sum(won) / len(won))
+            ours, theirs = wins["default"]["initial policy"], wins["initial policy"]["default"]
+            assert ours["value"] == pytest.approx(sum(won) / len(won))
+            assert ours["low"] <= ours["value"] <= ours["high"]
+            assert [theirs[key] for key in ("value", "low", "high")] == pytest.approx(
+                [1 - ours[key] for key in ("value", "high", "low")]
+            )
+            means = found["scores"]["default"][name][way]
+            for policy, table in (("default", scores), ("initial policy", old)):
+                assert means[policy]["value"] == pytest.approx(sum(table[key] for key in keys) / len(keys))
     judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
-    for name, measured in found["judge"].items():
+    for name, wins in found["judge"].items():
+        measured = wins["default"]["initial policy"]
         rows = [row for row in judged if row["dimension"] == name]
         won = [(0.5 + 0.5 * math.copysign(1, row["s12"])) if row["s12"] * row["s21"] > 0 else 0.5 for row in rows]
         assert measured["value"] == pytest.approx(sum(won) / len(won))

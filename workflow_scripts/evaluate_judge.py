@@ -1,4 +1,7 @@
-"""Measure the judge by its judgements: agreement of both orders, position bias, margins, how principles correlate."""
+"""Measure the judge by its judgements: agreement of both orders, position bias, margins, how principles correlate.
+
+Where it has judged pairs that people compared, also how often it agrees with them.
+"""
 
 import logging
 from pathlib import Path
@@ -7,7 +10,8 @@ from pydantic import Field
 
 from salmon import artifacts, checked, evaluation, provenance, script
 from salmon.config import Evaluation
-from salmon.tables import JUDGEMENTS
+from salmon.errors import UserError
+from salmon.tables import JUDGEMENTS, RESPONSES
 
 log = logging.getLogger("salmon.evaluate_judge")
 
@@ -16,6 +20,8 @@ class Arguments(script.Arguments):
     """Measure the judge by its judgements."""
 
     preferences: Path = Field(description="judgements (parquet)")
+    judged: Path | None = Field(None, description="judgements of pairs whose output 1 people prefer (parquet), if any")
+    labelled: Path | None = Field(None, description="these outputs, as responses (parquet)")
     output: Path = Field(description="folder to write: judge.json, manifest.json")
     evaluation: Evaluation = Field(description="section of the configuration")
 
@@ -26,8 +32,18 @@ def main(arguments: Arguments) -> None:
     found = evaluation.judge(judgements, arguments.evaluation.seed)
     for name, measured in found["principles"].items():
         log.info("%s: orders agree %.3f, bias %.3f", name, measured["agree"]["value"], measured["bias"]["value"])
-    origin = provenance.evaluate_judge(arguments.preferences, evaluation=arguments.evaluation)
     counts = {"judgements": len(judgements), "pairs": judgements["prompt_id"].n_unique()}
+    if (arguments.judged is None) != (arguments.labelled is None):
+        raise UserError("--judged and --labelled go together: judgements, and the outputs that people prefer")
+    if arguments.judged and arguments.labelled:
+        judged = checked.read(arguments.judged, JUDGEMENTS).collect()
+        sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source")).collect()
+        about = {name: source.principles for name, source in arguments.evaluation.judge_pairs.items()}
+        found["labelled"] = evaluation.labelled(judged, sources, about, arguments.evaluation.seed)
+        counts |= {"labelled_pairs": len(sources), "labelled_pairs_judged": judged["prompt_id"].n_unique()}
+    origin = provenance.evaluate_judge(
+        arguments.preferences, arguments.judged, arguments.labelled, evaluation=arguments.evaluation
+    )
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()
         artifacts.write_json(folder / "judge.json", found)

@@ -202,6 +202,14 @@ class PairSource(Source):
     format: Annotated[str, OneOf(PAIR_FORMATS)] = Field(description="which upstream schema the rows have")
 
 
+class JudgedPairSource(PairSource):
+    """A data set of human preferences that the judge is held against."""
+
+    principles: list[str] | None = Field(
+        None, description="names of the principles that these preferences are about; null: each is tried"
+    )
+
+
 class ExampleSource(Source):
     """A data set of instructions with answers."""
 
@@ -539,6 +547,9 @@ class Evaluation(Section):
 
     pairs: dict[str, PairSource] = Field(
         {}, description="name -> preferences of people that reward models are held against; of a split not trained on"
+    )
+    judge_pairs: dict[str, JudgedPairSource] = Field(
+        {}, description="name -> preferences of people that the judge is held against, under each principle"
     )
     min_score_ratio: float = Field(2.0, ge=1, description="pairs that have a score ratio (SHP) need a larger one")
     seed: Seed = Field(42, description="seed of the order of outputs, the draw under a limit, and the intervals")

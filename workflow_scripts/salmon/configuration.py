@@ -84,6 +84,9 @@ ARTIFACTS = {
     "answer_scores": "evaluation/scores.parquet",
     "answer_judgements": "evaluation/judgements.parquet",
     "policy_evaluation": "evaluation/policies",
+    "preferred_outputs": "evaluation/judge_pairs/preferred.parquet",
+    "other_outputs": "evaluation/judge_pairs/other.parquet",
+    "judged_pairs": "evaluation/judge_pairs/judgements.parquet",
     "judge_evaluation": "evaluation/judge",
     "evaluation_pairs": "evaluation/pairs.parquet",
     "pmp_evaluation": "evaluation/pmp",
@@ -105,6 +108,7 @@ SOURCES = (
     ("pmp_data", "sources"),
     ("rl_prompts", "sources"),
     ("evaluation", "pairs"),
+    ("evaluation", "judge_pairs"),
     ("evaluation", "prompts"),
 )
 """Sections, and their keys for data sets by name."""
@@ -414,6 +418,12 @@ def check_principles(config: Config, root: Path) -> list[str]:
                 f"aggregation.dimensions: {', '.join(unknown)} not in {config.judge.principles}, which defines "
                 + ", ".join(known)
             )
+        for source, pairs in config.evaluation.judge_pairs.items():
+            if unknown := [name for name in pairs.principles or () if name not in known]:
+                lines.append(
+                    f"evaluation.judge_pairs.{source}.principles: {', '.join(unknown)} not in "
+                    f"{config.judge.principles}, which defines {', '.join(known)}"
+                )
     except UserError as error:
         lines.append(f"judge.principles: {error}")
     try:

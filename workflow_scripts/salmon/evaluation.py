@@ -4,8 +4,10 @@ An interval says how far a number depends on the prompts that happened to be dra
 rows of each, since rows of one prompt are not independent.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from salmon.randomness import rng
 from salmon.text import join_instruction
 
 DRAWS = 2000
+HELD = 2_000_000  # numbers of a block of draws, at most
 LEVEL = 0.95
 BINS = 10
 Estimate = dict[str, float | int | None]
@@ -37,13 +40,27 @@ def estimate(values: Sequence[float] | npt.NDArray[Any], groups: Sequence[str], 
         return {"value": None, "low": None, "high": None, "number": 0}
     _, index = np.unique(np.asarray(groups, dtype=object)[known].astype(str), return_inverse=True)
     sums, sizes = np.bincount(index, weights=column[known]), np.bincount(index)
-    generator = rng("bootstrap", seed)
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        drawn = generator.integers(len(sizes), size=len(sizes))
-        means[draw] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    parts = [(drawn @ sums) / (drawn @ sizes) for drawn in _resampled(len(sizes), seed)]
+    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": float(column[known].mean()), "low": float(low), "high": float(high), "number": int(known.sum())}
+
+
+def _resampled(groups: int, seed: int) -> Iterable[npt.NDArray[np.float64]]:
+    """How often each group is drawn, in `DRAWS` draws of as many groups as there are: blocks of [draws, groups]."""
+    if groups * DRAWS <= HELD:
+        return (_drawn(groups, seed),)
+    generator, block = rng("bootstrap", seed), max(1, HELD // groups)
+    sizes = [min(block, DRAWS - start) for start in range(0, DRAWS, block)]
+    return (_draw(generator, groups, size) for size in sizes)
+
+
+@lru_cache(maxsize=8)  # many numbers are of the same prompts
+def _drawn(groups: int, seed: int) -> npt.NDArray[np.float64]:
+    return _draw(rng("bootstrap", seed), groups, DRAWS)
+
+
+def _draw(generator: np.random.Generator, groups: int, draws: int) -> npt.NDArray[np.float64]:
+    return generator.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
 
 
 def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
@@ -78,6 +95,41 @@ def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
         found[name] = {what: estimate(values, groups, seed) for what, values in measured.items()}
         columns.append((s12 + s21) / 2)
     return {"principles": found, "correlation": _correlation(np.stack(columns))}
+
+
+def labelled(
+    judgements: pl.DataFrame, sources: pl.DataFrame, about: Mapping[str, Sequence[str] | None], seed: int
+) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """How often the judge agrees with people, whose preferred output is output 1.
+
+    Args:
+        judgements: `tables.JUDGEMENTS`.
+        sources: `prompt_id` and `source` of each pair.
+        about: source -> names of the principles that its preferences are about; None: all.
+        seed: of the intervals.
+
+    Returns:
+        Source -> principle -> `agree`: how often both orders prefer the same output; `right`: how often that is
+        people's, a half where they do not agree; `mean_right`: how often the mean of both orders prefers it.
+    """
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    of_pairs = judgements.join(sources, on="prompt_id", how="inner", maintain_order="left")
+    for (source, name), rows in of_pairs.group_by("source", "dimension", maintain_order=True):
+        if name not in (about.get(str(source)) or [name]):
+            continue
+        s12, s21 = rows["s12"].to_numpy(), rows["s21"].to_numpy()
+        measured = {"agree": s12 * s21 > 0, "right": preferred(rows), "mean_right": correct(s12 + s21)}
+        groups = rows["prompt_id"].to_list()
+        found.setdefault(str(source), {})[str(name)] = {
+            what: estimate(values, groups, seed) for what, values in measured.items()
+        }
+    return dict(sorted(found.items()))
+
+
+def preferred(judgements: pl.DataFrame) -> npt.NDArray[np.float64]:
+    """Which output the judge prefers: 1 for output 1, 0 for output 2, a half where its two orders disagree."""
+    s12, s21 = judgements["s12"].to_numpy(), judgements["s21"].to_numpy()
+    return np.where((s12 > 0) & (s21 > 0), 1.0, np.where((s12 < 0) & (s21 < 0), 0.0, 0.5))
 
 
 def _correlation(rows: npt.NDArray[np.float64]) -> list[list[float | None]]:
@@ -161,9 +213,9 @@ def held_out(
 
     Returns:
         `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
-        `plain` and `negated`, the accuracy where it is shown so, and `turned`: where it alone is reversed, how
-        often the reward model prefers the other output of the record. `flips`: for each principle shown, how often the
-        reward model changes its mind when that one is reversed.
+        `plain` and `negated`, the accuracy where it is shown so, `calibration` of both, and `turned`: where it alone is
+        reversed, how often the reward model prefers the other output of the record. `flips`: for each principle shown,
+        how often the reward model changes its mind when that one is reversed.
     """
     labels, groups = records["preference"].to_list(), records["prompt_id"].to_list()
     sign = np.where(np.asarray(labels) == 1, 1.0, -1.0)
@@ -181,6 +233,9 @@ def held_out(
     def of_rows(values: npt.NDArray[np.float64], rows: Any, owners: Sequence[str]) -> Estimate:
         return estimate(values[rows], [owners[row] for row in rows], seed)
 
+    def calibrated(rows: Sequence[int]) -> dict[str, Any]:
+        return calibration(margins[rows], [labels[row] for row in rows])
+
     variant_groups = variants["prompt_id"].to_list()
     return {
         "accuracy": estimate(right, groups, seed),
@@ -188,6 +243,7 @@ def held_out(
         "deciding": {
             name: {
                 **{way: of_rows(right, rows, groups) for way, rows in ways.items()},
+                "calibration": calibrated(sorted([*ways["plain"], *ways["negated"]])),
                 "turned": of_rows(other, np.flatnonzero((names == name) & is_deciding), variant_groups),
             }
             for name, ways in sorted(decided.items())
@@ -272,25 +328,65 @@ def _distinct(words: Sequence[str], size: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def score_wins(scores: pl.DataFrame, before: pl.DataFrame, seed: int) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """How often a policy's answers have higher scores than those of another policy to the same prompts.
+Wins = dict[str, dict[str, Estimate]]
+"""Policy -> another one -> how often its answer is preferred to that one's."""
+OfScores = dict[str, dict[str, dict[str, Any]]]
+"""Reward model -> principle -> `plain` and `negated` -> what was measured."""
+
+
+def score_means(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
+    """Mean score of each policy's answers.
 
     Args:
-        scores: `tables.SCORES`, of the policy.
-        before: the same, of the other one.
+        scores: policy -> `tables.SCORES` of its answers.
         seed: of the intervals.
-
-    Returns:
-        Reward model -> principle -> `plain` and `negated`: share of prompts (equal scores count half).
     """
-    key = ["reward_model", "dimension", "opposite", "prompt_id"]
-    both = scores.join(before, on=key, suffix="_before", validate="1:1")
-    found: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for (model, name, opposite), rows in both.group_by(key[:3], maintain_order=True):
-        right = correct((rows["score"] - rows["score_before"]).to_numpy())
-        way = found.setdefault(str(model), {}).setdefault(str(name), {})
-        way["negated" if opposite else "plain"] = estimate(right, rows["prompt_id"].to_list(), seed)
+    return _of_scores(
+        scores,
+        lambda columns, prompts: {name: estimate(column, prompts, seed) for name, column in columns.items()},
+    )
+
+
+def score_wins(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
+    """How often a policy's answers have higher scores than another one's to the same prompts, for all pairs (`Wins`).
+
+    Args:
+        scores: policy -> `tables.SCORES` of its answers.
+        seed: of the intervals.
+    """
+
+    def wins(columns: Mapping[str, npt.NDArray[np.float64]], prompts: Sequence[str]) -> Wins:
+        found: Wins = {name: {} for name in columns}
+        for name, other in itertools.combinations(columns, 2):
+            margins = columns[name] - columns[other]
+            won = np.where(np.isnan(margins), np.nan, correct(margins))
+            found[name][other] = estimate(won, prompts, seed)
+            found[other][name] = _lost(found[name][other])
+        return found
+
+    return _of_scores(scores, wins)
+
+
+def _of_scores(
+    scores: Mapping[str, pl.DataFrame],
+    measure: Callable[[Mapping[str, npt.NDArray[np.float64]], Sequence[str]], dict[str, Any]],
+) -> OfScores:
+    """What is measured of every reward model and principle, from policies' scores (NaN where one has none)."""
+    found: OfScores = {}
+    key = ["reward_model", "dimension", "opposite"]
+    table = pl.concat(rows.with_columns(policy=pl.lit(name)) for name, rows in scores.items())
+    for (model, principle, opposite), rows in table.group_by(key, maintain_order=True):
+        wide = rows.pivot("policy", index="prompt_id", values="score").sort("prompt_id")
+        columns = {name: wide[name].cast(pl.Float64).fill_null(math.nan).to_numpy() for name in wide.columns[1:]}
+        ways = found.setdefault(str(model), {}).setdefault(str(principle), {})
+        ways["negated" if opposite else "plain"] = measure(columns, wide["prompt_id"].to_list())
     return found
+
+
+def _lost(won: Estimate) -> Estimate:
+    """The other side of a share of wins."""
+    turned = {"value": won["value"], "low": won["high"], "high": won["low"]}
+    return {name: None if value is None else 1 - value for name, value in turned.items()} | {"number": won["number"]}
 
 
 def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
@@ -300,50 +396,82 @@ def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         judgements: `tables.JUDGEMENTS`.
         seed: of the intervals.
     """
-    found = {}
-    for (name,), rows in judgements.group_by("dimension", maintain_order=True):
-        s12, s21 = rows["s12"].to_numpy(), rows["s21"].to_numpy()
-        preferred = np.where((s12 > 0) & (s21 > 0), 1.0, np.where((s12 < 0) & (s21 < 0), 0.0, 0.5))
-        found[str(name)] = estimate(preferred, rows["prompt_id"].to_list(), seed)
-    return found
+    return {
+        str(name): estimate(preferred(rows), rows["prompt_id"].to_list(), seed)
+        for (name,), rows in judgements.group_by("dimension", maintain_order=True)
+    }
 
 
-def policies_markdown(found: Mapping[str, Any]) -> str:
-    """Tables of what `evaluate_policies` found: behaviours, and principles x runs by reward models and judge."""
+def policies(
+    answers: Mapping[str, pl.DataFrame],
+    scores: Mapping[str, pl.DataFrame],
+    judgements: Mapping[tuple[str, str], pl.DataFrame],
+    seed: int,
+) -> dict[str, Any]:
+    """The comparison of policies.
 
-    def shown(one: Estimate, digits: int) -> str:
-        if one["value"] is None:
+    Args:
+        answers: policy -> `tables.ANSWERS`, initial policies first.
+        scores: the same -> `tables.SCORES`.
+        judgements: policy and its initial one -> `tables.JUDGEMENTS` of their answers.
+        seed: of the intervals.
+
+    Returns:
+        `names` of the policies, `behaviour` of each, `scores` (`score_means`), `wins` (`score_wins`), and `judge`:
+        principle -> policy -> initial policy -> how often the judge prefers its answer.
+    """
+    judged: dict[str, Wins] = {}
+    for (name, other), table in judgements.items():
+        for principle, won in judge_wins(table, seed).items():
+            judged.setdefault(principle, {}).setdefault(name, {})[other] = won
+    return {
+        "names": list(answers),
+        "behaviour": {name: behaviour(table, seed) for name, table in answers.items()},
+        "scores": score_means(scores, seed),
+        "wins": score_wins(scores, seed),
+        "judge": judged,
+    }
+
+
+def policies_markdown(found: Mapping[str, Any], initial: Mapping[str, str]) -> str:
+    """Tables of what `policies` found: behaviours, and principles x runs by reward models and judge.
+
+    Args:
+        found: from `policies`.
+        initial: run -> its initial policy.
+    """
+
+    def shown(one: Estimate | None) -> str:
+        if one is None or one["value"] is None:
             return ""
-        return f"{one['value']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+        return f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
 
     def table(heading: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
         lines = [f"| {heading} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
         return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
-    runs = list(found)
+    def lines_of(principles: Mapping[str, Any], cells: Callable[[Any], Sequence[str]]) -> dict[str, Sequence[str]]:
+        ways = [(name, way) for name in principles for way in ("plain", "negated")]
+        return {name + ", negated" * (way == "negated"): cells(principles[name][way]) for name, way in ways}
+
     lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals (bootstrap by prompt).", "", "## How they answer", ""]
-    names = list(found[runs[0]]["behaviour"])
+    quantities = list(next(iter(found["behaviour"].values())))
     lines += table(
-        "run",
-        names,
-        {run: [shown(found[run]["behaviour"][name], 2) for name in names] for run in runs}
-        | {f"{run}, before": [shown(found[run]["initial_behaviour"][name], 2) for name in names] for run in runs[:1]},
+        "policy",
+        quantities,
+        {name: [shown(found["behaviour"][name][what]) for what in quantities] for name in found["names"]},
     )
-    for model in found[runs[0]]["scores"]:
-        lines += [f"## Prompts on which the score is higher than before, by the reward model of `{model}`", ""]
-        principles = found[runs[0]]["scores"][model]
-        lines += table(
-            "principle",
-            runs,
-            {
-                name if way == "plain" else f"{name}, negated": [
-                    shown(found[run]["scores"][model][name][way], 2) for run in runs
-                ]
-                for name in principles
-                for way in ("plain", "negated")
-            },
-        )
-    lines += ["## Prompts on which the judge prefers the answer to that before", ""]
-    judged = list(found[runs[0]]["judge"])
-    lines += table("principle", runs, {name: [shown(found[run]["judge"][name], 2) for run in runs] for name in judged})
+    for model in found["wins"]:
+        lines += [f"## Answers with a higher score than the initial policy's, by the reward model of `{model}`", ""]
+        cells = lambda wins: [shown(wins[run].get(other)) for run, other in initial.items()]  # noqa: E731
+        lines += table("principle", list(initial), lines_of(found["wins"][model], cells))
+        lines += [f"## Mean score, by the reward model of `{model}`", ""]
+        means = lambda scores: [shown(scores[name]) for name in found["names"]]  # noqa: E731
+        lines += table("principle", found["names"], lines_of(found["scores"][model], means))
+    lines += ["## Answers that the judge prefers to the initial policy's", ""]
+    judged = {
+        principle: [shown(wins.get(run, {}).get(other)) for run, other in initial.items()]
+        for principle, wins in found["judge"].items()
+    }
+    lines += table("principle", list(initial), judged)
     return "\n".join(lines)

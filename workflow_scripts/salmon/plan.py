@@ -35,6 +35,9 @@ Name = Literal[
     "answer_scores",
     "answer_judgements",
     "policy_evaluation",
+    "preferred_outputs",
+    "other_outputs",
+    "judged_pairs",
     "judge_evaluation",
     "evaluation_pairs",
     "pmp_evaluation",
@@ -57,6 +60,7 @@ CHECKED: dict[Name, Name] = {
     "response0": "check_sampling",
     "response1": "check_sampling",
     "preferences": "check_judging",
+    "judged_pairs": "check_judging",
     "pmp": "check_training",
     "reward_model": "check_training",
     "policy": "check_rl",
@@ -86,6 +90,9 @@ DRAWN: dict[Name, tuple[Name, ...]] = {
 """Part of the report -> what it shows, as far as it is made."""
 OF_ALL_RUNS: frozenset[Name] = frozenset({"funnel", "training_figures", "policy_figures", "samples"})
 """Parts of the report that show all runs together."""
+
+INITIAL = "initial policy"
+"""What the policy that runs start from is called where policies are compared; a further one is called after its run."""
 
 
 class Plan:
@@ -142,6 +149,8 @@ class Plan:
             return needed.get(name, True) and bool(self.drawn(run, name))
         if name == "evaluation_pairs":
             return bool(config.evaluation.pairs)
+        if name in ("preferred_outputs", "other_outputs", "judged_pairs"):
+            return bool(config.evaluation.judge_pairs) and self.has(run, "judge_evaluation")
         if name in OF_POLICIES:
             return bool(config.evaluation.prompts)
         # Of what was made elsewhere, there is nothing that it was made from.
@@ -165,14 +174,15 @@ class Plan:
     def drawn(self, run: str, name: Name) -> list[tuple[Name, str, str]]:
         """What a part of the report shows: artifact, the first run that has it, and path.
 
-        It is what the configuration's targets make, so that a report never trains a model of its own. Only the judge's
-        numbers, which take no model, are made for it where there are judgements.
+        It is what the configuration's targets make, so that a report never loads a model. Only the judge's numbers are
+        made for it where there are judgements, unless they are also of pairs that are judged for them alone.
         """
         found: dict[str, tuple[Name, str, str]] = {}
         for one in DRAWN[name]:
             for other in self.runs if name in OF_ALL_RUNS else [run]:
                 path, first = self.path(other, one), self.owner(other, one)
-                made = self.path(other, "preferences") if one == "judge_evaluation" else path
+                free = one == "judge_evaluation" and not self.has(other, "judged_pairs")
+                made = self.path(other, "preferences") if free else path
                 if self.has(other, one) and not is_imported(self.runs[first], one) and made in self.wanted():
                     found.setdefault(path, (one, first, path))
         return [*found.values()]
@@ -189,13 +199,10 @@ class Plan:
             or all(path.startswith(world) for path in source.paths)
         ]
 
-    def sampled(self) -> list[dict[str, str]]:
+    def sampled(self) -> list[dict[str, str | None]]:
         """The policies whose answers are shown, with the fields of `draw_samples.Policy`."""
-        found = []
-        for number, (name, run, path) in enumerate(self.drawn("default", "samples")):
-            initial = f"initial of {run}" if number else "initial"
-            found.append({"name": initial if name == "initial_answers" else run, "answers": path})
-        return found
+        made = {path for _, _, path in self.drawn("default", "samples")}
+        return [{key: one[key] for key in ("name", "answers")} for one in self.compared() if one["answers"] in made]
 
     def counted(self) -> list[dict[str, str]]:
         """The tables whose rows are shown, with the fields of `draw_funnel.Counted`."""
@@ -327,10 +334,14 @@ class Plan:
             case "initial_scores" | "answer_scores":
                 answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
                 origin = provenance.score_answers(answers, self.scorers())
-            case "answer_judgements":
+            case "preferred_outputs" | "other_outputs":
+                which: Literal["preferred", "other"] = "preferred" if name == "preferred_outputs" else "other"
+                origin = provenance.clean_judge_pairs(config.evaluation, which)
+            case "answer_judgements" | "judged_pairs":
+                of_policy = name == "answer_judgements"
                 origin = provenance.judge_preferences(
-                    self.path(run, "answers"),
-                    self.path(run, "initial_answers"),
+                    self.path(run, "answers" if of_policy else "preferred_outputs"),
+                    self.path(run, "initial_answers" if of_policy else "other_outputs"),
                     config.judge.principles,
                     0,
                     model=judge_model(config),
@@ -339,7 +350,13 @@ class Plan:
             case "policy_evaluation":
                 origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
             case "judge_evaluation":
-                origin = provenance.evaluate_judge(self.path(run, "preferences"), evaluation=config.evaluation)
+                has_pairs = self.has(run, "judged_pairs")
+                origin = provenance.evaluate_judge(
+                    self.path(run, "preferences"),
+                    self.path(run, "judged_pairs") if has_pairs else None,
+                    self.path(run, "preferred_outputs") if has_pairs else None,
+                    evaluation=config.evaluation,
+                )
             case "evaluation_pairs":
                 origin = provenance.clean_evaluation_pairs(config.evaluation)
             case "pmp_evaluation" | "reward_evaluation":
@@ -404,17 +421,35 @@ class Plan:
                 )
         return found
 
-    def compared(self) -> list[dict[str, str]]:
-        """The runs whose policies are measured, with the fields of `evaluate_policies.Run`."""
-        tables: dict[str, Name] = {
-            "answers": "answers",
-            "scores": "answer_scores",
-            "judgements": "answer_judgements",
-            "initial_answers": "initial_answers",
-            "initial_scores": "initial_scores",
-        }
-        runs = [run for run in self.runs if self.has(run, "answers")]
-        return [{"name": run} | {key: self.path(run, name) for key, name in tables.items()} for run in runs]
+    def compared(self) -> list[dict[str, str | None]]:
+        """The policies that are measured, initial ones first, with the fields of `evaluate_policies.Policy`."""
+        initial: dict[str, str] = {}  # the run that has an initial policy's answers -> what that policy is called
+        trained: list[dict[str, str | None]] = []
+        for run in self.runs:
+            if not self.has(run, "answers"):
+                continue
+            owner = self.owner(run, "initial_answers")
+            name = initial.setdefault(owner, f"{INITIAL} of {owner}" if initial else INITIAL)
+            trained.append(
+                {
+                    "name": run,
+                    "answers": self.path(run, "answers"),
+                    "scores": self.path(run, "answer_scores"),
+                    "judgements": self.path(run, "answer_judgements"),
+                    "initial": name,
+                }
+            )
+        before: list[dict[str, str | None]] = [
+            {
+                "name": name,
+                "answers": self.path(run, "initial_answers"),
+                "scores": self.path(run, "initial_scores"),
+                "judgements": None,
+                "initial": None,
+            }
+            for run, name in initial.items()
+        ]
+        return before + trained
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""

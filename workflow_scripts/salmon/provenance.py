@@ -337,14 +337,29 @@ def check_model(
     return Origin(settings, inputs, keys, unrecorded=frozenset(one.name for one in inputs))
 
 
-def evaluate_judge(preferences: Path | str, *, evaluation: Evaluation) -> Origin:
-    """What judgements say of the judge."""
-    return Origin({"seed": evaluation.seed}, _files(preferences), keys=_alone("evaluation", {"seed": None}))
+def clean_judge_pairs(evaluation: Evaluation, which: str) -> Origin:
+    """One side of the pairs that the judge is held against."""
+    settings = evaluation.model_dump(include={"judge_pairs", "min_score_ratio", "seed"})
+    for source in settings["judge_pairs"].values():
+        del source["principles"]  # which are chosen when the judgements are counted
+    return Origin({**settings, "which": which}, _sources(evaluation.judge_pairs), keys=_alone("evaluation", settings))
+
+
+def evaluate_judge(
+    preferences: Path | str, judged: Path | str | None, labelled: Path | str | None, *, evaluation: Evaluation
+) -> Origin:
+    """What judgements say of the judge, and people's preferences if there are any."""
+    about = {name: source.principles for name, source in evaluation.judge_pairs.items()} if judged else {}
+    return Origin(
+        {"seed": evaluation.seed, "about": about},
+        _files(preferences, judged, labelled),
+        keys={"seed": "evaluation.seed", "about": "evaluation.judge_pairs"},
+    )
 
 
 def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
     """Pairs that reward models are measured by."""
-    settings = evaluation.model_dump(exclude={"prompts"})
+    settings = evaluation.model_dump(include={"pairs", "min_score_ratio", "seed"})
     return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
 
 
@@ -423,10 +438,11 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
     return Origin({"scorers": plain}, inputs)
 
 
-def evaluate_policies(runs: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
-    """The comparison of all policies; a run has the fields of `evaluate_policies.Run`."""
-    files = [path for run in runs for name, path in run.items() if name != "name"]
-    settings = {"compared": [run["name"] for run in runs], "seed": evaluation.seed}
+def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
+    """The comparison of all policies; each has the fields of `evaluate_policies.Policy`."""
+    tables = ("answers", "scores", "judgements")
+    files = [policy[name] for policy in policies for name in tables]
+    settings = {"compared": {policy["name"]: policy["initial"] for policy in policies}, "seed": evaluation.seed}
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
