@@ -414,20 +414,20 @@ def drawn(name):
     return lambda wildcards: [in_results(path) for _, _, path in PLAN.drawn(run_name(wildcards), name)]
 
 
-def evaluation_option(wildcards, input):
-    """Parameter: the evaluation of `drawn_model`, if any, as an option."""
-    return f"--evaluation {shlex.quote(input.evaluation)}" if input.get("evaluation") else ""
+def drawn_parts(name):
+    """Input: what a part of the report shows of one run, by the option of the script that reads it."""
+
+    def option(artifact):
+        return (
+            "measured" if artifact.endswith("_evaluation") else "preferences" if artifact == "preferences" else "model"
+        )
+
+    return lambda wildcards: {option(one): in_results(path) for one, _, path in PLAN.drawn(run_name(wildcards), name)}
 
 
-def drawn_model(name):
-    """Input: a model and, where it is measured, its evaluation, that a part of the report shows."""
-
-    def files(wildcards):
-        kinds = {True: "evaluation", False: "model"}
-        shown = PLAN.drawn(run_name(wildcards), name)
-        return {kinds[one.endswith("_evaluation")]: in_results(path) for one, _, path in shown}
-
-    return files
+def shown_option(wildcards, input):
+    """Parameter: the inputs of `drawn_parts` as options."""
+    return " ".join(f"--{name} {shlex.quote(path)}" for name, path in input.items() if name != "home")
 
 
 # What `make_demo_data` writes besides its manifest.

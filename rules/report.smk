@@ -26,7 +26,7 @@ rule draw_funnel:
 
 rule draw_judge:
     input:
-        evaluation=artifact("judge_evaluation"),
+        unpack(drawn_parts("judge_figures")),
         home=at_home("judge_figures"),
     output:
         pictures_and_tables("<results>/{home}report/judge", "judge", "3. Judge"),
@@ -38,13 +38,17 @@ rule draw_judge:
         home=HOME,
     conda:
         "../envs/data.yaml"
+    params:
+        shown=shown_option,
+        evaluation=setting("evaluation", only=("seed",)),
     shell:
-        f"python {SCRIPTS}/draw_judge.py" " --evaluation {input.evaluation:q} --output {output:q} > {log:q} 2>&1"
+        f"python {SCRIPTS}/draw_judge.py"
+        " {params.shown} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
 
 
 rule draw_reward_model:
     input:
-        unpack(drawn_model("reward_figures")),
+        unpack(drawn_parts("reward_figures")),
         home=at_home("reward_figures"),
     output:
         pictures_and_tables("<results>/{home}report/reward_model", "reward_model", "5. Reward model"),
@@ -58,15 +62,15 @@ rule draw_reward_model:
         "../envs/data.yaml"
     params:
         title="Reward model",
-        evaluation=evaluation_option,
+        shown=shown_option,
     shell:
         f"python {SCRIPTS}/draw_reward_model.py"
-        " --model {input.model:q} {params.evaluation} --title {params.title:q} --output {output:q} > {log:q} 2>&1"
+        " {params.shown} --title {params.title:q} --output {output:q} > {log:q} 2>&1"
 
 
 use rule draw_reward_model as draw_pmp with:
     input:
-        unpack(drawn_model("pmp_figures")),
+        unpack(drawn_parts("pmp_figures")),
         home=at_home("pmp_figures"),
     output:
         pictures_and_tables("<results>/{home}report/pmp", "pmp", "4. Reward model, PMP"),
@@ -76,12 +80,12 @@ use rule draw_reward_model as draw_pmp with:
         "<benchmarks>/{home}draw_pmp.tsv"
     params:
         title="Reward model before it learns principles (PMP)",
-        evaluation=evaluation_option,
+        shown=shown_option,
 
 
 use rule draw_reward_model as draw_sft with:
     input:
-        unpack(drawn_model("sft_figures")),
+        unpack(drawn_parts("sft_figures")),
         home=at_home("sft_figures"),
     output:
         pictures_and_tables("<results>/{home}report/sft", "sft", "2. Initial policy"),
@@ -91,7 +95,7 @@ use rule draw_reward_model as draw_sft with:
         "<benchmarks>/{home}draw_sft.tsv"
     params:
         title="Initial policy (SFT)",
-        evaluation=evaluation_option,
+        shown=shown_option,
 
 
 rule draw_training:

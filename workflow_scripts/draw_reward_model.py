@@ -11,7 +11,7 @@ class Arguments(script.Arguments):
     """Draw a training with a loss, and what was measured of its model."""
 
     model: Path = Field(description="folder of the model")
-    evaluation: Path | None = Field(None, description="folder of evaluate_reward_model, if it was measured")
+    measured: Path | None = Field(None, description="folder of evaluate_reward_model, if it was measured")
     title: str = Field(description="of the page")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")
 
@@ -20,10 +20,10 @@ def main(arguments: Arguments) -> None:
     """Read the metrics and the numbers, draw, write the folder."""
     metrics = border.read_json(arguments.model / "metrics.json", "", figures.AGAIN)
     part = figures.model_training(arguments.title, metrics)
-    if arguments.evaluation:
-        found = border.read_json(arguments.evaluation / "reward_model.json", "", figures.AGAIN)
+    if arguments.measured:
+        found = border.read_json(arguments.measured / "reward_model.json", "", figures.AGAIN)
         part = figures.reward_model(arguments.title, found) + part
-    origin = provenance.draw_reward_model(arguments.model, arguments.evaluation)
+    origin = provenance.draw_reward_model(arguments.model, arguments.measured)
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()
         part.write(folder)

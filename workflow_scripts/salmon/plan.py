@@ -80,7 +80,7 @@ COUNTED: tuple[Name, ...] = (
 DRAWN: dict[Name, tuple[Name, ...]] = {
     "funnel": COUNTED,
     "sft_figures": ("sft",),
-    "judge_figures": ("judge_evaluation",),
+    "judge_figures": ("judge_evaluation", "preferences"),  # which say the same, but for people's pairs
     "pmp_figures": ("pmp", "pmp_evaluation"),
     "reward_figures": ("reward_model", "reward_evaluation"),
     "training_figures": ("policy",),
@@ -147,12 +147,10 @@ class Plan:
         if name in DRAWN:
             needed = {"samples": bool(self.shown_sources()), "pmp_figures": self.has(run, "pmp_evaluation")}
             return needed.get(name, True) and bool(self.drawn(run, name))
-        if name == "evaluation_pairs":
-            return bool(config.evaluation.pairs)
         if name in ("preferred_outputs", "other_outputs", "judged_pairs"):
             return bool(config.evaluation.judge_pairs) and self.has(run, "judge_evaluation")
-        if name in OF_POLICIES:
-            return bool(config.evaluation.prompts)
+        if name == "evaluation_pairs" or name in OF_POLICIES:
+            return bool(config.evaluation.pairs if name == "evaluation_pairs" else config.evaluation.prompts)
         # Of what was made elsewhere, there is nothing that it was made from.
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
@@ -174,18 +172,15 @@ class Plan:
     def drawn(self, run: str, name: Name) -> list[tuple[Name, str, str]]:
         """What a part of the report shows: artifact, the first run that has it, and path.
 
-        It is what the configuration's targets make, so that a report never loads a model. Only the judge's numbers are
-        made for it where there are judgements, unless they are also of pairs that are judged for them alone.
+        It is what the configuration's other targets make: a report makes nothing of its own.
         """
         found: dict[str, tuple[Name, str, str]] = {}
         for one in DRAWN[name]:
             for other in self.runs if name in OF_ALL_RUNS else [run]:
                 path, first = self.path(other, one), self.owner(other, one)
-                free = one == "judge_evaluation" and not self.has(other, "judged_pairs")
-                made = self.path(other, "preferences") if free else path
-                if self.has(other, one) and not is_imported(self.runs[first], one) and made in self.wanted():
+                if self.has(other, one) and not is_imported(self.runs[first], one) and path in self.wanted():
                     found.setdefault(path, (one, first, path))
-        return [*found.values()]
+        return [*found.values()][: 1 if name == "judge_figures" else None]
 
     def shown_sources(self) -> list[str]:
         """Sources of the evaluation's prompts whose texts the report may show."""
@@ -391,7 +386,7 @@ class Plan:
         first, *more = (paths.get(one) for one in DRAWN[name])
         match name:
             case "judge_figures":
-                return provenance.draw_judge(first or "")
+                return provenance.draw_judge(first, paths.get("preferences"), evaluation=self.runs[run].evaluation)
             case "policy_figures":
                 return provenance.draw_policies(first or "")
             case _:

@@ -452,14 +452,15 @@ def draw_funnel(tables: Sequence[Mapping[str, Any]]) -> Origin:
     return Origin({"counted": counted}, _files(*(table["path"] for table in tables)))
 
 
-def draw_judge(evaluation: Path | str) -> Origin:
-    """Pictures of the judge."""
-    return Origin({}, _files(evaluation))
+def draw_judge(measured: Path | str | None, preferences: Path | str | None, *, evaluation: Evaluation) -> Origin:
+    """Pictures of the judge, which was measured, or is by its judgements."""
+    settings = {} if measured else {"seed": evaluation.seed}
+    return Origin(settings, _files(measured, preferences), keys={"seed": "evaluation.seed"})
 
 
-def draw_reward_model(model: Path | str, evaluation: Path | str | None) -> Origin:
+def draw_reward_model(model: Path | str, measured: Path | str | None) -> Origin:
     """Pictures of a training and of what was measured of its model."""
-    return Origin({}, _files(model, evaluation))
+    return Origin({}, _files(model, measured))
 
 
 def draw_training(runs: Sequence[Mapping[str, Any]]) -> Origin:
