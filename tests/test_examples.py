@@ -1,0 +1,108 @@
+"""The overlays for models that people use: each is a configuration of the whole paper's run, and its kind is tested."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from examples.smollm2 import write_readme
+from salmon import evaluation
+from tests.test_workflow import elsewhere, jobs, snakemake
+from tests.zoo import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+OTHERS = {"authors"}  # of which test_imports.py knows more
+KINDS = {
+    "qwen2.5-0.5b": "qwen2",
+    "qwen3-8b": "qwen3",
+    "llama-3.2-1b": "llama_tied",
+    "llama-3.1-8b": "llama3_rope",
+    "mistral-7b": "llama",  # version 0.3 has no sliding window
+    "gemma-3-4b": "gemma3_vision",
+}
+"""Overlay -> the architecture of the matrix (`tests/test_models.py`) that it is one of."""
+
+
+def test_every_overlay_is_of_a_tested_architecture() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} - OTHERS == set(KINDS)
+    assert set(KINDS.values()) <= set(ARCHITECTURES)
+    results = [yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["pathvars"]["results"] for name in KINDS]
+    assert results == [f"results/{name}" for name in KINDS]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_overlay_is_the_whole_of_the_papers_run(tmp_path: Path, name: str) -> None:
+    """From the prompts to the policy, as the paper's configuration has it, with the profile of one machine."""
+    overlay = ("--configfile", f"examples/{name}.yaml", "--profile", "profiles/local")
+    run = snakemake("-n", *overlay, *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    assert {"sample_responses", "judge_preferences", "train_pmp", "train_reward_model", "train_policy"} <= set(counts)
+    assert counts["train_policy"] == 1
+    assert counts["sample_responses"] == 8
+
+
+def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
+    """Dry: one reward model for its four runs, and all that is measured."""
+    overlay = ("--configfile", "examples/smollm2/config.yaml", "--profile", "profiles/cpu")
+    base = tmp_path / "model"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    run = snakemake("-n", *overlay, *elsewhere(tmp_path / "results"), f"model={{base: {base}}}")
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    wanted = {"train_pmp": 1, "train_reward_model": 1, "train_policy": 4, "evaluate_judge": 1, "evaluate_policies": 1}
+    assert {name: counts.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_shorter", "is_more_orderly"),
+    [
+        ("one two", "one two three", 1, 0),
+        ("one two three", "one two", -1, 0),
+        ("a b c d e f g h i j", "a b c d e f g h i j k", 0, 0),
+        ("1. a\n2. b\n3. c", "a b c d e f", 0, 1),
+        ("- a\n* b\nno", "x - a\n1) b\n2. c\n3. d", 1, -1),
+    ],
+)
+def test_what_programs_can_tell(first: str, second: str, is_shorter: int, is_more_orderly: int) -> None:
+    assert write_readme.shorter(first, second) == is_shorter
+    assert write_readme.more_orderly(first, second) == is_more_orderly
+
+
+def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
+    """Of any results that have an evaluation; those of the judge against programs again, the slow way."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n{write_readme.BEGIN}\nold\n{write_readme.END}\nAfter.\n")
+    results = small_run / "results"
+    write_readme.main(write_readme.Arguments(results=results, output=readme))
+    text = readme.read_text()
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert "\nold\n" not in text
+    judge = json.loads((results / "evaluation/judge/judge.json").read_text())
+    texts = [
+        dict(pl.read_parquet(results / f"responses/response{index}.parquet")["prompt_id", "response"].iter_rows())
+        for index in (0, 1)
+    ]
+    sure, right, mean_right = [], [], []
+    for row in pl.read_parquet(results / "preferences/preferences.parquet").iter_rows(named=True):
+        if row["dimension"] != "Concise":
+            continue
+        one, other = (len(each[row["prompt_id"]].split()) for each in texts)
+        if max(one, other) < 1.25 * min(one, other):
+            continue
+        first = one < other
+        sure.append(row["prompt_id"])
+        mean_right.append(0.5 if row["s12"] + row["s21"] == 0 else float((row["s12"] + row["s21"] > 0) == first))
+        if row["s12"] * row["s21"] > 0:
+            right.append(float((row["s12"] > 0) == first))
+    found = next(line for line in text.splitlines() if line.startswith("| Concise | ")).split(" | ")
+    assert found[1] == write_readme.shown(judge["principles"]["Concise"]["agree"])
+    assert found[4] == str(len(sure))
+    assert found[5].startswith(f"{sum(right) / len(right):.2f} (") if right else not found[5]
+    assert found[6].startswith(f"{evaluation.estimate(mean_right, sure, 0)['value']:.2f} (")
+    assert "| default |" in text
