@@ -123,6 +123,10 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
         order = ("agree", "first", "bias", "margin", "zeros")
         assert row[1:] == [measured["agree"]["number"], *(measured[what]["value"] for what in order)]
     assert [row[1:] for row in page.keys[1][1:]] == judge["correlation"]
+    for (source, name, *_), row in zip(page.tables[2][1:], page.keys[2][1:], strict=True):
+        right = judge["labelled"][source][name]
+        assert row[2:] == [right[what]["value"] for what in ("agree", "right", "mean_right")]
+    assert len(page.tables[2]) == 1 + sum(map(len, judge["labelled"].values()))
     for folder in ("pmp", "reward_model"):
         found, page = read(small_run, f"evaluation/{folder}/reward_model.json"), shown(small_run, folder)
         held_out = found["held_out"]
@@ -146,9 +150,9 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
     wins = found["wins"]["default"]
     for (label, *_), row in zip(page.tables[1][1:], page.keys[1][1:], strict=True):
         name, _, negated = label.partition(", ")
-        assert row[1:] == [wins[name][negated or "plain"]["default"]["initial"]["value"]]
+        assert row[1:] == [wins[name][negated or "plain"]["default"][plan.INITIAL]["value"]]
     for (name, *_), row in zip(page.tables[3][1:], page.keys[3][1:], strict=True):
-        assert row[1:] == [found["judge"][name]["default"]["initial"]["value"]]
+        assert row[1:] == [found["judge"][name]["default"][plan.INITIAL]["value"]]
 
 
 def test_the_table_of_ppo_again_the_slow_way(small_run: Path) -> None:
@@ -171,7 +175,7 @@ def test_the_table_of_ppo_again_the_slow_way(small_run: Path) -> None:
 def test_samples_are_of_ones_own_prompts_only(small_run: Path) -> None:
     """The public data set among the sources of the evaluation is answered, and not shown."""
     (table,) = shown(small_run, "samples").tables
-    assert table[0] == ["prompt", "initial", "default"]
+    assert table[0] == ["prompt", plan.INITIAL, "default"]
     assert {row[0] for row in table[1:]} == set(MINE)
     results = small_run / "results"
     for place, path in ((1, "evaluation/initial_answers.parquet"), (2, "runs/default/evaluation/answers.parquet")):
@@ -193,10 +197,11 @@ def test_texts_are_no_markup() -> None:
 
 def test_cells_are_written_for_people_and_sorted_by_their_numbers() -> None:
     one = {"value": 0.123456, "low": 0.1, "high": 0.2, "number": 1234}
-    table = pages.Table("", ["a", "b", "c", "d"], [["x|y", one, 12345, None], ["z", figures.NOTHING, 1.5, ""]])
+    bare = {"value": 2.0, "low": None, "high": None, "number": 1}
+    table = pages.Table("", ["a", "b", "c", "d"], [["x|y", one, 12345, bare], ["z", figures.NOTHING, 1.5, None]])
     found = Reader(pages.page("T", [table]))
-    assert found.tables[0][1:] == [["x|y", "0.12 (0.10 to 0.20)", "12,345", ""], ["z", "", "1.50", ""]]
-    assert found.keys[0][1:] == [[None, 0.123456, 12345.0, None], [None, None, 1.5, None]]
+    assert found.tables[0][1:] == [["x|y", "0.12 (0.10 to 0.20)", "12,345", "2.00 "], ["z", "", "1.50", ""]]
+    assert found.keys[0][1:] == [[None, 0.123456, 12345.0, 2.0], [None, None, 1.5, None]]
 
 
 # ---- Pictures

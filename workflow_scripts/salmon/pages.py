@@ -70,8 +70,9 @@ def shown(cell: Cell, digits: int) -> str:
     if isinstance(cell, Mapping):
         if cell["value"] is None:
             return ""
+        value = f"{cell['value']:,.{digits}f}"
         low, high = (shown(cell[end], digits) for end in ("low", "high"))
-        return f"{cell['value']:,.{digits}f} ({low} to {high})"
+        return f"{value} ({low} to {high})" if low and high else value
     if isinstance(cell, float):
         return f"{cell:,.{digits}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
@@ -100,7 +101,7 @@ def _cell(cell: Cell, table: Table) -> str:
     """A cell, with the number that it is sorted by."""
     text = html.escape(shown(cell, table.digits))
     if isinstance(cell, Mapping) and cell["value"] is not None:
-        value, interval = text.split(" ", 1)
+        value, _, interval = text.partition(" ")
         return (
             f'<td class="number" data-key="{cell["value"]}" title="of {cell["number"]} rows">{value} '
             f"<small>{interval}</small></td>"
