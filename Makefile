@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds example check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -18,8 +18,16 @@ FIRST = --prioritize $(1)/runs/comprehensive/policy
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	snakemake --profile profiles/demo $(call FIRST,results/demo)
+	snakemake --profile profiles/demo $(call FIRST,results/demo) --report results/demo/report.html --report-after-run
 	python demo/summary.py results/demo
+
+# One HTML of what is there of any configuration's targets. For another one than the demo's, set these: its report belongs
+# to `targets`.
+PROFILE = profiles/demo
+OPTIONS =
+REPORT = results/demo/report.html
+report: $(INSTALLED)
+	snakemake --profile $(PROFILE) $(OPTIONS) --report $(REPORT)
 
 # The demo three times, with other data and other draws; then one table of all.
 SEEDS = 1 2

@@ -5,7 +5,6 @@ is measured, in the order of the stages: the judge, the reward model under singl
 and what one reward model makes of the policies whose runs differ in their principles.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from salmon import (  # noqa: E402
     config,
     distributed,
     encoding,
+    figures,
     likelihood,
     models,
     principles,
@@ -46,15 +46,17 @@ log = logging.getLogger("salmon.evaluate_demo")
 
 BATCH = 64  # texts scored at once
 SAMPLED = 1000  # prompts sampled at once: all
+SHOWN = 12  # instructions whose answers are in the report
 # Which are no settings: inputs, or hardware.
 OTHER_OPTIONS = {"output", "reward_model", "pmp", "policies", "threads"}
+LISTS = ("words", "shown")  # of every answer, or of some
 Judgements = Sequence[Sequence[tuple[float, float]] | None]
 
 
 class Arguments(script.Arguments):
     """Measure the demo against the oracles; without reward model and policies, its judge alone."""
 
-    output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures")
+    output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures and pages")
     model: config.Model = Field(description="section of the configuration")
     policy_prompt: config.PolicyPrompt = Field(description="section of the configuration")
     judge: config.Judge = Field(description="section of the configuration")
@@ -288,7 +290,13 @@ def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float)
         "mean_tokens": float(np.mean([len(answer.tokens) for answer in answers])),
         "finished": float(np.mean([answer.finished for answer in answers])),
         "kl": kl,
+        "shown": [answers[place].text for place in shown(len(answers))],
     }
+
+
+def shown(number: int) -> range:
+    """Places of the instructions whose answers are in the report: of all kinds."""
+    return range(0, number, max(1, number // SHOWN))
 
 
 def measure_judge(
@@ -335,7 +343,7 @@ def measure_policies(arguments: Arguments, model: Any, sampler: Sampler, tokeniz
         with model.disable_adapter():
             before = logprobs(model, answers, arguments.ppo.temperature)
         summaries[run] = summarize(texts, answers, float(np.mean(np.subtract(own, before))))
-        log.info("policy %s: %s", run, {name: value for name, value in summaries[run].items() if name != "words"})
+        log.info("policy %s: %s", run, {name: value for name, value in summaries[run].items() if name not in LISTS})
     return summaries
 
 
@@ -371,14 +379,15 @@ def main(arguments: Arguments) -> None:
         log.info("reward model, drawn records: %s", results["sign_flips"])
     results["policies"] = measure_policies(arguments, model, sampler, tokenizer)
     results = {"headline": report.headline(results), **results}
-    steps = {}
-    for policy in arguments.policies:
-        steps[policy.parent.name] = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
+    instructions = [instruction.text for instruction in world.instructions(arguments.split)]
+    asked = [instructions[place] for place in shown(len(instructions))]
+    answers = {name: summary.pop("shown") for name, summary in results["policies"].items()}
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()
         artifacts.write_json(folder / "evaluation.json", results)
         (folder / "evaluation.md").write_text(report.markdown([results]), encoding="utf-8")
-        report.draw(results, steps, folder)
+        report.part(results).write(folder)
+        (folder / "samples.html").write_text(figures.samples(asked, answers).page(), encoding="utf-8")
         origin = provenance.evaluate_demo(
             arguments.reward_model,
             arguments.pmp,

@@ -1,16 +1,13 @@
-"""What the demo measured, as a table and as pictures; from one run or from several with other seeds."""
+"""What the demo measured, as tables and as pictures; from one run or from several with other seeds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "salmon"  # so that the same numbers give the same file
-from matplotlib import pyplot  # noqa: E402
+from salmon import drawing, figures, pages
 
 STEERED = ("Concise", "Comprehensive", "Methodical")
 
@@ -109,24 +106,29 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Tables of the numbers to reach and of the policies: means over the runs, with their range."""
+def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[pages.Table]:
+    """The numbers to reach and the policies: means over the runs, with their range."""
     several = f"mean of {len(evaluations)} seeds (range)" if len(evaluations) > 1 else "measured"
-    lines = [f"| on held-out instructions | demanded | {several} |", "| --- | --- | --- |"]
+    rows = []
     for target in TARGETS:
         values = [evaluation["headline"].get(target.name) for evaluation in evaluations]
         if None not in values:
-            lines.append(f"| {target.label} | {target.demand()} | {_spread(values, target.kind)} |")
+            rows.append([target.label, target.demand(), _spread(values, target.kind)])
+    numbers = pages.Table("Numbers to reach", ["on held-out instructions", "demanded", several], rows)
     policies = ["initial", *sorted(name for name in evaluations[0]["policies"] if name != "initial")]
     dimensions = sorted(evaluations[0]["policies"]["initial"]["oracles"])
-    header = ["policy", "words", "KL", *dimensions]
-    lines += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     for name in policies:
         measured = [evaluation["policies"][name] for evaluation in evaluations]
         cells = [_spread([one[key] for one in measured], "{:.1f}") for key in ("mean_words", "kl")]
         cells += [_spread([one["oracles"][dimension] for one in measured], "{:.0f}") for dimension in dimensions]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    return [numbers, pages.Table("Policies, by the oracles (of 100)", ["policy", "words", "KL", *dimensions], rows)]
+
+
+def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The same in Markdown."""
+    return "\n".join(map(pages.markdown, tables(evaluations)))
 
 
 def _spread(values: Sequence[float], kind: str) -> str:
@@ -150,65 +152,55 @@ def missed(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(evaluation: Mapping[str, Any], steps: Mapping[str, Sequence[Mapping[str, float]]], folder: Path) -> None:
-    """Pictures (SVG): accuracy by dimension, and where there are policies, their lengths, scores and training."""
-    _draw_accuracy(evaluation, folder / "accuracy.svg")
+def part(evaluation: Mapping[str, Any]) -> figures.Part:
+    """The demo's part of the report: accuracy by dimension, and where there are policies, their lengths and scores."""
+    pictures = {"accuracy": _accuracy(evaluation)}
     if len(evaluation["policies"]) > 1:
-        _draw_lengths(evaluation["policies"], folder / "lengths.svg")
-        _draw_scores(evaluation["policies"], folder / "scores.svg")
-        _draw_steps(steps, folder / "training.svg")
+        pictures |= {"lengths": _lengths(evaluation["policies"]), "scores": _scores(evaluation["policies"])}
+    return figures.Part("The demo, measured by its oracles", tables([evaluation]), pictures)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def _draw_accuracy(evaluation: Mapping[str, Any], path: Path) -> None:
-    dimensions = list(evaluation["judge"])
-    series = {"judge": [evaluation["judge"][name]["right"] for name in dimensions]}
+def _accuracy(evaluation: Mapping[str, Any]) -> Figure:
+    names = list(evaluation["judge"])
+    series = {"judge": [_point(evaluation["judge"][name]["right"]) for name in names]}
     if "reward_model" in evaluation:
         for key in ("plain", "negated"):
-            series[f"reward model, {key}"] = [evaluation["reward_model"][name][key] for name in dimensions]
-    figure, axes = pyplot.subplots(figsize=(8, 3.2))
-    width = 0.8 / len(series)
-    for place, (label, values) in enumerate(series.items()):
-        axes.bar([x + place * width for x in range(len(dimensions))], values, width, label=label)
-    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(dimensions))], dimensions, rotation=25, ha="right")
-    axes.set(ylim=(0, 1), ylabel="right, by the oracle")
-    axes.legend(loc="lower right", fontsize="small")
-    _save(figure, path)
+            series[f"reward model, {key}"] = [_point(evaluation["reward_model"][name][key]) for name in names]
+    drawn = drawing.figure(7, 1.2 + 1.3 * drawing.ROW * len(names))
+    axes = drawn.subplots()
+    drawing.dots(axes, names, series, reference=drawing.CHANCE)
+    axes.set(xlim=(-0.02, 1.02), xlabel="right, by the oracle", title="Judge and reward model")
+    drawing.legend(drawn, axes)
+    return drawn
 
 
-def _draw_lengths(policies: Mapping[str, Any], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(8, 3.2))
-    axes.violinplot([numbers["words"] for numbers in policies.values()], showmeans=True, widths=0.8)
-    axes.set_xticks(range(1, len(policies) + 1), list(policies))
-    axes.set(ylabel="words of an answer", ylim=(0, None))
-    _save(figure, path)
+def _point(value: float) -> pages.Estimate:
+    """A number without an interval."""
+    return {"value": value, "low": None, "high": None, "number": 1}
 
 
-def _draw_scores(policies: Mapping[str, Any], path: Path) -> None:
+def _lengths(policies: Mapping[str, Any]) -> Figure:
+    drawn = drawing.figure(7, 1.0 + 1.6 * drawing.ROW * len(policies))
+    axes = drawn.subplots()
+    drawing.rows(axes, list(policies))
+    words = [numbers["words"] for numbers in policies.values()]
+    violins: dict[str, Any] = axes.violinplot(
+        words, range(len(policies)), orientation="horizontal", showmeans=True, widths=0.8
+    )
+    for body in violins["bodies"]:
+        body.set(facecolor=drawing.PALETTE[0], alpha=0.35)
+    for line in ("cmeans", "cmins", "cmaxes", "cbars"):
+        violins[line].set(color=drawing.PALETTE[0], linewidth=1.2)
+    axes.set(xlabel="words", xlim=(0, None), title="Length of the answers")
+    return drawn
+
+
+def _scores(policies: Mapping[str, Any]) -> Figure:
     dimensions = list(policies["initial"]["oracles"])
-    values = [[numbers["oracles"][name] for name in dimensions] for numbers in policies.values()]
-    figure, axes = pyplot.subplots(figsize=(8, 3.2))
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    for row, numbers in enumerate(values):
-        for column, value in enumerate(numbers):
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
-    axes.set_xticks(range(len(dimensions)), dimensions, rotation=25, ha="right")
-    axes.set_yticks(range(len(policies)), list(policies))
-    figure.colorbar(image, label="oracle's score")
-    _save(figure, path)
-
-
-def _draw_steps(steps: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    figure, panels = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    names = {"score": "reward model's score", "kl_sequence": "KL to the initial policy", "response_tokens": "tokens"}
-    for axes, (key, label) in zip(panels, names.items(), strict=True):
-        for run, entries in steps.items():
-            axes.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], label=run)
-        axes.set(xlabel="PPO step", ylabel=label)
-    panels[0].legend(fontsize="small")
-    _save(figure, path)
+    values = [[policies[name]["oracles"][dimension] for name in policies] for dimension in dimensions]
+    drawn = drawing.figure(3.2 + 0.62 * len(policies), 1.5 + 1.2 * drawing.ROW * len(dimensions))
+    axes = drawn.subplots()
+    image = drawing.heat_map(axes, dimensions, list(policies), values, low=0, high=100, digits=0, diverging=False)
+    axes.set_title("Score by the oracles, of 100")
+    drawn.colorbar(image, ax=axes)
+    return drawn

@@ -63,8 +63,8 @@ def main() -> int:
     evaluations = [read(folder / "demo_evaluation" / "evaluation.json") for folder in arguments.results]
     evaluations = [{**evaluation, "headline": report.headline(evaluation)} for evaluation in evaluations]
     sys.stdout.write(report.markdown(evaluations))
-    pictures = sorted(arguments.results[0].glob("demo_evaluation/*.svg"))
-    sys.stdout.write(f"\nPictures: {', '.join(map(str, pictures))}\n")
+    if (page := arguments.results[0] / "report.html").exists():
+        sys.stdout.write(f"\nPictures and tables of every stage, for a browser: {page}\n")
     if not arguments.check:
         return 0
     findings = report.missed(evaluations)

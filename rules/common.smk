@@ -390,6 +390,46 @@ def scorers_settings():
     return to_json([{name: settings_of(value) for name, value in one.items()} for one in PLAN.scorers()]).decode()
 
 
+def pictures_and_tables(folder, caption, category, of_run=True):
+    """Output: a folder whose pictures and tables are in Snakemake's report.
+
+    Args:
+        folder: path of the folder.
+        caption: file in rules/captions.
+        category: of the report.
+        of_run: whether it shows one run, after which it is then filed.
+    """
+    return report(
+        directory(folder),
+        patterns=["{what}.{kind,svg|html}"],
+        caption=f"captions/{caption}.rst",
+        category=category,
+        subcategory=run_name if of_run else "all runs",
+        labels={"shown": "{what}"},
+    )
+
+
+def drawn(name):
+    """Input: what a part of the report shows."""
+    return lambda wildcards: [in_results(path) for _, _, path in PLAN.drawn(run_name(wildcards), name)]
+
+
+def drawn_parts(name):
+    """Input: what a part of the report shows of one run, by the option of the script that reads it."""
+
+    def option(artifact):
+        return (
+            "measured" if artifact.endswith("_evaluation") else "preferences" if artifact == "preferences" else "model"
+        )
+
+    return lambda wildcards: {option(one): in_results(path) for one, _, path in PLAN.drawn(run_name(wildcards), name)}
+
+
+def shown_option(wildcards, input):
+    """Parameter: the inputs of `drawn_parts` as options."""
+    return " ".join(f"--{name} {shlex.quote(path)}" for name, path in input.items() if name != "home")
+
+
 # What `make_demo_data` writes besides its manifest.
 DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
 DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]

@@ -43,7 +43,7 @@ rule evaluate_demo:
         principles=settings.judge.principles,
         world=demo_world,
     output:
-        directory("<results>/demo_evaluation"),
+        pictures_and_tables("<results>/demo_evaluation", "demo", "9. The demo, by its oracles", of_run=False),
     log:
         "<logs>/evaluate_demo.log",
     benchmark:

@@ -18,6 +18,8 @@ from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
+MINE = ("Tell me about iron.", "Why do whales sing?", "List three things about the moon.")
+"""Prompts of one's own, which the report may show."""
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,11 +67,13 @@ def configuration(folder: Path) -> dict[str, Any]:
             "question_type": "red_teaming",
         },
     }
-    raw["targets"] = ["policy", "sft", "evaluation"]
+    (folder / "mine.json").write_text(json.dumps([{"instruction": text, "input": ""} for text in MINE]))
+    raw["targets"] = ["policy", "sft", "evaluation", "report"]
     raw["evaluation"] = {
         "prompts": {
             "oasst1": None,
             "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k"), "limit": 8},
+            "mine": {"format": "prompts", "path": str(folder / "mine.json")},
         },
         "pairs": {
             "hh_rlhf": None,

@@ -72,7 +72,8 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
     """The data rules are run, the others listed; folders have names that a shell could take for a command."""
     unchanged, folder = contents(checkout), tmp_path / "else where"
     (folder / "config").mkdir(parents=True)
-    demo = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text()) | {"pathvars": HOSTILE}
+    own = {"pathvars": HOSTILE, "targets": ["rl_prompts", "report"]}
+    demo = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text()) | own
     (folder / "config" / "mine.yaml").write_text(yaml.safe_dump(demo))
     if how == "module":  # whose configuration needs no more than what differs from the defaults
         (folder / "Snakefile").write_text(MODULE.format(snakefile=repr(str(checkout / "Snakefile"))))
@@ -82,8 +83,14 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
         own = ["-s", checkout / "Snakefile", "--directory", folder, "--profile", checkout / "profiles" / "demo"]
         own, where, rule, target = [*own, "--configfile", *file], tmp_path, "", "policies"
     before = locked(checkout)
-    snakemake(where, f"{RESULTS}/{DATA}", *own, before=before)
+    snakemake(where, f"{rule}report", *own, before=before)  # which takes the data
     assert (folder / RESULTS / DATA).exists()
+    assert "Report created" in snakemake(
+        where, f"{rule}report", *own, "--report", tmp_path / "it's.html", before=before
+    )
+    page = (tmp_path / "it's.html").read_text()
+    assert "filename=funnel.svg;base64," in page
+    assert "as the manifests of the" in page
     listed = snakemake(where, "-n", target, *own, before=before)
     assert f"{rule}train_policy " in listed
     assert f"{rule}clean_rl_prompts" not in listed

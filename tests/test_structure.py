@@ -329,10 +329,14 @@ def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
         assert {f"{begin}{name}" for begin in BEGINNINGS} <= KEYS
 
 
+DRAWN = ("funnel", "judge", "reward_model", "training", "policies", "samples")
+
+
 def test_data_rules_and_the_snakefile_do_without_torch() -> None:
     """The environment of the data rules has none, and it takes a second or two to be imported."""
     modules = ["clean_prompts", "clean_sft_data", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
     modules += ["import_authors", "evaluate_judge", "evaluate_policies", "judge_by_endpoint"]
+    modules += [f"draw_{part}" for part in DRAWN]
     modules += ["salmon.work", "salmon.configuration", "salmon.identity", "salmon.tokenizers"]
     program = "import sys\nsys.modules['torch'] = None\n" + "".join(f"import {name}\n" for name in modules)
     done = subprocess.run(

@@ -22,6 +22,7 @@ from tests.running import PATIENCE, environment, merge
 
 ROOT = Path(__file__).parents[1]
 POLICY = "runs/default/policy"
+KINDS = ("stale", "follows")
 ALL = {
     "check_model/sampling",
     "check_model/judging",
@@ -48,6 +49,7 @@ ALL = {
     "runs/default/evaluation/scores.parquet",
     "runs/default/evaluation/judgements.parquet",
     "evaluation/policies",
+    *(f"evaluation/judge_pairs/{table}.parquet" for table in ("preferred", "other", "judgements")),
     "evaluation/judge",
     "evaluation/pairs.parquet",
     "evaluation/pmp",
@@ -57,6 +59,11 @@ ALL = {
     "evaluation/initial_mt_bench",
     "runs/default/evaluation/mt_bench",
 }
+
+REPORT = {
+    f"report/{part}" for part in ("funnel", "sft", "judge", "pmp", "reward_model", "training", "policies", "samples")
+}
+"""The parts of the report, which have a test of their own."""
 
 
 def named(*words: str) -> set[str]:
@@ -72,6 +79,8 @@ PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
 MEASURED = PMP_MEASURED | MODEL_MEASURED
 TASKED, DIALOGUES = named("tasks"), named("mt_bench")
 WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
+LABELLED = {"evaluation/judge_pairs/preferred.parquet", "evaluation/judge_pairs/other.parquet"}
+WITHOUT_MODEL |= LABELLED
 TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
 # Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
 # result is not here.
@@ -126,12 +135,15 @@ STALE = {
     "ppo.reward_max_length": RL,
     "evaluation.prompts": {"evaluation/prompts.parquet"},
     "evaluation.pairs": {"evaluation/pairs.parquet"},
-    "evaluation.min_score_ratio": {"evaluation/pairs.parquet"},
+    "evaluation.judge_pairs": LABELLED,
+    "evaluation.judge_pairs.*.principles": {"evaluation/judge"},
+    "evaluation.min_score_ratio": {"evaluation/pairs.parquet"} | LABELLED,
     "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED | DIALOGUES,
     "evaluation.mt_bench": DIALOGUES,
     "evaluation.judge_endpoint": set(),  # which the small run has not
     "evaluation.mt_bench_tokens": DIALOGUES,
     **{f"evaluation.{key}": TASKED for key in provenance.TASKS},
+    "report": set(),
 }
 
 
@@ -153,8 +165,9 @@ def load(folder: Path, results: Path | None = None, **changes: Any) -> dict[str,
 def look(runs: dict[str, Config], kind: str = "stale") -> set[tuple[str, str]]:
     """What is found of a kind: paths below the results, and why."""
     root = Path(runs["default"].pathvars.results)
-    found = verification.verify(runs).findings
-    return {(Path(one.path).relative_to(root).as_posix(), one.text) for one in found if one.kind == kind}
+    found = [one for one in verification.verify(runs).findings if one.kind == kind]
+    texts = {(Path(one.path).relative_to(root).as_posix(), one.text) for one in found}
+    return {(path, text) for path, text in texts if path not in REPORT}
 
 
 def paths(found: set[tuple[str, str]]) -> set[str]:
@@ -169,7 +182,27 @@ def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_of_a_whole_run_is_stale(small_run: Path) -> None:
     report = verification.verify(load(small_run))
     assert [one for one in report.findings if one.kind != "note"] == []
-    assert report.whole == len(ALL)
+    assert report.whole == len(ALL | REPORT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale", "follows"),
+    [
+        ({"targets": ["policy", "report"]}, {"funnel", "reward_model", "pmp", "judge"}, set()),
+        ({"report": {"samples": True}}, {"samples"}, set()),
+        ({"aggregation": {"passes": 3}}, set(), {"funnel", "reward_model", "training", "policies", "samples"}),
+        ({"ppo": {"clip": 0.1}}, set(), {"funnel", "training", "policies", "samples"}),
+    ],
+    ids=["targets", "samples", "aggregation", "ppo"],
+)
+def test_the_report_is_stale_where_it_would_show_something_else(
+    small_run: Path, changes: dict[str, Any], stale: set[str], follows: set[str]
+) -> None:
+    found = verification.verify(load(small_run, **changes)).findings
+    parts = {
+        kind: {Path(one.path).name for one in found if "/report/" in one.path and one.kind == kind} for kind in KINDS
+    }
+    assert parts == {"stale": stale, "follows": follows}
 
 
 # ---- Every key
@@ -207,6 +240,7 @@ VALUES: dict[str, Any] = {
     "rl_prompts.length_bonus": {"general": 0.5},
     "rl_prompts.min_tokens": 3,
     "evaluation.tasks_data": {"hhh": str(ROOT / "tests" / "data" / "truthfulqa")},
+    "evaluation.judge_pairs.*.principles": ["Concise"],
 }
 CHAT = {"policy_prompt": {"template": "chat"}, "judge": {"format": "chat"}, "scoring": {"format": "chat"}}
 
@@ -241,6 +275,7 @@ def other(key: str, old: Any, folder: Path) -> Any:
                 "pmp_data.sources": PAIR_FORMATS,
                 "sft_data.sources": EXAMPLE_FORMATS,
                 "evaluation.pairs": PAIR_FORMATS,
+                "evaluation.judge_pairs": PAIR_FORMATS,
             }.get(section, PROMPT_FORMATS)
             return next(name for name in known if name != old)
         return f"{old}other"
@@ -315,7 +350,7 @@ def test_a_table_with_other_contents(copy: Path) -> None:
     follows = {"reward_data/principle_preferences.parquet", "models/reward_model"}
     follows |= ANSWERED | SCORED | COMPARED | {"evaluation/policies", "evaluation/judge", "evaluation/reward_model"}
     follows |= {"runs/default/evaluation/tasks", "runs/default/evaluation/mt_bench"}
-    assert paths(look(runs, "follows")) == JUDGED | follows
+    assert paths(look(runs, "follows")) == JUDGED | follows - named("judge_pairs")
 
 
 def damage(path: Path) -> None:
@@ -384,7 +419,7 @@ def test_manifests_from_before_responses_were_cut(copy: Path) -> None:
 def test_results_that_were_moved(small_run: Path, copy: Path) -> None:
     """And are known there by other paths, as are the inputs that moved with them."""
     assert look(load(copy)) == set()
-    assert verification.verify(load(copy)).whole == len(ALL)
+    assert verification.verify(load(copy)).whole == len(ALL | REPORT)
     rewrite_table(copy / "results" / "responses" / "response0.parquet", pl.col("response") + "x")
     assert {"reward_data/principle_preferences.parquet", *named("preferences.shards")} <= paths(look(load(copy)))
 
@@ -452,13 +487,14 @@ def test_the_script(small_run: Path, tmp_path: Path) -> None:
 
     whole = run(files=[])
     assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.splitlines()[-1] == f"whole: {len(ALL)} artifacts"
+    assert whole.stdout.splitlines()[-1] == f"whole: {len(ALL | REPORT)} artifacts"
     stale = run(files=[changed])
     policy = small_run / "results" / POLICY
     assert stale.returncode == 1
     assert f"stale: {policy}: ppo.kl_coefficient 0.01 -> 0.5\n" in stale.stdout
     follows = named("runs/default/evaluation", "evaluation/policies")
-    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL) - 1 - len(follows)} artifacts"
+    follows |= {f"report/{part}" for part in ("funnel", "training", "policies", "samples")}
+    assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL | REPORT) - 1 - len(follows)} artifacts"
     assert run("--forcerun", files=[changed]).stdout.split() == ["--forcerun", str(policy)]
     assert run("--forcerun", files=[]).stdout == ""
 

@@ -75,7 +75,9 @@ def ancestors(rule: str) -> set[str]:
 
 def test_every_target_is_tested() -> None:
     """Those of all runs and of the demo have tests of their own below."""
-    assert {*TARGETS, "policies", "evaluation", "demo_evaluation", "demo_policy"} == set(configuration.TARGETS)
+    assert {*TARGETS, "policies", "evaluation", "report", "demo_evaluation", "demo_policy"} == set(
+        configuration.TARGETS
+    )
 
 
 def test_the_dry_run_lists_the_whole_reproduction(tmp_path: Path) -> None:
@@ -161,6 +163,9 @@ def test_the_demo_ends_with_the_evaluation_of_all_its_runs(tmp_path: Path) -> No
     assert counts["train_reward_model"] == 1
     assert counts["clean_rl_prompts"] == 1
     assert counts["make_demo_data"] == 1
+    drawn = {rule: number for rule, number in counts.items() if rule.startswith("draw_")}
+    assert drawn == dict.fromkeys(("draw_funnel", "draw_judge", "draw_pmp", "draw_reward_model", "draw_training"), 1)
+    assert not any(rule.startswith("evaluate_") for rule in counts.keys() - {"evaluate_demo"})
     assert f"{tmp_path}/data/oasst1.jsonl" in run.stdout + run.stderr
 
 
@@ -408,7 +413,14 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
     overlay.write_text(yaml.safe_dump({"runs": raw["runs"]}))
     words = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "--detailed-summary")
     listed = snakemake(
-        *words, "evaluation", "demo_evaluation", "sft", "--config", f"model={{adapter: {ADAPTER}}}", folder=built
+        *words,
+        "evaluation",
+        "report",
+        "demo_evaluation",
+        "sft",
+        "--config",
+        f"model={{adapter: {ADAPTER}}}",
+        folder=built,
     )
     assert listed.returncode == 0, listed.stderr
     head, *lines = (line.split("\t") for line in listed.stdout.splitlines() if "\t" in line)

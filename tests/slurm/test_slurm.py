@@ -104,6 +104,15 @@ def test_the_whole_dag(world: World, whole: Path, local: Path) -> None:
     agree(one, other, 1e-2)
 
 
+def test_the_report_of_what_slurm_has_made(world: World, whole: Path) -> None:
+    """Its rules are jobs on the CPU partition; the page itself is made where Snakemake runs."""
+    page = whole / "report.html"
+    world.run(world.site("site"), "report")
+    world.run(world.site("site"), "report", "--report", str(page))
+    assert states(world, "draw_training") == ["COMPLETED"]
+    assert "filename=training.svg;base64," in page.read_text()
+
+
 def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
     """Two nodes x two ranks again, by naming the one artifact; the old one is put aside."""
     expected = metrics(whole / "runs" / "default" / "policy")

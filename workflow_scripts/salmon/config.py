@@ -618,6 +618,16 @@ class Evaluation(Section):
     )
 
 
+class Report(Section):
+    """What the report shows."""
+
+    samples: bool = Field(
+        False,
+        description="whether it shows answers to prompts of public data sets, too, some of which are offensive; "
+        "answers to one's own prompts (local files of format `prompts`) and to the demo's are shown in any case",
+    )
+
+
 class PpoTexts(Section):
     """What of RL has to do with the model, and is checked with it: how long its texts are, and how they look."""
 

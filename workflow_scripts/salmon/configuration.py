@@ -25,6 +25,7 @@ from salmon.config import (
     Ppo,
     PpoTexts,
     Prompts,
+    Report,
     RewardModel,
     RewardTraining,
     RlPrompts,
@@ -95,6 +96,14 @@ ARTIFACTS = {
     "initial_mt_bench": "evaluation/initial_mt_bench",
     "mt_bench": "evaluation/mt_bench",
     "verdicts": "evaluation/verdicts.parquet",
+    "funnel": "report/funnel",
+    "sft_figures": "report/sft",
+    "judge_figures": "report/judge",
+    "pmp_figures": "report/pmp",
+    "reward_figures": "report/reward_model",
+    "training_figures": "report/training",
+    "policy_figures": "report/policies",
+    "samples": "report/samples",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
 
@@ -152,6 +161,20 @@ TARGETS = {
             *("initial_task_evaluation", "task_evaluation", "initial_mt_bench", "mt_bench", "verdicts"),
         ),
     ),
+    "report": Target(
+        "report/*",
+        "the rules `draw_*`: pictures and tables of what the other targets in `config.yaml` make",
+        (
+            "funnel",
+            "sft_figures",
+            "judge_figures",
+            "pmp_figures",
+            "reward_figures",
+            "training_figures",
+            "policy_figures",
+            "samples",
+        ),
+    ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
     "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
 }
@@ -187,6 +210,7 @@ class Config(Section):
     rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
     ppo: Ppo = Field(description="RL")
     evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
+    report: Report = Field(Report(), description="what the report shows")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )

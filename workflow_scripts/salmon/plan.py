@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from salmon import provenance
-from salmon.config import Model
+from salmon.config import Model, is_local
 from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
@@ -47,6 +47,14 @@ Name = Literal[
     "initial_mt_bench",
     "mt_bench",
     "verdicts",
+    "funnel",
+    "sft_figures",
+    "judge_figures",
+    "pmp_figures",
+    "reward_figures",
+    "training_figures",
+    "policy_figures",
+    "samples",
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -76,6 +84,24 @@ OF_TASKS: frozenset[Name] = frozenset({"initial_task_evaluation", "task_evaluati
 """What there is where lm-eval's tasks are named."""
 OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
 """What there is where the questions of MT-Bench are named."""
+COUNTED: tuple[Name, ...] = (
+    *("sft_data", "prompts", "response0", "response1", "preferences", "reward_data", "pmp_data", "rl_prompts"),
+    *("evaluation_prompts", "evaluation_pairs", "initial_answers", "answers"),
+)
+"""Tables in whose manifests rows are counted on their way from raw data to records."""
+DRAWN: dict[Name, tuple[Name, ...]] = {
+    "funnel": COUNTED,
+    "sft_figures": ("sft",),
+    "judge_figures": ("judge_evaluation", "preferences"),  # which say the same, but for people's pairs
+    "pmp_figures": ("pmp", "pmp_evaluation"),
+    "reward_figures": ("reward_model", "reward_evaluation"),
+    "training_figures": ("policy",),
+    "policy_figures": ("policy_evaluation",),
+    "samples": ("initial_answers", "answers"),
+}
+"""Part of the report -> what it shows, as far as it is made."""
+OF_ALL_RUNS: frozenset[Name] = frozenset({"funnel", "training_figures", "policy_figures", "samples"})
+"""Parts of the report that show all runs together."""
 
 INITIAL = "initial policy"
 """What the policy that runs start from is called where policies are compared; a further one is called after its run."""
@@ -95,6 +121,7 @@ class Plan:
         self.origin = cache(self._origin)
         self.owner = cache(self._owner)
         self._what_decides = cache(self._deciding)
+        self.wanted = cache(self._wanted)
         self.runs = dict(runs)
         self._made: Collection[str] = ()
         # What decides that adapter is none of itself.
@@ -129,6 +156,9 @@ class Plan:
     def has(self, run: str, name: Name) -> bool:
         """Whether a run has an artifact at all."""
         config = self.runs[run]
+        if name in DRAWN:
+            needed = {"samples": bool(self.shown_sources()), "pmp_figures": self.has(run, "pmp_evaluation")}
+            return needed.get(name, True) and bool(self.drawn(run, name))
         evaluation = config.evaluation
         if name in OF_JUDGED_PAIRS:
             return bool(evaluation.judge_pairs) and self.has(run, "judge_evaluation")
@@ -158,6 +188,62 @@ class Plan:
         else:
             paths = [f"{results}/{one.artifact.format(run=run)}" for run in self.runs]
         return list(dict.fromkeys(paths))
+
+    def drawn(self, run: str, name: Name) -> list[tuple[Name, str, str]]:
+        """What a part of the report shows: artifact, the first run that has it, and path.
+
+        It is what the configuration's other targets make: a report makes nothing of its own.
+        """
+        found: dict[str, tuple[Name, str, str]] = {}
+        for one in DRAWN[name]:
+            for other in self.runs if name in OF_ALL_RUNS else [run]:
+                path, first = self.path(other, one), self.owner(other, one)
+                if self.has(other, one) and not is_imported(self.runs[first], one) and path in self.wanted():
+                    found.setdefault(path, (one, first, path))
+        return [*found.values()][: 1 if name == "judge_figures" else None]
+
+    def shown_sources(self) -> list[str]:
+        """Sources of the evaluation's prompts whose texts the report may show."""
+        config = self.runs["default"]
+        world = f"{config.pathvars.results}/data/"
+        return [
+            name
+            for name, source in config.evaluation.prompts.items()
+            if config.report.samples
+            or (source.format == "prompts" and all(map(is_local, source.paths)))
+            or all(path.startswith(world) for path in source.paths)
+        ]
+
+    def sampled(self) -> list[dict[str, str | None]]:
+        """The policies whose answers are shown, with the fields of `draw_samples.Policy`."""
+        made = {path for _, _, path in self.drawn("default", "samples")}
+        return [{key: one[key] for key in ("name", "answers")} for one in self.compared() if one["answers"] in made]
+
+    def counted(self) -> list[dict[str, str]]:
+        """The tables whose rows are shown, with the fields of `draw_funnel.Counted`."""
+        return [{"name": one, "run": run, "path": path} for one, run, path in self.drawn("default", "funnel")]
+
+    def trainings(self) -> list[dict[str, str]]:
+        """The policies whose training is shown, with the fields of `draw_training.Run`."""
+        return [{"name": run, "policy": path} for _, run, path in self.drawn("default", "training_figures")]
+
+    def _wanted(self) -> frozenset[str]:
+        """All that the targets consist of, but for the report; where it is alone, of policies and their evaluation."""
+        targets = [target for target in self.runs["default"].targets if target != "report"]
+        left = [path for target in targets or ("policies", "evaluation") for path in self.target_paths(target)]
+        names = [name for name in NAMES if name not in DRAWN]
+        known = {self.path(run, name): (run, name) for name in names for run in self.runs if self.has(run, name)}
+        found: set[str] = set()
+        while left:
+            path = left.pop()
+            if path in found:
+                continue
+            found.add(path)
+            if path in known:
+                left += [one.name for one in self.origin(*known[path]).inputs]
+            elif path == f"{self.runs['default'].pathvars.results}/{TARGETS['demo_evaluation'].artifact}":
+                left += [self.path("default", "reward_model"), *(self.path(run, "policy") for run in self.runs)]
+        return frozenset(found & known.keys())
 
     def _owner(self, run: str, name: Name) -> str:
         """The first run whose artifact is decided by the same; a policy, and what is made of it, is its run's own."""
@@ -331,8 +417,27 @@ class Plan:
                     evaluation=config.evaluation,
                 )
             case _:
-                raise ValueError(name)
+                origin = self._shown(run, name)
         return origin
+
+    def _shown(self, run: str, name: Name) -> Origin:
+        """The same, of a part of the report."""
+        match name:
+            case "funnel":
+                return provenance.draw_funnel(self.counted())
+            case "training_figures":
+                return provenance.draw_training(self.trainings())
+            case "samples":
+                return provenance.draw_samples(self.sampled(), self.shown_sources())
+        paths = {one: path for one, _, path in self.drawn(run, name)}
+        first, *more = (paths.get(one) for one in DRAWN[name])
+        match name:
+            case "judge_figures":
+                return provenance.draw_judge(first, paths.get("preferences"), evaluation=self.runs[run].evaluation)
+            case "policy_figures":
+                return provenance.draw_policies(first or "")
+            case _:
+                return provenance.draw_reward_model(first or "", *(more or (None,)))
 
     def trained(self) -> list[str]:
         """All prompts that a stage of any run trains on: all policies answer the same ones."""

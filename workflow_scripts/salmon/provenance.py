@@ -509,6 +509,39 @@ def judge_by_endpoint(
     )
 
 
+def draw_funnel(tables: Sequence[Mapping[str, Any]]) -> Origin:
+    """Counts of rows; a table has the fields of `draw_funnel.Counted`."""
+    counted = [f"{table['name']} of {table['run']}" for table in tables]
+    return Origin({"counted": counted}, _files(*(table["path"] for table in tables)))
+
+
+def draw_judge(measured: Path | str | None, preferences: Path | str | None, *, evaluation: Evaluation) -> Origin:
+    """Pictures of the judge, which was measured, or is by its judgements."""
+    settings = {} if measured else {"seed": evaluation.seed}
+    return Origin(settings, _files(measured, preferences), keys={"seed": "evaluation.seed"})
+
+
+def draw_reward_model(model: Path | str, measured: Path | str | None) -> Origin:
+    """Pictures of a training and of what was measured of its model."""
+    return Origin({}, _files(model, measured))
+
+
+def draw_training(runs: Sequence[Mapping[str, Any]]) -> Origin:
+    """Curves of PPO; a run has the fields of `draw_training.Run`."""
+    return Origin({"drawn": [run["name"] for run in runs]}, _files(*(run["policy"] for run in runs)))
+
+
+def draw_policies(evaluation: Path | str) -> Origin:
+    """Pictures of the policies."""
+    return Origin({}, _files(evaluation))
+
+
+def draw_samples(policies: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> Origin:
+    """Answers side by side; a policy has the fields of `draw_samples.Policy`."""
+    shown = {"drawn": [policy["name"] for policy in policies], "shown_sources": list(sources)}
+    return Origin(shown, _files(*(policy["answers"] for policy in policies)))
+
+
 def evaluate_demo(
     reward_model: Path | str | None,
     pmp: Path | str | None,

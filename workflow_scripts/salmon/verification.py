@@ -61,6 +61,14 @@ RULES: dict[Name, str] = {
     "initial_mt_bench": "answer_initial_mt_bench",
     "mt_bench": "answer_mt_bench",
     "verdicts": "judge_by_endpoint",
+    "funnel": "draw_funnel",
+    "sft_figures": "draw_sft",
+    "judge_figures": "draw_judge",
+    "pmp_figures": "draw_pmp",
+    "reward_figures": "draw_reward_model",
+    "training_figures": "draw_training",
+    "policy_figures": "draw_policies",
+    "samples": "draw_samples",
 }
 """Artifact -> the rule that makes it."""
 IMPORTS: dict[Name, str] = {
