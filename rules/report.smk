@@ -136,6 +136,26 @@ rule draw_policies:
         f"python {SCRIPTS}/draw_policies.py" " --evaluation {input.evaluation:q} --output {output:q} > {log:q} 2>&1"
 
 
+rule draw_tasks:
+    input:
+        measured=drawn("task_figures"),
+        home=at_home("task_figures"),
+    output:
+        pictures_and_tables("<results>/{home}report/tasks", "tasks", "7. Policies, benchmarks", of_run=False),
+    log:
+        "<logs>/{home}draw_tasks.log",
+    benchmark:
+        "<benchmarks>/{home}draw_tasks.tsv"
+    wildcard_constraints:
+        home=HOME,
+    conda:
+        "../envs/data.yaml"
+    params:
+        policies=json.dumps(PLAN.asked()),
+    shell:
+        f"python {SCRIPTS}/draw_tasks.py" " --policies {params.policies:q} --output {output:q} > {log:q} 2>&1"
+
+
 rule draw_samples:
     input:
         answers=drawn("samples"),

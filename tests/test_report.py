@@ -153,6 +153,13 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
         assert row[1:] == [wins[name][negated or "plain"]["default"][plan.INITIAL]["value"]]
     for (name, *_), row in zip(page.tables[3][1:], page.keys[3][1:], strict=True):
         assert row[1:] == [found["judge"][name]["default"][plan.INITIAL]["value"]]
+    page = shown(small_run, "tasks")
+    folders = ("evaluation/initial_tasks", "runs/default/evaluation/tasks")
+    asked = [read(small_run, f"{folder}/tasks.json") for folder in folders]
+    assert page.tables[0][0] == ["task", "metric", plan.INITIAL, "default"]
+    for (task, metric, *_), row in zip(page.tables[0][1:], page.keys[0][1:], strict=True):
+        assert row[2:] == [one[task][metric]["value"] for one in asked]
+    assert len(page.tables[0]) == 1 + sum(map(len, asked[0].values()))
 
 
 def test_the_table_of_ppo_again_the_slow_way(small_run: Path) -> None:
@@ -255,6 +262,10 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
         },
         "judge": {p: {run: {other: estimate()} for run, other in before.items()} for p in principles},
     }
+    metric = {"value": 0.4, "stderr": 0.05, "number": 100}
+    asked = {
+        f"task_{place}": {"acc": metric, "perplexity": {**metric, "value": 9.0, "stderr": None}} for place in range(8)
+    }
     step = {"step": 1, "loss": 0.7, "grad_norm": 1.0, "learning_rate": 1e-5}
     counts = {f"{run}: {what}": 9 for run in runs for what in ("kept", "duplicate", "over the limit", *principles)}
     return {
@@ -264,6 +275,7 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
         "sft": figures.model_training("SFT", {"training": [step], "evaluation": {"loss": 0.6, "number": 8}}),
         "training": figures.training(dict.fromkeys(runs, entries)),
         "policies": figures.policies(policies),
+        "tasks": figures.tasks(dict.fromkeys(names, asked)),
     }
 
 
@@ -279,7 +291,7 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
             folder.mkdir()
     assert {name for name in files if name.endswith(".svg")} == {
         *("funnel.svg", "judge.svg", "correlation.svg", "accuracy.svg", "people.svg", "training.svg"),
-        *("behaviour.svg", "principles_a.svg", "principles_b.svg"),
+        *("behaviour.svg", "principles_a.svg", "principles_b.svg", "tasks.svg"),
     }
     for name, contents in files.items():
         half = len(contents) // 2
@@ -346,6 +358,9 @@ def drawn(changes: dict[str, Any]) -> dict[str, list[str]]:
 OF_ONE = {"funnel": ["default"], "judge_figures": ["default"], "pmp_figures": ["default"]}
 OF_ONE |= {"reward_figures": ["default"], "training_figures": ["default"]}
 MODELS = ["default", "no_pmp", "sum_of_principles"]
+MEASURED = OF_ONE | {"reward_figures": MODELS, "policy_figures": ["default"], "task_figures": ["default"]}
+# Nothing that a policy is measured by.
+NO_POLICY = {"prompts": {"oasst1": None}, "tasks": [], "mt_bench": None}
 
 
 @pytest.mark.parametrize(
@@ -353,19 +368,13 @@ MODELS = ["default", "no_pmp", "sum_of_principles"]
     [
         ({"targets": ["policy", "report"]}, OF_ONE),
         ({"targets": ["policies", "report"]}, OF_ONE | {"reward_figures": MODELS}),
-        (
-            {"targets": ["policies", "evaluation", "report"]},
-            OF_ONE | {"reward_figures": MODELS, "policy_figures": ["default"]},
-        ),
-        ({"targets": ["report"]}, OF_ONE | {"reward_figures": MODELS, "policy_figures": ["default"]}),
-        (
-            {"targets": ["report"], "report": {"samples": True}},
-            OF_ONE | {"reward_figures": MODELS, "policy_figures": ["default"], "samples": ["default"]},
-        ),
+        ({"targets": ["policies", "evaluation", "report"]}, MEASURED),
+        ({"targets": ["report"]}, MEASURED),
+        ({"targets": ["report"], "report": {"samples": True}}, MEASURED | {"samples": ["default"]}),
         ({"targets": ["prompts", "report"]}, {"funnel": ["default"]}),
         ({"targets": ["sft", "report"]}, {"funnel": ["default"], "sft_figures": ["default"]}),
         (
-            {"targets": ["evaluation", "report"], "evaluation": {"prompts": {}}, "runs": None},
+            {"targets": ["evaluation", "report"], "evaluation": NO_POLICY, "runs": None},
             {key: OF_ONE[key] for key in OF_ONE if key != "training_figures"},
         ),
         # What was made elsewhere has no funnel, and nobody has trained it here.
@@ -380,8 +389,6 @@ def test_only_what_the_targets_make_is_drawn(changes: dict[str, Any], expected: 
     if changes.pop("runs", {}) is None:
         runs = yaml.safe_load((ROOT / "config.yaml").read_text())["runs"]
         changes["runs"] = {name: None for name in runs if name != "default"}
-    if changes.get("evaluation", {}).get("prompts") == {}:
-        changes["evaluation"] = {"prompts": {"oasst1": None}}
     assert drawn(changes) == expected
 
 

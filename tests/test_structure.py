@@ -329,7 +329,7 @@ def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
         assert {f"{begin}{name}" for begin in BEGINNINGS} <= KEYS
 
 
-DRAWN = ("funnel", "judge", "reward_model", "training", "policies", "samples")
+DRAWN = ("funnel", "judge", "reward_model", "training", "policies", "tasks", "samples")
 
 
 def test_data_rules_and_the_snakefile_do_without_torch() -> None:

@@ -61,7 +61,8 @@ ALL = {
 }
 
 REPORT = {
-    f"report/{part}" for part in ("funnel", "sft", "judge", "pmp", "reward_model", "training", "policies", "samples")
+    f"report/{part}"
+    for part in ("funnel", "sft", "judge", "pmp", "reward_model", "training", "policies", "tasks", "samples")
 }
 """The parts of the report, which have a test of their own."""
 
@@ -190,8 +191,8 @@ def test_nothing_of_a_whole_run_is_stale(small_run: Path) -> None:
     [
         ({"targets": ["policy", "report"]}, {"funnel", "reward_model", "pmp", "judge"}, set()),
         ({"report": {"samples": True}}, {"samples"}, set()),
-        ({"aggregation": {"passes": 3}}, set(), {"funnel", "reward_model", "training", "policies", "samples"}),
-        ({"ppo": {"clip": 0.1}}, set(), {"funnel", "training", "policies", "samples"}),
+        ({"aggregation": {"passes": 3}}, set(), {"funnel", "reward_model", "training", "policies", "tasks", "samples"}),
+        ({"ppo": {"clip": 0.1}}, set(), {"funnel", "training", "policies", "tasks", "samples"}),
     ],
     ids=["targets", "samples", "aggregation", "ppo"],
 )
@@ -493,7 +494,7 @@ def test_the_script(small_run: Path, tmp_path: Path) -> None:
     assert stale.returncode == 1
     assert f"stale: {policy}: ppo.kl_coefficient 0.01 -> 0.5\n" in stale.stdout
     follows = named("runs/default/evaluation", "evaluation/policies")
-    follows |= {f"report/{part}" for part in ("funnel", "training", "policies", "samples")}
+    follows |= {f"report/{part}" for part in ("funnel", "training", "policies", "tasks", "samples")}
     assert stale.stdout.splitlines()[-1] == f"whole: {len(ALL | REPORT) - 1 - len(follows)} artifacts"
     assert run("--forcerun", files=[changed]).stdout.split() == ["--forcerun", str(policy)]
     assert run("--forcerun", files=[]).stdout == ""

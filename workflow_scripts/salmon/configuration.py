@@ -103,6 +103,7 @@ ARTIFACTS = {
     "reward_figures": "report/reward_model",
     "training_figures": "report/training",
     "policy_figures": "report/policies",
+    "task_figures": "report/tasks",
     "samples": "report/samples",
 }
 """Name of an artifact -> its path below the results' folder, or that of a run."""
@@ -172,6 +173,7 @@ TARGETS = {
             "reward_figures",
             "training_figures",
             "policy_figures",
+            "task_figures",
             "samples",
         ),
     ),

@@ -534,6 +534,46 @@ def _is_clear(cell: Estimate) -> bool:
     return low is not None and high is not None and not low <= drawing.CHANCE <= high
 
 
+# ---- Benchmarks
+
+
+def tasks(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | int | None]]]]) -> Part:
+    """Benchmarks of all policies (`evaluate_tasks`).
+
+    Args:
+        found: policy -> task -> metric -> `value`, `stderr` and `number` of questions.
+    """
+    asked = list(dict.fromkeys((task, metric) for one in found.values() for task in one for metric in one[task]))
+    columns = {
+        policy: [_interval(one.get(task, {}).get(metric)) for task, metric in asked] for policy, one in found.items()
+    }
+    shares = [row for row in range(len(asked)) if all(_is_share(estimates[row]) for estimates in columns.values())]
+    names = [f"{asked[row][0]}, {asked[row][1]}" for row in shares]
+    drawn = drawing.figure(9, 1.4 + drawing.ROW * len(names) * max(1, 0.5 * len(found)))
+    axes = drawn.subplots()
+    drawing.dots(axes, names, {policy: [estimates[row] for row in shares] for policy, estimates in columns.items()})
+    axes.set(xlim=(-0.02, 1.02), title="Benchmarks")
+    drawing.legend(drawn, axes, columns=6)
+    rows: list[list[Cell]] = [
+        [task, metric, *(estimates[row] for estimates in columns.values())] for row, (task, metric) in enumerate(asked)
+    ]
+    note = "In brackets: 1.96 of lm-eval's standard errors to both sides. The picture has the metrics that are shares."
+    return Part("Benchmarks", [Table("", ["task", "metric", *columns], rows, note, digits=3)], {"tasks": drawn})
+
+
+def _interval(measured: Mapping[str, float | int | None] | None) -> Estimate:
+    """A value with its standard error as an estimate."""
+    if measured is None or measured["value"] is None:
+        return NOTHING
+    value, error = measured["value"], measured["stderr"]
+    ends = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
+    return {"value": value, "low": ends[0], "high": ends[1], "number": measured["number"]}
+
+
+def _is_share(one: Estimate) -> bool:
+    return one["value"] is None or 0 <= one["value"] <= 1
+
+
 # ---- Samples
 
 LONGEST = 2000  # characters of an answer that are shown

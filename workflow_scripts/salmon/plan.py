@@ -54,6 +54,7 @@ Name = Literal[
     "reward_figures",
     "training_figures",
     "policy_figures",
+    "task_figures",
     "samples",
 ]
 """An artifact of a run, in the order in which they are built."""
@@ -97,10 +98,11 @@ DRAWN: dict[Name, tuple[Name, ...]] = {
     "reward_figures": ("reward_model", "reward_evaluation"),
     "training_figures": ("policy",),
     "policy_figures": ("policy_evaluation",),
+    "task_figures": ("initial_task_evaluation", "task_evaluation"),
     "samples": ("initial_answers", "answers"),
 }
 """Part of the report -> what it shows, as far as it is made."""
-OF_ALL_RUNS: frozenset[Name] = frozenset({"funnel", "training_figures", "policy_figures", "samples"})
+OF_ALL_RUNS: frozenset[Name] = frozenset({"funnel", "training_figures", "policy_figures", "task_figures", "samples"})
 """Parts of the report that show all runs together."""
 
 INITIAL = "initial policy"
@@ -226,6 +228,14 @@ class Plan:
     def trainings(self) -> list[dict[str, str]]:
         """The policies whose training is shown, with the fields of `draw_training.Run`."""
         return [{"name": run, "policy": path} for _, run, path in self.drawn("default", "training_figures")]
+
+    def asked(self) -> list[dict[str, str]]:
+        """The policies whose benchmarks are shown, with the fields of `draw_tasks.Policy`."""
+        found: list[dict[str, str]] = []
+        for one, run, path in self.drawn("default", "task_figures"):
+            initial = f"{INITIAL} of {run}" if found else INITIAL
+            found.append({"name": run if one == "task_evaluation" else initial, "measured": path})
+        return found
 
     def _wanted(self) -> frozenset[str]:
         """All that the targets consist of, but for the report; where it is alone, of policies and their evaluation."""
@@ -427,8 +437,15 @@ class Plan:
                 return provenance.draw_funnel(self.counted())
             case "training_figures":
                 return provenance.draw_training(self.trainings())
+            case "task_figures":
+                return provenance.draw_tasks(self.asked())
             case "samples":
                 return provenance.draw_samples(self.sampled(), self.shown_sources())
+            case _:
+                return self._shown_of_one(run, name)
+
+    def _shown_of_one(self, run: str, name: Name) -> Origin:
+        """The same, of a part that shows what one rule has written of a run."""
         paths = {one: path for one, _, path in self.drawn(run, name)}
         first, *more = (paths.get(one) for one in DRAWN[name])
         match name:

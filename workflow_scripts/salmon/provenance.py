@@ -536,6 +536,11 @@ def draw_policies(evaluation: Path | str) -> Origin:
     return Origin({}, _files(evaluation))
 
 
+def draw_tasks(policies: Sequence[Mapping[str, Any]]) -> Origin:
+    """Benchmarks; a policy has the fields of `draw_tasks.Policy`."""
+    return Origin({"drawn": [one["name"] for one in policies]}, _files(*(one["measured"] for one in policies)))
+
+
 def draw_samples(policies: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> Origin:
     """Answers side by side; a policy has the fields of `draw_samples.Policy`."""
     shown = {"drawn": [policy["name"] for policy in policies], "shown_sources": list(sources)}

@@ -68,6 +68,7 @@ RULES: dict[Name, str] = {
     "reward_figures": "draw_reward_model",
     "training_figures": "draw_training",
     "policy_figures": "draw_policies",
+    "task_figures": "draw_tasks",
     "samples": "draw_samples",
 }
 """Artifact -> the rule that makes it."""
