@@ -50,5 +50,16 @@ CONFIGURATION = json.dumps(whole_configuration(), default=str)
 VARIABLE = f"SALMON_CONFIGURATION_{zlib.crc32(CONFIGURATION.encode()):x}"
 os.environ.update({VARIABLE: CONFIGURATION})
 
+def warn_of_equal_policies():
+    """Name runs whose settings differ in nothing that their policies are made of: they look like an ablation without effect."""
+    if equal := PLAN.trained_twice():
+        named = ", ".join(f"{run} as {other}" for run, other in equal.items())
+        logger.warning(
+            f"runs that train the same policy again: {named}. What they set differently changes no result, or belongs to a "
+            "stage that was made elsewhere (reward_model.path, aggregation.path, …); set such a run to null"
+        )
+
+
 if workflow.is_main_process and not any(word.endswith("verify") for word in sys.argv):
     warn_of_stale_results()
+    warn_of_equal_policies()

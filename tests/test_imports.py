@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from salmon import configuration, models, reward_model, verification
+from salmon import configuration, models, plan, reward_model, verification
 from salmon.config import Lora
 from salmon.errors import UserError
 from tests import small_run
@@ -33,8 +33,18 @@ BASE = ROOT / "demo" / "model"
 
 def test_from_the_published_reward_model_to_ppo_of_ones_own_policy(tmp_path: Path) -> None:
     """The worked example: PPO and what it needs, and no stage before it."""
-    run = snakemake("-n", "--configfile", "examples/authors.yaml", *elsewhere(tmp_path))
+    missing = snakemake("-n", "--configfile", "examples/authors.yaml", *elsewhere(tmp_path))
+    assert missing.returncode != 0
+    assert "model.adapter: ./my_policy does not exist" in missing.stdout + missing.stderr
+    adapter = tmp_path / "policy"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    run = snakemake(
+        "-n", "--configfile", "examples/authors.yaml", *elsewhere(tmp_path), f"model={{adapter: {adapter}}}"
+    )
     assert run.returncode == 0, run.stderr
+    assert "train the same policy" not in run.stdout + run.stderr
     counts = jobs(run.stdout + run.stderr)
     assert counts == dict.fromkeys(("check_model", "clean_rl_prompts", "import_authors", "train_policy", "all"), 1)
 
@@ -83,6 +93,9 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
         ({"sampling": {"paths": ["{one}", "/nowhere/two.json"]}}, "sampling.paths: /nowhere/two.json does not exist"),
         ({"aggregation": {"path": "/nowhere/records.json"}}, "aggregation.path: /nowhere/records.json does not exist"),
         ({"reward_model": {"path": "./nowhere"}}, "reward_model.path: ./nowhere does not exist"),
+        ({"reward_model": {"revision": "abc"}}, "reward_model.revision: only a reward_model.path on the hub has one"),
+        ({"judge": {"model": {"base": "a/b", "adapter": "sft"}}}, "judge.model.adapter: `sft` is for model.adapter"),
+        ({"model": {"adapter": "sft", "adapter_revision": "abc"}}, "model.adapter_revision: the adapter `sft` is made"),
     ],
 )
 def test_what_cannot_be_brought_in_ends_before_any_job(files: dict[str, str], changes: Any, said: str) -> None:
@@ -92,6 +105,51 @@ def test_what_cannot_be_brought_in_ends_before_any_job(files: dict[str, str], ch
     raw = merge(yaml.safe_load((ROOT / "config.yaml").read_text()), json.loads(text))
     with pytest.raises(UserError, match=said):
         configuration.load(raw, ROOT)
+
+
+def test_a_stage_that_is_not_run_limits_nothing(tmp_path: Path) -> None:
+    """A base model that reads little: of a ready reward model, only the lengths of RL count."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 600}))
+    changes = {"model": {"base": str(tmp_path)}, "reward_model": {"path": "owner/theirs"}}
+    changes["ppo"] = {
+        "query_length": 100,
+        "response_length": 400,
+        "reward_response_length": 300,
+        "reward_max_length": 590,
+    }
+    raw = merge(yaml.safe_load((ROOT / "config.yaml").read_text()), changes)
+    configuration.load(raw, ROOT)
+    with pytest.raises(UserError, match=r"judge\.max_length: 1536 tokens") as refused:
+        configuration.load(merge(raw, {"reward_model": {"path": None}}), ROOT)
+    assert "ppo." not in str(refused.value)
+
+
+def test_runs_that_train_the_same_policy_are_named(tmp_path: Path) -> None:
+    """An ablation of a stage that is not run looks like one without effect."""
+    overlay = tmp_path / "overlay.yaml"
+    runs = {"mean": {"aggregation": {"agreement": "mean"}}, "warm": {"ppo": {"temperature": 1.0}}}
+    overlay.write_text(yaml.safe_dump({"reward_model": {"path": "owner/theirs"}, "runs": runs}))
+    run = snakemake("-n", "policies", *elsewhere(tmp_path), "--configfile", str(overlay))
+    assert run.returncode == 0, run.stderr
+    said = next(line for line in (run.stdout + run.stderr).splitlines() if "train the same policy" in line)
+    assert "mean as default" in said
+    assert "no_pmp as default" in said
+    assert "warm" not in said
+
+
+def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files: dict[str, str]) -> None:
+    """What the evaluation leaves out is in the tables of what was brought in."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for changes, table in (
+        ({}, "prompts/oasst1.parquet"),
+        ({"sampling": {"paths": [files["one"], files["two"]]}}, "responses/response0.parquet"),
+        ({"aggregation": {"path": files["records"]}}, "reward_data/principle_preferences.parquet"),
+        ({"reward_model": {"path": "owner/theirs"}}, None),
+    ):
+        runs = {name: None for name in raw["runs"] if name != "default"}
+        known = plan.Plan(configuration.load(merge(raw, {**changes, "runs": runs}), ROOT))
+        tables = [table] * (table is not None) + ["prompts/rl.parquet"]
+        assert known.trained() == [f"results/{name}" for name in tables]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +243,6 @@ def test_what_was_brought_in_is_verified(published: Path, monkeypatch: pytest.Mo
     records = "runs/records/reward_data/principle_preferences.parquet"
     responses = {"responses/response0.parquet", "responses/response1.parquet"}
     exchanged = {"paths": raw["sampling"]["paths"][::-1]}
-    assert stale(reward_model={"revision": "abc"}) == {"models/reward_model"}
     assert stale(sampling=exchanged) == {*responses, "preferences/preferences.parquet"}
     assert stale(sampling={"temperature": 0.5}) == set()
     head = published / "salmon-rm" / "adapter_model" / "reward_head"

@@ -186,7 +186,7 @@ def load_adapter(
                 for what, names in (("are missing", missing), ("fit nothing", unexpected))
                 if names
             )
-            + ". It was made for another base model, or another class of it"
+            + ". It was made for another base model, or another model class"
         )
     return base
 

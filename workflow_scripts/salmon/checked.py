@@ -94,6 +94,22 @@ def check_count(path: Path, table: Table) -> None:
         raise UserError(f"{path} has {rows} rows, but its manifest counts {counted[table.name]}; {OWN}")
 
 
+def kind_of(path: Path, kinds: Sequence[Table]) -> Table:
+    """Which of several kinds of tables a file is by its manifest; the first one where it has none.
+
+    Raises:
+        UserError: where its manifest is of another kind.
+    """
+    if not manifest_path(path).exists():
+        return kinds[0]
+    counted = rows_counted(read_manifest(path).counts)
+    found = next((kind for kind in kinds if kind.name in counted), None)
+    if found is None:
+        named = " or ".join(kind.name for kind in kinds)
+        raise UserError(f"{manifest_path(path)} is not the manifest of a table of {named}; {OWN}")
+    return found
+
+
 def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
     """The kinds of tables that a manifest with these counts may be of, and the number of rows it says they have."""
     for marks, kinds in (

@@ -140,7 +140,8 @@ class Model(Section):
     revision: str | None = Field(None, description="commit, tag or branch on the hub; a commit for a frozen run")
     adapter: str | None = Field(
         None,
-        description="LoRA adapter of the initial policy, and its tokenizer if it has one: hub id, folder or null",
+        description="LoRA adapter of the initial policy, and its tokenizer if it has one: hub id, folder, `sft` (which "
+        "`train_sft` makes) or null",
     )
     adapter_revision: str | None = Field(None, description="commit, tag or branch of the adapter")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, double quantised, or none")

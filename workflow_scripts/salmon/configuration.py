@@ -483,12 +483,23 @@ def check_paths(config: Config, root: Path) -> list[str]:
 
 def check_imports(config: Config, root: Path) -> list[str]:
     """Findings about what was made elsewhere and needs something else of there."""
+    findings = []
     if config.judge.path and not config.sampling.paths:
-        return [
+        findings.append(
             "judge.path: a preference file numbers the pairs of two response files; set sampling.paths to those, first "
             "the one that was output 1"
-        ]
-    return []
+        )
+    if config.judge.model and config.judge.model.adapter == SFT:
+        findings.append(
+            "judge.model.adapter: `sft` is for model.adapter; with judge.model null, the initial policy judges, its "
+            "adapter included"
+        )
+    if config.model.adapter == SFT and config.model.adapter_revision:
+        findings.append("model.adapter_revision: the adapter `sft` is made here and has none; set it to null")
+    ready = config.reward_model
+    if ready.revision and (ready.path is None or is_local(ready.path)):
+        findings.append("reward_model.revision: only a reward_model.path on the hub has one; set it to null")
+    return findings
 
 
 def check_lengths(config: Config, root: Path) -> list[str]:
@@ -499,6 +510,13 @@ def check_lengths(config: Config, root: Path) -> list[str]:
     """
     judge = config.judge.model or config.model
     ppo = config.ppo
+    # What is brought in takes the place of what comes before it.
+    brought = {
+        "reward_model.max_length": config.reward_model.path,
+        "pmp.max_length": config.reward_model.path,
+        "judge.max_length": config.reward_model.path or config.aggregation.path or config.judge.path,
+        "sampling.max_length": config.reward_model.path or config.aggregation.path or config.sampling.paths,
+    }
     findings = []
     for model, lengths in (
         (judge, {"judge.max_length": config.judge.max_length}),
@@ -518,6 +536,6 @@ def check_lengths(config: Config, root: Path) -> list[str]:
         findings += [
             f"{key}: {length} tokens, but {model.base} reads {limit} at most"
             for key, length in lengths.items()
-            if limit is not None and length > limit
+            if limit is not None and length > limit and not brought.get(key)
         ]
     return findings

@@ -457,9 +457,25 @@ class Plan:
                 return provenance.draw_reward_model(first or "", *(more or (None,)))
 
     def trained(self) -> list[str]:
-        """All prompts that a stage of any run trains on: all policies answer the same ones."""
-        names: tuple[Name, ...] = ("prompts", "rl_prompts")
-        return list(dict.fromkeys(self.path(run, name) for name in names for run in self.runs))
+        """Tables with all prompts that a stage of any run trains on: all policies answer the same ones.
+
+        What was made elsewhere has its prompts in what was brought in; those of a ready reward model are not known.
+        """
+        return list(
+            dict.fromkeys(
+                self.path(run, name)
+                for run, config in self.runs.items()
+                for name in (_prompted(config), "rl_prompts")
+                if name
+            )
+        )
+
+    def trained_twice(self) -> dict[str, str]:
+        """Run -> an earlier one whose policy is decided by the same, so that it will be the same."""
+        runs = list(self.runs)
+        decided = [self._what_decides(run, "policy") for run in runs]
+        firsts = {run: runs[decided.index(own)] for run, own in zip(runs, decided, strict=True)}
+        return {run: first for run, first in firsts.items() if first != run}
 
     def scorers(self) -> list[dict[str, Any]]:
         """Every reward model of the runs, with the fields of `score_answers.Scorer`."""
@@ -536,6 +552,15 @@ class Plan:
             sampling=config.sampling,
             policy_prompt=config.policy_prompt,
         )
+
+
+def _prompted(config: Config) -> Name | None:
+    """The artifact that has the prompts of a run's synthetic preferences, if any has."""
+    if config.reward_model.path:
+        return None
+    if config.aggregation.path:
+        return "reward_data"
+    return "response0" if config.sampling.paths else "prompts"
 
 
 def is_imported(config: Config, name: Name) -> bool:

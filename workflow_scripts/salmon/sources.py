@@ -97,7 +97,7 @@ def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any
         return "\n".join([*lines, f"{number} bad rows; {advice}"])
     lines.append(
         f"{number} bad rows, where max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
-        f"needs {needed}: mend the rows (fetch the file again if it was cut off), set the format that it has, or raise "
+        f"needs {needed}: fix the rows (fetch the file again if it was cut off), set the format that it has, or raise "
         "max_bad_rows to leave them out"
     )
     return "\n".join(lines)
