@@ -12,7 +12,17 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("Snakefile", "config.yaml", "rules", "workflow_scripts", "demo", "prompts", "profiles", "envs")
+PARTS = (
+    "Snakefile",
+    "config.yaml",
+    "rules",
+    "workflow_scripts",
+    "demo",
+    "prompts",
+    "evaluation_tasks",
+    "profiles",
+    "envs",
+)
 # At least one of every section.
 CHANGES = (
     ("targets", "targets=[policies]"),

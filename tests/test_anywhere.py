@@ -36,7 +36,7 @@ READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the workflow, in a folder whose name a shell could take for a command."""
     folder = tmp_path_factory.mktemp("anywhere") / "it's $(touch z) here"
-    for name in ("rules", "workflow", "workflow_scripts", "demo", "prompts", "profiles", "envs"):
+    for name in ("rules", "workflow", "workflow_scripts", "demo", "prompts", "evaluation_tasks", "profiles", "envs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "config.yaml"):
         shutil.copy(ROOT / name, folder / name)
