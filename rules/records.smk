@@ -50,6 +50,7 @@ CONFIGURATION = json.dumps(whole_configuration(), default=str)
 VARIABLE = f"SALMON_CONFIGURATION_{zlib.crc32(CONFIGURATION.encode()):x}"
 os.environ.update({VARIABLE: CONFIGURATION})
 
+
 def warn_of_equal_policies():
     """Name runs whose settings differ in nothing that their policies are made of: they look like an ablation without effect."""
     if equal := PLAN.trained_twice():

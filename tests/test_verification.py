@@ -123,6 +123,7 @@ STALE = {
     "pmp": named("models/pmp"),
     **{f"pmp.{key}": named("models/pmp") | PMP_MEASURED for key in (*TEXTS, *SPLIT)},
     "reward_model": named("models/reward_model"),
+    "reward_model.path": named("models/reward_model") | {"evaluation/prompts.parquet"},
     **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED | SCORED for key in TEXTS},
     **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED for key in SPLIT},
     "rl_prompts": named("rl.parquet"),
