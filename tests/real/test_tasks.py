@@ -44,4 +44,4 @@ def test_the_rule_says_what_the_command_line_says(tmp_path: Path, form: str) -> 
     assert ours.pop("truthfulqa_mc2")["acc"] == pytest.approx(theirs.pop("truthfulqa_mc2")["acc"], rel=1e-6)
     assert ours == theirs  # counts of right answers
     assert ours["hhh"]["acc"]["number"] == sum(one["acc"]["number"] for name, one in ours.items() if "hhh_" in name)
-    assert all(0 < ours[name]["acc"]["value"] < 1 for name in ("truthfulqa_mc1", "hhh"))
+    assert 0 < ours["hhh"]["acc"]["value"] < 1
