@@ -49,7 +49,10 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> None:
-    """In runs of their own: what one makes and another brings in are two artifacts, and what two bring in is one."""
+    """In runs of their own: what one makes and another brings in are two artifacts, and what two bring in is one.
+
+    Responses with judgements are cut where the release's judge cut them, and so are others than those judged here.
+    """
     sampling, judge = {"paths": [files["one"], files["two"]]}, {"path": files["judged"]}
     runs = {
         "asked": {"sampling": sampling},
@@ -67,7 +70,7 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
     counts = jobs(run.stdout + run.stderr)
     assert counts.pop("check_model") == 2
     assert counts == {
-        **{"import_responses": 2, "judge_preferences": 8, "gather_preferences": 1, "aggregate_preferences": 2},
+        **{"import_responses": 4, "judge_preferences": 8, "gather_preferences": 1, "aggregate_preferences": 2},
         **{"import_preferences": 1, "import_records": 1, "import_authors": 1},
         **{"clean_pmp_data": 1, "train_pmp": 1, "train_reward_model": 3},
     }
@@ -165,6 +168,8 @@ def test_a_run_of_what_the_authors_have_published(published: Path) -> None:
     }
     for name, number in rows.items():
         assert pl.read_parquet(results / name).height == number, name
+    # Only what the release's judge read.
+    assert not pl.read_parquet(results / "responses" / "response0.parquet")["response"].str.contains("###").any()
     assert not (results / "models" / "pmp").exists()
     assert not (results / "prompts" / "oasst1.parquet").exists()
     again = small_run.snakemake("all", "--configfile", str(published / "config.yaml"), "-n")

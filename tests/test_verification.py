@@ -110,7 +110,7 @@ STALE = {
     "sampling": SAMPLED | named("check_model/sampling"),
     "sampling.seeds": SAMPLED,
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"},
-    "judge.path": {"preferences/preferences.parquet"},
+    "judge.path": {"preferences/preferences.parquet", "responses/response0.parquet", "responses/response1.parquet"},
     "judge": JUDGED | named("check_model/judging") | COMPARED,
     "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from salmon import artifacts, authors, principles, provenance, script
-from salmon.config import Model
+from salmon.config import Marker, Model
 from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
 
 log = logging.getLogger("salmon.import_authors")
@@ -37,6 +37,9 @@ class Arguments(script.Arguments):
         None, description="JSON list of the two response files; the first is output 1 of the judging"
     )
     index: int | None = Field(None, ge=0, le=1, description="which of the two response files becomes a table")
+    cut_at: Marker | None = Field(
+        None, description="where a response ends; `###` for responses of which judgements are brought in, too"
+    )
     principles: Path | None = Field(None, description="JSON list of dimension, definition, negative_definition")
     model: Model | None = Field(None, description="section of the configuration: the reward model's base")
 
@@ -75,8 +78,8 @@ def import_table(arguments: Arguments) -> dict[str, int]:
     path, files = arguments.path or "", arguments.responses or []
     if arguments.what == "responses":
         index = arguments.index or 0
-        origin, kind = provenance.import_responses(files, index), RESPONSES
-        table, counts = authors.responses(authors.read_pairs(files, "sampling.paths"), index)
+        origin, kind = provenance.import_responses(files, index, arguments.cut_at), RESPONSES
+        table, counts = authors.responses(authors.read_pairs(files, "sampling.paths"), index, arguments.cut_at)
     else:
         assert arguments.principles
         named = principles.read_judged(arguments.principles)
