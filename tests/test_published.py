@@ -141,6 +141,42 @@ def test_a_pickle_with_a_payload_is_refused_and_does_not_run(
     assert not (tmp_path / "payload-ran").exists()
 
 
+def two_checkpoints(standard: Path, folder: Path) -> Path:
+    """Two reward models in one folder, of which the second scores nothing."""
+    publish_reward_model(standard, folder / "checkpoint-10")
+    publish_reward_model(standard, folder / "checkpoint-20")
+    zeros = {"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}
+    torch.save(zeros, folder / "checkpoint-20" / "adapter_model" / "reward_head")
+    return folder
+
+
+def test_of_two_checkpoints_the_one_that_is_named(tiny_model: Path, standard: Path, tmp_path: Path) -> None:
+    """By its adapter, as the error advises: its head lies above what is named, and counts for what the model is."""
+    folder, model = two_checkpoints(standard, tmp_path / "theirs"), settings(tiny_model)
+    with pytest.raises(UserError, match="holds 2 adapters: name one of the folders ") as told:
+        bring_in(folder, model, tmp_path / "ours")
+    advised = str(told.value).partition("folders ")[2].split(", ")
+    assert advised == [str(folder / f"checkpoint-{step}" / INNER) for step in (10, 20)]
+    found = [scores(model, bring_in(name, model, tmp_path / str(n))) for n, name in enumerate(advised)]
+    torch.testing.assert_close(found[0], scores(model, standard), rtol=0, atol=1e-6)
+    assert not found[1].any()
+    before, head = identify(Model(base=advised[0])), folder / "checkpoint-10" / "adapter_model" / "reward_head"
+    assert model_files(Path(advised[0]))[-1] == head
+    head.write_text("another")
+    assert identify(Model(base=advised[0])) != before
+
+
+def test_a_head_elsewhere_has_to_be_the_only_one(tiny_model: Path, standard: Path, tmp_path: Path) -> None:
+    folder, model = publish_reward_model(standard, tmp_path / "theirs"), settings(tiny_model)
+    for name in ("one", "two"):
+        (folder / "heads" / name).mkdir(parents=True)
+    (folder / HEAD).rename(folder / "heads" / "two" / "reward_head")
+    torch.testing.assert_close(scores(model, bring_in(folder, model, tmp_path / "ours")), scores(model, standard))
+    shutil.copy(folder / "heads" / "two" / "reward_head", folder / "heads" / "one")
+    with pytest.raises(UserError, match="holds 2 heads, .*heads/one/reward_head, .*heads/two/reward_head"):
+        bring_in(folder, model, tmp_path / "again")
+
+
 # ---- The published policy, as the initial policy's adapter
 
 
@@ -172,4 +208,10 @@ def test_the_files_of_a_nested_adapter_count(policy: Path, tmp_path: Path) -> No
     assert names == [f"{INNER}/adapter_config.json", WEIGHTS, HEAD]
     before = identify(Model(base=str(folder)))
     (folder / HEAD).write_text("b")
-    assert identify(Model(base=str(folder))) != before
+    changed = identify(Model(base=str(folder)))
+    assert changed != before
+    # Which adapter is read does not depend on what else is there, such as a base model's configuration.
+    (folder / "config.json").write_text("{}")
+    beside = identify(Model(base=str(folder)))
+    (folder / WEIGHTS).write_text("others")
+    assert identify(Model(base=str(folder))) != beside

@@ -20,7 +20,7 @@ from salmon.adapters import HEAD, fetch, fit_to, read_adapter, some, unpickling_
 from salmon.border import reading
 from salmon.config import Model
 from salmon.errors import UserError
-from salmon.identity import REWARD_HEAD, adapter_folder
+from salmon.identity import REWARD_HEAD, adapter_folder, nearest_head
 from salmon.models import head_width, load_outline
 
 HEAD_KEY = f"base_model.model.{HEAD}"
@@ -73,13 +73,18 @@ def save_reward_model(config: LoraConfig, weights: dict[str, torch.Tensor], fold
 
 
 def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
-    """The head that the authors' release has in a file of its own: beside the adapter, above it, or elsewhere below.
+    """The head that the authors' release has in a file of its own: beside the adapter or above it, or the only one elsewhere in the folder.
 
     Returns:
         Its weight; the bias is checked to be one, and left out.
     """
-    near = [each / REWARD_HEAD for each in (adapter, *adapter.parents) if each == root or root in each.parents]
-    found = [file for file in near if file.is_file()] or sorted(root.rglob(REWARD_HEAD))
+    near = nearest_head(root, adapter)
+    found = [near] if near else sorted(root.rglob(REWARD_HEAD))
+    if len(found) > 1:
+        raise UserError(
+            f"{key} holds {len(found)} heads, and none of them beside its adapter in {adapter} or above it: "
+            f"{', '.join(map(str, found))}; copy the one that belongs to the adapter beside it"
+        )
     if not found:
         raise UserError(
             f"{key} is no reward model: the adapter in {adapter} has no head ({HEAD}), and there is no file "
