@@ -30,6 +30,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safeten
 REWARD_HEAD = "reward_head"
 """File of the head of a reward model that the authors' release wrote, a pickle of tensors."""
 SHOWN = 8  # names in a message
+_POINTER = b"version https://git-lfs"  # how the text begins that stands for a file of Git LFS
 
 WHOLE = 64 << 20  # a weights file of at most so many bytes is hashed whole
 BLOCK = 64 << 10  # of a larger one, evenly spaced blocks are read,
@@ -102,6 +103,18 @@ def nearest_head(folder: Path, adapter: Path) -> Path | None:
     above = [adapter, *(each for each in adapter.parents if each == folder or folder in each.parents)]
     above += adapter.resolve().parents[:2]
     return next((each / REWARD_HEAD for each in above if (each / REWARD_HEAD).is_file()), None)
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Refuse weights of which only Git LFS's pointers were cloned, before a library calls them something else.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for file in sorted(_matching(folder, ("*.safetensors", "adapter_model.bin", REWARD_HEAD))):
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise UserError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where it was cloned")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
