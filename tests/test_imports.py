@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
+from import_authors import Arguments
 from salmon import configuration, models, reward_model, verification
 from salmon.config import Lora
 from salmon.errors import UserError
@@ -84,6 +86,9 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
         ({"judge": {"path": "{judged}"}}, "judge.path: .* set sampling.paths"),
         ({"sampling": {"paths": ["{one}", "{one}"]}}, "sampling.paths: the two responses are in different files"),
         ({"sampling": {"paths": ["{one}", "/nowhere/two.json"]}}, "sampling.paths: /nowhere/two.json does not exist"),
+        ({"sampling": {"paths": ["{one}", "owner/two"]}}, "sampling.paths.1: owner/two is no file here: fetch it"),
+        ({"judge": {"path": "owner/judged"}}, "judge.path: owner/judged is no file here"),
+        ({"aggregation": {"path": "owner/records"}}, "aggregation.path: owner/records is no file here"),
         ({"aggregation": {"path": "/nowhere/records.json"}}, "aggregation.path: /nowhere/records.json does not exist"),
         ({"reward_model": {"path": "./nowhere"}}, "reward_model.path: ./nowhere does not exist"),
     ],
@@ -95,6 +100,23 @@ def test_what_cannot_be_brought_in_ends_before_any_job(files: dict[str, str], ch
     raw = merge(yaml.safe_load((ROOT / "config.yaml").read_text()), json.loads(text))
     with pytest.raises(UserError, match=said):
         configuration.load(raw, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (["{one}", "{one}"], "the two responses are in different files"),
+        (["{one}", "owner/two"], "owner/two is no file here"),
+        (["{one}"], "Field required"),
+    ],
+)
+def test_the_script_refuses_what_the_configuration_refuses(files: dict[str, str], named: list[str], said: str) -> None:
+    """And so is not a way to bring in one response twice."""
+    options = {"what": "responses", "output": "x.parquet", "index": 0}
+    assert Arguments.model_validate(options | {"responses": [files["one"], files["two"]]}).responses
+    paths = json.dumps([path.format(**files) for path in named])
+    with pytest.raises(ValidationError, match=said):
+        Arguments.model_validate(options | {"responses": paths})
 
 
 @pytest.fixture(scope="module")

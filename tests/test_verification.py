@@ -226,7 +226,9 @@ VALUES: dict[str, Any] = {
     "pathvars.results": None,  # other results
     "targets": ["prompts"],
     "model.base": "HuggingFaceTB/SmolLM2-135M",
-    "sampling.paths": ["owner/first", "owner/second"],
+    "sampling.paths": ["README.md", "CHANGELOG.md"],  # tables are local files
+    "judge.path": "README.md",
+    "aggregation.path": "README.md",
     "sampling.seeds": [7, 8],
     "aggregation.dimensions": ["Concise"],
     "policy_prompt.thinking": ["<t>", "</t>"],

@@ -169,8 +169,8 @@ def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path
         return revision or "main"
     digest = hashlib.sha256()
     for file in files(folder):
-        inside = file.is_relative_to(folder)
-        name = file.relative_to(folder) if inside else Path(os.path.relpath(file, folder.resolve()))
+        outside = not file.is_relative_to(folder)
+        name = Path(os.path.relpath(file, folder.resolve())) if outside else file.relative_to(folder)
         digest.update(f"{name.as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
     return digest.hexdigest()
 
