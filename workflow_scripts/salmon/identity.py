@@ -170,8 +170,8 @@ def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path
     digest = hashlib.sha256()
     for file in files(folder):
         outside = not file.is_relative_to(folder)
-        name = Path(os.path.relpath(file, folder.resolve())) if outside else file.relative_to(folder)
-        digest.update(f"{name.as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
+        place = Path(os.path.relpath(file, folder.resolve())) if outside else file.relative_to(folder)
+        digest.update(f"{place.as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
