@@ -48,7 +48,10 @@ use rule import_authors as import_responses with:
         "../envs/data.yaml"
     params:
         what="responses",
-        options=lambda wildcards: [*response_files(wildcards), "--index", wildcards.index],
+        options=lambda wildcards: [
+            *(*response_files(wildcards), "--index", wildcards.index),
+            *options(**{"cut-at": plan.import_cut(run_settings(wildcards))}),
+        ],
 
 
 use rule import_authors as import_preferences with:

@@ -90,7 +90,7 @@ def publish_responses(folder: Path, asked: list[tuple[str, str]]) -> list[Path]:
                     "output": {
                         "generation": "short"
                         if index and at % 6 == 0
-                        else f"response {index} to {instruction.strip()}\n\n### User\nmore"
+                        else f"response {index} to {instruction.strip()}\n\n### Details\nA list.\n\n### User\nmore"
                     },
                 }
                 for at, (instruction, extra) in enumerate(asked)

@@ -66,9 +66,13 @@ def test_responses_become_tables(tmp_path: Path) -> None:
     assert tables[0]["prompt_id"].equals(tables[1]["prompt_id"])
     texts = {(row["instruction"], row["input"]): row["response"] for row in tables[0].iter_rows(named=True)}
     assert texts == {
-        (instruction.strip(), extra): f"response 0 to {instruction.strip()}\n\n### User\nmore"
+        (instruction.strip(), extra): f"response 0 to {instruction.strip()}\n\n### Details\nA list.\n\n### User\nmore"
         for instruction, extra in PROMPTS
     }
+    judged, counts = authors.responses(pairs, 0, authors.JUDGED_UP_TO)
+    assert counts["rows"] == 23
+    for instruction, response in judged.select("instruction", "response").iter_rows():
+        assert response == f"response 0 to {instruction}"  # and no more of it, which the release's judge never read
 
 
 def test_judgements_find_their_pairs(tmp_path: Path, named: list[Any]) -> None:
@@ -98,17 +102,18 @@ def test_judgements_and_responses_are_aggregated(tmp_path: Path, named: list[Any
     for order in (files, files[::-1]):
         pairs = authors.read_pairs(paths(order), "sampling.paths")
         for index in (0, 1):
-            check(authors.responses(pairs, index)[0], RESPONSES, tmp_path / f"{index}.parquet")
+            table, _ = authors.responses(pairs, index, authors.JUDGED_UP_TO)
+            check(table, RESPONSES, tmp_path / f"{index}.parquet")
         check(authors.judgements(str(file), pairs, named, "judge.path")[0], JUDGEMENTS, tmp_path / "j.parquet")
         (tmp_path / "parts").mkdir(exist_ok=True)
-        table, counts = aggregation.aggregate(
+        records, counts = aggregation.aggregate(
             *(tmp_path / name for name in ("j.parquet", "0.parquet", "1.parquet")),
             principles=named,
             settings=settings,
-            turn_markers=["\n### User\n"],
+            turn_markers=[],
             folder=tmp_path / "parts",
         )
-        found = table.collect()
+        found = records.collect()
         assert counts["pairs_not_judged"] == 4
         assert found.height == counts["records"] > 20
         better = pl.when(pl.col("preference") == 1).then("output_1").otherwise("output_2")

@@ -98,7 +98,8 @@ def test_train_reward_model(counted: Counted) -> None:
 def test_train_sft(counted: Counted) -> None:
     counts = counted.counts("sft")
     used = counts["trained_on"] + counts["held_out"] + counts["left_out_of_last_batch"]
-    assert counts["examples"] == counted.rows("examples.parquet").height == used + counts["no_room_for_an_answer"]
+    left_out = counts["no_room_for_an_answer"] + counts["no_answer"]
+    assert counts["examples"] == counted.rows("examples.parquet").height == used + left_out
     metrics = json.loads((counted.world.folder / "sft" / "metrics.json").read_text())
     assert metrics["evaluation"]["number"] == counts["held_out"]
     assert len(metrics["training"]) == counts["steps"]

@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
+from import_authors import Arguments
 from salmon import configuration, models, plan, reward_model, verification
 from salmon.config import Lora
 from salmon.errors import UserError
@@ -59,7 +61,10 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> None:
-    """In runs of their own: what one makes and another brings in are two artifacts, and what two bring in is one."""
+    """In runs of their own: what one makes and another brings in are two artifacts, and what two bring in is one.
+
+    Responses with judgements are cut where the release's judge cut them, and so are others than those judged here.
+    """
     sampling, judge = {"paths": [files["one"], files["two"]]}, {"path": files["judged"]}
     runs = {
         "asked": {"sampling": sampling},
@@ -77,7 +82,7 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
     counts = jobs(run.stdout + run.stderr)
     assert counts.pop("check_model") == 2
     assert counts == {
-        **{"import_responses": 2, "judge_preferences": 8, "gather_preferences": 1, "aggregate_preferences": 2},
+        **{"import_responses": 4, "judge_preferences": 8, "gather_preferences": 1, "aggregate_preferences": 2},
         **{"import_preferences": 1, "import_records": 1, "import_authors": 1},
         **{"clean_pmp_data": 1, "train_pmp": 1, "train_reward_model": 3},
     }
@@ -91,6 +96,9 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
         ({"judge": {"path": "{judged}"}}, "judge.path: .* set sampling.paths"),
         ({"sampling": {"paths": ["{one}", "{one}"]}}, "sampling.paths: the two responses are in different files"),
         ({"sampling": {"paths": ["{one}", "/nowhere/two.json"]}}, "sampling.paths: /nowhere/two.json does not exist"),
+        ({"sampling": {"paths": ["{one}", "owner/two"]}}, "sampling.paths.1: owner/two is no file here: fetch it"),
+        ({"judge": {"path": "owner/judged"}}, "judge.path: owner/judged is no file here"),
+        ({"aggregation": {"path": "owner/records"}}, "aggregation.path: owner/records is no file here"),
         ({"aggregation": {"path": "/nowhere/records.json"}}, "aggregation.path: /nowhere/records.json does not exist"),
         ({"reward_model": {"path": "./nowhere"}}, "reward_model.path: ./nowhere does not exist"),
         ({"reward_model": {"revision": "abc"}}, "reward_model.revision: only a reward_model.path on the hub has one"),
@@ -150,6 +158,23 @@ def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files:
         known = plan.Plan(configuration.load(merge(raw, {**changes, "runs": runs}), ROOT))
         tables = [table] * (table is not None) + ["prompts/rl.parquet"]
         assert known.trained() == [f"results/{name}" for name in tables]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (["{one}", "{one}"], "the two responses are in different files"),
+        (["{one}", "owner/two"], "owner/two is no file here"),
+        (["{one}"], "Field required"),
+    ],
+)
+def test_the_script_refuses_what_the_configuration_refuses(files: dict[str, str], named: list[str], said: str) -> None:
+    """And so is not a way to bring in one response twice."""
+    options = {"what": "responses", "output": "x.parquet", "index": 0}
+    assert Arguments.model_validate(options | {"responses": [files["one"], files["two"]]}).responses
+    paths = json.dumps([path.format(**files) for path in named])
+    with pytest.raises(ValidationError, match=said):
+        Arguments.model_validate(options | {"responses": paths})
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +248,8 @@ def test_a_run_of_what_the_authors_have_published(published: Path) -> None:
     }
     for name, number in rows.items():
         assert pl.read_parquet(results / name).height == number, name
+    # Only what the release's judge read.
+    assert not pl.read_parquet(results / "responses" / "response0.parquet")["response"].str.contains("###").any()
     assert not (results / "models" / "pmp").exists()
     assert not (results / "prompts" / "oasst1.parquet").exists()
     again = small_run.snakemake("all", "--configfile", str(published / "config.yaml"), "-n")

@@ -101,6 +101,13 @@ def test_an_adapter_is_used_whole_or_not_at_all(
         load_adapter(load_adapter(models.load_base(settings(llama), "cpu"), str(adapter)), str(tmp_path / "a"), "other")
 
 
+def test_a_base_model_of_git_lfs_pointers(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "base")
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=f"{WEIGHTS} is a Git LFS pointer"):
+        models.load_base(settings(folder), "cpu")
+
+
 def test_a_prefix_is_mapped(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """The classes of a model with a tower name the same layers in two ways."""
     shutil.copytree(adapter, tmp_path / "a")

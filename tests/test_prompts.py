@@ -114,7 +114,7 @@ def test_sharegpt_gives_the_first_turn_if_a_humans() -> None:
         ],
     )
     assert [prompt.instruction for prompt in found] == ["first", "other name"]
-    assert counts == {"fewer than two turns": 2, "no human turn first": 2, "empty": 1}
+    assert counts == {"fewer than two turns": 2, "no human turn first": 1, "a system turn first": 1, "empty": 1}
     marked = {"from": "human", "value": "<p>as page</p>", "markdown": "as text"}
     assert instructions("sharegpt", [{"conversations": [marked, marked]}]) == ["as text"]
 
@@ -500,7 +500,8 @@ def test_synthetic_sharegpt(tmp_path: Path) -> None:
     assert counts == {
         "it: rows": len(rows),
         "it: fewer than two turns": sum(len(talk) < 2 for talk in talks),
-        "it: no human turn first": sum(len(talk) > 1 and talk[0]["from"] != "human" for talk in talks),
+        "it: no human turn first": sum(len(talk) > 1 and talk[0]["from"] == "gpt" for talk in talks),
+        "it: a system turn first": sum(len(talk) > 1 and talk[0]["from"] == "system" for talk in talks),
         "it: empty": len(first) - len(typed),
         "it: duplicate": len(typed) - len(set(typed)),
         "it: kept": len(set(typed)),

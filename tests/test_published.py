@@ -97,6 +97,12 @@ WEIGHTS, HEAD = f"{INNER}/adapter_model.bin", "adapter_model/reward_head"
         (lambda f: shutil.copytree(f / INNER, f / "checkpoint-20"), "holds 2 adapters: name one of .*checkpoint-20"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:500]), "cannot be read"),
         (lambda f: (f / HEAD).write_text("a head"), "reward_head cannot be read"),
+        (lambda f: torch.save(torch.zeros(1, 64), f / HEAD), "reward_head holds a Tensor, where a head is weight"),
+        (change_weights(HEAD, lambda w: w | {"scale": 1.5}), "reward_head holds .*scale float, where a head is weight"),
+        (change_weights(HEAD, lambda w: {"weight": 1.5}), "reward_head holds weight float, where a head is weight"),
+        (change_weights(HEAD, lambda w: w | {"weight": w["weight"] * torch.nan}), "not finite .score.weight"),
+        (change_weights(WEIGHTS, lambda w: w | {max(w): w[max(w)] / 0}), r"not finite .*lora_B"),
+        (lambda f: torch.save(torch.zeros(1), f / WEIGHTS), "holds a Tensor, where weights by name are expected"),
         (change_weights(HEAD, lambda w: w | {"scale": w["bias"]}), r"scale \(1,\), where a head is weight"),
         (change_weights(HEAD, lambda w: w | {"bias": torch.zeros(2)}), r"bias \(2,\), where a head is"),
         (change_weights(HEAD, lambda w: w | {"weight": torch.zeros(2, 64)}), r"shape \(2, 64\)"),
@@ -117,7 +123,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     change(folder)
     with pytest.raises(UserError, match=f"(?s){said}") as told:
         bring_in(folder, settings(tiny_model), tmp_path / "ours")
-    assert "delete" not in str(told.value)
+    assert not any(word in str(told.value) for word in ("delete", "weights_only"))
     assert not (tmp_path / "ours").exists()
 
 
@@ -136,9 +142,67 @@ def test_a_pickle_with_a_payload_is_refused_and_does_not_run(
 ) -> None:
     folder = publish_reward_model(standard, tmp_path / "theirs")
     saved_by_torch(folder / file, tmp_path / "payload-ran")
-    with pytest.raises(UserError, match="a pickle is read only where it holds tensors and nothing else"):
+    with pytest.raises(UserError, match="a pickle is read only where it holds tensors and nothing else") as told:
         bring_in(folder, settings(tiny_model), tmp_path / "ours")
+    assert "weights_only" not in str(told.value)  # which torch advises to turn off
     assert not (tmp_path / "payload-ran").exists()
+
+
+def two_checkpoints(standard: Path, folder: Path) -> Path:
+    """Two reward models in one folder, of which the second scores nothing."""
+    publish_reward_model(standard, folder / "checkpoint-10")
+    publish_reward_model(standard, folder / "checkpoint-20")
+    zeros = {"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}
+    torch.save(zeros, folder / "checkpoint-20" / "adapter_model" / "reward_head")
+    return folder
+
+
+def test_of_two_checkpoints_the_one_that_is_named(tiny_model: Path, standard: Path, tmp_path: Path) -> None:
+    """By its adapter, as the error advises: its head lies above what is named, and counts for what the model is."""
+    folder, model = two_checkpoints(standard, tmp_path / "theirs"), settings(tiny_model)
+    with pytest.raises(UserError, match="holds 2 adapters: name one of the folders ") as told:
+        bring_in(folder, model, tmp_path / "ours")
+    advised = str(told.value).partition("folders ")[2].split(", ")
+    assert advised == [str(folder / f"checkpoint-{step}" / INNER) for step in (10, 20)]
+    found = [scores(model, bring_in(name, model, tmp_path / str(n))) for n, name in enumerate(advised)]
+    torch.testing.assert_close(found[0], scores(model, standard), rtol=0, atol=1e-6)
+    assert not found[1].any()
+    before, head = identify(Model(base=advised[0])), folder / "checkpoint-10" / "adapter_model" / "reward_head"
+    assert model_files(Path(advised[0]))[-1] == head
+    head.write_text("another")
+    assert identify(Model(base=advised[0])) != before
+
+
+@pytest.mark.parametrize("change", [lambda f: None, lambda f: (f / HEAD).rename(f / INNER / "reward_head")])
+def test_a_reward_model_is_no_policy(
+    tiny_model: Path, standard: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """Neither the published one nor one of ours; its adapter would be loaded without a complaint."""
+    change(publish_reward_model(standard, tmp_path / "theirs"))
+    for folder in (tmp_path / "theirs", tmp_path / "theirs" / INNER, standard):
+        with pytest.raises(UserError, match=r"is a reward model .* name it in reward_model\.path, and a policy's"):
+            models.load_initial_policy(settings(tiny_model, adapter=str(folder)), "cpu")
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD, f"{INNER}/adapter_model.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(tiny_model: Path, standard: Path, tmp_path: Path, file: str) -> None:
+    """What a clone without LFS leaves is none of the things that torch would say of it."""
+    folder = publish_reward_model(standard, tmp_path / "theirs")
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where") as told:
+        bring_in(folder, settings(tiny_model), tmp_path / "ours")
+    assert "pickle" not in str(told.value)
+
+
+def test_a_head_elsewhere_has_to_be_the_only_one(tiny_model: Path, standard: Path, tmp_path: Path) -> None:
+    folder, model = publish_reward_model(standard, tmp_path / "theirs"), settings(tiny_model)
+    for name in ("one", "two"):
+        (folder / "heads" / name).mkdir(parents=True)
+    (folder / HEAD).rename(folder / "heads" / "two" / "reward_head")
+    torch.testing.assert_close(scores(model, bring_in(folder, model, tmp_path / "ours")), scores(model, standard))
+    shutil.copy(folder / "heads" / "two" / "reward_head", folder / "heads" / "one")
+    with pytest.raises(UserError, match=r"holds 2 heads, .*heads/one/reward_head, .*heads/two/reward_head"):
+        bring_in(folder, model, tmp_path / "again")
 
 
 # ---- The published policy, as the initial policy's adapter
@@ -172,4 +236,10 @@ def test_the_files_of_a_nested_adapter_count(policy: Path, tmp_path: Path) -> No
     assert names == [f"{INNER}/adapter_config.json", WEIGHTS, HEAD]
     before = identify(Model(base=str(folder)))
     (folder / HEAD).write_text("b")
-    assert identify(Model(base=str(folder))) != before
+    changed = identify(Model(base=str(folder)))
+    assert changed != before
+    # Which adapter is read does not depend on what else is there, such as a base model's configuration.
+    (folder / "config.json").write_text("{}")
+    beside = identify(Model(base=str(folder)))
+    (folder / WEIGHTS).write_text("others")
+    assert identify(Model(base=str(folder))) != beside

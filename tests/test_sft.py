@@ -93,11 +93,15 @@ ROWS: dict[str, tuple[list[Any], list[tuple[Any, ...]], dict[str, int]]] = {
             },
             {"conversations": [turn("user", "How?"), turn("system", "Hm."), turn("gpt", "So.")]},
             {"conversations": [turn("gpt", "Hello."), turn("human", "Hi.")]},
+            {"conversations": [turn("system", "Be kind."), turn("human", "Hi."), turn("gpt", "Hello.")]},
             {"conversations": [turn("human", "Who?")]},
             {"conversations": [turn("human", "Who?"), {"from": "gpt", "value": None}]},
         ],
         [("Why?", "", "So.", True)],
-        {"rows": 5, "kept": 1, "no assistant turn second": 1, "no human turn first": 1, "fewer than two turns": 1},
+        {
+            **{"rows": 6, "kept": 1, "no assistant turn second": 1, "no human turn first": 1},
+            **{"a system turn first": 1, "fewer than two turns": 1},
+        },
     ),
     "dolly": (
         [
@@ -471,7 +475,16 @@ def test_nf4_trains(trained, tmp_path):
     [
         (lambda table: table.head(23), {}, "23 usable records, too few to hold out 20 .*sft.eval_examples"),
         (lambda table: table.drop("is_whole"), {}, "lacks columns: is_whole"),
-        (lambda table: table, {"max_length": 10}, "0 usable records"),
+        (
+            lambda table: table,
+            {"max_length": 10, "eval_examples": 0},
+            "0 usable records.* 80 examples leave no room for an answer in sft.max_length 10: raise it$",
+        ),
+        (
+            lambda table: table.with_columns(output=pl.lit(f"{STOP}So.")),
+            {},
+            "0 usable records.*; 80 examples have no answer before a string of policy_prompt.stop$",
+        ),
         (lambda table: table, {"batch_size": 9}, "sft.batch_size 9 is not a multiple"),
         (lambda table: table, {"max_length": 5000}, "sft.max_length is 5000"),
     ],

@@ -110,7 +110,7 @@ STALE = {
     "sampling": SAMPLED | named("check_model/sampling"),
     "sampling.seeds": SAMPLED,
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"} | {"evaluation/prompts.parquet"},
-    "judge.path": {"preferences/preferences.parquet"},
+    "judge.path": {"preferences/preferences.parquet", "responses/response0.parquet", "responses/response1.parquet"},
     "judge": JUDGED | named("check_model/judging") | COMPARED,
     "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,
@@ -227,7 +227,9 @@ VALUES: dict[str, Any] = {
     "pathvars.results": None,  # other results
     "targets": ["prompts"],
     "model.base": "HuggingFaceTB/SmolLM2-135M",
-    "sampling.paths": ["owner/first", "owner/second"],
+    "sampling.paths": ["README.md", "CHANGELOG.md"],  # tables are local files
+    "judge.path": "README.md",
+    "aggregation.path": "README.md",
     "sampling.seeds": [7, 8],
     "aggregation.dimensions": ["Concise"],
     "policy_prompt.thinking": ["<t>", "</t>"],

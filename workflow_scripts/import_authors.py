@@ -7,12 +7,13 @@ begins there.
 
 import logging
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_settings import NoDecode
 
 from salmon import artifacts, authors, principles, provenance, script
-from salmon.config import Model
+from salmon.config import Marker, Model, ResponseFiles
 from salmon.tables import JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
 
 log = logging.getLogger("salmon.import_authors")
@@ -33,10 +34,13 @@ class Arguments(script.Arguments):
     output: Path = Field(description="folder of the reward model, or table (parquet); with a manifest")
     path: str | None = Field(None, description="reward model (hub id or folder), preference file, or records")
     revision: str | None = Field(None, description="commit, tag or branch of the reward model on the hub")
-    responses: script.JsonList[str] | None = Field(
+    responses: Annotated[ResponseFiles, NoDecode, script.JSON] | None = Field(
         None, description="JSON list of the two response files; the first is output 1 of the judging"
     )
     index: int | None = Field(None, ge=0, le=1, description="which of the two response files becomes a table")
+    cut_at: Marker | None = Field(
+        None, description="where a response ends; `###` for responses of which judgements are brought in, too"
+    )
     principles: Path | None = Field(None, description="JSON list of dimension, definition, negative_definition")
     model: Model | None = Field(None, description="section of the configuration: the reward model's base")
 
@@ -44,8 +48,6 @@ class Arguments(script.Arguments):
     def _complete(self) -> Self:
         if missing := [f"--{name}" for name in NEEDED[self.what] if getattr(self, name) is None]:
             raise ValueError(f"--what {self.what} needs {', '.join(missing)}")
-        if self.responses is not None and len(self.responses) != 2:
-            raise ValueError(f"--responses names {len(self.responses)} files, where response0 and response1 are wanted")
         return self
 
 
@@ -72,11 +74,11 @@ def import_reward_model(arguments: Arguments) -> dict[str, int]:
 
 def import_table(arguments: Arguments) -> dict[str, int]:
     """Write the table of responses, judgements or records."""
-    path, files = arguments.path or "", arguments.responses or []
+    path, files = arguments.path or "", arguments.responses or ()
     if arguments.what == "responses":
         index = arguments.index or 0
-        origin, kind = provenance.import_responses(files, index), RESPONSES
-        table, counts = authors.responses(authors.read_pairs(files, "sampling.paths"), index)
+        origin, kind = provenance.import_responses(files, index, arguments.cut_at), RESPONSES
+        table, counts = authors.responses(authors.read_pairs(files, "sampling.paths"), index, arguments.cut_at)
     else:
         assert arguments.principles
         named = principles.read_judged(arguments.principles)

@@ -5,6 +5,7 @@ The adapter is an ordinary PEFT folder, which `model.adapter` can name.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from salmon import checked, distributed, models, provenance, script, sft, traini
 from salmon.config import Model, PolicyPrompt, Sft
 from salmon.generation import end_tokens
 from salmon.tables import SFT_EXAMPLES
-from salmon.text import join_instruction
+from salmon.text import cut_at_markers, join_instruction
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
@@ -50,13 +51,16 @@ def main(arguments: Arguments) -> None:
     settings, base = arguments.sft, arguments.model.without_adapter()
     tokenizer = load_tokenizer(base)
     rows, examples, counts = read_examples(arguments, tokenizer)
+    left_out = describe_left_out(counts, settings.max_length)
+    if left_out:
+        log.warning("%s", left_out)
     train, held = (
         [examples[place] for place in part["place"]]
         for part in training.split(rows, settings.eval_examples, settings.seed, NAME)
     )
     lengths = [len(example.tokens) for example in train]
     order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, NAME)
-    counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples)
+    counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples, left_out)
     counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)
 
     work = WorkFolder(arguments.output)
@@ -103,17 +107,25 @@ def read_examples(
     examples = [example for example in found if example]
     usable = pl.Series([example is not None for example in found], dtype=pl.Boolean)
     rows = table.select("prompt_id").filter(usable).with_row_index("place")
+    stop = arguments.policy_prompt.stop
+    no_answer = sum(not cut_at_markers(output, stop).strip() for output in table["output"])
     counts = {
         "examples": len(table),
-        "no_room_for_an_answer": len(table) - len(examples),
+        "no_answer": no_answer,
+        "no_room_for_an_answer": len(table) - len(examples) - no_answer,
         "without_an_end": len(table) - int(table["is_whole"].sum()),
         "answers_cut": sum(example.is_cut for example in examples),
     }
-    if left_out := counts["no_room_for_an_answer"]:
-        log.warning(
-            "%d examples leave no room for an answer in sft.max_length, or have none, and are left out", left_out
-        )
     return rows, examples, counts
+
+
+def describe_left_out(counts: Mapping[str, int], max_length: int) -> str:
+    """How many examples are left out, by reason; empty where none is."""
+    found = {
+        f"leave no room for an answer in sft.max_length {max_length}: raise it": counts["no_room_for_an_answer"],
+        "have no answer before a string of policy_prompt.stop": counts["no_answer"],
+    }
+    return "; ".join(f"{number} examples {what}" for what, number in found.items() if number)
 
 
 if __name__ == "__main__":

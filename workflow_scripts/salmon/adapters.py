@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from salmon.border import reading
 from salmon.config import Lora
 from salmon.errors import UserError
-from salmon.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REWARD_HEAD, adapter_folder
+from salmon.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REWARD_HEAD, adapter_folder, nearest_head, refuse_pointers
 
 log = logging.getLogger(__name__)
 
@@ -154,15 +154,23 @@ def load_adapter(
         head_elsewhere: a reward model's head in the folder is read by `read_head`, and not put on this model.
 
     Raises:
-        UserError: where it cannot be loaded, holds other weights than LoRA's (and a head's), or its weights and the
-            model's LoRA layers are not the same ones.
+        UserError: where it cannot be loaded, is a reward model and the base has no head for it, holds other weights
+            than LoRA's (and a head's), or its weights and the model's LoRA layers are not the same ones.
     """
-    folder = str(find_adapter(adapter, revision))
+    path, head = find_adapter(adapter, revision)
+    folder = str(path)
     config, weights = read_adapter(folder, adapter)
     keys = set(weights)
     del weights
+    score = next((key for key in sorted(keys) if key.endswith(HEAD)), head)
+    model = base.get_base_model() if isinstance(base, PeftModel) else base
+    if score and not head_elsewhere and not hasattr(model, "score"):
+        raise UserError(
+            f"adapter {adapter} is a reward model (its head is {score}), and no policy: name it in reward_model.path, "
+            "and a policy's adapter in model.adapter"
+        )
     with reading(f"adapter {adapter}", ADVICE):
-        mapping = _fit(config, base.get_base_model() if isinstance(base, PeftModel) else base, keys)
+        mapping = _fit(config, model, keys)
         options: dict[str, Any] = {"key_mapping": mapping}
         if isinstance(base, PeftModel):
             config.inference_mode = not trainable
@@ -191,14 +199,19 @@ def load_adapter(
     return base
 
 
-def find_adapter(adapter: str, revision: str | None = None) -> Path:
+def find_adapter(adapter: str, revision: str | None = None) -> tuple[Path, Path | None]:
     """The PEFT folder of an adapter: of a local folder, or of the copy of a hub model in the cache, fetched if need be.
+
+    Returns:
+        The folder; and the head that the authors' release has near it, if that is a reward model.
 
     Raises:
         UserError: where there is none, or more than one (`identity.adapter_folder`).
     """
     with reading(f"adapter {adapter}", ADVICE):
-        return adapter_folder(fetch(adapter, revision))
+        root = fetch(adapter, revision)
+        folder = adapter_folder(root)
+        return folder, nearest_head(root, folder)
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -223,8 +236,13 @@ def read_adapter(folder: str, named: str) -> tuple[PeftConfig, dict[str, torch.T
         if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
             raise UserError(f"adapter {named} has no weights ({' or '.join(ADAPTER_WEIGHTS)} in {folder}); {ADVICE}")
         config = PeftConfig.from_pretrained(folder)
+        refuse_pointers(Path(folder))
     with reading(f"adapter {named}", unpickling_advice):
         weights: dict[str, torch.Tensor] = load_peft_weights(folder, device="cpu")
+        if not isinstance(weights, dict):
+            raise UserError(
+                f"adapter {named} holds a {type(weights).__name__}, where weights by name are expected; {ADVICE}"
+            )
         _check_kind(named, config, weights)
     return config, weights
 

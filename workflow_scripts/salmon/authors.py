@@ -10,7 +10,8 @@ two response files are needed to read a preference file. Which of them was outpu
 anywhere: whoever names the files says it by their order. (In the release, a file listing decides: docs/defects.md, 1.)
 
 Rows that do not fit each other are refused with their places, and what is left out is counted. Texts stay as they are
-but for white space around them.
+but for white space around them, and of responses with judgements what the release's judge did not read: it reads a
+response up to its first "###".
 """
 
 import ast
@@ -33,9 +34,12 @@ from salmon.principles import JudgedPrinciple
 from salmon.randomness import digest
 from salmon.sources import read_source
 from salmon.tables import IMPORTED, JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
+from salmon.text import cut_at_markers
 
 SOURCE = "authors"
 """Name of the source of such rows."""
+JUDGED_UP_TO = "###"
+"""Where a response ends for the judge of the release, wherever that stands."""
 SHORTEST, SHUFFLE_SEED = 16, 42  # characters of a response that the release judges, and the seed of its order of pairs
 _NUMPY = re.compile(r"np\.\w+\(([^()]*)\)")  # how tuples of numpy's numbers are written since its version 2
 
@@ -164,8 +168,13 @@ def read_pairs(paths: Sequence[str], key: str) -> Pairs:
     return Pairs(first, second, (paths[0], paths[1]))
 
 
-def responses(pairs: Pairs, index: int) -> tuple[pl.DataFrame, dict[str, int]]:
+def responses(pairs: Pairs, index: int, cut_at: str | None = None) -> tuple[pl.DataFrame, dict[str, int]]:
     """The table `RESPONSES` of one of the two; of doubled prompts the first pair, as the files have it.
+
+    Args:
+        pairs: of both files.
+        index: 0 or 1.
+        cut_at: where a response ends; None for the whole response.
 
     Returns:
         The table, and counts: `rows` of the table and `duplicate` prompts add up to `read`.
@@ -174,13 +183,17 @@ def responses(pairs: Pairs, index: int) -> tuple[pl.DataFrame, dict[str, int]]:
     kept = {row.prompt_id: row for row in reversed(rows)}
     table = pl.DataFrame(
         [
-            (key, SOURCE, row.instruction, row.input, row.text, IMPORTED, None, None)
+            (key, SOURCE, row.instruction, row.input, _cut(row.text, cut_at), IMPORTED, None, None)
             for key, row in sorted(kept.items())
         ],
         schema=RESPONSES.schema,
         orient="row",
     )
     return table, {"read": len(rows), "duplicate": len(rows) - len(kept), "rows": len(kept)}
+
+
+def _cut(text: str, marker: str | None) -> str:
+    return cut_at_markers(text, [marker]).strip() if marker else text
 
 
 def judgements(

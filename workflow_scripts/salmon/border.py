@@ -52,6 +52,8 @@ def reason(error: BaseException) -> str:
     if "integer string conversion" in str(error):
         return "a number of thousands of digits"
     said = " ".join(str(error).split()).rstrip(" .:")
+    if type(error).__name__ == "UnpicklingError":  # torch's text advises to read it whatever it holds
+        said = "it holds more than tensors, or is no pickle"
     if not said or isinstance(error, TypeError | LookupError | AttributeError):
         said = ": ".join(filter(None, (type(error).__name__, said)))
     return said if len(said) <= 300 else f"{said[:297]}..."

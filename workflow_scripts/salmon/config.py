@@ -276,6 +276,24 @@ def _expanded(path: str | None) -> str | None:
 ReadyFile = Annotated[str, AfterValidator(_expanded)]
 
 
+def _local(path: str) -> str:
+    """A file of the authors' tables, which nobody fetches."""
+    if not is_local(path):
+        raise ValueError(f"{path} is no file here: fetch it, and name the file with its ending")
+    return path
+
+
+def _two_files(paths: tuple[str, str]) -> tuple[str, str]:
+    """The files of both responses."""
+    if Path(paths[0]).resolve() == Path(paths[1]).resolve():
+        raise ValueError("the two responses are in different files")
+    return paths
+
+
+ReadyTable = Annotated[ReadyFile, AfterValidator(_local)]
+ResponseFiles = Annotated[tuple[ReadyTable, ReadyTable], AfterValidator(_two_files)]
+
+
 class Prompts(Section):
     """Prompts of the synthetic preferences."""
 
@@ -317,7 +335,7 @@ class RlPrompts(Prompts):
 class Sampling(Section):
     """response0 and response1."""
 
-    paths: tuple[ReadyFile, ReadyFile] | None = Field(
+    paths: ResponseFiles | None = Field(
         None,
         description="response0 and response1 that are there already, two response files of the authors' release; null "
         "samples them. The first is output 1 of the judging",
@@ -342,13 +360,6 @@ class Sampling(Section):
         if 0 < temperature < COLDEST:
             raise ValueError(f"a temperature below {COLDEST} is as good as 0; set it to 0")
         return temperature
-
-    @field_validator("paths")
-    @classmethod
-    def _two_files(cls, paths: tuple[str, str] | None) -> tuple[str, str] | None:
-        if paths and paths[0] == paths[1]:
-            raise ValueError("the two responses are in different files")
-        return paths
 
     @field_validator("seeds")
     @classmethod
@@ -382,7 +393,7 @@ class Scoring(Scored):
 class Judge(Scored):
     """The judge of the responses: the initial policy (paper section 3.2), or another model."""
 
-    path: ReadyFile | None = Field(
+    path: ReadyTable | None = Field(
         None,
         description="judgements that are there already, a preference file of the authors' release about the responses "
         "in sampling.paths; null judges them",
@@ -405,7 +416,7 @@ class Judge(Scored):
 class Aggregation(Section):
     """Judgements to reward-model records (paper section 3.2, reference step 2)."""
 
-    path: ReadyFile | None = Field(
+    path: ReadyTable | None = Field(
         None,
         description="records that are there already, a file of the authors' release with principles that "
         "judge.principles defines; null makes them of the judgements",

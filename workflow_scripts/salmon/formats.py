@@ -436,7 +436,8 @@ def sharegpt_prompt(row: ShareGptRow) -> Prompt | Skipped:
     if len(turns) < 2:
         return Skipped("fewer than two turns")
     if turns[0]["from"] not in HUMANS:
-        return Skipped("no human turn first")
+        # What is asked after instructions of a system need not make sense without them.
+        return Skipped("a system turn first" if turns[0]["from"] == "system" else "no human turn first")
     return Prompt(clean_web_text(_said(turns[0])))
 
 

@@ -30,6 +30,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safeten
 REWARD_HEAD = "reward_head"
 """File of the head of a reward model that the authors' release wrote, a pickle of tensors."""
 SHOWN = 8  # names in a message
+_POINTER = b"version https://git-lfs"  # how the text begins that stands for a file of Git LFS
 
 WHOLE = 64 << 20  # a weights file of at most so many bytes is hashed whole
 BLOCK = 64 << 10  # of a larger one, evenly spaced blocks are read,
@@ -45,15 +46,18 @@ def model_files(folder: Path) -> list[Path]:
     Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
     adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
     only where there is no `adapter_model.safetensors`, which would be read instead. Of a folder that holds an adapter
-    deeper down (`adapter_folder`) the files there count, too, and the head of the authors' reward model. Not the
-    README, the manifest, metrics, logs or a trainer's state.
+    deeper down (`adapter_folder`) the files there count, too, and the head of the authors' reward model, which comes
+    last where it lies above the folder (`nearest_head`). Not the README, the manifest, metrics, logs or a trainer's
+    state.
     """
     found = _matching(folder, MODEL_FILES)
-    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+    if not (folder / ADAPTER_CONFIG).is_file():
         found |= _matching(folder, (f"**/{name}" for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, REWARD_HEAD)))
     elif not (folder / "adapter_model.safetensors").is_file():
         found |= _matching(folder, ("adapter_model.bin",))
-    return sorted(found)
+    adapters = [file.parent for file in found if file.name == ADAPTER_CONFIG]
+    heads = {head for each in adapters if (head := nearest_head(folder, each))}
+    return [*sorted(found), *sorted(heads - found)]
 
 
 def adapter_folder(folder: Path) -> Path:
@@ -84,6 +88,33 @@ def adapter_folder(folder: Path) -> Path:
         f"{' or '.join(ADAPTER_WEIGHTS)} is looked for, and what is there is {', '.join(entries[:SHOWN]) or 'nothing'}"
         + (", …" if len(entries) > SHOWN else "")
     )
+
+
+def nearest_head(folder: Path, adapter: Path) -> Path | None:
+    """The head beside an adapter or above it, where the authors' release has it; None where there is none.
+
+    Above it means up to the named folder, and in any case the two folders above the adapter: the release has the head
+    in the first, and who has named the adapter itself has named a reward model, too.
+
+    Args:
+        folder: that is named.
+        adapter: of `adapter_folder`.
+    """
+    above = [adapter, *(each for each in adapter.parents if each == folder or folder in each.parents)]
+    above += adapter.resolve().parents[:2]
+    return next((each / REWARD_HEAD for each in above if (each / REWARD_HEAD).is_file()), None)
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Refuse weights of which only Git LFS's pointers were cloned, before a library calls them something else.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for file in sorted(_matching(folder, ("*.safetensors", "adapter_model.bin", REWARD_HEAD))):
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise UserError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where it was cloned")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -138,7 +169,9 @@ def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path
         return revision or "main"
     digest = hashlib.sha256()
     for file in files(folder):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
+        outside = not file.is_relative_to(folder)
+        place = Path(os.path.relpath(file, folder.resolve())) if outside else file.relative_to(folder)
+        digest.update(f"{place.as_posix()}\0{file.stat().st_size}\0{_hash(file)}\n".encode())
     return digest.hexdigest()
 
 

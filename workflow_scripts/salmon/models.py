@@ -24,7 +24,7 @@ from salmon.adapters import HEAD, add_lora, load_adapter, some
 from salmon.border import read_json, reading
 from salmon.config import Lora, Model
 from salmon.errors import UserError
-from salmon.identity import REWARD_HEAD, SHOWN, context_limit
+from salmon.identity import REWARD_HEAD, SHOWN, context_limit, refuse_pointers
 from salmon.tokenizers import check_depth, check_folder, find_file
 
 log = logging.getLogger(__name__)
@@ -171,6 +171,7 @@ def read_head(folder: Path) -> torch.Tensor:
     from safetensors import safe_open
 
     file = folder / "adapter_model.safetensors"
+    refuse_pointers(folder)
     if not file.is_file():
         found = sorted(each.name for each in folder.iterdir())[:SHOWN] if folder.is_dir() else ["nothing"]
         raise UserError(
@@ -281,6 +282,7 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
         UserError: where it cannot be loaded, or its files do not hold exactly the weights of its configuration.
     """
     check_folder(model.base, "model.base")
+    refuse_pointers(Path(model.base))
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with reading(model.base, lambda error: _advice(error, model)):
         check_depth(model.base, model.revision)

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from salmon import provenance
+from salmon.authors import JUDGED_UP_TO
 from salmon.config import Model, is_local
 from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
@@ -579,13 +580,18 @@ def _imported(config: Config, name: Name) -> Origin:
     """What decides an artifact that was made elsewhere."""
     responses, principles = config.sampling.paths or (), config.judge.principles
     if name in ("response0", "response1"):
-        return provenance.import_responses(responses, int(name == "response1"))
+        return provenance.import_responses(responses, int(name == "response1"), import_cut(config))
     if name == "preferences":
         return provenance.import_preferences(config.judge.path or "", responses, principles)
     if name == "reward_data":
         return provenance.import_records(config.aggregation.path or "", principles)
     ready = config.reward_model
     return provenance.import_reward_model(ready.path or "", ready.revision, config.model)
+
+
+def import_cut(config: Config) -> str | None:
+    """Where responses that are there already end: judgements that are there, too, are paired with what was judged."""
+    return JUDGED_UP_TO if config.judge.path else None
 
 
 def judge_model(config: Config) -> Model:

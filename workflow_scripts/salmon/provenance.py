@@ -248,9 +248,10 @@ def train_reward_model(
     )
 
 
-def import_responses(paths: Sequence[str], index: int) -> Origin:
+def import_responses(paths: Sequence[str], index: int, cut_at: str | None) -> Origin:
     """Responses that are there already; both files have to fit each other."""
-    return Origin({"paths": list(paths), "index": index}, _files(*paths), keys=_alone("sampling", {"paths": None}))
+    settings = {"paths": list(paths), "index": index, "cut_at": cut_at}
+    return Origin(settings, _files(*paths), keys=_alone("sampling", {"paths": None}))
 
 
 def import_preferences(path: str, paths: Sequence[str], principles: Path | str) -> Origin:

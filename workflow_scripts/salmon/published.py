@@ -20,7 +20,7 @@ from salmon.adapters import HEAD, fetch, fit_to, read_adapter, some, unpickling_
 from salmon.border import reading
 from salmon.config import Model
 from salmon.errors import UserError
-from salmon.identity import REWARD_HEAD, adapter_folder
+from salmon.identity import REWARD_HEAD, adapter_folder, nearest_head, refuse_pointers
 from salmon.models import head_width, load_outline
 
 HEAD_KEY = f"base_model.model.{HEAD}"
@@ -58,6 +58,11 @@ def read_reward_model(
     if head.dim() != 2 or head.shape[0] != 1:
         raise UserError(f"the head of {key} has the shape {tuple(head.shape)}, where one output is (1, hidden size)")
     _check_fit(config, weights, head, model, key)
+    if broken := [name for name, weight in {**weights, HEAD: head}.items() if not weight.isfinite().all()]:
+        raise UserError(
+            f"{len(broken)} weights of {key} are not finite ({some(broken)}): its training has diverged, or its files "
+            "are damaged; take another checkpoint, or copy it again"
+        )
     config.base_model_name_or_path, config.revision = model.base, model.revision
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
     counts = {"weights": len(weights), "parameters": sum(weight.numel() for weight in weights.values())}
@@ -73,26 +78,33 @@ def save_reward_model(config: LoraConfig, weights: dict[str, torch.Tensor], fold
 
 
 def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
-    """The head that the authors' release has in a file of its own: beside the adapter, above it, or elsewhere below.
+    """The head that the authors' release has in a file of its own: beside or above the adapter, or the only one below.
 
     Returns:
         Its weight; the bias is checked to be one, and left out.
     """
-    near = [each / REWARD_HEAD for each in (adapter, *adapter.parents) if each == root or root in each.parents]
-    found = [file for file in near if file.is_file()] or sorted(root.rglob(REWARD_HEAD))
+    near = nearest_head(root, adapter)
+    found = [near] if near else sorted(root.rglob(REWARD_HEAD))
+    if len(found) > 1:
+        raise UserError(
+            f"{key} holds {len(found)} heads, and none of them beside its adapter in {adapter} or above it: "
+            f"{', '.join(map(str, found))}; copy the one that belongs to the adapter beside it"
+        )
     if not found:
         raise UserError(
             f"{key} is no reward model: the adapter in {adapter} has no head ({HEAD}), and there is no file "
             f"{REWARD_HEAD}, where the authors' release has it, in that folder or one above it; copy the whole folder"
         )
+    refuse_pointers(found[0].parent)
     with reading(found[0], unpickling_advice):
         head = torch.load(found[0], map_location="cpu", weights_only=True)
-        shapes = {name: tuple(weight.shape) for name, weight in head.items()}
-    if set(shapes) - {"bias"} != {"weight"} or shapes.get("bias", (1,)) != (1,):
-        raise UserError(
-            f"{found[0]} holds {', '.join(f'{name} {shape}' for name, shape in shapes.items()) or 'nothing'}, where a "
-            "head is weight (1, hidden size) and bias (1,)"
+    parts = head if isinstance(head, dict) else {}
+    shapes = {name: tuple(part.shape) if torch.is_tensor(part) else type(part).__name__ for name, part in parts.items()}
+    if set(shapes) - {"bias"} != {"weight"} or not torch.is_tensor(parts["weight"]) or shapes.get("bias", (1,)) != (1,):
+        held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or (
+            "nothing" if isinstance(head, dict) else f"a {type(head).__name__}"
         )
+        raise UserError(f"{found[0]} holds {held}, where a head is weight (1, hidden size) and bias (1,)")
     weight: torch.Tensor = head["weight"]
     return weight
 

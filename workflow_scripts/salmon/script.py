@@ -38,9 +38,8 @@ T = TypeVar("T")
 
 # An option that is a list, written as JSON. Pydantic-settings' own reading of lists keeps JSON's escapes as they
 # stand: a line break in a turn marker would become a backslash and an n, a path with an umlaut another path.
-JsonList = Annotated[
-    list[T], NoDecode, BeforeValidator(lambda value: json.loads(value) if isinstance(value, str) else value)
-]
+JSON = BeforeValidator(lambda value: json.loads(value) if isinstance(value, str) else value)
+JsonList = Annotated[list[T], NoDecode, JSON]
 
 
 class Arguments(BaseSettings):

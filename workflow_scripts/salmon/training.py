@@ -155,7 +155,9 @@ def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed:
     return [index for batch in batches for index in sorted(batch, key=lambda i: -lengths[i])]
 
 
-def count_rows(order: Sequence[int], train: int, held: int, arguments: Arguments, table: Path) -> dict[str, int]:
+def count_rows(
+    order: Sequence[int], train: int, held: int, arguments: Arguments, table: Path, left_out: str = ""
+) -> dict[str, int]:
     """Numbers of rows trained on, held out and left over, and of steps.
 
     Args:
@@ -164,6 +166,7 @@ def count_rows(order: Sequence[int], train: int, held: int, arguments: Arguments
         held: rows held out.
         arguments: of the script.
         table: of the rows, for the message.
+        left_out: what rows were left out and why, for the message.
 
     Raises:
         UserError: where there are too few.
@@ -173,7 +176,7 @@ def count_rows(order: Sequence[int], train: int, held: int, arguments: Arguments
         raise UserError(
             f"{table} has {train + held} usable records, too few to hold out {settings.eval_examples} "
             f"({stage}.eval_examples) and train a batch of {settings.batch_size} ({stage}.batch_size) in "
-            f"{settings.epochs:g} epochs ({stage}.epochs)"
+            f"{settings.epochs:g} epochs ({stage}.epochs)" + (f"; {left_out}" if left_out else "")
         )
     trained = len(set(order))
     return {

@@ -399,8 +399,8 @@ def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
-FORMER: dict[str, Any] = {"ppo.cut_markers": []}
-"""Settings whose default is not what was done before there were any -> what was done."""
+FORMER: dict[str, Any] = {"ppo.cut_markers": [], "cut_at": None}
+"""Settings whose default, if they have one, is not what was done before there were any -> what was done."""
 
 
 def _is_default(key: str, value: Any) -> bool:
