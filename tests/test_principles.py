@@ -248,8 +248,11 @@ def test_no_principles_can_be_drawn_for_a_control_run() -> None:
 
 
 def test_check_names_what_does_not_fit() -> None:
-    def check(dimensions: list[str], per_rollout: int, drawn: str = "rl.json") -> list[str]:
+    def check(
+        dimensions: list[str], per_rollout: int, drawn: str = "rl.json", about: list[str] | None = None
+    ) -> list[str]:
         config: Any = SimpleNamespace(
+            evaluation=SimpleNamespace(judge_pairs={"mine": SimpleNamespace(principles=about)}),
             judge=SimpleNamespace(principles="judge.json"),
             aggregation=SimpleNamespace(dimensions=dimensions),
             ppo=SimpleNamespace(principles=drawn, principles_per_rollout=per_rollout),
@@ -260,6 +263,8 @@ def test_check_names_what_does_not_fit() -> None:
     (unknown,) = check(["Concise", "Concize"], 3)
     assert unknown.startswith("aggregation.dimensions: Concize ")
     assert "Methodical" in unknown
+    (unknown,) = check(["Concise"], 3, about=["Concise", "Helpful"])
+    assert unknown.startswith("evaluation.judge_pairs.mine.principles: Helpful ")
     (few,) = check(["Concise"], 15)
     assert few.startswith("ppo.principles_per_rollout: 15")
     assert "14" in few
