@@ -437,6 +437,7 @@ COUNTED = {
     "hh_rlhf": DATA / "hh-rlhf",
     "dolly": DATA / "databricks-dolly-15k",
     "math": DATA / "MATH",
+    "gsm8k": DATA / "gsm8k",
     "sharegpt": synthetic.sharegpt,
     "openorca": synthetic.openorca,
     "prompts": lambda: [{"instruction": text} for text in ("a b", "a b", " ", "c d", "e", "f g")],
