@@ -91,13 +91,15 @@ def test_a_judge_is_held_against_people() -> None:
         schema=JUDGEMENTS.schema,
         orient="row",
     )
-    sources = pl.DataFrame({"prompt_id": [*"abcde"], "source": ["mine"] * 4 + ["other"]})
+    sources = pl.DataFrame({"prompt_id": [*"abcde"], "source": ["mine"] * 4 + ["other"], "instruction": [*"qqrst"]})
     found = evaluation.labelled(table, sources, {"mine": ["Ethical"], "other": None}, 0)
     assert {source: list(ways) for source, ways in found.items()} == {"mine": ["Ethical"], "other": NAMES}
     ethical = found["mine"]["Ethical"]
     assert ethical["agree"]["value"] == 0.5  # a and c
     assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    right = [1, 0.5, 0, 0.5]
+    assert ethical["right"] == evaluation.estimate(right, [*"qqrs"], 0)  # pairs of one instruction are drawn together
     assert found["other"]["Concise"]["right"] == {"value": 0.0, "low": 0.0, "high": 0.0, "number": 1}
 
 

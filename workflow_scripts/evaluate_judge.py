@@ -29,6 +29,11 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read the judgements, measure, write the folder."""
     judgements = checked.read(arguments.preferences, JUDGEMENTS).collect()
+    if judgements.is_empty():
+        raise UserError(
+            f"{arguments.preferences} has no judgements to measure: no pair was long enough or fitted the judge; look "
+            "at judge.min_characters and judge.max_length"
+        )
     found = evaluation.judge(judgements, arguments.evaluation.seed)
     for name, measured in found["principles"].items():
         log.info("%s: orders agree %.3f, bias %.3f", name, measured["agree"]["value"], measured["bias"]["value"])
@@ -37,7 +42,7 @@ def main(arguments: Arguments) -> None:
         raise UserError("--judged and --labelled go together: judgements, and the outputs that people prefer")
     if arguments.judged and arguments.labelled:
         judged = checked.read(arguments.judged, JUDGEMENTS).collect()
-        sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source")).collect()
+        sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source", "instruction")).collect()
         about = {name: source.principles for name, source in arguments.evaluation.judge_pairs.items()}
         found["labelled"] = evaluation.labelled(judged, sources, about, arguments.evaluation.seed)
         counts |= {"labelled_pairs": len(sources), "labelled_pairs_judged": judged["prompt_id"].n_unique()}

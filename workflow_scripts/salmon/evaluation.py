@@ -104,7 +104,7 @@ def labelled(
 
     Args:
         judgements: `tables.JUDGEMENTS`.
-        sources: `prompt_id` and `source` of each pair.
+        sources: `prompt_id`, `source` and `instruction` of each pair; several pairs may have one instruction.
         about: source -> names of the principles that its preferences are about; None: all.
         seed: of the intervals.
 
@@ -119,7 +119,7 @@ def labelled(
             continue
         s12, s21 = rows["s12"].to_numpy(), rows["s21"].to_numpy()
         measured = {"agree": s12 * s21 > 0, "right": preferred(rows), "mean_right": correct(s12 + s21)}
-        groups = rows["prompt_id"].to_list()
+        groups = rows["instruction"].to_list()
         found.setdefault(str(source), {})[str(name)] = {
             what: estimate(values, groups, seed) for what, values in measured.items()
         }

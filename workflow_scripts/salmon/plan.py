@@ -68,6 +68,7 @@ CHECKED: dict[Name, Name] = {
     "response1": "check_sampling",
     "preferences": "check_judging",
     "judged_pairs": "check_judging",
+    "answer_judgements": "check_judging",
     "pmp": "check_training",
     "reward_model": "check_training",
     "policy": "check_rl",
