@@ -240,7 +240,7 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     shards = results / "responses" / "response0.shards"
     before = len(states(world, "sample_responses"))
     with world.started(site, str(table), results=results) as snakemake:
-        job = world.running("sample_responses_wildcards_0_0")
+        job = world.running("sample_responses_wildcards__0_0")
         until("parts of the shard", lambda: list(shards.glob(".work/0.parquet/part-*.parquet")), 600)
         world.cluster.run("scancel", job)
         world.cluster.kill("slurmdbd")
