@@ -1,6 +1,6 @@
 """Ask a policy tasks of lm-eval, such as TruthfulQA, and our own, such as HHH.
 
-Each task is kept as it comes: a job that was killed goes on with the next one.
+Each task is kept when it is done: a job that was killed resumes with the next one.
 """
 
 import json

@@ -612,7 +612,7 @@ class Evaluation(Section):
     tasks_limit: Count | None = Field(None, description="at most so many questions of a task, the first ones")
     tasks_format: Literal["policy", "text", "chat"] = Field(
         "policy",
-        description="`text`: questions as documents, which the model goes on with; `chat`: as turns of the tokenizer's "
+        description="`text`: questions as documents, which the model continues; `chat`: as turns of the tokenizer's "
         "chat template; `policy`: as turns where policy_prompt.template is `chat`",
     )
     tasks_data: dict[str, ReadyFile] = Field(

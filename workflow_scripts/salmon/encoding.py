@@ -368,7 +368,7 @@ def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any
         variables: of the template.
 
     Raises:
-        UserError: where there is no template, it does not take a user's turn, or it writes the date of today.
+        UserError: where the tokenizer has no template, or its template refuses a user's turn or writes today's date.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template")

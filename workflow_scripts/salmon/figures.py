@@ -435,7 +435,7 @@ def policies(found: Mapping[str, Any]) -> Part:
         name = "principles" if len(found["wins"]) == 1 else f"principles_{model}"
         pictures[name] = _principles(initial, principles, found["judge"] if number == 0 else {}, whose)
         heading = f"Answers with a higher score than the initial policy's, by the reward model{whose}"
-        note = f"Share of prompts; 0.5 is no difference. {INTERVALS}"
+        note = f"Share of prompts; 0.5 means no difference. {INTERVALS}"
         rows = [
             [label, *((values.get(run) or {}).get(other) for run, other in initial.items())]
             for label, values in _by_principle(principles)
