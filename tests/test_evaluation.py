@@ -226,6 +226,7 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
     assert set(answers["prompt_id"]) <= set(prompts["prompt_id"])
     assert (before["kl"] == 0).all()
     assert found["names"] == ["initial policy", "default"]
+    assert found["initial"] == {"default": "initial policy"}
     behaviour = found["behaviour"]["default"]
     assert behaviour["kl"]["value"] == pytest.approx(answers["kl"].mean())
     finished = [reason != "length" for reason in answers["finish_reason"]]

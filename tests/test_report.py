@@ -254,6 +254,7 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
     ways = ("plain", "negated")
     policies = {
         "names": names,
+        "initial": before,
         "behaviour": {n: {what: estimate() for what in (*figures.BEHAVIOUR, "tokens")} for n in names},
         "scores": {m: {p: {w: {n: estimate() for n in names} for w in ways} for p in principles} for m in ("a", "b")},
         "wins": {

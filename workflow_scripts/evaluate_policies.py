@@ -51,12 +51,11 @@ def main(arguments: Arguments) -> None:
     )
     for name, measured in found["behaviour"].items():
         log.info("%s: KL %.3f", name, measured["kl"]["value"])
-    initial = {policy.name: policy.initial for policy in policies if policy.initial}
     origin = provenance.evaluate_policies([policy.model_dump() for policy in policies], evaluation=arguments.evaluation)
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()
         artifacts.write_json(folder / "policies.json", found)
-        (folder / "policies.md").write_text(evaluation.policies_markdown(found, initial), encoding="utf-8")
+        (folder / "policies.md").write_text(evaluation.policies_markdown(found), encoding="utf-8")
         artifacts.write_json(folder / "manifest.json", origin.manifest(origin.identify(), {"policies": len(policies)}))
 
 

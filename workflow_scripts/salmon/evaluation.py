@@ -417,8 +417,9 @@ def policies(
         seed: of the intervals.
 
     Returns:
-        `names` of the policies, `behaviour` of each, `scores` (`score_means`), `wins` (`score_wins`), and `judge`:
-        principle -> policy -> initial policy -> how often the judge prefers its answer.
+        `names` of the policies; `initial`: run -> the policy that it starts from; `behaviour` of each policy; `scores`
+        (`score_means`); `wins` (`score_wins`); and `judge`: principle -> policy -> initial policy -> how often the
+        judge prefers its answer.
     """
     judged: dict[str, Wins] = {}
     for (name, other), table in judgements.items():
@@ -426,6 +427,7 @@ def policies(
             judged.setdefault(principle, {}).setdefault(name, {})[other] = won
     return {
         "names": list(answers),
+        "initial": dict(judgements.keys()),
         "behaviour": {name: behaviour(table, seed) for name, table in answers.items()},
         "scores": score_means(scores, seed),
         "wins": score_wins(scores, seed),
@@ -433,13 +435,9 @@ def policies(
     }
 
 
-def policies_markdown(found: Mapping[str, Any], initial: Mapping[str, str]) -> str:
-    """Tables of what `policies` found: behaviours, and principles x runs by reward models and judge.
-
-    Args:
-        found: from `policies`.
-        initial: run -> its initial policy.
-    """
+def policies_markdown(found: Mapping[str, Any]) -> str:
+    """Tables of what `policies` found: behaviours, and principles x runs by reward models and judge."""
+    initial: Mapping[str, str] = found["initial"]
 
     def shown(one: Estimate | None) -> str:
         if one is None or one["value"] is None:

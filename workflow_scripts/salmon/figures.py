@@ -427,9 +427,8 @@ def policies(found: Mapping[str, Any]) -> Part:
     rows: list[list[Cell]] = [[name, *(behaviour[name].get(what) for what in quantities)] for name in names]
     columns = ["policy", *(BEHAVIOUR.get(what, what.replace("_", " ").capitalize()) for what in quantities)]
     tables = [Table("How policies answer", columns, rows, INTERVALS)]
-    initial = {run: other for of in found["judge"].values() for run, wins in of.items() for other in wins}
-    runs = [name for name in names[1:] if name not in initial.values()]
-    initial = {run: initial.get(run, names[0]) for run in runs}
+    initial: dict[str, str] = found["initial"]
+    runs = list(initial)
     for number, (model, principles) in enumerate(found["wins"].items()):
         whose = "" if len(found["wins"]) == 1 else f" of {model}"
         name = "principles" if len(found["wins"]) == 1 else f"principles_{model}"
