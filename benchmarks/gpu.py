@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -170,6 +171,7 @@ class Results:
         except Exception as error:  # what is measured next may work
             lines = str(error).strip().splitlines() or [""]
             said = lines[0] if isinstance(error, torch.OutOfMemoryError) else lines[-1]
+            traceback.print_exception(error, limit=-3)
             self.add(table=table, **what, error=f"{type(error).__name__}: {said[:300]}")
         free()
 
