@@ -46,8 +46,10 @@ test: lint unit check-demo
 lint: $(INSTALLED)
 	pre-commit run --all-files
 
+# Tests that run beside each other: the tests of a file one after another in one process.
+WORKERS = 2
 unit: $(INSTALLED)
-	python -m pytest --ignore tests/slurm --ignore tests/real
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/real
 
 # Further mutations of the scripts' inputs than `make unit` tries: `make fuzz FIRST_SEED=5000 CASES=1000`.
 FIRST_SEED = 200

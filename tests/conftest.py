@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,12 +105,22 @@ def border_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["BorderWo
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy."""
+def small_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy.
+
+    The processes of pytest-xdist share it: the first that needs it builds it, the others wait.
+    """
+    from filelock import FileLock
+
     from tests.small_run import build
 
-    folder = tmp_path_factory.mktemp("pipeline")
-    build(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "pipeline"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "printed").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a build that failed in another process
+            folder.mkdir()
+            build(folder)
     return folder
 
 
