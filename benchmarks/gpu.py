@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--shapes 1b 7b] [--batches 16 64 128] [--minutes 4] [--output gpu.json] [...]
 
-It needs envs/data.txt and envs/model.txt (without bitsandbytes, NF4 is left out); nothing is downloaded. The models are made
-on the device. Their four adapters (r 64, on all linear layers) and heads are loaded from files by `SharedBase`, as in
-RL; the sampled policy is the one that PPO samples from.
+It needs envs/data.txt and envs/model.txt (without bitsandbytes, NF4 is left out); nothing is downloaded. The models
+are made on the device. Their four adapters (r 64, on all linear layers) and heads are loaded from files by
+`SharedBase`, as in RL; the sampled policy is the one that PPO samples from.
 
 Sampling: lengths of prompts and responses are log-normal and skewed, as those of chats are. Random weights do not end
 a response, so each row is given its length as a limit. A row of transformers' `generate` cannot have a limit of its
