@@ -362,6 +362,11 @@ def checked_files(wildcards):
     }[wildcards.part]
 
 
+def trained_tables(wildcards):
+    """Input: tables with all that the runs train on, by the option of `clean_evaluation_prompts` that names them."""
+    return {option: [in_results(path) for path in paths] for option, paths in PLAN.trained().items()}
+
+
 def evaluation_pairs(wildcards):
     """Input: the pairs that a reward model is measured by, if any."""
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []

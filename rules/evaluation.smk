@@ -84,6 +84,7 @@ use rule judge_preferences as judge_pairs with:
 rule clean_evaluation_pairs:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).evaluation.pairs),
+        pmp_data=[in_results(path) for path in PLAN.trained()["pmp_data"]],
         home=at_home("evaluation_pairs"),
     output:
         table="<results>/{home}evaluation/pairs.parquet",
@@ -98,9 +99,10 @@ rule clean_evaluation_pairs:
         "../envs/data.yaml"
     params:
         evaluation=setting("evaluation", only=("pairs", "min_score_ratio", "seed")),
+        pmp_data=lambda wildcards, input: json.dumps(list(input.pmp_data)),
     shell:
         f"python {SCRIPTS}/clean_evaluation_pairs.py"
-        " --output {output.table:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+        " --output {output.table:q} --evaluation {params.evaluation:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
 
 
 rule evaluate_reward_model:
@@ -175,8 +177,8 @@ use rule evaluate_reward_model as evaluate_pmp with:
 
 rule clean_evaluation_prompts:
     input:
+        unpack(trained_tables),
         sources=source_files(settings.evaluation.prompts),
-        trained=[in_results(path) for path in PLAN.trained()],
         home=at_home("evaluation_prompts"),
     output:
         table="<results>/{home}evaluation/prompts.parquet",
@@ -191,10 +193,12 @@ rule clean_evaluation_prompts:
         "../envs/data.yaml"
     params:
         evaluation=setting("evaluation", only=("prompts", "seed")),
-        trained=lambda wildcards, input: json.dumps(list(input.trained)),
+        trained=lambda wildcards, input: " ".join(
+            f"--{option.replace('_', '-')} {shlex.quote(json.dumps(list(input[option])))}" for option in PLAN.trained()
+        ),
     shell:
         f"python {SCRIPTS}/clean_evaluation_prompts.py"
-        " --output {output.table:q} --evaluation {params.evaluation:q} --trained {params.trained:q} > {log:q} 2>&1"
+        " --output {output.table:q} --evaluation {params.evaluation:q} {params.trained} > {log:q} 2>&1"
 
 
 rule sample_answers:

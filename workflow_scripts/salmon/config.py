@@ -599,7 +599,9 @@ class Evaluation(Section):
     )
 
     pairs: dict[str, PairSource] = Field(
-        {}, description="name -> preferences of people that reward models are held against; of a split not trained on"
+        {},
+        description="name -> preferences of people that reward models are held against; those about queries that PMP "
+        "trains on are left out",
     )
     judge_pairs: dict[str, JudgedPairSource] = Field(
         {}, description="name -> preferences of people that the judge is held against, under each principle"

@@ -391,10 +391,14 @@ def hhh_comparison(row: HhhRow) -> Comparison | Skipped:
 @prompts_from("hh_rlhf")
 def hh_rlhf_prompt(row: HhRlhfRow) -> Prompt | Skipped:
     """The first human turn of the dialogue, which both sides share."""
-    before, marker, after = (row["chosen"] or "").partition(HUMAN_TURN)
-    if before or not marker:
-        return Skipped("no human turn first")
-    return Prompt(after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0])
+    turn = first_turn(row["chosen"] or "")
+    return Skipped("no human turn first") if turn is None else Prompt(turn)
+
+
+def first_turn(dialogue: str) -> str | None:
+    r"""The first human turn of a dialogue in the format of HH-RLHF; None where it does not begin with one."""
+    before, marker, after = dialogue.partition(HUMAN_TURN)
+    return None if before or not marker else after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0]
 
 
 class OpenOrcaRow(TypedDict):

@@ -359,7 +359,7 @@ class Plan:
                     evaluation=config.evaluation,
                 )
             case "evaluation_pairs":
-                origin = provenance.clean_evaluation_pairs(config.evaluation)
+                origin = provenance.clean_evaluation_pairs(self.trained()["pmp_data"], evaluation=config.evaluation)
             case "pmp_evaluation" | "reward_evaluation":
                 pre_trained = name == "pmp_evaluation"
                 origin = provenance.evaluate_reward_model(
@@ -385,7 +385,8 @@ class Plan:
         model = config.model
         match name:
             case "evaluation_prompts":
-                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
+                trained = [path for paths in self.trained().values() for path in paths]
+                origin = provenance.clean_evaluation_prompts(trained, evaluation=config.evaluation)
             case "initial_answers" | "answers":
                 origin = provenance.sample_answers(
                     self.path(run, "evaluation_prompts"),
@@ -458,19 +459,25 @@ class Plan:
             case _:
                 return provenance.draw_reward_model(first or "", *(more or (None,)))
 
-    def trained(self) -> list[str]:
+    def trained(self) -> dict[str, list[str]]:
         """Tables with all prompts that a stage of any run trains on: all policies answer the same ones.
 
-        What was made elsewhere has its prompts in what was brought in; those of a ready reward model are not known.
+        What was made elsewhere has its prompts in what was brought in; those of a ready reward model, or of an adapter
+        that is there already, are not known.
+
+        Returns:
+            Option of `clean_evaluation_prompts` -> paths.
         """
-        return list(
-            dict.fromkeys(
-                self.path(run, name)
-                for run, config in self.runs.items()
-                for name in (_prompted(config), "rl_prompts")
-                if name
-            )
-        )
+        found: dict[str, list[str]] = {"trained": [], "sft_data": [], "pmp_data": []}
+        for run, config in self.runs.items():
+            if prompted := _prompted(config):
+                found["trained"].append(self.path(run, prompted))
+            found["trained"].append(self.path(run, "rl_prompts"))
+            if config.model.adapter == self.path(run, "sft"):
+                found["sft_data"].append(self.path(run, "sft_data"))
+            if self.has(run, "pmp_evaluation"):
+                found["pmp_data"].append(self.path(run, "pmp_data"))
+        return {option: list(dict.fromkeys(paths)) for option, paths in found.items()}
 
     def trained_twice(self) -> dict[str, str]:
         """Run -> an earlier one whose policy is decided by the same, so that it will be the same."""

@@ -6,7 +6,7 @@ holds no more than one of those.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from salmon.randomness import digest, seed_of
 from salmon.script import progress
 from salmon.sources import read_source
 from salmon.tables import PMP_RECORDS
+from salmon.text import fold
 
 BUCKETS = 16
 PART_ROWS = 500
+TRAINED = "trained on by PMP"
+"""The reason to leave out what PMP learns, where reward models and policies are measured."""
 
 
 def extract(
@@ -150,7 +153,11 @@ def draw_records(
 
 
 def comparison_records(
-    sources: Mapping[str, PairSource], min_score_ratio: float, seed: int, counts: Counter[str]
+    sources: Mapping[str, PairSource],
+    min_score_ratio: float,
+    seed: int,
+    counts: Counter[str],
+    trained: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """The records of all sources, in the order in which they are read.
 
@@ -159,6 +166,7 @@ def comparison_records(
         min_score_ratio: see `extract`.
         seed: of the draws, and of the order of outputs.
         counts: gains the numbers of rows, by source and reason (`name: reason`).
+        trained: queries, folded (`text.fold`), whose comparisons are left out.
 
     Under a limit, a source gives its records of smallest hash, whatever the order of its rows.
     """
@@ -166,6 +174,15 @@ def comparison_records(
         here: Counter[str] = Counter()
         rows = progress(read_source(source, PAIR_FORMATS[source.format].row, here), total=None, what=f"rows of {name}")
         comparisons = extract(source.format, rows, min_score_ratio, here)
-        records = (record(name, comparison, seed) for comparison in comparisons)
+        records = (record(name, comparison, seed) for comparison in _without(trained, comparisons, here))
         yield from records if source.limit is None else draw_records(records, source.limit, seed, here)
         counts.update({f"{name}: {what}": number for what, number in here.items()})
+
+
+def _without(trained: Collection[str], comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
+    """The comparisons whose query was not trained on."""
+    for comparison in comparisons:
+        if trained and fold(comparison.query) in trained:
+            counts[TRAINED] += 1
+        else:
+            yield comparison

@@ -358,10 +358,10 @@ def evaluate_judge(
     )
 
 
-def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
-    """Pairs that reward models are measured by."""
+def clean_evaluation_pairs(pmp_data: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
+    """Pairs that reward models are measured by, none of them of `pmp_data`."""
     settings = evaluation.model_dump(include={"pairs", "min_score_ratio", "seed"})
-    return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
+    return Origin(settings, _sources(evaluation.pairs) + _files(*pmp_data), keys=_alone("evaluation", settings))
 
 
 def evaluate_reward_model(

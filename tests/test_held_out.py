@@ -1,0 +1,98 @@
+"""What policies and reward models are measured by: nothing that any stage trains on, and all of it counted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+import clean_evaluation_pairs
+import clean_evaluation_prompts
+from salmon import configuration, plan
+from salmon.artifacts import manifest_path, write_table
+from salmon.config import Evaluation
+from salmon.formats import Comparison
+from salmon.preference_data import record
+from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES, Table
+from tests.running import merge
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: Mapping[str, int]) -> Path:
+    manifest = {"settings": {}, "inputs": {}, "counts": dict(counts)}
+    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
+    return path
+
+
+def trained(folder: Path) -> dict[str, list[Path]]:
+    """A prompt of RL, two SFT examples of one prompt, a post and a dialogue of PMP."""
+    prompt = {"source": "s", "input": ""}
+    rl = [
+        {**prompt, "prompt_id": "p", "instruction": "Name a  river.", "question_type": "general", "length_bonus": 0.0}
+    ]
+    learnt = {**prompt, "prompt_id": "p", "instruction": "Name a lake.", "is_whole": True}
+    sft = [{**learnt, "example_id": name, "output": name} for name in "ab"]
+    queries = ("Why is it warm?", "Human: Who are you?\n\nAssistant: Me.\n\nHuman: Why?")
+    pmp = [record("s", Comparison(query, "Yes.", "No."), 0) for query in queries]
+    return {
+        "trained": [write(folder / "rl.parquet", RL_PROMPTS, rl, {"s: kept": 1})],
+        "sft_data": [write(folder / "sft.parquet", SFT_EXAMPLES, sft, {"s: kept": 2})],
+        "pmp_data": [write(folder / "pmp.parquet", PMP_RECORDS, pmp, {"s: kept": 2})],
+    }
+
+
+def counts_of(table: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads(manifest_path(table).read_text())["counts"]
+    return found
+
+
+def test_no_prompt_of_a_training_is_asked(tmp_path: Path) -> None:
+    """Of RL, SFT and PMP, also where case and white space differ, and where a dialogue begins with it."""
+    asked = ["name a river. ", "Name a\nlake.", "WHY is it warm?", "Who are  you?", "Why?", "Name a mountain."]
+    own = [{"instruction": text, "input": ""} for text in asked]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    evaluation = Evaluation(prompts={"own": {"format": "prompts", "path": str(tmp_path / "own.json")}})
+    output = tmp_path / "prompts.parquet"
+    given = {"output": output, "evaluation": evaluation, **trained(tmp_path)}
+    clean_evaluation_prompts.main(clean_evaluation_prompts.Arguments(**given))
+    assert pl.read_parquet(output)["instruction"].to_list() == ["Why?", "Name a mountain."]
+    assert counts_of(output) == {
+        "own: rows": 6,
+        "own: kept": 2,
+        "own: trained on": 1,
+        "own: trained on by SFT": 1,
+        "own: trained on by PMP": 2,
+    }
+    inputs = json.loads(manifest_path(output).read_text())["inputs"]
+    assert {Path(name).name for name in inputs} == {"own.json", "rl.parquet", "sft.parquet", "pmp.parquet"}
+
+
+def test_no_pair_of_pmp_measures_a_reward_model(tmp_path: Path) -> None:
+    """Left out before the draw under a limit, so that there are as many as before."""
+    pair = {"input": "", "output_1": "a", "output_2": "b", "preference": 1}
+    rows = [{**pair, "instruction": text} for text in ("why is it\twarm?", "Why is it cold?", "Why is it dry?")]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    source = {"format": "pairs", "path": str(tmp_path / "own.json"), "limit": 2}
+    output = tmp_path / "pairs.parquet"
+    given = {"output": output, "evaluation": Evaluation(pairs={"own": source})}
+    pmp_data = trained(tmp_path)["pmp_data"]
+    clean_evaluation_pairs.main(clean_evaluation_pairs.Arguments(**given, pmp_data=pmp_data))
+    assert set(pl.read_parquet(output)["instruction"]) == {"Why is it cold?", "Why is it dry?"}
+    assert counts_of(output) == {"own: rows": 3, "own: kept": 2, "own: trained on by PMP": 1}
+
+
+def test_what_all_runs_train_on_is_left_out() -> None:
+    """SFT data of the runs that train an adapter, PMP data of those that start from PMP."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    runs: dict[str, Any] = {name: None for name in raw["runs"] if name != "default"}
+    runs |= {"sft": {"model": {"adapter": "sft"}}, "pmp": {"pmp_data": {"seed": 7}}}
+    runs |= {"bare": {"reward_model": {"init": "base"}, "pmp_data": {"seed": 8}}}
+    known = plan.Plan(configuration.load(merge(raw, {"runs": runs}), ROOT))
+    found = known.trained()
+    assert found["sft_data"] == [known.path("sft", "sft_data")]
+    assert found["pmp_data"] == [known.path(run, "pmp_data") for run in ("default", "pmp")]
+    for name in ("evaluation_prompts", "evaluation_pairs"):
+        assert set(found["pmp_data"]) < {one.name for one in known.origin("default", name).inputs}
