@@ -279,6 +279,11 @@ def judge_free(run, shards=None):
     return free(model=plan.judge_model(RUNS[run]), judge=judge)
 
 
+def measuring_judge(wildcards):
+    """Parameter: the section of the judge that measures."""
+    return deciding(plan.measuring_judge(run_settings(wildcards)), without=("model",))
+
+
 @cache
 def base_model(run):
     """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""

@@ -76,7 +76,7 @@ use rule judge_preferences as judge_pairs with:
         free=lambda wildcards: judge_free(run_name(wildcards), shards=1),
     params:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
-        judge=setting("judge", without=("model",)),
+        judge=measuring_judge,
         shards=1,
         shard=0,
 
@@ -323,7 +323,7 @@ use rule judge_preferences as judge_answers with:
         free=lambda wildcards: judge_free(run_name(wildcards), shards=1),
     params:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
-        judge=setting("judge", without=("model",)),
+        judge=measuring_judge,
         shards=1,
         shard=0,
 

@@ -253,6 +253,8 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
             means = found["scores"]["default"][name][way]
             for policy, table in (("default", scores), ("initial policy", old)):
                 assert means[policy]["value"] == pytest.approx(sum(table[key] for key in keys) / len(keys))
+    counts = json.loads((results / "runs/default/evaluation/judgements.manifest.json").read_text())["counts"]
+    assert (counts["pairs"], counts["too_short"]) == (len(answers), 0)  # the shortest answer, too
     judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
     for name, wins in found["judge"].items():
         measured = wins["default"]["initial policy"]

@@ -1,6 +1,8 @@
 """What policies and reward models are measured by: nothing that any stage trains on, and all of it counted."""
 
+import itertools
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from salmon.formats import Comparison
 from salmon.preference_data import record
 from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES, Table
 from tests.running import merge
+from tests.test_workflow import elsewhere, snakemake
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,3 +99,20 @@ def test_what_all_runs_train_on_is_left_out() -> None:
     assert found["pmp_data"] == [known.path(run, "pmp_data") for run in ("default", "pmp")]
     for name in ("evaluation_prompts", "evaluation_pairs"):
         assert set(found["pmp_data"]) < {one.name for one in known.origin("default", name).inputs}
+
+
+def test_short_answers_are_judged_where_they_are_measured(tmp_path: Path) -> None:
+    """A concise policy is else judged by its long answers only; rules and plan say so."""
+    run = snakemake("-n", "-p", "evaluation", *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    smallest: dict[str, set[int]] = {}
+    for line in (run.stdout + run.stderr).splitlines():
+        if "/judge_preferences.py" in line:
+            words = shlex.split(line)
+            given = dict(itertools.pairwise(words))
+            table = given["--output"].removeprefix(f"{tmp_path}/").partition("/")[0]
+            smallest.setdefault(table, set()).add(json.loads(given["--judge"])["min_characters"])
+    assert smallest == {"preferences": {16}, "runs": {0}, "evaluation": {0}}
+    known = plan.Plan(configuration.load(yaml.safe_load((ROOT / "config.yaml").read_text()), ROOT))
+    for name, least in (("preferences", 16), ("answer_judgements", 0), ("judged_pairs", 0)):
+        assert known.origin("default", name).settings["min_characters"] == least

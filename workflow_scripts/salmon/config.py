@@ -407,7 +407,10 @@ class Judge(Scored):
         1536, description="largest number of tokens of a prompt; longer ones are shortened in the responses"
     )
     min_characters: int = Field(
-        16, ge=0, description="smallest number of characters of a response; pairs with a shorter one are dropped"
+        16,
+        ge=0,
+        description="smallest number of characters of a response; pairs with a shorter one are dropped, but for those "
+        "that something is measured by",
     )
     turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
     shards: Annotated[Shards, FREE] = Field(8, description="number of jobs that the judging is scattered over")

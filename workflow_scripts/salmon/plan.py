@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.authors import JUDGED_UP_TO
-from salmon.config import Model, is_local
+from salmon.config import Judge, Model, is_local
 from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
@@ -407,7 +407,7 @@ class Plan:
                     config.judge.principles,
                     0,
                     model=judge_model(config),
-                    judge=config.judge.model_copy(update={"shards": 1}),
+                    judge=measuring_judge(config),
                 )
             case "policy_evaluation":
                 origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
@@ -600,6 +600,11 @@ def _imported(config: Config, name: Name) -> Origin:
 def import_cut(config: Config) -> str | None:
     """Where responses that are there already end: judgements that are there, too, are paired with what was judged."""
     return JUDGED_UP_TO if config.judge.path else None
+
+
+def measuring_judge(config: Config) -> Judge:
+    """The judge of what is measured: no answer is too short, or a concise policy would be judged by its long ones."""
+    return config.judge.model_copy(update={"shards": 1, "min_characters": 0})
 
 
 def judge_model(config: Config) -> Model:
