@@ -47,6 +47,37 @@ def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
     assert evaluation.estimate([1.0, math.nan], ["p", "q"], 0)["number"] == 1
 
 
+def test_no_interval_has_the_width_of_nothing() -> None:
+    """Of shares of 0 and 1, of few prompts, and of rows that are all of a few prompts."""
+    names = [f"p{number}" for number in range(40)]
+    for value in (0.0, 0.5, 1.0):
+        for groups in (names, names[:3], [*"ab"] * 20, ["a"], [*names, *names]):
+            found = evaluation.share([value] * len(groups), groups, 0)
+            low, high = found["low"], found["high"]
+            assert low is not None
+            assert high is not None
+            assert 0 <= low <= value <= high <= 1
+            assert high - low > 0.08
+            assert (found["value"], found["number"]) == (value, len(groups))
+    few = evaluation.estimate([1.0, 2.0, 4.0], [*"abc"], 0)
+    assert few == {"value": pytest.approx(7 / 3), "low": None, "high": None, "number": 3}
+    assert evaluation.share([], [], 0)["value"] is None
+    won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: no plain share
+    assert evaluation.share(won, names, 0) == evaluation.estimate(won, names, 0)
+
+
+def test_wilsons_interval_holds_what_it_says() -> None:
+    """Its ends are the shares under which the observed one is just 1.96 standard errors away (Wilson, 1927)."""
+    for value, number in ((0.3, 20), (0.9, 50), (0.02, 100)):
+        for end in evaluation.wilson(value, number):
+            assert abs(value - end) / math.sqrt(end * (1 - end) / number) == pytest.approx(1.959964)
+    assert evaluation.wilson(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    names = [f"p{number}" for number in range(50)]
+    values = np.arange(50) < 15
+    found = evaluation.share(values, names, 0)
+    assert (found["low"], found["high"]) == evaluation.wilson(0.3, 50)
+
+
 def judgements(pairs: int = 40) -> pl.DataFrame:
     generator = random.Random(1)
     rows = [
@@ -99,8 +130,14 @@ def test_a_judge_is_held_against_people() -> None:
     assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     right = [1, 0.5, 0, 0.5]
-    assert ethical["right"] == evaluation.estimate(right, [*"qqrs"], 0)  # pairs of one instruction are drawn together
-    assert found["other"]["Concise"]["right"] == {"value": 0.0, "low": 0.0, "high": 0.0, "number": 1}
+    low, high = evaluation.wilson(0.5, 3)  # pairs of one instruction are one
+    assert ethical["right"] == {"value": np.mean(right), "low": low, "high": high, "number": 4}
+    assert found["other"]["Concise"]["right"] == {
+        "value": 0.0,
+        "low": 0.0,
+        "high": pytest.approx(0.793, abs=1e-3),
+        "number": 1,
+    }
 
 
 def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
@@ -164,7 +201,8 @@ def test_numbers_of_held_out_records() -> None:
     assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
-    assert found["flips"]["Concise"] == {"value": 0.5, "low": 0.5, "high": 0.5, "number": 2}  # both of one prompt
+    low, high = evaluation.wilson(0.5, 1)  # both of one prompt
+    assert found["flips"]["Concise"] == {"value": 0.5, "low": low, "high": high, "number": 2}
     assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # of the second record, not of an undecided one
 
 

@@ -1,13 +1,16 @@
 """How good judge, reward models and policies are: numbers with confidence intervals, from judgements and from scores.
 
-An interval says how far a number depends on the prompts that happened to be drawn: prompts are drawn anew, with all
-rows of each, since rows of one prompt are not independent.
+An interval says how far a number depends on the prompts that happened to be drawn. That of a mean is a bootstrap's:
+prompts are drawn anew, with all rows of each, since rows of one prompt are not independent. Draws of few prompts, or of
+rows that are all alike, say nothing: a mean of less than `FEW` prompts has no interval, and shares have Wilson's where
+`share` says so.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,22 @@ from salmon.text import join_instruction
 DRAWS = 2000
 HELD = 2_000_000  # numbers of a block of draws, at most
 LEVEL = 0.95
+FEW = 10  # prompts; of less, a bootstrap's interval is too narrow, and of one it has no width
 BINS = 10
+INTERVALS = (
+    f"A mean's is a bootstrap's that draws whole prompts, and a mean of less than {FEW} prompts has none. A share of "
+    "prompts, without halves, has Wilson's interval, as has every share that is 0 or 1, or of less than "
+    f"{FEW} prompts."
+)
+"""What intervals are, for reports."""
 Estimate = dict[str, float | int | None]
 """`value`, `low` and `high` of its interval, and `number` of rows; null where there are none."""
+Values = Sequence[float] | npt.NDArray[Any]
+"""Of rows; NaN where a row has none."""
 
 
-def estimate(values: Sequence[float] | npt.NDArray[Any], groups: Sequence[str], seed: int) -> Estimate:
-    """Mean of some rows, with the percentile interval of a bootstrap by group.
+def estimate(values: Values, groups: Sequence[str], seed: int) -> Estimate:
+    """Mean of some rows, with the percentile interval of a bootstrap by group; null below `FEW` groups.
 
     Args:
         values: of the rows, [N]; NaN where a row has none, which is then left out.
@@ -38,11 +50,51 @@ def estimate(values: Sequence[float] | npt.NDArray[Any], groups: Sequence[str], 
     known = ~np.isnan(column)
     if not known.any():
         return {"value": None, "low": None, "high": None, "number": 0}
+    found: Estimate = {"value": float(column[known].mean()), "low": None, "high": None, "number": int(known.sum())}
     _, index = np.unique(np.asarray(groups, dtype=object)[known].astype(str), return_inverse=True)
     sums, sizes = np.bincount(index, weights=column[known]), np.bincount(index)
-    parts = [(drawn @ sums) / (drawn @ sizes) for drawn in _resampled(len(sizes), seed)]
-    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"value": float(column[known].mean()), "low": float(low), "high": float(high), "number": int(known.sum())}
+    if len(sizes) >= FEW:
+        parts = [(drawn @ sums) / (drawn @ sizes) for drawn in _resampled(len(sizes), seed)]
+        low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        found |= {"low": float(low), "high": float(high)}
+    return found
+
+
+def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
+    """Share of some rows for which something holds.
+
+    Its interval is Wilson's where each group is one row that is 1 or 0. It is also Wilson's, of as many rows as there
+    are groups, where there are less than `FEW` or all rows are alike: too wide rather than too narrow. Else it is the
+    bootstrap's (`estimate`).
+
+    Args:
+        values: of the rows, [N]: 1, 0, or in between for what is undecided; NaN where a row has none.
+        groups: prompt of each row, [N].
+        seed: of the draws.
+    """
+    column = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(column)
+    rows, number = column[known], len({group for group, is_known in zip(groups, known, strict=True) if is_known})
+    plain = number == len(rows) and np.isin(rows, (0, 1)).all()
+    if number and (plain or number < FEW or (rows == rows[0]).all()):
+        low, high = wilson(float(rows.mean()), number)
+        return {"value": float(rows.mean()), "low": low, "high": high, "number": len(rows)}
+    return estimate(values, groups, seed)
+
+
+def wilson(value: float, number: int) -> tuple[float, float]:
+    """Wilson's score interval of a share.
+
+    Args:
+        value: the share.
+        number: of rows that are independent of each other, at least 1.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = value + z**2 / (2 * number)
+    half = z * math.sqrt(value * (1 - value) / number + z**2 / (4 * number**2))
+    whole = 1 + z**2 / number
+    # What is 0 or 1 is so but for rounding.
+    return max(0.0, min(value, (middle - half) / whole)), min(1.0, max(value, (middle + half) / whole))
 
 
 def _resampled(groups: int, seed: int) -> Iterable[npt.NDArray[np.float64]]:
@@ -92,7 +144,10 @@ def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
             "margin": np.abs(s12 + s21) / 2,
             "zeros": (s12 == 0) | (s21 == 0),
         }
-        found[name] = {what: estimate(values, groups, seed) for what, values in measured.items()}
+        found[name] = {
+            what: (estimate if what in ("bias", "margin") else share)(values, groups, seed)
+            for what, values in measured.items()
+        }
         columns.append((s12 + s21) / 2)
     return {"principles": found, "correlation": _correlation(np.stack(columns))}
 
@@ -121,7 +176,7 @@ def labelled(
         measured = {"agree": s12 * s21 > 0, "right": preferred(rows), "mean_right": correct(s12 + s21)}
         groups = rows["instruction"].to_list()
         found.setdefault(str(source), {})[str(name)] = {
-            what: estimate(values, groups, seed) for what, values in measured.items()
+            what: share(values, groups, seed) for what, values in measured.items()
         }
     return dict(sorted(found.items()))
 
@@ -231,14 +286,14 @@ def held_out(
     other = correct(-turned_margins * sign[of])
 
     def of_rows(values: npt.NDArray[np.float64], rows: Any, owners: Sequence[str]) -> Estimate:
-        return estimate(values[rows], [owners[row] for row in rows], seed)
+        return share(values[rows], [owners[row] for row in rows], seed)
 
     def calibrated(rows: Sequence[int]) -> dict[str, Any]:
         return calibration(margins[rows], [labels[row] for row in rows])
 
     variant_groups = variants["prompt_id"].to_list()
     return {
-        "accuracy": estimate(right, groups, seed),
+        "accuracy": share(right, groups, seed),
         "calibration": calibration(margins, labels),
         "deciding": {
             name: {
@@ -268,7 +323,7 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
     found = {}
     for (source,), rows in records.with_row_index().group_by("source", maintain_order=True):
         index = rows["index"].to_numpy()
-        found[str(source)] = estimate(right[index], rows["prompt_id"].to_list(), seed)
+        found[str(source)] = share(right[index], rows["prompt_id"].to_list(), seed)
     return dict(sorted(found.items()))
 
 
@@ -284,6 +339,10 @@ REFUSALS = (
 )
 """Beginnings of sentences, in lower case, by which a model refuses; an answer that has one in its first 200 characters
 counts as a refusal. A proxy: it knows English only."""
+
+
+SHARES = ("finished", "language_kept", "refusals")
+"""Of what `behaviour` measures, what either holds for an answer or not."""
 
 
 def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
@@ -319,7 +378,7 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     }
     for size in (1, 2, 3):
         measured[f"distinct_{size}"] = [_distinct(row, size) for row in words]
-    return {name: estimate(values, groups, seed) for name, values in measured.items()}
+    return {name: (share if name in SHARES else estimate)(values, groups, seed) for name, values in measured.items()}
 
 
 def _distinct(words: Sequence[str], size: int) -> float:
@@ -360,7 +419,7 @@ def score_wins(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
         for name, other in itertools.combinations(columns, 2):
             margins = columns[name] - columns[other]
             won = np.where(np.isnan(margins), np.nan, correct(margins))
-            found[name][other] = estimate(won, prompts, seed)
+            found[name][other] = share(won, prompts, seed)
             found[other][name] = _lost(found[name][other])
         return found
 
@@ -397,7 +456,7 @@ def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         seed: of the intervals.
     """
     return {
-        str(name): estimate(preferred(rows), rows["prompt_id"].to_list(), seed)
+        str(name): share(preferred(rows), rows["prompt_id"].to_list(), seed)
         for (name,), rows in judgements.group_by("dimension", maintain_order=True)
     }
 
@@ -442,6 +501,8 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
     def shown(one: Estimate | None) -> str:
         if one is None or one["value"] is None:
             return ""
+        if one["low"] is None:
+            return f"{one['value']:.2f}"
         return f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
 
     def table(heading: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
@@ -452,7 +513,7 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         ways = [(name, way) for name in principles for way in ("plain", "negated")]
         return {name + ", negated" * (way == "negated"): cells(principles[name][way]) for name, way in ways}
 
-    lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals (bootstrap by prompt).", "", "## How they answer", ""]
+    lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals. {INTERVALS}", "", "## How they answer", ""]
     quantities = list(next(iter(found["behaviour"].values())))
     lines += table(
         "policy",

@@ -17,7 +17,7 @@ from salmon.pages import Cell, Estimate, Table, page
 NOTHING: Estimate = {"value": None, "low": None, "high": None, "number": 0}
 AGAIN = "move its folder away, and let it be built again"
 """What to do about a file that cannot be read."""
-INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts."
+INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts, or Wilson's."
 
 
 @dataclass(frozen=True)
