@@ -377,6 +377,12 @@ def evaluation_pairs(wildcards):
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
 
 
+def measuring(wildcards, name):
+    """Input: what the run's reward model was trained on, if it is known, or the judgements of it, if they are needed."""
+    path = PLAN.measuring(run_name(wildcards), name)
+    return in_results(path) if path else []
+
+
 def labelled_pairs(wildcards):
     """Input: judgements of pairs that people compared, and the outputs that they prefer, if there are any."""
     names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()

@@ -108,7 +108,8 @@ rule clean_evaluation_pairs:
 rule evaluate_reward_model:
     input:
         reward_model=artifact("reward_model"),
-        records=artifact("reward_data"),
+        records=lambda wildcards: measuring(wildcards, "reward_data"),
+        preferences=lambda wildcards: measuring(wildcards, "preferences"),
         pairs=evaluation_pairs,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
@@ -131,7 +132,9 @@ rule evaluate_reward_model:
         batch_size=8,
         free=free_settings("model"),
     params:
-        pairs=lambda wildcards, input: f"--pairs {shlex.quote(input.pairs)}" if input.pairs else "",
+        measuring=lambda wildcards, input: options(
+            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
+        ),
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
@@ -141,7 +144,7 @@ rule evaluate_reward_model:
         evaluation=setting("evaluation", only=("seed",)),
     shell:
         f"{LAUNCH}/evaluate_reward_model.py"
-        " --reward-model {input.reward_model:q} --records {input.records:q} {params.pairs} --output {output:q}"
+        " --reward-model {input.reward_model:q} {params.measuring:q} --output {output:q}"
         " --principles {input.principles:q} --model {params.model:q} --tokenizer {params.tokenizer:q}"
         " --scoring {params.scoring:q} --{params.stage} {params.settings:q} --dimensions {params.dimensions:q}"
         " {resources.free}"
@@ -153,6 +156,7 @@ use rule evaluate_reward_model as evaluate_pmp with:
     input:
         reward_model=artifact("pmp"),
         records=artifact("pmp_data"),
+        preferences=[],
         pairs=evaluation_pairs,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).pmp.template,
@@ -165,7 +169,9 @@ use rule evaluate_reward_model as evaluate_pmp with:
     benchmark:
         "<benchmarks>/{home}evaluate_pmp.tsv"
     params:
-        pairs=lambda wildcards, input: f"--pairs {shlex.quote(input.pairs)}" if input.pairs else "",
+        measuring=lambda wildcards, input: options(
+            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
+        ),
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),

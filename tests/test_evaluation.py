@@ -10,9 +10,22 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
-from salmon import evaluation
-from salmon.tables import JUDGEMENTS
+import draw_reward_model
+import evaluate_reward_model
+from evaluate_reward_model import clean_records
+from salmon import configuration, evaluation, figures, plan
+from salmon.artifacts import write_table
+from salmon.config import Evaluation, RewardModel
+from salmon.errors import UserError
+from salmon.formats import Comparison
+from salmon.preference_data import record
+from salmon.tables import JUDGEMENTS, PMP_RECORDS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
+from tests.ppo_world import World
+from tests.running import merge
+
+ROOT = Path(__file__).parents[1]
 
 NAMES = ["Concise", "Ethical"]
 OPPOSITE = {name: (f"Be {name}.", f"Do not be {name}.") for name in NAMES}
@@ -203,6 +216,16 @@ def test_numbers_of_held_out_records() -> None:
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
     low, high = evaluation.wilson(0.5, 1)  # both of one prompt
     assert found["flips"]["Concise"] == {"value": 0.5, "low": low, "high": high, "number": 2}
+    assert "clean" not in found
+    assert "clean" not in concise
+    clean = np.array([True, False, True])  # the wrong one was reversed by noise
+    found = evaluation.held_out(table, margins, evaluation.turned(table, OPPOSITE), after, 0, clean)
+    assert (found["clean"]["value"], found["clean"]["number"]) == (0.75, 2)
+    assert found["deciding"]["Concise"]["clean"]["value"] == 1.0
+    assert found["deciding"]["Ethical"]["clean"]["number"] == 0
+    shown = figures.reward_model("", {"held_out": found}).tables[0]
+    assert shown.columns[-1] == "clean labels"
+    assert [row[-1]["number"] for row in shown.rows] == [1, 0, 2]  # type: ignore[call-overload,index]
     assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # of the second record, not of an undecided one
 
 
@@ -216,6 +239,76 @@ def test_probabilities_of_a_calibrated_model_come_true() -> None:
     assert all(abs(one["expected"] - one["observed"]) < 0.05 for one in calibrated["bins"])
     assert evaluation.calibration(3 * margins, labels)["error"] > 0.1
     assert evaluation.calibration([], []) == {"bins": [], "error": None}
+
+
+def test_clean_labels_are_those_of_the_judge(tmp_path: Path) -> None:
+    """Not reversed by noise; and where the mean of both orders decided, of those that agree."""
+    rows = [("r0", "p0", "Concise", False), ("r1", "p0", "Ethical", True), ("r2", "p1", "Concise", False)]
+    rows += [("r3", "p1", None, False)]
+    filled = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1, "swapped": False}
+    filled |= {"dimensions": NAMES, "negated": [False] * 2, "definitions": NAMES, "scores": [1.0] * 2}
+    table = pl.DataFrame(
+        [
+            {**filled, "record_id": record, "prompt_id": prompt, "deciding": name, "flipped": flipped}
+            for record, prompt, name, flipped in rows
+        ],
+        schema=PRINCIPLE_RECORDS.schema,
+    )
+    counts = {"settings": {}, "inputs": {}, "counts": {"records": 4}}
+    write_table(table, tmp_path / "records.parquet", PRINCIPLE_RECORDS, counts)
+    judged = [("p0", "Concise", 1.0, 2.0), ("p0", "Ethical", 1.0, 1.0), ("p1", "Concise", 3.0, -1.0)]
+    judged += [("p1", "Ethical", 1.0, -1.0)]
+    counts = {"settings": {}, "inputs": {}, "counts": {"judged": 2, "rows": 4}}
+    frame = pl.DataFrame(judged, schema=JUDGEMENTS.schema, orient="row")
+    write_table(frame, tmp_path / "preferences.parquet", JUDGEMENTS, counts)
+    held = table.select(list(PREFERENCE_RECORDS.columns)).reverse()
+    of_all = clean_records(tmp_path / "records.parquet", None, held)
+    of_both = clean_records(tmp_path / "records.parquet", tmp_path / "preferences.parquet", held)
+    assert of_all is not None
+    assert of_both is not None
+    assert of_all.tolist() == [True, True, False, True]
+    assert of_both.tolist() == [True, False, False, True]
+
+
+def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: Path) -> None:
+    """Nobody knows what it was trained on; its agreement with people is measured in every way, and drawn."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    known = plan.Plan(configuration.load(merge(raw, {"reward_model": {"path": "owner/theirs"}}), ROOT))
+    assert known.path("default", "reward_evaluation") in known.target_paths("evaluation")
+    assert known.measuring("default", "reward_data") is None
+    mean = plan.Plan(configuration.load(merge(raw, {"aggregation": {"agreement": "mean"}}), ROOT))
+    for one, needed in ((mean, True), (plan.Plan(configuration.load(raw, ROOT)), False)):
+        made_of = {source.name for source in one.origin("default", "reward_evaluation").inputs}
+        assert (one.path("default", "preferences") in made_of) is needed
+    pairs = [record("mine", Comparison(f"Question {number}?", "A good answer.", "No."), 0) for number in range(6)]
+    counts = {"settings": {}, "inputs": {}, "counts": {"kept": 6}}
+    write_table(pl.DataFrame(pairs, schema=PMP_RECORDS.schema), tmp_path / "pairs.parquet", PMP_RECORDS, counts)
+    shown = [{"dimension": n, "definition": f"Be {n}.", "negative_definition": f"Be not {n}."} for n in NAMES]
+    (tmp_path / "principles.json").write_text(json.dumps(shown))
+    lengths = {"max_length": 400, "query_length": 100, "response_length": 100}
+    settings = RewardModel(template=str(world.folder / "reward.txt"), learning_rate=0.1, **lengths)
+    given = {
+        "reward_model": world.reward_model,
+        "pairs": tmp_path / "pairs.parquet",
+        "principles": tmp_path / "principles.json",
+        "output": tmp_path / "measured",
+        "model": world.model.without_adapter(),
+        "trained": settings,
+        "dimensions": json.dumps(NAMES),
+        "evaluation": Evaluation(),
+    }
+    evaluate_reward_model.main(evaluate_reward_model.Arguments(**given))
+    found = json.loads((tmp_path / "measured" / "reward_model.json").read_text())
+    assert list(found) == ["people"]
+    assert list(found["people"]) == ["all", *(f"{name}{way}" for name in NAMES for way in ("", ", negated"))]
+    assert found["people"]["all"]["mine"]["number"] == 6
+    manifest = json.loads((tmp_path / "measured" / "manifest.json").read_text())
+    assert not any("eval_examples" in name for name in manifest["settings"])
+    options = {"measured": tmp_path / "measured", "title": "T", "output": tmp_path / "drawn"}
+    draw_reward_model.main(draw_reward_model.Arguments(**options))
+    assert "Agreement with people" in (tmp_path / "drawn" / "table.html").read_text()
+    with pytest.raises(UserError, match="nothing to measure"):
+        evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pairs": None}))
 
 
 # ---- The rules, on the small run

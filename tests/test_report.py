@@ -383,6 +383,12 @@ NO_POLICY = {"prompts": {"oasst1": None}, "tasks": [], "mt_bench": None}
             {"targets": ["policy", "report"], "reward_model": {"path": "someone/reward-model"}},
             {"funnel": ["default"], "training_figures": ["default"]},
         ),
+        # But it is measured by people's pairs.
+        (
+            {"targets": ["evaluation", "report"], "evaluation": NO_POLICY, "runs": None}
+            | {"reward_model": {"path": "someone/reward-model"}},
+            {"funnel": ["default"], "reward_figures": ["default"]},
+        ),
     ],
     ids=lambda value: "+".join(map(str, value.get("targets", ()))) if isinstance(value, dict) else "",
 )

@@ -1,6 +1,7 @@
 """Measure a reward model on records that its training held out, with principles reversed, and on human preferences.
 
-Held out are whole prompts (`training.split`), so that no text of theirs was trained on.
+Held out are whole prompts (`training.split`), so that no text of theirs was trained on. A reward model that was made
+elsewhere is measured on human preferences alone.
 """
 
 import logging
@@ -25,12 +26,13 @@ from salmon import (
     principles,
     provenance,
     script,
+    tables,
     training,
 )
 from salmon import reward_model as rewards
 from salmon.config import Evaluation, Model, RewardModel, RewardTraining, Scoring
 from salmon.errors import UserError
-from salmon.tables import PMP_RECORDS
+from salmon.tables import JUDGEMENTS, PMP_RECORDS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
 from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger("salmon.evaluate_reward_model")
@@ -40,7 +42,10 @@ class Arguments(script.Arguments):
     """Measure a reward model."""
 
     reward_model: Path = Field(description="folder of the reward model")
-    records: Path = Field(description="preference records that it was trained on (parquet)")
+    records: Path | None = Field(None, description="preference records that it was trained on (parquet), if known")
+    preferences: Path | None = Field(
+        None, description="judgements (parquet), where records were also made of those whose two orders disagree"
+    )
     pairs: Path | None = Field(None, description="people's preferences (parquet), if any")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
     output: Path = Field(description="folder to write: reward_model.json, manifest.json")
@@ -90,10 +95,14 @@ class Reader:
 def main(arguments: Arguments) -> None:
     """Read what is measured, score it, write the folder."""
     settings, seed = arguments.settings, arguments.evaluation.seed
+    if not (arguments.records or arguments.pairs):
+        raise UserError("there is nothing to measure the reward model by: give --records, --pairs or both")
     judged = {one.dimension: one for one in principles.read_judged(arguments.principles)}
     opposite = {name: (one.definition, one.negative_definition) for name, one in judged.items()}
-    records, _ = rewards.read_records(arguments.records)
-    _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
+    held = pl.DataFrame(schema=PREFERENCE_RECORDS.schema)
+    if arguments.records:
+        records, _ = rewards.read_records(arguments.records)
+        _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
     unknown = {name for row in held["dimensions"] for name in row} | {*arguments.dimensions}
     if unknown := unknown - judged.keys():
         raise UserError(f"{arguments.principles} has no principle {min(unknown)}, which is to be shown; name its file")
@@ -101,11 +110,14 @@ def main(arguments: Arguments) -> None:
     reader = Reader(arguments)
     found: dict[str, Any] = {}
     counts = {"held_out": len(held), "turned": 0, "pairs": 0 if pairs is None else len(pairs)}
-    if len(held):
+    if arguments.records and len(held):
+        clean = clean_records(arguments.records, arguments.preferences, held)
         variants = evaluation.turned(held, opposite)
         counts["turned"] = len(variants)
         log.info("%d records held out, %d with a principle reversed", len(held), len(variants))
-        found["held_out"] = evaluation.held_out(held, reader.margins(held), variants, reader.margins(variants), seed)
+        found["held_out"] = evaluation.held_out(
+            held, reader.margins(held), variants, reader.margins(variants), seed, clean
+        )
     if pairs is not None:
         found["people"] = agreement(reader, pairs, {name: opposite[name] for name in arguments.dimensions}, seed)
     if distributed.is_main():
@@ -117,6 +129,37 @@ def main(arguments: Arguments) -> None:
         log.info("held out: %s", found.get("held_out", {}).get("accuracy"))
     distributed.barrier()
     distributed.leave()
+
+
+def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> npt.NDArray[np.bool_] | None:
+    """Of which held-out records the label is what the judge or a rule says: not reversed by label noise.
+
+    Args:
+        path: of all records.
+        preferences: judgements, of which those count whose two orders agree about the principle that decided; without
+            them, those of all records do.
+        held: the records held out, N of them.
+
+    Returns:
+        [N]; None of people's preferences, of which it is not known.
+    """
+    if "flipped" not in tables.schema_of(path):
+        return None
+    noise = checked.read(path, PRINCIPLE_RECORDS, ("record_id", "flipped")).collect()
+    rows = held.join(noise, on="record_id", how="left", maintain_order="left")
+    clean: npt.NDArray[np.bool_] = ~rows["flipped"].to_numpy()
+    if preferences:
+        judged = checked.read(preferences, JUDGEMENTS).collect()
+        here = rows.join(
+            judged,
+            left_on=("prompt_id", "deciding"),
+            right_on=("prompt_id", "dimension"),
+            how="left",
+            maintain_order="left",
+        )
+        agree = (pl.col("s12") > 0) & (pl.col("s21") > 0) | (pl.col("s12") < 0) & (pl.col("s21") < 0)
+        clean &= here.select(agree.fill_null(pl.col("deciding").is_null())).to_series().to_numpy()
+    return clean
 
 
 def agreement(
@@ -142,6 +185,7 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
         arguments.records,
         arguments.pairs,
         arguments.principles,
+        arguments.preferences,
         stage="pmp" if arguments.pmp else "reward_model",
         settings=arguments.settings,
         dimensions=arguments.dimensions,

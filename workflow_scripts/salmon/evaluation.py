@@ -256,6 +256,7 @@ def held_out(
     variants: pl.DataFrame,
     turned_margins: npt.NDArray[np.float64],
     seed: int,
+    clean: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """How a reward model does on records that it was not trained on.
 
@@ -265,12 +266,14 @@ def held_out(
         variants: from `turned`, M of them.
         turned_margins: likewise, [M].
         seed: of the intervals.
+        clean: of which records the labels have no noise, [N]; None where it is not known.
 
     Returns:
         `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
         `plain` and `negated`, the accuracy where it is shown so, `calibration` of both, and `turned`: where it alone is
         reversed, how often the reward model prefers the other output of the record. `flips`: for each principle shown,
-        how often the reward model changes its mind when that one is reversed.
+        how often the reward model changes its mind when that one is reversed. Where it is known, `clean`, of all and
+        of each principle that decided: the accuracy on records whose labels have no noise.
     """
     labels, groups = records["preference"].to_list(), records["prompt_id"].to_list()
     sign = np.where(np.asarray(labels) == 1, 1.0, -1.0)
@@ -291,13 +294,18 @@ def held_out(
     def calibrated(rows: Sequence[int]) -> dict[str, Any]:
         return calibration(margins[rows], [labels[row] for row in rows])
 
+    def of_clean(rows: Sequence[int]) -> dict[str, Estimate]:
+        return {} if clean is None else {"clean": of_rows(right, [row for row in rows if clean[row]], groups)}
+
     variant_groups = variants["prompt_id"].to_list()
     return {
+        **of_clean(range(len(records))),
         "accuracy": share(right, groups, seed),
         "calibration": calibration(margins, labels),
         "deciding": {
             name: {
                 **{way: of_rows(right, rows, groups) for way, rows in ways.items()},
+                **of_clean(sorted([*ways["plain"], *ways["negated"]])),
                 "calibration": calibrated(sorted([*ways["plain"], *ways["negated"]])),
                 "turned": of_rows(other, np.flatnonzero((names == name) & is_deciding), variant_groups),
             }

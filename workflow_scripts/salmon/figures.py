@@ -306,6 +306,11 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
             "where it is negated; how often the other output has, when it alone is reversed; and how often the higher "
             f"reward changes sides when a principle is reversed. {INTERVALS}"
         )
+        if "clean" in held_out:
+            columns.append("clean labels")
+            for row, one in zip(rows, [*deciding.values(), held_out], strict=True):
+                row.append(one["clean"])
+            note += " Clean labels are those that no noise has reversed, about which both orders of the judge agree."
         tables.append(Table("Held-out records", columns, rows, note))
     if people := found.get("people"):
         ways = list(people)

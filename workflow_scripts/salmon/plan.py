@@ -181,7 +181,7 @@ class Plan:
             return not ready and config.aggregation.path is None
         if name == "pmp_evaluation":
             return not ready and config.reward_model.init == "pmp"
-        return name != "reward_evaluation" or not ready
+        return name != "reward_evaluation" or not ready or bool(evaluation.pairs)
 
     def target_paths(self, target: str) -> list[str]:
         """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
@@ -364,9 +364,10 @@ class Plan:
                 pre_trained = name == "pmp_evaluation"
                 origin = provenance.evaluate_reward_model(
                     self.path(run, "pmp" if pre_trained else "reward_model"),
-                    self.path(run, "pmp_data" if pre_trained else "reward_data"),
+                    self.path(run, "pmp_data") if pre_trained else self.measuring(run, "reward_data"),
                     self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
                     config.judge.principles,
+                    None if pre_trained else self.measuring(run, "preferences"),
                     stage="pmp" if pre_trained else "reward_model",
                     settings=config.pmp if pre_trained else config.reward_model,
                     dimensions=[] if pre_trained else config.aggregation.dimensions,
@@ -457,7 +458,7 @@ class Plan:
             case "policy_figures":
                 return provenance.draw_policies(first or "")
             case _:
-                return provenance.draw_reward_model(first or "", *(more or (None,)))
+                return provenance.draw_reward_model(first, *(more or (None,)))
 
     def trained(self) -> dict[str, list[str]]:
         """Tables with all prompts that a stage of any run trains on: all policies answer the same ones.
@@ -539,6 +540,17 @@ class Plan:
         """What a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
         names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
         return {name: self.path(run, name) for name in names if self.has(run, name)}
+
+    def measuring(self, run: str, name: Literal["reward_data", "preferences"]) -> str | None:
+        """What a run's reward model was trained on, by which it is measured, if that is known.
+
+        Judgements are needed only where records are also made of those whose two orders disagree.
+        """
+        config = self.runs[run]
+        if config.reward_model.path:
+            return None
+        unneeded = config.aggregation.path is not None or config.aggregation.agreement == "both_orders"
+        return None if name == "preferences" and unneeded else self.path(run, name)
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""

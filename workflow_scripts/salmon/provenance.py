@@ -366,9 +366,10 @@ def clean_evaluation_pairs(pmp_data: Sequence[Path | str], *, evaluation: Evalua
 
 def evaluate_reward_model(
     reward_model: Path | str,
-    records: Path | str,
+    records: Path | str | None,
     pairs: Path | str | None,
     principles: Path | str,
+    preferences: Path | str | None = None,
     *,
     stage: Literal["pmp", "reward_model"],
     settings: RewardTraining,
@@ -379,7 +380,8 @@ def evaluate_reward_model(
     evaluation: Evaluation,
 ) -> Origin:
     """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
-    read = ("template", "max_length", "query_length", "response_length", "eval_examples", "seed")
+    read = ["template", "max_length", "query_length", "response_length"]
+    read += ["eval_examples", "seed"] if records else []
     alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
     return Origin(
         {
@@ -389,7 +391,7 @@ def evaluate_reward_model(
             "seed": evaluation.seed,
             **alone,
         },
-        _files(reward_model, records, pairs, principles, settings.template)
+        _files(reward_model, records, preferences, pairs, principles, settings.template)
         + _model(tokenizer, "tokenizer")
         + _model(model),
         keys={
@@ -522,7 +524,7 @@ def draw_judge(measured: Path | str | None, preferences: Path | str | None, *, e
     return Origin(settings, _files(measured, preferences), keys={"seed": "evaluation.seed"})
 
 
-def draw_reward_model(model: Path | str, measured: Path | str | None) -> Origin:
+def draw_reward_model(model: Path | str | None, measured: Path | str | None) -> Origin:
     """Pictures of a training and of what was measured of its model."""
     return Origin({}, _files(model, measured))
 
