@@ -339,8 +339,8 @@ rule evaluate_policies:
         tables=[
             in_results(policy[table])
             for policy in PLAN.compared()
-            for table in ("answers", "scores", "judgements")
-            if policy[table]
+            for table in ("answers", "scores", "judgements", "verdicts")
+            if policy.get(table)
         ],
         home=at_home("policy_evaluation"),
     output:

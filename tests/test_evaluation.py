@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 import draw_reward_model
+import evaluate_policies
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
 from salmon import configuration, evaluation, figures, plan
@@ -21,7 +23,16 @@ from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
-from salmon.tables import JUDGEMENTS, PMP_RECORDS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
+from salmon.tables import (
+    ANSWERS,
+    JUDGEMENTS,
+    PMP_RECORDS,
+    PREFERENCE_RECORDS,
+    PRINCIPLE_RECORDS,
+    SCORES,
+    VERDICTS,
+    Table,
+)
 from tests.ppo_world import World
 from tests.running import merge
 
@@ -180,6 +191,69 @@ def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
     }
 
 
+def test_verdicts_are_win_rates(tmp_path: Path) -> None:
+    """Of both orders, half a win where they disagree or find a tie; in policies.json, policies.md and the report."""
+    both = {"a": ("policy", "policy"), "b": ("policy", "initial"), "c": ("initial", "initial"), "d": ("tie", "tie")}
+    both |= {"e": ("policy", "tie"), "f": ("policy", None), "g": ("initial", "policy")}
+    rows = [
+        ("prompts", prompt, first, preferred, None if preferred else "unreadable")
+        for prompt, pair in both.items()
+        for first, preferred in zip((True, False), pair, strict=True)
+    ]
+    rows += [("mt_bench", "81", first, "policy", None) for first in (True, False)]
+    table = pl.DataFrame(rows, schema=VERDICTS.schema, orient="row").sample(fraction=1, shuffle=True, seed=1)
+    found = evaluation.verdict_wins(table, 0)
+    assert set(found) == {"prompts", "mt_bench"}
+    ours = found["prompts"]
+    assert (ours["won"]["value"], ours["won"]["number"]) == (pytest.approx((1 + 0.5 + 0 + 0.5 + 0.5 + 0.5) / 6), 6)
+    assert ours["agree"]["value"] == pytest.approx(3 / 6)
+    first = {"a": (1, 0), "b": (1, 1), "c": (0, 1), "e": (1,), "g": (0, 0)}
+    shown = [value for values in first.values() for value in values]
+    assert ours["first"]["value"] == pytest.approx(sum(shown) / len(shown))
+    assert ours["first"]["number"] == len(shown)
+    assert found["mt_bench"]["won"]["value"] == 1.0
+    assert evaluation.verdict_wins(table.head(0), 0) == {}
+    (folder := tmp_path / "policies").mkdir()
+    answers = [{**ANSWER, "prompt_id": prompt} for prompt in both]
+    write(folder / "answers.parquet", ANSWERS, answers, {"answers": len(answers)})
+    scored = {"reward_model": "default", "dimension": "Concise", "score": 1.0}
+    scores = [{**scored, "opposite": opposite, "prompt_id": prompt} for prompt in both for opposite in (False, True)]
+    write(folder / "scores.parquet", SCORES, scores, {"scores": len(scores)})
+    judged = [{"prompt_id": prompt, "dimension": "Concise", "s12": 1.0, "s21": 1.0} for prompt in both]
+    write(folder / "judgements.parquet", JUDGEMENTS, judged, {"judged": 7, "rows": 7})
+    write(folder / "verdicts.parquet", VERDICTS, table.rows(named=True), {"verdicts": len(table)})
+    files = {name: str(folder / f"{name}.parquet") for name in ("answers", "scores")}
+    before = {"name": "initial policy", **files, "initial": None, "judgements": None}
+    run = {"name": "mine", **files, "initial": "initial policy"}
+    run |= {name: str(folder / f"{name}.parquet") for name in ("judgements", "verdicts")}
+    given = {"policies": [before, run], "output": tmp_path / "found", "evaluation": Evaluation()}
+    evaluate_policies.main(evaluate_policies.Arguments(**given))
+    measured = json.loads((tmp_path / "found" / "policies.json").read_text())
+    assert measured["endpoint"]["mine"]["initial policy"] == json.loads(json.dumps(found))
+    assert "| mine, mt_bench | initial policy | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
+    heading = "Answers that the model behind the endpoint prefers to the initial policy's"
+    (shown_rows,) = (one.rows for one in figures.policies(measured).tables if one.heading == heading)
+    assert [row[:3] for row in shown_rows] == [
+        ["mine", "initial policy", kind] for kind in measured["endpoint"]["mine"]["initial policy"]
+    ]
+    assert str(folder / "verdicts.parquet") in json.loads((tmp_path / "found" / "manifest.json").read_text())["inputs"]
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    asked = {"evaluation": {"judge_endpoint": {"url": "http://localhost/v1", "model": "judge"}}}
+    for changes, has in (({}, False), (asked, True)):
+        known = plan.Plan(configuration.load(merge(raw, changes), ROOT))
+        needed = {one.name for one in known.origin("default", "policy_evaluation").inputs}
+        assert (known.path("default", "verdicts") in needed) is has
+
+
+ANSWER = {"source": "s", "instruction": "i", "input": "", "response": "A few words.", "finish_reason": "eos", "kl": 0.0}
+ANSWER |= {"prompt_tokens": 1, "response_tokens": 3}
+
+
+def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    manifest = {"settings": {}, "inputs": {}, "counts": counts}
+    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
+
+
 def records() -> pl.DataFrame:
     """Of two prompts, with one and two principles; the last one decided by a rule."""
     shown = [(["Concise"], [False]), (["Ethical", "Concise"], [True, False]), (["Ethical"], [False])]
@@ -300,7 +374,7 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
     evaluate_reward_model.main(evaluate_reward_model.Arguments(**given))
     found = json.loads((tmp_path / "measured" / "reward_model.json").read_text())
     assert list(found) == ["people"]
-    assert list(found["people"]) == ["all", *(f"{name}{way}" for name in NAMES for way in ("", ", negated"))]
+    assert set(found["people"]) == {"all", *(f"{name}{way}" for name in NAMES for way in ("", ", negated"))}
     assert found["people"]["all"]["mine"]["number"] == 6
     manifest = json.loads((tmp_path / "measured" / "manifest.json").read_text())
     assert not any("eval_examples" in name for name in manifest["settings"])

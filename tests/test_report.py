@@ -262,6 +262,10 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
             for m in ("a", "b")
         },
         "judge": {p: {run: {other: estimate()} for run, other in before.items()} for p in principles},
+        "endpoint": {
+            run: {other: {"prompts": {what: estimate() for what in ("won", "agree", "first")}}}
+            for run, other in before.items()
+        },
     }
     metric = {"value": 0.4, "stderr": 0.05, "number": 100}
     asked = {

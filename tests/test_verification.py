@@ -112,6 +112,7 @@ STALE = {
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"} | {"evaluation/prompts.parquet"},
     "judge.path": {"preferences/preferences.parquet", "responses/response0.parquet", "responses/response1.parquet"},
     "judge": JUDGED | named("check_model/judging") | COMPARED,
+    "judge.min_characters": JUDGED | named("check_model/judging"),
     "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,
     "aggregation": named("principle_preferences"),

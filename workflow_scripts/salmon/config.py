@@ -577,6 +577,9 @@ class JudgeEndpoint(Section):
     retries: Annotated[int, FREE] = Field(
         8, ge=0, le=1000, description="number of times that a request that failed for a while is sent again"
     )
+    max_refused: Annotated[Probability, FREE] = Field(
+        0.1, description="share of comparisons that the endpoint may refuse, such as by a filter; more are an error"
+    )
 
     @field_validator("url")
     @classmethod

@@ -469,11 +469,45 @@ def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     }
 
 
+def verdict_wins(verdicts: pl.DataFrame, seed: int) -> dict[str, dict[str, Estimate]]:
+    """What a model behind an endpoint says of a policy's answers and those of the initial policy.
+
+    Args:
+        verdicts: `tables.VERDICTS`; what was not judged in both orders is left out.
+        seed: of the intervals.
+
+    Returns:
+        Kind -> `won`: how often both orders prefer the policy's answer, a half where they disagree or find a tie;
+        `agree`: how often both orders say the same; `first`: of the verdicts that are no ties, how often the answer
+        that was shown first is preferred.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for (kind,), rows in verdicts.drop_nulls("preferred").group_by("kind", maintain_order=True):
+        wide = rows.pivot("policy_first", index="prompt_id", values="preferred").drop_nulls()
+        if {"true", "false"} <= {*wide.columns}:
+            first, second = (np.asarray(wide[order].to_list(), dtype=object) for order in ("true", "false"))
+            won = np.select(
+                [(first == "policy") & (second == "policy"), (first == "initial") & (second == "initial")],
+                [1.0, 0.0],
+                0.5,
+            )
+            shown = [np.where(first == "tie", math.nan, first == "policy")]
+            shown += [np.where(second == "tie", math.nan, second == "initial")]
+            prompts = wide["prompt_id"].to_list()
+            found[str(kind)] = {
+                "won": share(won, prompts, seed),
+                "agree": share(first == second, prompts, seed),
+                "first": share(np.concatenate(shown).astype(float), [*prompts, *prompts], seed),
+            }
+    return found
+
+
 def policies(
     answers: Mapping[str, pl.DataFrame],
     scores: Mapping[str, pl.DataFrame],
     judgements: Mapping[tuple[str, str], pl.DataFrame],
     seed: int,
+    verdicts: Mapping[tuple[str, str], pl.DataFrame] | None = None,
 ) -> dict[str, Any]:
     """The comparison of policies.
 
@@ -482,11 +516,12 @@ def policies(
         scores: the same -> `tables.SCORES`.
         judgements: policy and its initial one -> `tables.JUDGEMENTS` of their answers.
         seed: of the intervals.
+        verdicts: likewise -> `tables.VERDICTS`.
 
     Returns:
         `names` of the policies; `initial`: run -> the policy that it starts from; `behaviour` of each policy; `scores`
-        (`score_means`); `wins` (`score_wins`); and `judge`: principle -> policy -> initial policy -> how often the
-        judge prefers its answer.
+        (`score_means`); `wins` (`score_wins`); `judge`: principle -> policy -> initial policy -> how often the judge
+        prefers its answer; and `endpoint`: policy -> initial policy -> `verdict_wins`.
     """
     judged: dict[str, Wins] = {}
     for (name, other), table in judgements.items():
@@ -499,6 +534,7 @@ def policies(
         "scores": score_means(scores, seed),
         "wins": score_wins(scores, seed),
         "judge": judged,
+        "endpoint": {name: {other: verdict_wins(table, seed)} for (name, other), table in (verdicts or {}).items()},
     }
 
 
@@ -541,4 +577,16 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         for principle, wins in found["judge"].items()
     }
     lines += table("principle", list(initial), judged)
+    if found["endpoint"]:
+        lines += ["## Answers that the model behind the endpoint prefers to the initial policy's", ""]
+        lines += table(
+            "run",
+            ["against", "share", "both orders agree", "prefers the first one"],
+            {
+                f"{run}, {kind}": [other, *(shown(one[what]) for what in ("won", "agree", "first"))]
+                for run, of_others in found["endpoint"].items()
+                for other, kinds in of_others.items()
+                for kind, one in kinds.items()
+            },
+        )
     return "\n".join(lines)

@@ -458,6 +458,20 @@ def policies(found: Mapping[str, Any]) -> Part:
         ]
         note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
         tables.append(Table("Answers that the judge prefers to the initial policy's", ["principle", *runs], rows, note))
+    if found.get("endpoint"):
+        columns = ["run", "against", "answers to", "share", "both orders agree", "prefers the first one"]
+        rows = [
+            [run, other, kind, *(one[what] for what in ("won", "agree", "first"))]
+            for run, of_others in found["endpoint"].items()
+            for other, kinds in of_others.items()
+            for kind, one in kinds.items()
+        ]
+        heading = "Answers that the model behind the endpoint prefers to the initial policy's"
+        note = (
+            "Share of prompts that it judged in both orders, a half where these disagree or find a tie; how often both "
+            f"say the same; and how often the answer that was shown first is preferred, if one is. {INTERVALS}"
+        )
+        tables.append(Table(heading, columns, rows, note))
     for model, principles in found["wins"].items():
         rows = [
             [label, run, other, estimate]

@@ -35,6 +35,9 @@ Name = Literal[
     "answers",
     "answer_scores",
     "answer_judgements",
+    "initial_mt_bench",
+    "mt_bench",
+    "verdicts",
     "policy_evaluation",
     "preferred_outputs",
     "other_outputs",
@@ -45,9 +48,6 @@ Name = Literal[
     "reward_evaluation",
     "initial_task_evaluation",
     "task_evaluation",
-    "initial_mt_bench",
-    "mt_bench",
-    "verdicts",
     "funnel",
     "sft_figures",
     "judge_figures",
@@ -522,6 +522,7 @@ class Plan:
                     "scores": self.path(run, "answer_scores"),
                     "judgements": self.path(run, "answer_judgements"),
                     "initial": name,
+                    **({"verdicts": self.path(run, "verdicts")} if self.has(run, "verdicts") else {}),
                 }
             )
         before: list[dict[str, str | None]] = [

@@ -443,8 +443,8 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
 
 def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
     """The comparison of all policies; each has the fields of `evaluate_policies.Policy`."""
-    tables = ("answers", "scores", "judgements")
-    files = [policy[name] for policy in policies for name in tables]
+    tables = ("answers", "scores", "judgements", "verdicts")
+    files = [policy.get(name) for policy in policies for name in tables]
     settings = {"compared": {policy["name"]: policy["initial"] for policy in policies}, "seed": evaluation.seed}
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
