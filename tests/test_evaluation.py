@@ -13,11 +13,12 @@ import polars as pl
 import pytest
 import yaml
 
+import clean_evaluation_pairs
 import draw_reward_model
 import evaluate_policies
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
-from salmon import configuration, evaluation, figures, plan
+from salmon import checked, configuration, evaluation, figures, plan
 from salmon.artifacts import write_table
 from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
@@ -25,8 +26,8 @@ from salmon.formats import Comparison
 from salmon.preference_data import record
 from salmon.tables import (
     ANSWERS,
+    EVALUATION_PAIRS,
     JUDGEMENTS,
-    PMP_RECORDS,
     PREFERENCE_RECORDS,
     PRINCIPLE_RECORDS,
     SCORES,
@@ -189,6 +190,60 @@ def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
     assert {name: one["value"] for name, one in means.items()} == {
         name: pytest.approx(np.mean([*column.values()])) for name, column in columns.items()
     }
+
+
+def test_distinct_words_do_not_depend_on_the_length() -> None:
+    """In windows, and of all answers together; each again the slow way."""
+    chance = random.Random(0)
+    texts = [" ".join(chance.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(30 + one % 40)) for one in range(40)]
+    texts += ["short", ""]
+
+    def measured(texts: list[str]) -> dict[str, evaluation.Estimate]:
+        rows = [{**ANSWER, "prompt_id": f"p{place}", "response": text} for place, text in enumerate(texts)]
+        return evaluation.behaviour(pl.DataFrame(rows, schema=ANSWERS.schema), 0)
+
+    found = measured(texts)
+    words = [text.split() for text in texts]
+    width = evaluation.WINDOW
+    of_windows = [
+        np.mean([len({*itertools.pairwise(row[at : at + width])}) / (width - 1) for at in range(len(row) - width + 1)])
+        for row in words
+        if len(row) >= width
+    ]
+    assert found["window_distinct_2"]["value"] == pytest.approx(np.mean(of_windows))
+    assert found["window_distinct_2"]["number"] == 40
+    pairs = [pair for row in words for pair in itertools.pairwise(row)]
+    drawn = [len({*chance.sample(pairs, evaluation.SAMPLE)}) / evaluation.SAMPLE for _ in range(300)]
+    assert found["corpus_distinct_2"]["number"] == len(pairs)
+    assert found["corpus_distinct_2"]["value"] == pytest.approx(np.mean(drawn), abs=0.003)
+    assert measured(texts[:2])["corpus_distinct_2"] == {**evaluation.estimate([], [], 0), "number": 30 + 31 - 2}
+    longer = measured([f"{text} {text}" for text in texts])  # says all twice
+    assert longer["distinct_1"]["value"] < 0.75 * found["distinct_1"]["value"]  # type: ignore[operator]
+    assert longer["window_distinct_1"]["value"] == pytest.approx(found["window_distinct_1"]["value"], abs=0.03)
+    assert longer["corpus_distinct_1"]["value"] == pytest.approx(found["corpus_distinct_1"]["value"], abs=0.03)
+
+
+def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:
+    """RewardBench names subsets; each again by hand, and all of a source as before."""
+    rows = [
+        {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No.", "subset": name}
+        for number, name in enumerate(["chat", "chat", "code", "code", "code"])
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps(rows))
+    plain = [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    sources = {name: {"format": "rewardbench", "path": str(tmp_path / f"{name}.json")} for name in ("bench", "plain")}
+    given = {"output": tmp_path / "pairs.parquet", "evaluation": Evaluation(pairs=sources)}
+    clean_evaluation_pairs.main(clean_evaluation_pairs.Arguments(**given))
+    table = checked.read(tmp_path / "pairs.parquet", EVALUATION_PAIRS).collect()
+    number = table["instruction"].str.extract(r"(\d)").cast(pl.Int64).fill_null(0).to_numpy()
+    sign = np.where(table["preference"] == 1, 1.0, -1.0)
+    margins = sign * np.where(number % 2, 1.0, -1.0)  # right about 1 and 3
+    found = evaluation.agreement_by_subset(table, margins, 0)
+    assert list(found) == ["bench"]
+    right = {name: (one["value"], one["number"]) for name, one in found["bench"].items()}
+    assert right == {"chat": (0.5, 2), "code": (pytest.approx(1 / 3), 3)}
+    assert evaluation.agreement(table, margins, 0)["bench"]["value"] == pytest.approx(2 / 5)
 
 
 def test_verdicts_are_win_rates(tmp_path: Path) -> None:
@@ -354,9 +409,12 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
     for one, needed in ((mean, True), (plan.Plan(configuration.load(raw, ROOT)), False)):
         made_of = {source.name for source in one.origin("default", "reward_evaluation").inputs}
         assert (one.path("default", "preferences") in made_of) is needed
-    pairs = [record("mine", Comparison(f"Question {number}?", "A good answer.", "No."), 0) for number in range(6)]
-    counts = {"settings": {}, "inputs": {}, "counts": {"kept": 6}}
-    write_table(pl.DataFrame(pairs, schema=PMP_RECORDS.schema), tmp_path / "pairs.parquet", PMP_RECORDS, counts)
+    texts = [("A good answer.", "No.", None), ("Yes. " * 60, "No.", "long"), ("Yes.", "No.", "short")] * 2
+    pairs = [
+        record("mine", Comparison(f"Question {number}?", *outputs, subset=subset), 0)
+        for number, (*outputs, subset) in enumerate(texts)
+    ]
+    write(tmp_path / "pairs.parquet", EVALUATION_PAIRS, pairs, {"kept": 6})
     shown = [{"dimension": n, "definition": f"Be {n}.", "negative_definition": f"Be not {n}."} for n in NAMES]
     (tmp_path / "principles.json").write_text(json.dumps(shown))
     lengths = {"max_length": 400, "query_length": 100, "response_length": 100}
@@ -373,14 +431,18 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
     }
     evaluate_reward_model.main(evaluate_reward_model.Arguments(**given))
     found = json.loads((tmp_path / "measured" / "reward_model.json").read_text())
-    assert list(found) == ["people"]
+    assert set(found) == {"people", "subsets"}
+    assert {name: one["number"] for name, one in found["subsets"]["mine"].items()} == {"long": 2, "short": 2}
     assert set(found["people"]) == {"all", *(f"{name}{way}" for name in NAMES for way in ("", ", negated"))}
     assert found["people"]["all"]["mine"]["number"] == 6
     manifest = json.loads((tmp_path / "measured" / "manifest.json").read_text())
     assert not any("eval_examples" in name for name in manifest["settings"])
+    assert manifest["counts"] == {
+        **{"held_out": 0, "turned": 0, "pairs": 6, "pairs: instructions cut": 0, "pairs: outputs cut": 2}
+    }
     options = {"measured": tmp_path / "measured", "title": "T", "output": tmp_path / "drawn"}
     draw_reward_model.main(draw_reward_model.Arguments(**options))
-    assert "Agreement with people" in (tmp_path / "drawn" / "table.html").read_text()
+    assert "Agreement with people, by subset" in (tmp_path / "drawn" / "table.html").read_text()
     with pytest.raises(UserError, match="nothing to measure"):
         evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pairs": None}))
 
@@ -445,6 +507,8 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
         for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
     )
     assert scores.keys() == old.keys()
+    counts = json.loads((results / "runs/default/evaluation/scores.manifest.json").read_text())["counts"]
+    assert set(counts) == {"scores", "default: instructions cut", "default: outputs cut"}
     for name, ways in found["wins"]["default"].items():
         for way, wins in ways.items():
             keys = [key for key in scores if key[1:3] == (name, way == "negated")]

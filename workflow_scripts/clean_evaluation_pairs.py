@@ -1,4 +1,4 @@
-"""Pairs of people's preferences that reward models are measured by, in the table of those that PMP trains on.
+"""Pairs of people's preferences that reward models are measured by.
 
 Name the test split of a data set. Pairs of a query that PMP trains on are left out.
 """
@@ -13,7 +13,7 @@ from pydantic import Field
 from salmon import artifacts, checked, preference_data, provenance, script
 from salmon.config import Evaluation
 from salmon.errors import UserError
-from salmon.tables import PMP_RECORDS
+from salmon.tables import EVALUATION_PAIRS, PMP_RECORDS
 from salmon.text import fold
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path = Field(description="pairs (parquet), as PMP records; the manifest is written beside them")
+    output: Path = Field(description="pairs (parquet); the manifest is written beside them")
     evaluation: Evaluation = Field(description="section of the configuration")
     pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose queries are left out")
 
@@ -40,7 +40,7 @@ def main(arguments: Arguments) -> None:
         records = preference_data.comparison_records(
             settings.pairs, settings.min_score_ratio, settings.seed, counts, trained
         )
-        files = preference_data.shuffle(records, settings.seed, folder, counts)
+        files = preference_data.shuffle(records, settings.seed, folder, counts, EVALUATION_PAIRS)
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if empty := [name for name in settings.pairs if not counts[f"{name}: kept"]]:
             raise UserError(
@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
             )
         origin = provenance.clean_evaluation_pairs(arguments.pmp_data, evaluation=settings)
         manifest = origin.manifest(origin.identify(), counts)
-        artifacts.write_table(pl.scan_parquet(files), arguments.output, PMP_RECORDS, manifest)
+        artifacts.write_table(pl.scan_parquet(files), arguments.output, EVALUATION_PAIRS, manifest)
 
 
 if __name__ == "__main__":

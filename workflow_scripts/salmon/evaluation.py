@@ -8,6 +8,7 @@ rows that are all alike, say nothing: a mean of less than `FEW` prompts has no i
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
@@ -318,7 +319,11 @@ def held_out(
     }
 
 
-def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> dict[str, Estimate]:
+BySource = dict[str, Estimate]
+"""Source of pairs, or subset of one -> what was measured of them."""
+
+
+def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> BySource:
     """How often a reward model agrees with people, by source of the pairs.
 
     Args:
@@ -332,6 +337,23 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
     for (source,), rows in records.with_row_index().group_by("source", maintain_order=True):
         index = rows["index"].to_numpy()
         found[str(source)] = share(right[index], rows["prompt_id"].to_list(), seed)
+    return dict(sorted(found.items()))
+
+
+def agreement_by_subset(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> dict[str, BySource]:
+    """The same, by subset of each source that has any, such as RewardBench.
+
+    Args:
+        records: `tables.EVALUATION_PAIRS`, N of them.
+        margins: reward of output 1 less that of output 2, [N].
+        seed: of the intervals.
+    """
+    known = records["subset"].is_not_null().to_numpy()
+    rows = records.filter(known)
+    found = {}
+    for (source,), here in rows.with_row_index().group_by("source", maintain_order=True):
+        index = here["index"].to_numpy()
+        found[str(source)] = agreement(here.drop("index").with_columns(source="subset"), margins[known][index], seed)
     return dict(sorted(found.items()))
 
 
@@ -364,7 +386,10 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose
         mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share
         in the language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1`
-        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
+        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any, which are fewer
+        the longer it is. The other two do not depend on the length: `window_distinct_1` to `_3`: the same in every
+        `WINDOW` words that follow each other in an answer, of answers that have as many; `corpus_distinct_1` to `_3`:
+        of `SAMPLE` drawn from those of all answers, as expected, without an interval.
     """
     texts, groups = answers["response"].to_list(), answers["prompt_id"].to_list()
     asked = language.detect(
@@ -386,13 +411,57 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     }
     for size in (1, 2, 3):
         measured[f"distinct_{size}"] = [_distinct(row, size) for row in words]
-    return {name: (share if name in SHARES else estimate)(values, groups, seed) for name, values in measured.items()}
+    for size in (1, 2, 3):
+        measured[f"window_distinct_{size}"] = [_distinct_in_windows(row, size) for row in words]
+    found = {name: (share if name in SHARES else estimate)(values, groups, seed) for name, values in measured.items()}
+    for size in (1, 2, 3):
+        value, number = _distinct_of_all(words, size)
+        found[f"corpus_distinct_{size}"] = {"value": value, "low": None, "high": None, "number": number}
+    return found
+
+
+WINDOW = 20  # words: few answers are shorter, and a text that repeats itself does so within as many
+SAMPLE = 500  # n-grams
+
+
+def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
 
 
 def _distinct(words: Sequence[str], size: int) -> float:
     """Share of distinct n-grams; NaN where there are none."""
-    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    grams = _grams(words, size)
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _distinct_in_windows(words: Sequence[str], size: int) -> float:
+    """Mean share of distinct n-grams over all windows of `WINDOW` words; NaN of a shorter text."""
+    shares = [_distinct(words[at : at + WINDOW], size) for at in range(len(words) - WINDOW + 1)]
+    return float(np.mean(shares)) if shares else math.nan
+
+
+def _distinct_of_all(texts: Sequence[Sequence[str]], size: int) -> tuple[float | None, int]:
+    """Expected share of distinct n-grams of `SAMPLE` that are drawn without replacement from those of all texts.
+
+    An n-gram that is there c times of N is in the sample with probability 1 - C(N - c, SAMPLE) / C(N, SAMPLE)
+    (rarefaction: Hurlbert, 1971).
+
+    Returns:
+        The share, null where there are fewer; and N.
+    """
+    often = Counter(Counter(gram for words in texts for gram in _grams(words, size)).values())
+    number = sum(count * grams for count, grams in often.items())
+    if number < SAMPLE:
+        return None, number
+
+    def absent(count: int) -> float:
+        left = number - count
+        if left < SAMPLE:
+            return 0.0
+        terms = ((left, 1), (number - SAMPLE, 1), (left - SAMPLE, -1), (number, -1))
+        return math.exp(sum(sign * math.lgamma(term + 1) for term, sign in terms))
+
+    return sum(grams * (1 - absent(count)) for count, grams in often.items()) / SAMPLE, number
 
 
 Wins = dict[str, dict[str, Estimate]]

@@ -325,6 +325,12 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         rows = [[_shown(way), *(people[way].get(source) for source in sources)] for way in ways]
         note = f"How often the output that people preferred has the higher reward. {INTERVALS}"
         tables.append(Table("Agreement with people", ["principles shown", *sources], rows, note))
+    if subsets := found.get("subsets"):
+        rows = [
+            [source, subset, one["number"], one] for source, here in subsets.items() for subset, one in here.items()
+        ]
+        note = f"The same by part of the source, with all principles shown. {INTERVALS}"
+        tables.append(Table("Agreement with people, by subset", ["source", "subset", "pairs", "right"], rows, note))
     return Part(title, tables, pictures)
 
 
@@ -417,7 +423,7 @@ BEHAVIOUR = {
     "finished": "Ends by itself",
     "language_kept": "Language kept",
     "refusals": "Refusals",
-    "distinct_2": "Distinct pairs of words",
+    "window_distinct_2": "Distinct pairs in 20 words",
     "kl": "KL to the initial policy",
 }
 """Of policies.json -> what it is; what the picture shows, and the table more of."""

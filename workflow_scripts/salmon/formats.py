@@ -75,12 +75,13 @@ class Example(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two answers to a query, of which a person preferred one; by how much, where that is known."""
+    """Two answers to a query, of which a person preferred one; by how much, and a part of the source, where known."""
 
     query: str
     preferred: str
     other: str
     score_ratio: float | None = None
+    subset: str | None = None
 
 
 class Skipped(str):
@@ -363,12 +364,14 @@ class RewardBenchRow(TypedDict):
     prompt: str | None
     chosen: str | None
     rejected: str | None
+    subset: NotRequired[str | None]
 
 
 @comparisons_from("rewardbench")
 def rewardbench_comparison(row: RewardBenchRow) -> Comparison | Skipped:
     """A row of RewardBench, or of any data set with these columns."""
-    return Comparison(row["prompt"] or "", row["chosen"] or "", row["rejected"] or "")
+    outputs = row["chosen"] or "", row["rejected"] or ""
+    return Comparison(row["prompt"] or "", *outputs, subset=row.get("subset") or None)
 
 
 class HhhRow(TypedDict):

@@ -17,7 +17,7 @@ from salmon.formats import PAIR_FORMATS, Comparison, Located, Skipped
 from salmon.randomness import digest, seed_of
 from salmon.script import progress
 from salmon.sources import read_source
-from salmon.tables import PMP_RECORDS
+from salmon.tables import PMP_RECORDS, Table
 from salmon.text import fold
 
 BUCKETS = 16
@@ -57,11 +57,15 @@ def _complete(comparison: Comparison, min_score_ratio: float) -> Comparison | Sk
         return Skipped("empty query")
     if not (preferred and other):
         return Skipped("empty output")
-    return Skipped("identical outputs") if preferred == other else Comparison(query, preferred, other)
+    return (
+        Skipped("identical outputs")
+        if preferred == other
+        else Comparison(query, preferred, other, subset=comparison.subset)
+    )
 
 
 def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
-    """A row of the table, its outputs in an order drawn by hash."""
+    """A row of `EVALUATION_PAIRS`, and of `PMP_RECORDS` with one column more; its outputs in an order drawn by hash."""
     record_id = digest(name, *comparison[:3])
     first = seed_of("order of outputs", seed, record_id) % 2 == 0
     outputs = (comparison.preferred, comparison.other)
@@ -79,20 +83,24 @@ def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
         "dimensions": [],
         "negated": [],
         "deciding": None,
+        "subset": comparison.subset,
     }
 
 
-def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str]) -> list[Path]:
+def shuffle(
+    records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str], table: Table = PMP_RECORDS
+) -> list[Path]:
     """Write records, each once, to files that are the shuffled table when read one after the other.
 
     A record's place is a hash of (seed, record_id), 63 bits. Its upper bits say which file it belongs to; a file
     fits into memory and is sorted there.
 
     Args:
-        records: of `PMP_RECORDS`, in any order, on which the result does not depend.
+        records: of `record`, in any order, on which the result does not depend.
         seed: of the shuffle.
         folder: empty; holds the files.
         counts: gains the numbers of records written and left out, by source (`name: kept`, `name: duplicate`).
+        table: whose columns are written.
 
     Returns:
         The files in order.
@@ -102,14 +110,14 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: 
 
     def flush(bucket: int) -> None:
         part = folder / f"{bucket:02}-{len(parts[bucket])}.parquet"
-        pl.DataFrame(waiting[bucket], schema={"place": pl.Int64, **PMP_RECORDS.schema}).write_parquet(part)
+        pl.DataFrame(waiting[bucket], schema={"place": pl.Int64, **table.schema}).write_parquet(part)
         parts[bucket].append(part)
         waiting[bucket].clear()
 
     for row in records:
         place = seed_of("shuffle", seed, row["record_id"])
         bucket = place * BUCKETS >> 63
-        waiting[bucket].append({"place": place, **row})
+        waiting[bucket].append({"place": place, **{name: row[name] for name in table.columns}})
         if len(waiting[bucket]) == PART_ROWS:
             flush(bucket)
     files = []
@@ -118,8 +126,8 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: 
         rows = pl.concat([pl.read_parquet(part) for part in parts[bucket]])
         files.append(folder / f"{bucket:02}.parquet")
         distinct = rows.unique("record_id")
-        for what, table, sign in (("kept", distinct, 1), ("duplicate", rows, 1), ("duplicate", distinct, -1)):
-            for source, number in table.group_by("source").len().iter_rows():
+        for what, counted, sign in (("kept", distinct, 1), ("duplicate", rows, 1), ("duplicate", distinct, -1)):
+            for source, number in counted.group_by("source").len().iter_rows():
                 counts[f"{source}: {what}"] += sign * number
         distinct.sort("place").drop("place").write_parquet(files[-1])
         for part in parts[bucket]:

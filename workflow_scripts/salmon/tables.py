@@ -274,6 +274,17 @@ PMP_RECORDS = _records(
     negated="always empty",
     deciding="always null: a person decided",
 )
+EVALUATION_PAIRS = replace(
+    PMP_RECORDS,
+    name="evaluation pairs",
+    files="evaluation/pairs.parquet",
+    meaning="One pair of answers of which a person preferred one, that reward models are held against; as PMP records.",
+    columns={
+        **PMP_RECORDS.columns,
+        "subset": Column(_STRING, "part of the source, as RewardBench names its own; null where there is none", True),
+    },
+    reader="no key reads such a table, which `snakemake evaluation` makes",
+)
 PRINCIPLE_RECORDS = _records(
     "principle records",
     "reward_data/principle_preferences.parquet",
@@ -300,6 +311,7 @@ TABLES = (
     PREFERENCE_RECORDS,
     PMP_RECORDS,
     PRINCIPLE_RECORDS,
+    EVALUATION_PAIRS,
 )
 
 
