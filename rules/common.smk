@@ -51,7 +51,7 @@ CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
 from salmon import configuration, plan, provenance, shipped, work
-from salmon.config import PathVars, Section, is_local
+from salmon.config import PathVars, Section, TaskPrompt, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 from salmon.identity import model_files, tokenizer_files
@@ -375,6 +375,12 @@ def trained_tables(wildcards):
 def evaluation_pairs(wildcards):
     """Input: the pairs that a reward model is measured by, if any."""
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def task_prompt(wildcards):
+    """Parameter: what of the policy's prompt decides how tasks are asked."""
+    config = run_settings(wildcards)
+    return deciding(TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format))
 
 
 def measuring(wildcards, name):

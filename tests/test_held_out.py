@@ -14,7 +14,7 @@ import clean_evaluation_pairs
 import clean_evaluation_prompts
 from salmon import configuration, plan
 from salmon.artifacts import manifest_path, write_table
-from salmon.config import Evaluation
+from salmon.config import Evaluation, PolicyPrompt, TaskPrompt
 from salmon.formats import Comparison
 from salmon.preference_data import record
 from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES, Table
@@ -116,3 +116,39 @@ def test_short_answers_are_judged_where_they_are_measured(tmp_path: Path) -> Non
     known = plan.Plan(configuration.load(yaml.safe_load((ROOT / "config.yaml").read_text()), ROOT))
     for name, least in (("preferences", 16), ("answer_judgements", 0), ("judged_pairs", 0)):
         assert known.origin("default", name).settings["min_characters"] == least
+
+
+def test_a_task_is_asked_again_only_where_it_is_asked_otherwise() -> None:
+    """What of the policy's prompt only its answers depend on reruns no benchmark."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    chat: dict[str, Any] = {"policy_prompt": {"template": "chat", "template_variables": {"a": 1}}}
+    prompts: dict[str, Any] = {
+        "stop": {"policy_prompt": {"stop": ["END"]}},
+        "marker": {"policy_prompt": {"assistant_marker": "### Me"}},
+        "thinking": {"policy_prompt": {"thinking": ["<a>", "</a>"]}},
+        "chat": chat,
+    }
+    runs: dict[str, Any] = {name: None for name in raw["runs"] if name != "default"} | prompts
+    known = plan.Plan(configuration.load(merge(raw, {"runs": runs}), ROOT))
+    owners = {run: known.owner(run, "initial_task_evaluation") for run in prompts}
+    assert owners == {"stop": "default", "marker": "default", "thinking": "thinking", "chat": "chat"}
+    prompt = PolicyPrompt(**chat["policy_prompt"])
+    assert TaskPrompt.of(prompt, "text") == TaskPrompt.of(PolicyPrompt(template="a.txt"), "policy")
+    assert TaskPrompt.of(prompt, "chat") == TaskPrompt.of(prompt, "policy")
+
+
+def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
+    """FastChat's judges tell models apart by their names; what two runs start from has one."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    runs: dict[str, Any] = {name: None for name in raw["runs"] if name != "default"}
+    other = {"model": {"adapter": "owner/other"}}
+    runs |= {"one": other, "two": other, "same": {"ppo": {"seed": 7}}, "third": {"policy_prompt": {"stop": ["END"]}}}
+    known = plan.Plan(configuration.load(merge(raw, {"runs": runs}), ROOT))
+    names = {run: known.initial_name(run) for run in ("default", "one", "two", "same", "third")}
+    assert names == {
+        **{"default": "initial", "one": "initial-one", "two": "initial-one", "same": "initial"},
+        "third": "initial-third",
+    }
+    for run, name in names.items():
+        assert known.initial_name(known.owner(run, "initial_mt_bench")) == name
+        assert known.origin(run, "initial_mt_bench").settings["name"] == name

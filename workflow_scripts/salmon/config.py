@@ -268,6 +268,24 @@ class PolicyPrompt(Section):
         return [] if self.is_chat else [self.template]
 
 
+class TaskPrompt(Section):
+    """What of `policy_prompt` decides how lm-eval's tasks are asked."""
+
+    template: Literal["chat"] | None = Field(None, description="`chat`: as turns of the tokenizer's chat template")
+    template_variables: TemplateVariables = Field({}, description="what that template is given besides")
+    thinking: tuple[Marker, Marker] | None = Field(None, description="markers that open and close thinking, or null")
+
+    @classmethod
+    def of(cls, prompt: PolicyPrompt, tasks_format: Literal["policy", "text", "chat"]) -> Self:
+        """Of a run's policy, with `evaluation.tasks_format`."""
+        is_chat = prompt.is_chat if tasks_format == "policy" else tasks_format == "chat"
+        return cls(
+            template="chat" if is_chat else None,
+            template_variables=prompt.template_variables if is_chat else {},
+            thinking=prompt.thinking,
+        )
+
+
 def _expanded(path: str | None) -> str | None:
     """`~/file` as a path that everybody understands."""
     return path and os.path.expanduser(path)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.authors import JUDGED_UP_TO
-from salmon.config import Judge, Model, is_local
+from salmon.config import Judge, Model, TaskPrompt, is_local
 from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
@@ -416,16 +416,17 @@ class Plan:
                 origin = provenance.evaluate_tasks(
                     self.path(run, "policy") if name == "task_evaluation" else None,
                     model=model,
-                    policy_prompt=config.policy_prompt,
+                    prompt=TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format),
                     evaluation=config.evaluation,
                 )
             case "verdicts":
                 origin = provenance.judge_by_endpoint(**self.judged(run), evaluation=config.evaluation)
-            case "initial_mt_bench" | "mt_bench":
-                own = name == "mt_bench"
+            case "initial_mt_bench":
+                origin = self._initial_mt_bench(run, self.initial_name(run))
+            case "mt_bench":
                 origin = provenance.answer_mt_bench(
-                    self.path(run, "policy") if own else None,
-                    run if own else "initial",
+                    self.path(run, "policy"),
+                    run,
                     model=model,
                     policy_prompt=config.policy_prompt,
                     evaluation=config.evaluation,
@@ -433,6 +434,23 @@ class Plan:
             case _:
                 origin = self._shown(run, name)
         return origin
+
+    def initial_name(self, run: str) -> str:
+        """What a run's initial policy is called in MT-Bench, whose judges tell models apart by their names.
+
+        Returns:
+            `initial`, or of a further one `initial-NAME` after the first run that has it.
+        """
+        origins = {other: self._initial_mt_bench(other, "initial") for other in self.runs}
+        decided = {other: (origin.values(), origin.inputs) for other, origin in origins.items()}
+        first = next(other for other in self.runs if decided[other] == decided[run])
+        return "initial" if first == next(iter(self.runs)) else f"initial-{first}"
+
+    def _initial_mt_bench(self, run: str, name: str) -> Origin:
+        config = self.runs[run]
+        return provenance.answer_mt_bench(
+            None, name, model=config.model, policy_prompt=config.policy_prompt, evaluation=config.evaluation
+        )
 
     def _shown(self, run: str, name: Name) -> Origin:
         """The same, of a part of the report."""

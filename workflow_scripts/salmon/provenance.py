@@ -30,6 +30,7 @@ from salmon.config import (
     Sft,
     SftData,
     Source,
+    TaskPrompt,
     is_local,
 )
 from salmon.configuration import field_of
@@ -449,8 +450,8 @@ def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Eval
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
-TASKS = ("tasks", "tasks_limit", "tasks_format", "tasks_data", "tasks_folder")
-"""Keys of `evaluation` that say what `evaluate_tasks` does."""
+TASKS = ("tasks", "tasks_limit", "tasks_data", "tasks_folder")
+"""Keys of `evaluation` that say what `evaluate_tasks` does, but for the format, which is in `TaskPrompt`."""
 
 
 def task_files(evaluation: Evaluation) -> list[str]:
@@ -460,16 +461,14 @@ def task_files(evaluation: Evaluation) -> list[str]:
     return sorted(str(file) for file in files if "__pycache__" not in file.parts)
 
 
-def evaluate_tasks(
-    policy: Path | str | None, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
-) -> Origin:
+def evaluate_tasks(policy: Path | str | None, *, model: Model, prompt: TaskPrompt, evaluation: Evaluation) -> Origin:
     """What a policy reaches in tasks of lm-eval, the initial one where none is given."""
     read = {name: getattr(evaluation, name) for name in TASKS}
     files = _files(policy, *task_files(evaluation), *evaluation.tasks_data.values())
     return Origin(
-        {"model": model, "policy_prompt": policy_prompt, **read},
+        {"model": model, "prompt": prompt, **read},
         files + _model(model),
-        keys=_alone("evaluation", read),
+        keys=_alone("evaluation", read) | {"prompt": "policy_prompt"},
     )
 
 
