@@ -334,12 +334,31 @@ use rule judge_preferences as judge_answers with:
         shard=0,
 
 
+# The same against another run (`evaluation.against`), whose answers are output 2.
+use rule judge_answers as judge_runs with:
+    input:
+        response0=artifact("answers"),
+        response1=lambda wildcards: in_results(PLAN.path(run_settings(wildcards).evaluation.against, "answers")),
+        principles=lambda wildcards: run_settings(wildcards).judge.principles,
+        template=lambda wildcards: run_settings(wildcards).judge.template,
+        model=lambda wildcards: judge_model(run_name(wildcards)),
+        checked=artifact("check_judging"),
+        home=at_home("run_judgements"),
+    output:
+        table="<results>/{home}evaluation/run_judgements.parquet",
+        manifest="<results>/{home}evaluation/run_judgements.manifest.json",
+    log:
+        "<logs>/{home}judge_runs.log",
+    benchmark:
+        "<benchmarks>/{home}judge_runs.tsv"
+
+
 rule evaluate_policies:
     input:
         tables=[
             in_results(policy[table])
             for policy in PLAN.compared()
-            for table in ("answers", "scores", "judgements", "verdicts")
+            for table in provenance.OF_POLICY
             if policy.get(table)
         ],
         home=at_home("policy_evaluation"),

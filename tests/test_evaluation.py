@@ -281,10 +281,16 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     before = {"name": "initial policy", **files, "initial": None, "judgements": None}
     run = {"name": "mine", **files, "initial": "initial policy"}
     run |= {name: str(folder / f"{name}.parquet") for name in ("judgements", "verdicts")}
+    run |= {"against": "control", "versus": run["judgements"]}
     given = {"policies": [before, run], "output": tmp_path / "found", "evaluation": Evaluation()}
     evaluate_policies.main(evaluate_policies.Arguments(**given))
     measured = json.loads((tmp_path / "found" / "policies.json").read_text())
     assert measured["endpoint"]["mine"]["initial policy"] == json.loads(json.dumps(found))
+    (versus,) = (one.rows for one in figures.policies(measured).tables if one.heading.endswith("by the judge"))
+    assert [row[:3] for row in versus] == [["Concise", "mine", "control"]]
+    assert versus[0][3] == measured["versus"]["Concise"]["mine"]["control"] == evaluation.share([1.0] * 7, [*both], 0)
+    assert "| Concise, mine against control | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
+    assert measured["initial"] == {"mine": "initial policy"}
     assert "| mine, mt_bench | initial policy | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
     heading = "Answers that the model behind the endpoint prefers to the initial policy's"
     (shown_rows,) = (one.rows for one in figures.policies(measured).tables if one.heading == heading)

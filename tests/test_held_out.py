@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 import yaml
 
 import clean_evaluation_pairs
@@ -15,6 +16,7 @@ import clean_evaluation_prompts
 from salmon import configuration, plan
 from salmon.artifacts import manifest_path, write_table
 from salmon.config import Evaluation, PolicyPrompt, TaskPrompt
+from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
 from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES, Table
@@ -152,3 +154,28 @@ def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
     for run, name in names.items():
         assert known.initial_name(known.owner(run, "initial_mt_bench")) == name
         assert known.origin(run, "initial_mt_bench").settings["name"] == name
+
+
+def test_runs_are_judged_against_another_one_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Every run but that one itself."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    runs: dict[str, Any] = {name: None for name in raw["runs"] if name not in ("default", "honest", "harmless")}
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"runs": runs, "evaluation": {"against": "harmless"}}))
+    asked = snakemake("-n", "-p", "evaluation", "--configfile", str(overlay), *elsewhere(tmp_path))
+    assert asked.returncode == 0, asked.stderr
+    lines = [shlex.split(line) for line in (asked.stdout + asked.stderr).splitlines() if "run_judgements" in line]
+    pairs = set()
+    for words in lines:
+        if "workflow_scripts/judge_preferences.py" in words:
+            given = dict(itertools.pairwise(words))
+            pairs.add(tuple(given[f"--response{place}"].removeprefix(f"{tmp_path}/runs/") for place in (0, 1)))
+            assert json.loads(given["--judge"])["min_characters"] == 0
+    answers = "evaluation/answers.parquet"
+    assert pairs == {(f"{run}/{answers}", f"harmless/{answers}") for run in ("default", "honest")}
+    with pytest.raises(UserError, match=r"evaluation\.against: there is no run nobody; the runs are default, "):
+        configuration.load(merge(raw, {"evaluation": {"against": "nobody"}}), ROOT)
+    known = plan.Plan(configuration.load(merge(raw, {"evaluation": {"against": "harmless"}, "runs": runs}), ROOT))
+    assert not known.has("harmless", "run_judgements")
+    needed = {one.name for one in known.origin("default", "policy_evaluation").inputs}
+    assert known.path("honest", "run_judgements") in needed

@@ -24,6 +24,8 @@ class Policy(BaseModel):
     scores: Path = Field(description="of these answers (parquet)")
     initial: str | None = Field(description="name of the policy that the run starts from; null of that one itself")
     judgements: Path | None = Field(description="of these answers against those of the initial policy (parquet)")
+    against: str | None = Field(None, description="name of another run, whose answers the judge compares these with")
+    versus: Path | None = Field(None, description="judgements of these answers against those of that run (parquet)")
     verdicts: Path | None = Field(None, description="likewise, of a model behind an endpoint (parquet), if any")
 
 
@@ -53,6 +55,11 @@ def main(arguments: Arguments) -> None:
             (policy.name, policy.initial): checked.read(policy.verdicts, VERDICTS).collect()
             for policy in policies
             if policy.initial and policy.verdicts
+        },
+        {
+            (policy.name, policy.against): checked.read(policy.versus, JUDGEMENTS).collect()
+            for policy in policies
+            if policy.against and policy.versus
         },
     )
     for name, measured in found["behaviour"].items():

@@ -622,6 +622,11 @@ class Evaluation(Section):
         {}, description="name -> prompts that policies answer; those that were trained on are left out"
     )
 
+    against: str | None = Field(
+        None,
+        description="name of a run, such as a control run, with whose answers the judge compares those of all others, "
+        "besides those of their initial policy; null for none",
+    )
     pairs: dict[str, PairSource] = Field(
         {},
         description="name -> preferences of people that reward models are held against; those about queries that PMP "

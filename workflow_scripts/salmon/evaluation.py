@@ -577,6 +577,7 @@ def policies(
     judgements: Mapping[tuple[str, str], pl.DataFrame],
     seed: int,
     verdicts: Mapping[tuple[str, str], pl.DataFrame] | None = None,
+    versus: Mapping[tuple[str, str], pl.DataFrame] | None = None,
 ) -> dict[str, Any]:
     """The comparison of policies.
 
@@ -586,23 +587,30 @@ def policies(
         judgements: policy and its initial one -> `tables.JUDGEMENTS` of their answers.
         seed: of the intervals.
         verdicts: likewise -> `tables.VERDICTS`.
+        versus: policy and that of another run -> `tables.JUDGEMENTS` of their answers.
 
     Returns:
         `names` of the policies; `initial`: run -> the policy that it starts from; `behaviour` of each policy; `scores`
         (`score_means`); `wins` (`score_wins`); `judge`: principle -> policy -> initial policy -> how often the judge
-        prefers its answer; and `endpoint`: policy -> initial policy -> `verdict_wins`.
+        prefers its answer; `versus`: the same with another run's in that one's place; and `endpoint`: policy -> initial
+        policy -> `verdict_wins`.
     """
-    judged: dict[str, Wins] = {}
-    for (name, other), table in judgements.items():
-        for principle, won in judge_wins(table, seed).items():
-            judged.setdefault(principle, {}).setdefault(name, {})[other] = won
+
+    def judged(tables: Mapping[tuple[str, str], pl.DataFrame]) -> dict[str, Wins]:
+        found: dict[str, Wins] = {}
+        for (name, other), table in tables.items():
+            for principle, won in judge_wins(table, seed).items():
+                found.setdefault(principle, {}).setdefault(name, {})[other] = won
+        return found
+
     return {
         "names": list(answers),
         "initial": dict(judgements.keys()),
         "behaviour": {name: behaviour(table, seed) for name, table in answers.items()},
         "scores": score_means(scores, seed),
         "wins": score_wins(scores, seed),
-        "judge": judged,
+        "judge": judged(judgements),
+        "versus": judged(versus or {}),
         "endpoint": {name: {other: verdict_wins(table, seed)} for (name, other), table in (verdicts or {}).items()},
     }
 
@@ -646,6 +654,15 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         for principle, wins in found["judge"].items()
     }
     lines += table("principle", list(initial), judged)
+    if found["versus"]:
+        lines += ["## Answers that the judge prefers to another run's", ""]
+        rows = {
+            f"{principle}, {run} against {other}": [shown(one)]
+            for principle, wins in found["versus"].items()
+            for run, of_others in wins.items()
+            for other, one in of_others.items()
+        }
+        lines += table("principle", ["share"], rows)
     if found["endpoint"]:
         lines += ["## Answers that the model behind the endpoint prefers to the initial policy's", ""]
         lines += table(

@@ -464,6 +464,16 @@ def policies(found: Mapping[str, Any]) -> Part:
         ]
         note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
         tables.append(Table("Answers that the judge prefers to the initial policy's", ["principle", *runs], rows, note))
+    others: list[list[Cell]] = [
+        [principle, run, other, one]
+        for principle, wins in found.get("versus", {}).items()
+        for run, of_others in wins.items()
+        for other, one in of_others.items()
+    ]
+    if others:
+        note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
+        columns = ["principle", "run", "against", "share"]
+        tables.append(Table("Runs against each other, by the judge", columns, others, note))
     if found.get("endpoint"):
         columns = ["run", "against", "answers to", "share", "both orders agree", "prefers the first one"]
         rows = [

@@ -35,6 +35,7 @@ Name = Literal[
     "answers",
     "answer_scores",
     "answer_judgements",
+    "run_judgements",
     "initial_mt_bench",
     "mt_bench",
     "verdicts",
@@ -69,12 +70,13 @@ CHECKED: dict[Name, Name] = {
     "preferences": "check_judging",
     "judged_pairs": "check_judging",
     "answer_judgements": "check_judging",
+    "run_judgements": "check_judging",
     "pmp": "check_training",
     "reward_model": "check_training",
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
-OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
+OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements", "run_judgements"})
 OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
 """What every run has of its own."""
 OF_POLICIES: frozenset[Name] = frozenset(
@@ -168,6 +170,7 @@ class Plan:
             return bool(evaluation.judge_pairs) and self.has(run, "judge_evaluation")
         for names, asked in (
             ({"evaluation_pairs"}, evaluation.pairs),
+            ({"run_judgements"}, evaluation.prompts and evaluation.against not in (None, run)),
             (OF_POLICIES, evaluation.prompts),
             (OF_TASKS, evaluation.tasks),
             (OF_MT_BENCH, evaluation.mt_bench),
@@ -400,11 +403,18 @@ class Plan:
             case "initial_scores" | "answer_scores":
                 answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
                 origin = provenance.score_answers(answers, self.scorers())
-            case "answer_judgements" | "judged_pairs":
-                of_policy = name == "answer_judgements"
+            case "answer_judgements" | "run_judgements" | "judged_pairs":
+                ours, theirs = {
+                    "answer_judgements": (self.path(run, "answers"), self.path(run, "initial_answers")),
+                    "run_judgements": (
+                        self.path(run, "answers"),
+                        self.path(config.evaluation.against or run, "answers"),
+                    ),
+                    "judged_pairs": (self.path(run, "preferred_outputs"), self.path(run, "other_outputs")),
+                }[name]
                 origin = provenance.judge_preferences(
-                    self.path(run, "answers" if of_policy else "preferred_outputs"),
-                    self.path(run, "initial_answers" if of_policy else "other_outputs"),
+                    ours,
+                    theirs,
                     config.judge.principles,
                     0,
                     model=judge_model(config),
@@ -524,10 +534,10 @@ class Plan:
                 )
         return found
 
-    def compared(self) -> list[dict[str, str | None]]:
+    def compared(self) -> list[dict[str, Any]]:
         """The policies that are measured, initial ones first, with the fields of `evaluate_policies.Policy`."""
         initial: dict[str, str] = {}  # the run that has an initial policy's answers -> what that policy is called
-        trained: list[dict[str, str | None]] = []
+        trained: list[dict[str, Any]] = []
         for run in self.runs:
             if not self.has(run, "answers"):
                 continue
@@ -541,9 +551,14 @@ class Plan:
                     "judgements": self.path(run, "answer_judgements"),
                     "initial": name,
                     **({"verdicts": self.path(run, "verdicts")} if self.has(run, "verdicts") else {}),
+                    **(
+                        {"against": self.runs[run].evaluation.against, "versus": self.path(run, "run_judgements")}
+                        if self.has(run, "run_judgements")
+                        else {}
+                    ),
                 }
             )
-        before: list[dict[str, str | None]] = [
+        before: list[dict[str, Any]] = [
             {
                 "name": name,
                 "answers": self.path(run, "initial_answers"),

@@ -442,11 +442,17 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
     return Origin({"scorers": plain}, inputs)
 
 
+OF_POLICY = ("answers", "scores", "judgements", "verdicts", "versus")
+"""The tables of a policy that it is compared by, those that it has."""
+
+
 def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
     """The comparison of all policies; each has the fields of `evaluate_policies.Policy`."""
-    tables = ("answers", "scores", "judgements", "verdicts")
-    files = [policy.get(name) for policy in policies for name in tables]
-    settings = {"compared": {policy["name"]: policy["initial"] for policy in policies}, "seed": evaluation.seed}
+    files = [policy.get(name) for policy in policies for name in OF_POLICY]
+    settings: dict[str, Any] = {"compared": {policy["name"]: policy["initial"] for policy in policies}}
+    settings |= {"seed": evaluation.seed}
+    if against := {policy["name"]: policy["against"] for policy in policies if policy.get("against")}:
+        settings["against"] = against
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
