@@ -25,12 +25,12 @@ rule evaluate_tasks:
     params:
         policy=lambda wildcards, input: f"--policy {shlex.quote(input.policy)}" if input.policy else "",
         model=setting("model"),
-        policy_prompt=setting("policy_prompt"),
+        prompt=task_prompt,
         evaluation=setting("evaluation", only=provenance.TASKS),
     shell:
         f"python {SCRIPTS}/evaluate_tasks.py"
         " {params.policy} --output {output:q} --model {params.model:q} {resources.free}"
-        " --policy-prompt {params.policy_prompt:q} --evaluation {params.evaluation:q}"
+        " --prompt {params.prompt:q} --evaluation {params.evaluation:q}"
         " --batch-size {resources.batch_size:q} > {log:q} 2>&1"
 
 
@@ -98,7 +98,7 @@ use rule answer_mt_bench as answer_initial_mt_bench with:
         "<benchmarks>/{home}answer_initial_mt_bench.tsv"
     params:
         policy="",
-        name="initial",
+        name=lambda wildcards: PLAN.initial_name(run_name(wildcards)),
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         evaluation=setting("evaluation", only=provenance.MT_BENCH),

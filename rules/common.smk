@@ -51,7 +51,7 @@ CHECKOUT = checkout(workflow.current_basedir)
 sys.path.insert(0, str(CHECKOUT / "workflow_scripts"))
 
 from salmon import configuration, plan, provenance, shipped, work
-from salmon.config import PathVars, Section, is_local
+from salmon.config import PathVars, Section, TaskPrompt, is_local
 from salmon.configuration import TARGETS, load
 from salmon.errors import UserError
 from salmon.identity import model_files, tokenizer_files
@@ -279,6 +279,11 @@ def judge_free(run, shards=None):
     return free(model=plan.judge_model(RUNS[run]), judge=judge)
 
 
+def measuring_judge(wildcards):
+    """Parameter: the section of the judge that measures."""
+    return deciding(plan.measuring_judge(run_settings(wildcards)), without=("model",))
+
+
 @cache
 def base_model(run):
     """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""
@@ -362,9 +367,26 @@ def checked_files(wildcards):
     }[wildcards.part]
 
 
+def trained_tables(wildcards):
+    """Input: tables with all that the runs train on, by the option of `clean_evaluation_prompts` that names them."""
+    return {option: [in_results(path) for path in paths] for option, paths in PLAN.trained().items()}
+
+
 def evaluation_pairs(wildcards):
     """Input: the pairs that a reward model is measured by, if any."""
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def task_prompt(wildcards):
+    """Parameter: what of the policy's prompt decides how tasks are asked."""
+    config = run_settings(wildcards)
+    return deciding(TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format))
+
+
+def measuring(wildcards, name):
+    """Input: what the run's reward model was trained on, if it is known, or the judgements of it, if they are needed."""
+    path = PLAN.measuring(run_name(wildcards), name)
+    return in_results(path) if path else []
 
 
 def labelled_pairs(wildcards):

@@ -76,7 +76,7 @@ use rule judge_preferences as judge_pairs with:
         free=lambda wildcards: judge_free(run_name(wildcards), shards=1),
     params:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
-        judge=setting("judge", without=("model",)),
+        judge=measuring_judge,
         shards=1,
         shard=0,
 
@@ -84,6 +84,7 @@ use rule judge_preferences as judge_pairs with:
 rule clean_evaluation_pairs:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).evaluation.pairs),
+        pmp_data=[in_results(path) for path in PLAN.trained()["pmp_data"]],
         home=at_home("evaluation_pairs"),
     output:
         table="<results>/{home}evaluation/pairs.parquet",
@@ -98,15 +99,17 @@ rule clean_evaluation_pairs:
         "../envs/data.yaml"
     params:
         evaluation=setting("evaluation", only=("pairs", "min_score_ratio", "seed")),
+        pmp_data=lambda wildcards, input: json.dumps(list(input.pmp_data)),
     shell:
         f"python {SCRIPTS}/clean_evaluation_pairs.py"
-        " --output {output.table:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
+        " --output {output.table:q} --evaluation {params.evaluation:q} --pmp-data {params.pmp_data:q} > {log:q} 2>&1"
 
 
 rule evaluate_reward_model:
     input:
         reward_model=artifact("reward_model"),
-        records=artifact("reward_data"),
+        records=lambda wildcards: measuring(wildcards, "reward_data"),
+        preferences=lambda wildcards: measuring(wildcards, "preferences"),
         pairs=evaluation_pairs,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,
@@ -129,7 +132,9 @@ rule evaluate_reward_model:
         batch_size=8,
         free=free_settings("model"),
     params:
-        pairs=lambda wildcards, input: f"--pairs {shlex.quote(input.pairs)}" if input.pairs else "",
+        measuring=lambda wildcards, input: options(
+            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
+        ),
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
@@ -139,7 +144,7 @@ rule evaluate_reward_model:
         evaluation=setting("evaluation", only=("seed",)),
     shell:
         f"{LAUNCH}/evaluate_reward_model.py"
-        " --reward-model {input.reward_model:q} --records {input.records:q} {params.pairs} --output {output:q}"
+        " --reward-model {input.reward_model:q} {params.measuring:q} --output {output:q}"
         " --principles {input.principles:q} --model {params.model:q} --tokenizer {params.tokenizer:q}"
         " --scoring {params.scoring:q} --{params.stage} {params.settings:q} --dimensions {params.dimensions:q}"
         " {resources.free}"
@@ -151,6 +156,7 @@ use rule evaluate_reward_model as evaluate_pmp with:
     input:
         reward_model=artifact("pmp"),
         records=artifact("pmp_data"),
+        preferences=[],
         pairs=evaluation_pairs,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).pmp.template,
@@ -163,7 +169,9 @@ use rule evaluate_reward_model as evaluate_pmp with:
     benchmark:
         "<benchmarks>/{home}evaluate_pmp.tsv"
     params:
-        pairs=lambda wildcards, input: f"--pairs {shlex.quote(input.pairs)}" if input.pairs else "",
+        measuring=lambda wildcards, input: options(
+            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
+        ),
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
@@ -175,8 +183,8 @@ use rule evaluate_reward_model as evaluate_pmp with:
 
 rule clean_evaluation_prompts:
     input:
+        unpack(trained_tables),
         sources=source_files(settings.evaluation.prompts),
-        trained=[in_results(path) for path in PLAN.trained()],
         home=at_home("evaluation_prompts"),
     output:
         table="<results>/{home}evaluation/prompts.parquet",
@@ -191,10 +199,12 @@ rule clean_evaluation_prompts:
         "../envs/data.yaml"
     params:
         evaluation=setting("evaluation", only=("prompts", "seed")),
-        trained=lambda wildcards, input: json.dumps(list(input.trained)),
+        trained=lambda wildcards, input: " ".join(
+            f"--{option.replace('_', '-')} {shlex.quote(json.dumps(list(input[option])))}" for option in PLAN.trained()
+        ),
     shell:
         f"python {SCRIPTS}/clean_evaluation_prompts.py"
-        " --output {output.table:q} --evaluation {params.evaluation:q} --trained {params.trained:q} > {log:q} 2>&1"
+        " --output {output.table:q} --evaluation {params.evaluation:q} {params.trained} > {log:q} 2>&1"
 
 
 rule sample_answers:
@@ -319,9 +329,28 @@ use rule judge_preferences as judge_answers with:
         free=lambda wildcards: judge_free(run_name(wildcards), shards=1),
     params:
         model=lambda wildcards: judge_settings(run_name(wildcards)),
-        judge=setting("judge", without=("model",)),
+        judge=measuring_judge,
         shards=1,
         shard=0,
+
+
+# The same against another run (`evaluation.against`), whose answers are output 2.
+use rule judge_answers as judge_runs with:
+    input:
+        response0=artifact("answers"),
+        response1=lambda wildcards: in_results(PLAN.path(run_settings(wildcards).evaluation.against, "answers")),
+        principles=lambda wildcards: run_settings(wildcards).judge.principles,
+        template=lambda wildcards: run_settings(wildcards).judge.template,
+        model=lambda wildcards: judge_model(run_name(wildcards)),
+        checked=artifact("check_judging"),
+        home=at_home("run_judgements"),
+    output:
+        table="<results>/{home}evaluation/run_judgements.parquet",
+        manifest="<results>/{home}evaluation/run_judgements.manifest.json",
+    log:
+        "<logs>/{home}judge_runs.log",
+    benchmark:
+        "<benchmarks>/{home}judge_runs.tsv"
 
 
 rule evaluate_policies:
@@ -329,8 +358,8 @@ rule evaluate_policies:
         tables=[
             in_results(policy[table])
             for policy in PLAN.compared()
-            for table in ("answers", "scores", "judgements")
-            if policy[table]
+            for table in provenance.OF_POLICY
+            if policy.get(table)
         ],
         home=at_home("policy_evaluation"),
     output:

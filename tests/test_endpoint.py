@@ -133,14 +133,14 @@ def test_both_orders_are_judged(tmp_path: Path, server: Server) -> None:
     found = run(arguments(tmp_path, server))
     assert found.schema == VERDICTS.schema
     assert found.rows() == sorted(
-        ("prompts", key, first, win) for key, win in zip(PROMPTS, WINS, strict=True) for first in (False, True)
+        ("prompts", key, first, win, None) for key, win in zip(PROMPTS, WINS, strict=True) for first in (False, True)
     )
     assert len(server.asked) == 10  # none about equal answers
     assert {body["model"] for body in server.asked} == {"judge-1"}
     assert [(body["temperature"], body["max_tokens"]) for body in server.asked] == [(0, 1024)] * 10
     assert set(server.keys) == {f"Bearer {SECRET}"}
     manifest = (tmp_path / "verdicts.manifest.json").read_text()
-    assert json.loads(manifest)["counts"] == {"comparisons": 12, "unreadable": 0, "verdicts": 12}
+    assert json.loads(manifest)["counts"] == {**{"comparisons": 12, "unreadable": 0, "refused": 0, "verdicts": 12}}
     assert VARIABLE in manifest
     assert SECRET not in manifest
 
@@ -162,7 +162,7 @@ def test_dialogues_of_mt_bench_are_judged_whole(tmp_path: Path, server: Server) 
     given = arguments(tmp_path, server, mt_bench=str(tmp_path / "question.jsonl"))
     given |= {"answers": None, "initial_answers": None}
     found = run({**given, "mt_bench": tmp_path / "mine", "initial_mt_bench": tmp_path / "initial"})
-    assert found.rows() == [("mt_bench", "81", first, "policy") for first in (False, True)]
+    assert found.rows() == [("mt_bench", "81", first, "policy", None) for first in (False, True)]
     text = next(body["messages"][0]["content"] for body in server.asked)
     parts = ["First?", "assistant A", "one", "Second?", "two", "assistant B", "one", "Second?", "two"]
     places = [text.index(parts[0])]
@@ -261,7 +261,47 @@ def test_an_answer_without_a_verdict_counts_as_none(tmp_path: Path, server: Serv
     server.judge = lambda a, b: next(verdicts, "tie")
     found = run(arguments(tmp_path, server, max_requests=1))
     assert found["preferred"].null_count() == 1
+    assert found.filter(pl.col("preferred").is_null())["reason"].to_list() == ["unreadable"]
     assert json.loads((tmp_path / "verdicts.manifest.json").read_text())["counts"]["unreadable"] == 1
+
+
+FILTER = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((400, {}, b'{"error": {"code": "content_filter", "message": "secret instruction"}}'), "content_filter"),
+        ((200, {}, json.dumps(FILTER).encode()), "content_filter"),
+        ((400, {}, b'{"error": {"code": "context_length_exceeded"}}'), "context_length_exceeded"),
+        ((413, {}, b"secret instruction"), "413"),
+        ((200, {}, b"secret instruction"), "no_completion"),
+    ],
+)
+def test_one_refusal_does_not_end_the_job(
+    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, reply: Any, reason: str
+) -> None:
+    """It is counted, in table, manifest and log; a job that asks for the rest asks for it again."""
+    caplog.set_level("INFO")
+    server.replies = [reply]
+    found = run(arguments(tmp_path, server, max_requests=1, retries=0))
+    assert found.height == 12
+    assert found.filter(pl.col("preferred").is_null()).rows() == [("prompts", PROMPTS[0], True, None, reason)]
+    counts = json.loads((tmp_path / "verdicts.manifest.json").read_text())["counts"]
+    assert counts == {"comparisons": 12, "unreadable": 0, "refused": 1, f"refused: {reason}": 1, "verdicts": 12}
+    assert f"refused: {reason} 1" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_so_many_may_be_refused_as_the_configuration_says(tmp_path: Path, server: Server) -> None:
+    server.replies = [(400, {}, b"")] * 5
+    with pytest.raises(UserError, match=r"4 comparisons were refused so far, .*max_refused.*endpoint.options"):
+        run(arguments(tmp_path, server, max_requests=1, max_refused=0.25))
+    asked = len(server.times)
+    server.replies = [(400, {}, b"")] * 5  # and equal answers are not sent
+    found = run(arguments(tmp_path, server, max_requests=1, max_refused=0.5))
+    assert asked < 12
+    assert found["reason"].to_list().count("400") == 5
 
 
 @pytest.mark.parametrize(
@@ -296,7 +336,9 @@ def test_a_killed_job_asks_for_the_rest_only(tmp_path: Path, server: Server) -> 
     assert "comparisons are left" in done.stderr
     assert len(server.times) - before <= 12 - kept
     assert len(server.times) <= 10 + 2  # two were under way
-    expected = [("prompts", key, first, win) for key, win in zip(PROMPTS, WINS, strict=True) for first in (False, True)]
+    expected = [
+        ("prompts", key, first, win, None) for key, win in zip(PROMPTS, WINS, strict=True) for first in (False, True)
+    ]
     assert pl.read_parquet(given["output"]).rows() == sorted(expected)
 
 

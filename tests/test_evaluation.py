@@ -6,13 +6,38 @@ import math
 import random
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
-from salmon import evaluation
-from salmon.tables import JUDGEMENTS
+import clean_evaluation_pairs
+import draw_reward_model
+import evaluate_policies
+import evaluate_reward_model
+from evaluate_reward_model import clean_records
+from salmon import checked, configuration, evaluation, figures, plan
+from salmon.artifacts import write_table
+from salmon.config import Evaluation, RewardModel
+from salmon.errors import UserError
+from salmon.formats import Comparison
+from salmon.preference_data import record
+from salmon.tables import (
+    ANSWERS,
+    EVALUATION_PAIRS,
+    JUDGEMENTS,
+    PREFERENCE_RECORDS,
+    PRINCIPLE_RECORDS,
+    SCORES,
+    VERDICTS,
+    Table,
+)
+from tests.ppo_world import World
+from tests.running import merge
+
+ROOT = Path(__file__).parents[1]
 
 NAMES = ["Concise", "Ethical"]
 OPPOSITE = {name: (f"Be {name}.", f"Do not be {name}.") for name in NAMES}
@@ -45,6 +70,37 @@ def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
     assert evaluation.estimate(values, groups, 0) == once
     assert evaluation.estimate([math.nan], ["p"], 0) == {"value": None, "low": None, "high": None, "number": 0}
     assert evaluation.estimate([1.0, math.nan], ["p", "q"], 0)["number"] == 1
+
+
+def test_no_interval_has_the_width_of_nothing() -> None:
+    """Of shares of 0 and 1, of few prompts, and of rows that are all of a few prompts."""
+    names = [f"p{number}" for number in range(40)]
+    for value in (0.0, 0.5, 1.0):
+        for groups in (names, names[:3], [*"ab"] * 20, ["a"], [*names, *names]):
+            found = evaluation.share([value] * len(groups), groups, 0)
+            low, high = found["low"], found["high"]
+            assert low is not None
+            assert high is not None
+            assert 0 <= low <= value <= high <= 1
+            assert high - low > 0.08
+            assert (found["value"], found["number"]) == (value, len(groups))
+    few = evaluation.estimate([1.0, 2.0, 4.0], [*"abc"], 0)
+    assert few == {"value": pytest.approx(7 / 3), "low": None, "high": None, "number": 3}
+    assert evaluation.share([], [], 0)["value"] is None
+    won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: no plain share
+    assert evaluation.share(won, names, 0) == evaluation.estimate(won, names, 0)
+
+
+def test_wilsons_interval_holds_what_it_says() -> None:
+    """Its ends are the shares under which the observed one is just 1.96 standard errors away (Wilson, 1927)."""
+    for value, number in ((0.3, 20), (0.9, 50), (0.02, 100)):
+        for end in evaluation.wilson(value, number):
+            assert abs(value - end) / math.sqrt(end * (1 - end) / number) == pytest.approx(1.959964)
+    assert evaluation.wilson(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    names = [f"p{number}" for number in range(50)]
+    values = np.arange(50) < 15
+    found = evaluation.share(values, names, 0)
+    assert (found["low"], found["high"]) == evaluation.wilson(0.3, 50)
 
 
 def judgements(pairs: int = 40) -> pl.DataFrame:
@@ -99,8 +155,14 @@ def test_a_judge_is_held_against_people() -> None:
     assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     right = [1, 0.5, 0, 0.5]
-    assert ethical["right"] == evaluation.estimate(right, [*"qqrs"], 0)  # pairs of one instruction are drawn together
-    assert found["other"]["Concise"]["right"] == {"value": 0.0, "low": 0.0, "high": 0.0, "number": 1}
+    low, high = evaluation.wilson(0.5, 3)  # pairs of one instruction are one
+    assert ethical["right"] == {"value": np.mean(right), "low": low, "high": high, "number": 4}
+    assert found["other"]["Concise"]["right"] == {
+        "value": 0.0,
+        "low": 0.0,
+        "high": pytest.approx(0.793, abs=1e-3),
+        "number": 1,
+    }
 
 
 def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
@@ -128,6 +190,129 @@ def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
     assert {name: one["value"] for name, one in means.items()} == {
         name: pytest.approx(np.mean([*column.values()])) for name, column in columns.items()
     }
+
+
+def test_distinct_words_do_not_depend_on_the_length() -> None:
+    """In windows, and of all answers together; each again the slow way."""
+    chance = random.Random(0)
+    texts = [" ".join(chance.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(30 + one % 40)) for one in range(40)]
+    texts += ["short", ""]
+
+    def measured(texts: list[str]) -> dict[str, evaluation.Estimate]:
+        rows = [{**ANSWER, "prompt_id": f"p{place}", "response": text} for place, text in enumerate(texts)]
+        return evaluation.behaviour(pl.DataFrame(rows, schema=ANSWERS.schema), 0)
+
+    found = measured(texts)
+    words = [text.split() for text in texts]
+    width = evaluation.WINDOW
+    of_windows = [
+        np.mean([len({*itertools.pairwise(row[at : at + width])}) / (width - 1) for at in range(len(row) - width + 1)])
+        for row in words
+        if len(row) >= width
+    ]
+    assert found["window_distinct_2"]["value"] == pytest.approx(np.mean(of_windows))
+    assert found["window_distinct_2"]["number"] == 40
+    pairs = [pair for row in words for pair in itertools.pairwise(row)]
+    drawn = [len({*chance.sample(pairs, evaluation.SAMPLE)}) / evaluation.SAMPLE for _ in range(300)]
+    assert found["corpus_distinct_2"]["number"] == len(pairs)
+    assert found["corpus_distinct_2"]["value"] == pytest.approx(np.mean(drawn), abs=0.003)
+    assert measured(texts[:2])["corpus_distinct_2"] == {**evaluation.estimate([], [], 0), "number": 30 + 31 - 2}
+    longer = measured([f"{text} {text}" for text in texts])  # says all twice
+    assert longer["distinct_1"]["value"] < 0.75 * found["distinct_1"]["value"]  # type: ignore[operator]
+    assert longer["window_distinct_1"]["value"] == pytest.approx(found["window_distinct_1"]["value"], abs=0.03)
+    assert longer["corpus_distinct_1"]["value"] == pytest.approx(found["corpus_distinct_1"]["value"], abs=0.03)
+
+
+def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:
+    """RewardBench names subsets; each again by hand, and all of a source as before."""
+    rows = [
+        {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No.", "subset": name}
+        for number, name in enumerate(["chat", "chat", "code", "code", "code"])
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps(rows))
+    plain = [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    sources = {name: {"format": "rewardbench", "path": str(tmp_path / f"{name}.json")} for name in ("bench", "plain")}
+    given = {"output": tmp_path / "pairs.parquet", "evaluation": Evaluation(pairs=sources)}
+    clean_evaluation_pairs.main(clean_evaluation_pairs.Arguments(**given))
+    table = checked.read(tmp_path / "pairs.parquet", EVALUATION_PAIRS).collect()
+    number = table["instruction"].str.extract(r"(\d)").cast(pl.Int64).fill_null(0).to_numpy()
+    sign = np.where(table["preference"] == 1, 1.0, -1.0)
+    margins = sign * np.where(number % 2, 1.0, -1.0)  # right about 1 and 3
+    found = evaluation.agreement_by_subset(table, margins, 0)
+    assert list(found) == ["bench"]
+    right = {name: (one["value"], one["number"]) for name, one in found["bench"].items()}
+    assert right == {"chat": (0.5, 2), "code": (pytest.approx(1 / 3), 3)}
+    assert evaluation.agreement(table, margins, 0)["bench"]["value"] == pytest.approx(2 / 5)
+
+
+def test_verdicts_are_win_rates(tmp_path: Path) -> None:
+    """Of both orders, half a win where they disagree or find a tie; in policies.json, policies.md and the report."""
+    both = {"a": ("policy", "policy"), "b": ("policy", "initial"), "c": ("initial", "initial"), "d": ("tie", "tie")}
+    both |= {"e": ("policy", "tie"), "f": ("policy", None), "g": ("initial", "policy")}
+    rows = [
+        ("prompts", prompt, first, preferred, None if preferred else "unreadable")
+        for prompt, pair in both.items()
+        for first, preferred in zip((True, False), pair, strict=True)
+    ]
+    rows += [("mt_bench", "81", first, "policy", None) for first in (True, False)]
+    table = pl.DataFrame(rows, schema=VERDICTS.schema, orient="row").sample(fraction=1, shuffle=True, seed=1)
+    found = evaluation.verdict_wins(table, 0)
+    assert set(found) == {"prompts", "mt_bench"}
+    ours = found["prompts"]
+    assert (ours["won"]["value"], ours["won"]["number"]) == (pytest.approx((1 + 0.5 + 0 + 0.5 + 0.5 + 0.5) / 6), 6)
+    assert ours["agree"]["value"] == pytest.approx(3 / 6)
+    first = {"a": (1, 0), "b": (1, 1), "c": (0, 1), "e": (1,), "g": (0, 0)}
+    shown = [value for values in first.values() for value in values]
+    assert ours["first"]["value"] == pytest.approx(sum(shown) / len(shown))
+    assert ours["first"]["number"] == len(shown)
+    assert found["mt_bench"]["won"]["value"] == 1.0
+    assert evaluation.verdict_wins(table.head(0), 0) == {}
+    (folder := tmp_path / "policies").mkdir()
+    answers = [{**ANSWER, "prompt_id": prompt} for prompt in both]
+    write(folder / "answers.parquet", ANSWERS, answers, {"answers": len(answers)})
+    scored = {"reward_model": "default", "dimension": "Concise", "score": 1.0}
+    scores = [{**scored, "opposite": opposite, "prompt_id": prompt} for prompt in both for opposite in (False, True)]
+    write(folder / "scores.parquet", SCORES, scores, {"scores": len(scores)})
+    judged = [{"prompt_id": prompt, "dimension": "Concise", "s12": 1.0, "s21": 1.0} for prompt in both]
+    write(folder / "judgements.parquet", JUDGEMENTS, judged, {"judged": 7, "rows": 7})
+    write(folder / "verdicts.parquet", VERDICTS, table.rows(named=True), {"verdicts": len(table)})
+    files = {name: str(folder / f"{name}.parquet") for name in ("answers", "scores")}
+    before = {"name": "initial policy", **files, "initial": None, "judgements": None}
+    run = {"name": "mine", **files, "initial": "initial policy"}
+    run |= {name: str(folder / f"{name}.parquet") for name in ("judgements", "verdicts")}
+    run |= {"against": "control", "versus": run["judgements"]}
+    given = {"policies": [before, run], "output": tmp_path / "found", "evaluation": Evaluation()}
+    evaluate_policies.main(evaluate_policies.Arguments(**given))
+    measured = json.loads((tmp_path / "found" / "policies.json").read_text())
+    assert measured["endpoint"]["mine"]["initial policy"] == json.loads(json.dumps(found))
+    (versus,) = (one.rows for one in figures.policies(measured).tables if one.heading.endswith("by the judge"))
+    assert [row[:3] for row in versus] == [["Concise", "mine", "control"]]
+    assert versus[0][3] == measured["versus"]["Concise"]["mine"]["control"] == evaluation.share([1.0] * 7, [*both], 0)
+    assert "| Concise, mine against control | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
+    assert measured["initial"] == {"mine": "initial policy"}
+    assert "| mine, mt_bench | initial policy | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
+    heading = "Answers that the model behind the endpoint prefers to the initial policy's"
+    (shown_rows,) = (one.rows for one in figures.policies(measured).tables if one.heading == heading)
+    assert [row[:3] for row in shown_rows] == [
+        ["mine", "initial policy", kind] for kind in measured["endpoint"]["mine"]["initial policy"]
+    ]
+    assert str(folder / "verdicts.parquet") in json.loads((tmp_path / "found" / "manifest.json").read_text())["inputs"]
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    asked = {"evaluation": {"judge_endpoint": {"url": "http://localhost/v1", "model": "judge"}}}
+    for changes, has in (({}, False), (asked, True)):
+        known = plan.Plan(configuration.load(merge(raw, changes), ROOT))
+        needed = {one.name for one in known.origin("default", "policy_evaluation").inputs}
+        assert (known.path("default", "verdicts") in needed) is has
+
+
+ANSWER = {"source": "s", "instruction": "i", "input": "", "response": "A few words.", "finish_reason": "eos", "kl": 0.0}
+ANSWER |= {"prompt_tokens": 1, "response_tokens": 3}
+
+
+def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    manifest = {"settings": {}, "inputs": {}, "counts": counts}
+    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
 
 
 def records() -> pl.DataFrame:
@@ -164,7 +349,18 @@ def test_numbers_of_held_out_records() -> None:
     assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
-    assert found["flips"]["Concise"] == {"value": 0.5, "low": 0.5, "high": 0.5, "number": 2}  # both of one prompt
+    low, high = evaluation.wilson(0.5, 1)  # both of one prompt
+    assert found["flips"]["Concise"] == {"value": 0.5, "low": low, "high": high, "number": 2}
+    assert "clean" not in found
+    assert "clean" not in concise
+    clean = np.array([True, False, True])  # the wrong one was reversed by noise
+    found = evaluation.held_out(table, margins, evaluation.turned(table, OPPOSITE), after, 0, clean)
+    assert (found["clean"]["value"], found["clean"]["number"]) == (0.75, 2)
+    assert found["deciding"]["Concise"]["clean"]["value"] == 1.0
+    assert found["deciding"]["Ethical"]["clean"]["number"] == 0
+    shown = figures.reward_model("", {"held_out": found}).tables[0]
+    assert shown.columns[-1] == "clean labels"
+    assert [row[-1]["number"] for row in shown.rows] == [1, 0, 2]  # type: ignore[call-overload,index]
     assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # of the second record, not of an undecided one
 
 
@@ -178,6 +374,83 @@ def test_probabilities_of_a_calibrated_model_come_true() -> None:
     assert all(abs(one["expected"] - one["observed"]) < 0.05 for one in calibrated["bins"])
     assert evaluation.calibration(3 * margins, labels)["error"] > 0.1
     assert evaluation.calibration([], []) == {"bins": [], "error": None}
+
+
+def test_clean_labels_are_those_of_the_judge(tmp_path: Path) -> None:
+    """Not reversed by noise; and where the mean of both orders decided, of those that agree."""
+    rows = [("r0", "p0", "Concise", False), ("r1", "p0", "Ethical", True), ("r2", "p1", "Concise", False)]
+    rows += [("r3", "p1", None, False)]
+    filled = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1, "swapped": False}
+    filled |= {"dimensions": NAMES, "negated": [False] * 2, "definitions": NAMES, "scores": [1.0] * 2}
+    table = pl.DataFrame(
+        [
+            {**filled, "record_id": record, "prompt_id": prompt, "deciding": name, "flipped": flipped}
+            for record, prompt, name, flipped in rows
+        ],
+        schema=PRINCIPLE_RECORDS.schema,
+    )
+    counts = {"settings": {}, "inputs": {}, "counts": {"records": 4}}
+    write_table(table, tmp_path / "records.parquet", PRINCIPLE_RECORDS, counts)
+    judged = [("p0", "Concise", 1.0, 2.0), ("p0", "Ethical", 1.0, 1.0), ("p1", "Concise", 3.0, -1.0)]
+    judged += [("p1", "Ethical", 1.0, -1.0)]
+    counts = {"settings": {}, "inputs": {}, "counts": {"judged": 2, "rows": 4}}
+    frame = pl.DataFrame(judged, schema=JUDGEMENTS.schema, orient="row")
+    write_table(frame, tmp_path / "preferences.parquet", JUDGEMENTS, counts)
+    held = table.select(list(PREFERENCE_RECORDS.columns)).reverse()
+    of_all = clean_records(tmp_path / "records.parquet", None, held)
+    of_both = clean_records(tmp_path / "records.parquet", tmp_path / "preferences.parquet", held)
+    assert of_all is not None
+    assert of_both is not None
+    assert of_all.tolist() == [True, True, False, True]
+    assert of_both.tolist() == [True, False, False, True]
+
+
+def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: Path) -> None:
+    """Nobody knows what it was trained on; its agreement with people is measured in every way, and drawn."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    known = plan.Plan(configuration.load(merge(raw, {"reward_model": {"path": "owner/theirs"}}), ROOT))
+    assert known.path("default", "reward_evaluation") in known.target_paths("evaluation")
+    assert known.measuring("default", "reward_data") is None
+    mean = plan.Plan(configuration.load(merge(raw, {"aggregation": {"agreement": "mean"}}), ROOT))
+    for one, needed in ((mean, True), (plan.Plan(configuration.load(raw, ROOT)), False)):
+        made_of = {source.name for source in one.origin("default", "reward_evaluation").inputs}
+        assert (one.path("default", "preferences") in made_of) is needed
+    texts = [("A good answer.", "No.", None), ("Yes. " * 60, "No.", "long"), ("Yes.", "No.", "short")] * 2
+    pairs = [
+        record("mine", Comparison(f"Question {number}?", *outputs, subset=subset), 0)
+        for number, (*outputs, subset) in enumerate(texts)
+    ]
+    write(tmp_path / "pairs.parquet", EVALUATION_PAIRS, pairs, {"kept": 6})
+    shown = [{"dimension": n, "definition": f"Be {n}.", "negative_definition": f"Be not {n}."} for n in NAMES]
+    (tmp_path / "principles.json").write_text(json.dumps(shown))
+    lengths = {"max_length": 400, "query_length": 100, "response_length": 100}
+    settings = RewardModel(template=str(world.folder / "reward.txt"), learning_rate=0.1, **lengths)
+    given = {
+        "reward_model": world.reward_model,
+        "pairs": tmp_path / "pairs.parquet",
+        "principles": tmp_path / "principles.json",
+        "output": tmp_path / "measured",
+        "model": world.model.without_adapter(),
+        "trained": settings,
+        "dimensions": json.dumps(NAMES),
+        "evaluation": Evaluation(),
+    }
+    evaluate_reward_model.main(evaluate_reward_model.Arguments(**given))
+    found = json.loads((tmp_path / "measured" / "reward_model.json").read_text())
+    assert set(found) == {"people", "subsets"}
+    assert {name: one["number"] for name, one in found["subsets"]["mine"].items()} == {"long": 2, "short": 2}
+    assert set(found["people"]) == {"all", *(f"{name}{way}" for name in NAMES for way in ("", ", negated"))}
+    assert found["people"]["all"]["mine"]["number"] == 6
+    manifest = json.loads((tmp_path / "measured" / "manifest.json").read_text())
+    assert not any("eval_examples" in name for name in manifest["settings"])
+    assert manifest["counts"] == {
+        **{"held_out": 0, "turned": 0, "pairs": 6, "pairs: instructions cut": 0, "pairs: outputs cut": 2}
+    }
+    options = {"measured": tmp_path / "measured", "title": "T", "output": tmp_path / "drawn"}
+    draw_reward_model.main(draw_reward_model.Arguments(**options))
+    assert "Agreement with people, by subset" in (tmp_path / "drawn" / "table.html").read_text()
+    with pytest.raises(UserError, match="nothing to measure"):
+        evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pairs": None}))
 
 
 # ---- The rules, on the small run
@@ -240,6 +513,8 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
         for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
     )
     assert scores.keys() == old.keys()
+    counts = json.loads((results / "runs/default/evaluation/scores.manifest.json").read_text())["counts"]
+    assert set(counts) == {"scores", "default: instructions cut", "default: outputs cut"}
     for name, ways in found["wins"]["default"].items():
         for way, wins in ways.items():
             keys = [key for key in scores if key[1:3] == (name, way == "negated")]
@@ -253,6 +528,8 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
             means = found["scores"]["default"][name][way]
             for policy, table in (("default", scores), ("initial policy", old)):
                 assert means[policy]["value"] == pytest.approx(sum(table[key] for key in keys) / len(keys))
+    counts = json.loads((results / "runs/default/evaluation/judgements.manifest.json").read_text())["counts"]
+    assert (counts["pairs"], counts["too_short"]) == (len(answers), 0)  # the shortest answer, too
     judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
     for name, wins in found["judge"].items():
         measured = wins["default"]["initial policy"]

@@ -157,7 +157,12 @@ def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files:
         runs = {name: None for name in raw["runs"] if name != "default"}
         known = plan.Plan(configuration.load(merge(raw, {**changes, "runs": runs}), ROOT))
         tables = [table] * (table is not None) + ["prompts/rl.parquet"]
-        assert known.trained() == [f"results/{name}" for name in tables]
+        pmp_data = ["results/reward_data/pmp.parquet"] * ("reward_model" not in changes)
+        assert known.trained() == {
+            "trained": [f"results/{name}" for name in tables],
+            "sft_data": [],
+            "pmp_data": pmp_data,
+        }
 
 
 @pytest.mark.parametrize(

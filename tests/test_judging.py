@@ -376,7 +376,7 @@ def test_script_scores_every_pair_and_principle(
     np.testing.assert_allclose(table.select("s12", "s21").to_numpy(), expected, atol=1e-4)
     manifest = json.loads((work / "out.manifest.json").read_text())
     assert manifest["counts"] == {
-        "pairs": 5, "prompt_too_long": 0, "too_short": 0, "no_room": 0, "judged": 5, "rows": 15
+        "pairs": 5, "prompt_too_long": 0, "too_short": 0, "no_room": 0, "judged": 5, "cut": 0, "rows": 15
     }  # fmt: skip
     assert "batch_size" not in manifest["settings"]
     assert not (work / ".work").exists()
@@ -389,6 +389,7 @@ def test_script_counts_what_it_drops(work: Path, settings: config.Model) -> None
         Pair("cut", "one", "long enough, this one", "short\n### User\nlong enough, this one"),
         Pair("heading", "one", "long enough, this one", "short\n### Users\nlong enough, this one"),
         Pair("no room", words(np.random.default_rng(1), 300), "long enough, this one", "long enough, this one"),
+        Pair("too long", "one", words(np.random.default_rng(1), 300), "long enough, this one"),
         Pair("not sampled", "one", "", ""),
     ]
     write_responses(work, pairs)
@@ -397,9 +398,9 @@ def test_script_counts_what_it_drops(work: Path, settings: config.Model) -> None
     )
     first.write_parquet(work / "response0.parquet")
     table = run(work, settings, min_characters=6, max_length=700)
-    assert table["prompt_id"].unique(maintain_order=True).to_list() == ["p0", "heading"]
+    assert table["prompt_id"].unique(maintain_order=True).to_list() == ["p0", "heading", "too long"]
     assert json.loads((work / "out.manifest.json").read_text())["counts"] == {
-        "pairs": 6, "prompt_too_long": 1, "too_short": 2, "no_room": 1, "judged": 2, "rows": 6
+        "pairs": 7, "prompt_too_long": 1, "too_short": 2, "no_room": 1, "judged": 3, "cut": 1, "rows": 9
     }  # fmt: skip
 
 

@@ -262,6 +262,10 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
             for m in ("a", "b")
         },
         "judge": {p: {run: {other: estimate()} for run, other in before.items()} for p in principles},
+        "endpoint": {
+            run: {other: {"prompts": {what: estimate() for what in ("won", "agree", "first")}}}
+            for run, other in before.items()
+        },
     }
     metric = {"value": 0.4, "stderr": 0.05, "number": 100}
     asked = {
@@ -382,6 +386,12 @@ NO_POLICY = {"prompts": {"oasst1": None}, "tasks": [], "mt_bench": None}
         (
             {"targets": ["policy", "report"], "reward_model": {"path": "someone/reward-model"}},
             {"funnel": ["default"], "training_figures": ["default"]},
+        ),
+        # But it is measured by people's pairs.
+        (
+            {"targets": ["evaluation", "report"], "evaluation": NO_POLICY, "runs": None}
+            | {"reward_model": {"path": "someone/reward-model"}},
+            {"funnel": ["default"], "reward_figures": ["default"]},
         ),
     ],
     ids=lambda value: "+".join(map(str, value.get("targets", ()))) if isinstance(value, dict) else "",

@@ -176,6 +176,7 @@ def test_braces_in_texts_are_left_alone(tokenizer):
 @pytest.mark.parametrize("maximum", [110, 125, 140, 200])
 def test_too_long_a_text_loses_response_only(tokenizer, maximum):
     instruction, principles = "Please explain it.", ["The output is brief, honest and methodical."] * 2
+    cut: dict[str, set[int]] = {}
     full, short = reward_model.reward_text_tokens(
         tokenizer,
         TEMPLATE,
@@ -183,7 +184,9 @@ def test_too_long_a_text_loses_response_only(tokenizer, maximum):
         ["東京 list " * 100, "a"],
         [principles] * 2,
         **cut_lengths(20, 600, maximum),
+        cut=cut,
     )
+    assert cut == {"instructions": set(), "outputs": {0}}
     assert len(full) <= maximum
     assert len(full) > maximum - 12  # no more is cut than a character's tokens and the joint with the template cost
     filled = tokenizer.decode(full, skip_special_tokens=True)

@@ -141,7 +141,9 @@ def test_configurations_fit_the_schema_that_they_name(file: str) -> None:
 def test_tables_and_targets_name_the_same_files() -> None:
     artifacts = {target.artifact for target in TARGETS.values() if target.artifact.endswith(".parquet")}
     artifacts |= {
-        path for name, path in configuration.ARTIFACTS.items() if name.endswith(("answers", "scores", "verdicts"))
+        path
+        for name, path in configuration.ARTIFACTS.items()
+        if name.endswith(("answers", "scores", "verdicts", "evaluation_pairs"))
     }
     files = {table.files for table in TABLES if "*" not in table.files}  # which is what two tables have in common
     found = set()

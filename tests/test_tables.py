@@ -12,7 +12,7 @@ import pytest
 from salmon import aggregation, artifacts, preference_data, tables
 from salmon.errors import UserError
 from salmon.formats import Comparison
-from salmon.tables import PMP_RECORDS, PRINCIPLE_RECORDS, PROMPTS, RECORD_TEXTS, TABLES
+from salmon.tables import EVALUATION_PAIRS, PMP_RECORDS, PRINCIPLE_RECORDS, PROMPTS, RECORD_TEXTS, TABLES
 
 
 def test_keys_are_columns_without_nulls_and_a_name_has_one_type() -> None:
@@ -30,7 +30,7 @@ def test_who_makes_a_record_makes_every_column_of_it() -> None:
     drawn = [field.name for field in fields(aggregation.Drawn)]
     assert set(drawn) == set(PRINCIPLE_RECORDS.columns) - set(RECORD_TEXTS)
     record = preference_data.record("mine", Comparison("Why?", "So.", "No."), 0)
-    assert set(record) == set(PMP_RECORDS.columns)
+    assert set(record) == set(EVALUATION_PAIRS.columns) > set(PMP_RECORDS.columns)
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_tasks
 from salmon import encoding, tasks
-from salmon.config import Evaluation, Model, PolicyPrompt
+from salmon.config import Evaluation, Model, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
 from salmon.work import WorkFolder
 from tests.damaged_models import make_adapter
@@ -38,8 +38,9 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(base: Path, output: Path, **more: Any) -> evaluate_tasks.Arguments:
     evaluation = Evaluation(tasks=["truthfulqa_local", "hhh"], tasks_limit=LIMIT, tasks_data=LOCAL)
     model = Model(base=str(base), quantization="none", dtype="float32")
-    given = {"output": output, "model": model, "policy_prompt": TEXT, "evaluation": evaluation, **more}
-    return evaluate_tasks.Arguments(**given)
+    given = {"output": output, "model": model, "evaluation": evaluation, **more}
+    prompt = TaskPrompt.of(given.pop("policy_prompt", TEXT), given["evaluation"].tasks_format)
+    return evaluate_tasks.Arguments(**given, prompt=prompt)
 
 
 def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, tasks.Metric]]:

@@ -79,7 +79,9 @@ ANSWERED, SCORED, COMPARED = named("answers.parquet"), named("scores.parquet"), 
 PMP_MEASURED, MODEL_MEASURED = {"evaluation/pmp"}, {"evaluation/reward_model"}
 MEASURED = PMP_MEASURED | MODEL_MEASURED
 TASKED, DIALOGUES = named("tasks"), named("mt_bench")
+PROMPTED = SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED | DIALOGUES
 WITHOUT_MODEL = {"evaluation/prompts.parquet", "evaluation/pairs.parquet", "evaluation/judge", "evaluation/policies"}
+HELD_OUT = {"evaluation/prompts.parquet", "evaluation/pairs.parquet"}
 LABELLED = {"evaluation/judge_pairs/preferred.parquet", "evaluation/judge_pairs/other.parquet"}
 WITHOUT_MODEL |= LABELLED
 TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
@@ -103,7 +105,9 @@ STALE = {
     | COMPARED
     | TASKED
     | DIALOGUES,
-    "policy_prompt": SAMPLED | RL | named("check_model/sampling", "models/sft") | ANSWERED | TASKED | DIALOGUES,
+    "policy_prompt": PROMPTED,
+    "policy_prompt.thinking": PROMPTED | TASKED,
+    "policy_prompt.template_variables": PROMPTED | TASKED,
     "sft_data": named("examples"),
     "sft": named("models/sft"),
     "prompts": named("oasst1"),
@@ -112,10 +116,12 @@ STALE = {
     "sampling.paths": {"responses/response0.parquet", "responses/response1.parquet"} | {"evaluation/prompts.parquet"},
     "judge.path": {"preferences/preferences.parquet", "responses/response0.parquet", "responses/response1.parquet"},
     "judge": JUDGED | named("check_model/judging") | COMPARED,
+    "judge.min_characters": JUDGED | named("check_model/judging"),
     "judge.turn_markers": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED,
     "judge.principles": JUDGED | named("check_model/judging", "principle_preferences") | COMPARED | SCORED | MEASURED,
     "aggregation": named("principle_preferences"),
     "aggregation.dimensions": named("principle_preferences") | SCORED | MODEL_MEASURED,
+    "aggregation.agreement": named("principle_preferences") | MODEL_MEASURED,
     "aggregation.path": named("principle_preferences") | {"evaluation/prompts.parquet"},
     "pmp_data": named("pmp.parquet"),
     "lora": TRAINED | RL | named("check_model/training"),
@@ -123,7 +129,8 @@ STALE = {
     "pmp": named("models/pmp"),
     **{f"pmp.{key}": named("models/pmp") | PMP_MEASURED for key in (*TEXTS, *SPLIT)},
     "reward_model": named("models/reward_model"),
-    "reward_model.path": named("models/reward_model") | {"evaluation/prompts.parquet"},
+    "reward_model.path": named("models/reward_model") | HELD_OUT | MODEL_MEASURED,
+    "reward_model.init": named("models/reward_model") | HELD_OUT,
     **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED | SCORED for key in TEXTS},
     **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED for key in SPLIT},
     "rl_prompts": named("rl.parquet"),
@@ -136,6 +143,7 @@ STALE = {
     "ppo.reward_response_length": RL,
     "ppo.reward_max_length": RL,
     "evaluation.prompts": {"evaluation/prompts.parquet"},
+    "evaluation.against": set(),  # of one run only
     "evaluation.pairs": {"evaluation/pairs.parquet"},
     "evaluation.judge_pairs": LABELLED,
     "evaluation.judge_pairs.*.principles": {"evaluation/judge"},
@@ -144,7 +152,7 @@ STALE = {
     "evaluation.mt_bench": DIALOGUES,
     "evaluation.judge_endpoint": set(),  # which the small run has not
     "evaluation.mt_bench_tokens": DIALOGUES,
-    **{f"evaluation.{key}": TASKED for key in provenance.TASKS},
+    **{f"evaluation.{key}": TASKED for key in ("tasks_format", *provenance.TASKS)},
     "report": set(),
 }
 
@@ -243,6 +251,8 @@ VALUES: dict[str, Any] = {
     "ppo.boosted_words": {"reasoning": ["logic"]},
     "rl_prompts.length_bonus": {"general": 0.5},
     "rl_prompts.min_tokens": 3,
+    "evaluation.against": "default",
+    "evaluation.tasks_format": "chat",
     "evaluation.tasks_data": {"hhh": str(ROOT / "tests" / "data" / "truthfulqa")},
     "evaluation.judge_pairs.*.principles": ["Concise"],
 }

@@ -1,6 +1,6 @@
-"""Pairs of people's preferences that reward models are measured by, in the table of those that PMP trains on.
+"""Pairs of people's preferences that reward models are measured by.
 
-Reads nothing that a training reads: name the test split of a data set.
+Name the test split of a data set. Pairs of a query that PMP trains on are left out.
 """
 
 import logging
@@ -10,10 +10,11 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, preference_data, provenance, script
+from salmon import artifacts, checked, preference_data, provenance, script
 from salmon.config import Evaluation
 from salmon.errors import UserError
-from salmon.tables import PMP_RECORDS
+from salmon.tables import EVALUATION_PAIRS, PMP_RECORDS
+from salmon.text import fold
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +22,34 @@ log = logging.getLogger(__name__)
 class Arguments(script.Arguments):
     """Options of the command line."""
 
-    output: Path = Field(description="pairs (parquet), as PMP records; the manifest is written beside them")
+    output: Path = Field(description="pairs (parquet); the manifest is written beside them")
     evaluation: Evaluation = Field(description="section of the configuration")
+    pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose queries are left out")
+
+
+def queries(path: Path) -> list[str]:
+    """The distinct queries of PMP records."""
+    return checked.read(path, PMP_RECORDS, ("record_id", "instruction")).collect()["instruction"].unique().to_list()
 
 
 def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     settings, counts = arguments.evaluation, Counter[str]()
     with artifacts.scratch(arguments.output) as folder:
-        records = preference_data.comparison_records(settings.pairs, settings.min_score_ratio, settings.seed, counts)
-        files = preference_data.shuffle(records, settings.seed, folder, counts)
+        trained = {fold(query) for path in arguments.pmp_data for query in queries(path)}
+        records = preference_data.comparison_records(
+            settings.pairs, settings.min_score_ratio, settings.seed, counts, trained
+        )
+        files = preference_data.shuffle(records, settings.seed, folder, counts, EVALUATION_PAIRS)
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if empty := [name for name in settings.pairs if not counts[f"{name}: kept"]]:
-            raise UserError(f"no pair is left of {', '.join(empty)}; check evaluation.pairs")
-        origin = provenance.clean_evaluation_pairs(settings)
+            raise UserError(
+                f"no pair is left of {', '.join(empty)}; check evaluation.pairs, of which those that pmp_data.sources "
+                "has are left out"
+            )
+        origin = provenance.clean_evaluation_pairs(arguments.pmp_data, evaluation=settings)
         manifest = origin.manifest(origin.identify(), counts)
-        artifacts.write_table(pl.scan_parquet(files), arguments.output, PMP_RECORDS, manifest)
+        artifacts.write_table(pl.scan_parquet(files), arguments.output, EVALUATION_PAIRS, manifest)
 
 
 if __name__ == "__main__":

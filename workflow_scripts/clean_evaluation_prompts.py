@@ -1,14 +1,17 @@
-"""Prompts that policies are measured by, in the table of those of step 1: none that was trained on."""
+"""Prompts that policies are measured by, in the table of those of step 1: none that was trained on.
 
-from collections.abc import Iterable, Sequence
+Two texts that differ in case or white space only count as the same one.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
 
-from salmon import artifacts, checked, prompts, provenance, script
+from salmon import artifacts, checked, formats, preference_data, prompts, provenance, script
 from salmon.config import Evaluation, Prompts
-from salmon.tables import PREFERENCE_RECORDS, PROMPTS, RESPONSES
-from salmon.text import join_instruction
+from salmon.tables import PMP_RECORDS, PREFERENCE_RECORDS, PROMPTS, RESPONSES, SFT_EXAMPLES, Table
+from salmon.text import fold, join_instruction
 
 
 class Arguments(script.Arguments):
@@ -19,25 +22,39 @@ class Arguments(script.Arguments):
     trained: script.JsonList[Path] = Field(
         description="tables (parquet) of prompts, responses or records whose instructions are left out"
     )
+    sft_data: script.JsonList[Path] = Field([], description="SFT examples (parquet) whose instructions are left out")
+    pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose queries are left out")
 
 
-def texts(path: Path) -> Iterable[tuple[str, str]]:
-    """Instruction and input of the rows of a table."""
-    kind = checked.kind_of(path, (PROMPTS, RESPONSES, PREFERENCE_RECORDS))
-    rows = checked.read(path, kind, (*kind.key, "instruction", "input")).select("instruction", "input")
-    return rows.collect().iter_rows()
+def texts(path: Path, kind: Table) -> Iterator[str]:
+    """What the rows of a table ask for; of a dialogue, also how it begins."""
+    rows = checked.read(path, kind, (*kind.key, "instruction", "input")).select("instruction", "input").unique()
+    for instruction, extra in rows.collect().iter_rows():
+        yield join_instruction(instruction, extra)
+        if kind is PMP_RECORDS and (turn := formats.first_turn(f"\n\n{instruction}")):
+            yield turn
 
 
 def main(arguments: Arguments) -> None:
     """Read the sources, leave out what was trained on, write the table."""
-    trained = {join_instruction(*row) for path in arguments.trained for row in texts(path)}
+    trained: dict[str, str] = {}  # folded text -> reason to leave it out; the first one counts
+    for reason, paths, kinds in (
+        ("trained on", arguments.trained, (PROMPTS, RESPONSES, PREFERENCE_RECORDS)),
+        ("trained on by SFT", arguments.sft_data, (SFT_EXAMPLES,)),
+        (preference_data.TRAINED, arguments.pmp_data, (PMP_RECORDS,)),
+    ):
+        for path in paths:
+            for text in texts(path, checked.kind_of(path, kinds)):
+                trained.setdefault(fold(text), reason)
 
     def reject(texts: Sequence[str]) -> list[str | None]:
-        return ["trained on" if text in trained else None for text in texts]
+        return [trained.get(fold(text)) for text in texts]
 
     settings = Prompts(sources=arguments.evaluation.prompts, seed=arguments.evaluation.seed)
     table, counts = prompts.collect_prompts(settings, reject)
-    origin = provenance.clean_evaluation_prompts(arguments.trained, evaluation=arguments.evaluation)
+    origin = provenance.clean_evaluation_prompts(
+        [*arguments.trained, *arguments.sft_data, *arguments.pmp_data], evaluation=arguments.evaluation
+    )
     artifacts.write_table(table, arguments.output, PROMPTS, origin.manifest(origin.identify(), counts))
 
 

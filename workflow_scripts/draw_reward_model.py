@@ -10,7 +10,7 @@ from salmon import artifacts, border, figures, provenance, script
 class Arguments(script.Arguments):
     """Draw a training with a loss, and what was measured of its model."""
 
-    model: Path = Field(description="folder of the model")
+    model: Path | None = Field(None, description="folder of the model, if it was trained here")
     measured: Path | None = Field(None, description="folder of evaluate_reward_model, if it was measured")
     title: str = Field(description="of the page")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")
@@ -18,16 +18,18 @@ class Arguments(script.Arguments):
 
 def main(arguments: Arguments) -> None:
     """Read the metrics and the numbers, draw, write the folder."""
-    metrics = border.read_json(arguments.model / "metrics.json", "", figures.AGAIN)
-    part = figures.model_training(arguments.title, metrics)
+    part, counts = figures.Part(arguments.title, []), {"steps": 0}
     if arguments.measured:
         found = border.read_json(arguments.measured / "reward_model.json", "", figures.AGAIN)
-        part = figures.reward_model(arguments.title, found) + part
+        part += figures.reward_model(arguments.title, found)
+    if arguments.model:
+        metrics = border.read_json(arguments.model / "metrics.json", "", figures.AGAIN)
+        part += figures.model_training(arguments.title, metrics)
+        counts["steps"] = len(metrics["training"])
     origin = provenance.draw_reward_model(arguments.model, arguments.measured)
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()
         part.write(folder)
-        counts = {"steps": len(metrics["training"])}
         artifacts.write_json(folder / "manifest.json", origin.manifest(origin.identify(), counts))
 
 

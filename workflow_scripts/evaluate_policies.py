@@ -1,7 +1,7 @@
 """Compare the policies of all runs and their initial policies: how they answer, and which principles they serve.
 
 The table principles x runs: how often a run's answer has the higher score under a principle than the initial policy's
-or another run's, and how often the judge prefers it in both orders.
+or another run's, and how often the judge, and a model behind an endpoint, prefer it in both orders.
 """
 
 import logging
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from salmon import artifacts, checked, evaluation, provenance, script
 from salmon.config import Evaluation
-from salmon.tables import ANSWERS, JUDGEMENTS, SCORES
+from salmon.tables import ANSWERS, JUDGEMENTS, SCORES, VERDICTS
 
 log = logging.getLogger("salmon.evaluate_policies")
 
@@ -24,6 +24,9 @@ class Policy(BaseModel):
     scores: Path = Field(description="of these answers (parquet)")
     initial: str | None = Field(description="name of the policy that the run starts from; null of that one itself")
     judgements: Path | None = Field(description="of these answers against those of the initial policy (parquet)")
+    against: str | None = Field(None, description="name of another run, whose answers the judge compares these with")
+    versus: Path | None = Field(None, description="judgements of these answers against those of that run (parquet)")
+    verdicts: Path | None = Field(None, description="likewise, of a model behind an endpoint (parquet), if any")
 
 
 class Arguments(script.Arguments):
@@ -48,6 +51,16 @@ def main(arguments: Arguments) -> None:
             if policy.initial and policy.judgements
         },
         arguments.evaluation.seed,
+        {
+            (policy.name, policy.initial): checked.read(policy.verdicts, VERDICTS).collect()
+            for policy in policies
+            if policy.initial and policy.verdicts
+        },
+        {
+            (policy.name, policy.against): checked.read(policy.versus, JUDGEMENTS).collect()
+            for policy in policies
+            if policy.against and policy.versus
+        },
     )
     for name, measured in found["behaviour"].items():
         log.info("%s: KL %.3f", name, measured["kl"]["value"])

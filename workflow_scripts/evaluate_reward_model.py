@@ -1,6 +1,7 @@
 """Measure a reward model on records that its training held out, with principles reversed, and on human preferences.
 
-Held out are whole prompts (`training.split`), so that no text of theirs was trained on.
+Held out are whole prompts (`training.split`), so that no text of theirs was trained on. A reward model that was made
+elsewhere is measured on human preferences alone.
 """
 
 import logging
@@ -25,12 +26,13 @@ from salmon import (
     principles,
     provenance,
     script,
+    tables,
     training,
 )
 from salmon import reward_model as rewards
 from salmon.config import Evaluation, Model, RewardModel, RewardTraining, Scoring
 from salmon.errors import UserError
-from salmon.tables import PMP_RECORDS
+from salmon.tables import EVALUATION_PAIRS, JUDGEMENTS, PMP_RECORDS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
 from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger("salmon.evaluate_reward_model")
@@ -40,7 +42,10 @@ class Arguments(script.Arguments):
     """Measure a reward model."""
 
     reward_model: Path = Field(description="folder of the reward model")
-    records: Path = Field(description="preference records that it was trained on (parquet)")
+    records: Path | None = Field(None, description="preference records that it was trained on (parquet), if known")
+    preferences: Path | None = Field(
+        None, description="judgements (parquet), where records were also made of those whose two orders disagree"
+    )
     pairs: Path | None = Field(None, description="people's preferences (parquet), if any")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
     output: Path = Field(description="folder to write: reward_model.json, manifest.json")
@@ -67,6 +72,7 @@ class Reader:
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments, self.device = arguments, distributed.init()
+        self.cut: dict[str, set[int]] = {}
         self.tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
         settings = arguments.settings
         self.template = encoding.read_template(self.tokenizer, settings.template, arguments.scoring, "scoring.format")
@@ -74,13 +80,18 @@ class Reader:
             arguments.model, arguments.reward_model, self.device, trainable=False
         )
 
+    def counts(self, what: str) -> dict[str, int]:
+        """How many texts of those read last were longer than the reward model reads."""
+        return {f"{what}: {which} cut": len(places) for which, places in self.cut.items()}
+
     def margins(self, records: pl.DataFrame) -> npt.NDArray[np.float64]:
         """Reward of output 1 less that of output 2, [N]."""
         if not len(records):
             return np.empty(0)
         arguments = self.arguments
         stage = "pmp" if arguments.pmp else "reward_model"
-        rows = rewards.record_tokens(self.tokenizer, self.template, records, arguments.settings, stage)
+        self.cut = {}  # places of the texts, two a record
+        rows = rewards.record_tokens(self.tokenizer, self.template, records, arguments.settings, stage, self.cut)
         score = partial(rewards.score, self.model, batch_size=arguments.batch_size, device=self.device)
         scored = distributed.over_ranks(rows, score).view(-1, 2).double()
         margins: npt.NDArray[np.float64] = (scored[:, 0] - scored[:, 1]).numpy()
@@ -90,24 +101,34 @@ class Reader:
 def main(arguments: Arguments) -> None:
     """Read what is measured, score it, write the folder."""
     settings, seed = arguments.settings, arguments.evaluation.seed
+    if not (arguments.records or arguments.pairs):
+        raise UserError("there is nothing to measure the reward model by: give --records, --pairs or both")
     judged = {one.dimension: one for one in principles.read_judged(arguments.principles)}
     opposite = {name: (one.definition, one.negative_definition) for name, one in judged.items()}
-    records, _ = rewards.read_records(arguments.records)
-    _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
+    held = pl.DataFrame(schema=PREFERENCE_RECORDS.schema)
+    if arguments.records:
+        records, _ = rewards.read_records(arguments.records)
+        _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
     unknown = {name for row in held["dimensions"] for name in row} | {*arguments.dimensions}
     if unknown := unknown - judged.keys():
         raise UserError(f"{arguments.principles} has no principle {min(unknown)}, which is to be shown; name its file")
-    pairs = checked.read(arguments.pairs, PMP_RECORDS).collect() if arguments.pairs else None
+    pairs = read_pairs(arguments.pairs) if arguments.pairs else None
     reader = Reader(arguments)
     found: dict[str, Any] = {}
     counts = {"held_out": len(held), "turned": 0, "pairs": 0 if pairs is None else len(pairs)}
-    if len(held):
+    if arguments.records and len(held):
+        clean = clean_records(arguments.records, arguments.preferences, held)
         variants = evaluation.turned(held, opposite)
         counts["turned"] = len(variants)
         log.info("%d records held out, %d with a principle reversed", len(held), len(variants))
-        found["held_out"] = evaluation.held_out(held, reader.margins(held), variants, reader.margins(variants), seed)
+        margins = reader.margins(held)
+        counts |= reader.counts("held_out")
+        found["held_out"] = evaluation.held_out(held, margins, variants, reader.margins(variants), seed, clean)
     if pairs is not None:
-        found["people"] = agreement(reader, pairs, {name: opposite[name] for name in arguments.dimensions}, seed)
+        shown = {name: opposite[name] for name in arguments.dimensions}
+        found["people"], by_subset, cut = agreement(reader, pairs, shown, seed)
+        found |= {"subsets": by_subset} if by_subset else {}
+        counts |= cut
     if distributed.is_main():
         origin = origin_of(arguments)
         with artifacts.atomic(arguments.output) as folder:
@@ -119,20 +140,68 @@ def main(arguments: Arguments) -> None:
     distributed.leave()
 
 
+def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> npt.NDArray[np.bool_] | None:
+    """Of which held-out records the label is what the judge or a rule says: not reversed by label noise.
+
+    Args:
+        path: of all records.
+        preferences: judgements, of which those count whose two orders agree about the principle that decided; without
+            them, those of all records do.
+        held: the records held out, N of them.
+
+    Returns:
+        [N]; None of people's preferences, of which it is not known.
+    """
+    if "flipped" not in tables.schema_of(path):
+        return None
+    noise = checked.read(path, PRINCIPLE_RECORDS, ("record_id", "flipped")).collect()
+    rows = held.join(noise, on="record_id", how="left", maintain_order="left")
+    clean: npt.NDArray[np.bool_] = ~rows["flipped"].to_numpy()
+    if preferences:
+        judged = checked.read(preferences, JUDGEMENTS).collect()
+        here = rows.join(
+            judged,
+            left_on=("prompt_id", "deciding"),
+            right_on=("prompt_id", "dimension"),
+            how="left",
+            maintain_order="left",
+        )
+        agree = (pl.col("s12") > 0) & (pl.col("s21") > 0) | (pl.col("s12") < 0) & (pl.col("s21") < 0)
+        clean &= here.select(agree.fill_null(pl.col("deciding").is_null())).to_series().to_numpy()
+    return clean
+
+
+def read_pairs(path: Path) -> pl.DataFrame:
+    """People's preferences (`EVALUATION_PAIRS`); a table of PMP records has no subsets."""
+    if "subset" in tables.schema_of(path):
+        return checked.read(path, EVALUATION_PAIRS).collect()
+    return checked.read(path, PMP_RECORDS).collect().with_columns(subset=pl.lit(None, pl.String))
+
+
 def agreement(
     reader: Reader, pairs: pl.DataFrame, shown: Mapping[str, tuple[str, str]], seed: int
-) -> dict[str, dict[str, evaluation.Estimate]]:
-    """Agreement with people by source: with all the principles shown, and with each alone, plain and negated."""
+) -> tuple[dict[str, evaluation.BySource], dict[str, evaluation.BySource], dict[str, int]]:
+    """Agreement with people: with all the principles shown, and with each alone, plain and negated.
+
+    Returns:
+        Way of showing principles -> by source; source -> by subset, with all of them shown, of those that have any; and
+        how many texts were then cut.
+    """
     ways: dict[str, list[tuple[str, bool]]] = {"all": [(name, False) for name in shown]}
     for name in shown if len(shown) > 1 else ():
         ways |= {name: [(name, False)], f"{name}, negated": [(name, True)]}
-    found = {}
+    found: dict[str, evaluation.BySource] = {}
+    by_subset: dict[str, evaluation.BySource] = {}
+    counts: dict[str, int] = {}
     for way, chosen in ways.items():
         definitions = [shown[name][negated] for name, negated in chosen]
         table = pairs.with_columns(pl.lit(definitions, dtype=pl.List(pl.String)).alias("definitions"))
-        found[way] = evaluation.agreement(pairs, reader.margins(table), seed)
+        margins = reader.margins(table)
+        found[way] = evaluation.agreement(pairs, margins, seed)
+        if way == "all":
+            by_subset, counts = evaluation.agreement_by_subset(pairs, margins, seed), reader.counts("pairs")
         log.info("people, %s: %s", way, {name: one["value"] for name, one in found[way].items()})
-    return found
+    return found, by_subset, counts
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:
@@ -142,6 +211,7 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
         arguments.records,
         arguments.pairs,
         arguments.principles,
+        arguments.preferences,
         stage="pmp" if arguments.pmp else "reward_model",
         settings=arguments.settings,
         dimensions=arguments.dimensions,

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from salmon import artifacts, models, provenance, script
-from salmon.config import Evaluation, Model, PolicyPrompt
+from salmon.config import Evaluation, Model, TaskPrompt
 from salmon.distributed import init
 from salmon.tasks import Benchmarks
 from salmon.tokenizers import load_tokenizer
@@ -26,7 +26,7 @@ class Arguments(script.Arguments):
     policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy is asked")
     output: Path = Field(description="folder to write: tasks.json, manifest.json")
     model: Model = Field(description="section of the configuration: the initial policy")
-    policy_prompt: PolicyPrompt = Field(description="section of the configuration")
+    prompt: TaskPrompt = Field(description="what of the section policy_prompt decides how tasks are asked")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(16, ge=1, description="hardware: texts at a time")
 
@@ -35,7 +35,7 @@ def main(arguments: Arguments) -> None:
     """Ask what has not been asked yet, write the folder."""
     device, evaluation = init(), arguments.evaluation
     origin = provenance.evaluate_tasks(
-        arguments.policy, model=arguments.model, policy_prompt=arguments.policy_prompt, evaluation=evaluation
+        arguments.policy, model=arguments.model, prompt=arguments.prompt, evaluation=evaluation
     )
     identities = origin.identify()
     work = WorkFolder(arguments.output)
@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
             benchmarks = benchmarks or Benchmarks(
                 models.load_policy(arguments.model, arguments.policy, device),
                 load_tokenizer(arguments.model),
-                policy_prompt=arguments.policy_prompt,
+                prompt=arguments.prompt,
                 evaluation=evaluation,
                 batch_size=arguments.batch_size,
             )

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from salmon import artifacts, checked, endpoint, mt_bench, provenance, script, templates
 from salmon.config import Evaluation
-from salmon.endpoint import Comparison, Endpoint
+from salmon.endpoint import Comparison, Endpoint, Refused
 from salmon.errors import UserError
 from salmon.tables import ANSWERS, VERDICTS
 from salmon.text import join_instruction
@@ -23,6 +23,7 @@ from salmon.work import WorkFolder
 log = logging.getLogger("salmon.judge_by_endpoint")
 
 Key = tuple[str, str, bool]
+ALL_REFUSED = 20  # comparisons: where the first ones are refused without exception, the others would be, too
 
 
 class Arguments(script.Arguments):
@@ -61,18 +62,23 @@ def main(arguments: Arguments) -> None:
     wanted = [(*key, first) for key in pairs for first in (True, False)]
     done = set(work.read_parts(VERDICTS.schema).select(VERDICTS.key).iter_rows())
     left = [key for key in wanted if key not in done]
+    refused: dict[Key, str] = {}
     if left:
         log.info("%d of %d comparisons are left", len(left), len(wanted))
-        ask_all(Endpoint(settings), template, pairs, left, work)
-    rows = work.read_parts(VERDICTS.schema).sort(VERDICTS.key)
-    found = Counter(rows["preferred"].to_list())
-    counts = {"comparisons": len(wanted), "unreadable": found[None]}
-    if found[None] == len(wanted):
+        refused = ask_all(Endpoint(settings), template, pairs, left, work, max(1, settings.max_refused * len(wanted)))
+    lost = pl.DataFrame([(*key, None, reason) for key, reason in refused.items()], schema=VERDICTS.schema, orient="row")
+    rows = pl.concat([work.read_parts(VERDICTS.schema), lost]).sort(VERDICTS.key)
+    found, reasons = Counter(rows["preferred"].to_list()), Counter(refused.values())
+    counts = {"comparisons": len(wanted), "unreadable": found[None] - len(refused), "refused": len(refused)}
+    counts |= {f"refused: {reason}": number for reason, number in sorted(reasons.items())}
+    if counts["unreadable"] == len(wanted):
         raise UserError(
             f"no answer of {settings.model} has a line such as `Verdict: A`: mend evaluation.judge_endpoint.template, "
             "or allow more tokens in evaluation.judge_endpoint.options"
         )
-    log.info("%s", ", ".join(f"{name or 'unreadable'} {number}" for name, number in found.most_common()))
+    log.info("%s", ", ".join(f"{name or 'no verdict'} {number}" for name, number in found.most_common()))
+    if refused:
+        log.warning("refused: %s", ", ".join(f"{reason} {number}" for reason, number in reasons.most_common()))
     with work.finish(origin.manifest(inputs, counts | {"verdicts": len(rows)})) as file:
         artifacts.write_table(rows, file, VERDICTS)
 
@@ -98,31 +104,55 @@ def comparisons(arguments: Arguments) -> Iterator[Comparison]:
 
 
 def ask_all(
-    judge: Endpoint, template: str, pairs: dict[tuple[str, str], Comparison], left: list[Key], work: WorkFolder
-) -> None:
+    judge: Endpoint,
+    template: str,
+    pairs: dict[tuple[str, str], Comparison],
+    left: list[Key],
+    work: WorkFolder,
+    most_refused: float,
+) -> dict[Key, str]:
     """Ask for verdicts, and keep each as it comes.
 
+    Returns:
+        What the endpoint refused, and why. It is not kept: a job that was killed asks for it again.
+
     Raises:
-        UserError: of the first request that failed for good, when those under way have ended and are kept.
+        UserError: of the first request that failed for good, when those under way have ended and are kept; or where
+            more than `most_refused` are refused.
     """
 
-    def verdict(key: Key) -> None:
+    def verdict(key: Key) -> Refused | None:
         kind, prompt_id, first = key
         pair = pairs[kind, prompt_id]
         if pair.policy == pair.initial:
             found: str | None = "tie"
         else:
-            said = judge.ask(endpoint.request_text(template, pair, policy_first=first))
+            try:
+                said = judge.ask(endpoint.request_text(template, pair, policy_first=first))
+            except Refused as refusal:
+                return refusal
             found = endpoint.preferred(endpoint.read_verdict(said), policy_first=first)
-        work.write_part(pl.DataFrame([(*key, found)], schema=VERDICTS.schema, orient="row"))
+        reason = None if found else endpoint.UNREADABLE
+        work.write_part(pl.DataFrame([(*key, found, reason)], schema=VERDICTS.schema, orient="row"))
+        return None
 
+    refused: dict[Key, str] = {}
     with ThreadPoolExecutor(judge.settings.max_requests) as pool:
-        asked = [pool.submit(verdict, key) for key in left]
+        asked = {pool.submit(verdict, key): key for key in left}
         try:
-            for future in script.progress(as_completed(asked), total=len(asked), what="verdicts"):
-                future.result()
+            done = script.progress(as_completed(asked), total=len(asked), what="verdicts")
+            for number, future in enumerate(done, start=1):
+                if refusal := future.result():
+                    refused[asked[future]] = refusal.reason
+                if refusal and (len(refused) > most_refused or len(refused) == number == ALL_REFUSED):
+                    raise UserError(
+                        f"{len(refused)} comparisons were refused so far, and no more than a share of "
+                        f"{judge.settings.max_refused:g} may be (evaluation.judge_endpoint.max_refused); at last, "
+                        f"{refusal.advice}"
+                    )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    return refused
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
+KEPT = {**JUDGEMENTS.schema, "cut": pl.Boolean()}
+"""Columns of what is kept until the shard is whole: whether the judge read the outputs to their ends, too."""
+
 
 class Arguments(script.Arguments):
     """Judge one shard of the pairs (response0, response1) by every principle, in both orders."""
@@ -62,7 +65,7 @@ def main(arguments: Arguments) -> None:
     if work.open(origin.fingerprint(inputs)):
         distributed.leave()
         return
-    left = resuming.left_to_do(work, [pair.prompt_id for pair in pairs], JUDGEMENTS.schema)
+    left = resuming.left_to_do(work, [pair.prompt_id for pair in pairs], KEPT)
     if left:
         tokenizer = load_tokenizer(arguments.model)
         template = encoding.read_template(tokenizer, arguments.judge.template, arguments.judge, "judge.format")
@@ -86,23 +89,22 @@ def main(arguments: Arguments) -> None:
         unfit = [(None, None)] * len(judged)
         # A pair that does not fit leaves rows without scores, which say that it was looked at.
         lines = [
-            (pair.prompt_id, principle.dimension, *score)
+            (pair.prompt_id, principle.dimension, *score, pair.prompt_id in judge.cut)
             for pair, scores in zip(batch, judge.judge(batch), strict=True)
             for principle, score in zip(judged, scores or unfit, strict=True)
         ]
-        return pl.DataFrame(lines, schema=JUDGEMENTS.schema, orient="row")
+        return pl.DataFrame(lines, schema=KEPT, orient="row")
 
     lengths = {row: sum(map(len, (pairs[row].instruction, pairs[row].output_1, pairs[row].output_2))) for row in left}
     resuming.run_batches(work, lengths, arguments.batch_size, compute, "pairs", together=arguments.tensor_parallel)
     if distributed.is_main():
-        judgements = sort_judgements(
-            work.read_parts(JUDGEMENTS.schema), pairs, [principle.dimension for principle in judged]
-        )
+        judgements = sort_judgements(work.read_parts(KEPT), pairs, [principle.dimension for principle in judged])
         whole = judgements.drop_nulls()
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
+        counts["cut"] = whole.filter("cut")["prompt_id"].n_unique()  # of those judged
         counts["rows"] = whole.height
-        resuming.write_shard(work, whole, JUDGEMENTS, origin.manifest(inputs, counts))
+        resuming.write_shard(work, whole.drop("cut"), JUDGEMENTS, origin.manifest(inputs, counts))
     distributed.leave()
 
 

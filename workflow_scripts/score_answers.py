@@ -45,7 +45,7 @@ def main(arguments: Arguments) -> None:
     device = distributed.init()
     answers = checked.read(arguments.answers, ANSWERS).collect()
     instructions = [join_instruction(*row) for row in answers.select("instruction", "input").iter_rows()]
-    parts = []
+    parts, counts = [], dict[str, int]()
     for scorer in arguments.scorers:
         judged = {one.dimension: one for one in principles.read_judged(scorer.principles)}
         if unknown := [name for name in scorer.dimensions if name not in judged]:
@@ -53,6 +53,7 @@ def main(arguments: Arguments) -> None:
         tokenizer, settings = load_tokenizer(scorer.tokenizer), scorer.settings
         template = encoding.read_template(tokenizer, settings.template, scorer.scoring, "scoring.format")
         model = models.load_reward_model(scorer.model, scorer.folder, device, trainable=False)
+        cut: dict[str, set[int]] = {}  # under any principle
         for name in scorer.dimensions:
             for negated in (False, True):
                 definition = judged[name].negative_definition if negated else judged[name].definition
@@ -66,6 +67,7 @@ def main(arguments: Arguments) -> None:
                     response_length=settings.response_length,
                     max_length=settings.max_length,
                     keys="reward_model.",
+                    cut=cut,
                 )
                 score = partial(reward_model.score, model, batch_size=arguments.batch_size, device=device)
                 scores = distributed.over_ranks(rows, score).double().numpy()
@@ -80,10 +82,12 @@ def main(arguments: Arguments) -> None:
                     )
                 )
         del model
+        counts |= {f"{scorer.name}: {what} cut": len(places) for what, places in cut.items()}
     if distributed.is_main():
         table = pl.concat(parts).select(list(SCORES.columns))
         origin = provenance.score_answers(arguments.answers, [dict(scorer) for scorer in arguments.scorers])
-        manifest = origin.manifest(origin.identify(), {"scores": len(table)})
+        log.info("%s", ", ".join(f"{what} {number}" for what, number in counts.items()))
+        manifest = origin.manifest(origin.identify(), {"scores": len(table), **counts})
         artifacts.write_table(table, arguments.output, SCORES, manifest)
     distributed.barrier()
     distributed.leave()

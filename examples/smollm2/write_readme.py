@@ -82,6 +82,8 @@ def shown(one: Mapping[str, Any] | None, kind: str = "{:.2f}") -> str:
     """A number with its interval."""
     if one is None or one["value"] is None:
         return ""
+    if one["low"] is None:
+        return kind.format(one["value"])
     return f"{kind} ({kind} to {kind})".format(one["value"], one["low"], one["high"])
 
 
@@ -94,7 +96,7 @@ def made_by(results: Path) -> str:
     commit = (manifest["git_commit"] or "unknown")[:7]
     return (
         f"Measured on {day}, on {os.cpu_count()} cores ({processor}) without a GPU, in float32, at commit {commit}. "
-        f"In brackets: {evaluation.LEVEL:.0%} intervals (bootstrap by prompt)."
+        f"In brackets: {evaluation.LEVEL:.0%} intervals (by prompt)."
     )
 
 

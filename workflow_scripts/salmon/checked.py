@@ -13,6 +13,7 @@ from salmon.border import read_json
 from salmon.errors import UserError, describe_errors
 from salmon.tables import (
     ANSWERS,
+    EVALUATION_PAIRS,
     JUDGEMENTS,
     PMP_RECORDS,
     PREFERENCE_RECORDS,
@@ -118,11 +119,11 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
         (("answers",), (ANSWERS, RESPONSES)),
         (("scores",), (SCORES,)),
         (("verdicts",), (VERDICTS,)),
-        (("kept",), (PMP_RECORDS, PREFERENCE_RECORDS)),
+        (("kept",), (PMP_RECORDS, EVALUATION_PAIRS, PREFERENCE_RECORDS)),
         (("rows",), (RESPONSES,)),
     ):
         if all(mark in counts for mark in marks):
             return {kind.name: counts[marks[-1]] for kind in kinds}
     kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
-    of_sources = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, PMP_RECORDS, PREFERENCE_RECORDS)
+    of_sources = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, PMP_RECORDS, EVALUATION_PAIRS, PREFERENCE_RECORDS)
     return dict.fromkeys((kind.name for kind in of_sources), sum(kept)) if kept else {}

@@ -268,6 +268,24 @@ class PolicyPrompt(Section):
         return [] if self.is_chat else [self.template]
 
 
+class TaskPrompt(Section):
+    """What of `policy_prompt` decides how lm-eval's tasks are asked."""
+
+    template: Literal["chat"] | None = Field(None, description="`chat`: as turns of the tokenizer's chat template")
+    template_variables: TemplateVariables = Field({}, description="what that template is given besides")
+    thinking: tuple[Marker, Marker] | None = Field(None, description="markers that open and close thinking, or null")
+
+    @classmethod
+    def of(cls, prompt: PolicyPrompt, tasks_format: Literal["policy", "text", "chat"]) -> Self:
+        """Of a run's policy, with `evaluation.tasks_format`."""
+        is_chat = prompt.is_chat if tasks_format == "policy" else tasks_format == "chat"
+        return cls(
+            template="chat" if is_chat else None,
+            template_variables=prompt.template_variables if is_chat else {},
+            thinking=prompt.thinking,
+        )
+
+
 def _expanded(path: str | None) -> str | None:
     """`~/file` as a path that everybody understands."""
     return path and os.path.expanduser(path)
@@ -407,7 +425,10 @@ class Judge(Scored):
         1536, description="largest number of tokens of a prompt; longer ones are shortened in the responses"
     )
     min_characters: int = Field(
-        16, ge=0, description="smallest number of characters of a response; pairs with a shorter one are dropped"
+        16,
+        ge=0,
+        description="smallest number of characters of a response; pairs with a shorter one are dropped, but for those "
+        "that something is measured by",
     )
     turn_markers: list[Marker] = Field(["\n### User\n"], description="responses are cut at the first of these")
     shards: Annotated[Shards, FREE] = Field(8, description="number of jobs that the judging is scattered over")
@@ -574,6 +595,9 @@ class JudgeEndpoint(Section):
     retries: Annotated[int, FREE] = Field(
         8, ge=0, le=1000, description="number of times that a request that failed for a while is sent again"
     )
+    max_refused: Annotated[Probability, FREE] = Field(
+        0.1, description="share of comparisons that the endpoint may refuse, such as by a filter; more are an error"
+    )
 
     @field_validator("url")
     @classmethod
@@ -598,8 +622,15 @@ class Evaluation(Section):
         {}, description="name -> prompts that policies answer; those that were trained on are left out"
     )
 
+    against: str | None = Field(
+        None,
+        description="name of a run, such as a control run, with whose answers the judge compares those of all others, "
+        "besides those of their initial policy; null for none",
+    )
     pairs: dict[str, PairSource] = Field(
-        {}, description="name -> preferences of people that reward models are held against; of a split not trained on"
+        {},
+        description="name -> preferences of people that reward models are held against; those about queries that PMP "
+        "trains on are left out",
     )
     judge_pairs: dict[str, JudgedPairSource] = Field(
         {}, description="name -> preferences of people that the judge is held against, under each principle"

@@ -27,6 +27,11 @@ Verdict = Literal["A", "B", "tie"]
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same request may succeed."""
+REFUSED = frozenset({400, 413, 422})
+"""Statuses that may be about one request and no other."""
+FILTERED = "content_filter"
+UNREADABLE = "unreadable"
+"""The reason why there is no verdict, where an answer names none."""
 LONGEST_WAIT = 60.0
 """Seconds between two attempts, where the server does not name them."""
 _KEPT = "what has been judged is kept: start the job again"
@@ -98,6 +103,19 @@ def preferred(verdict: Verdict | None, *, policy_first: bool) -> str | None:
     return "policy" if (verdict == "A") == policy_first else "initial"
 
 
+class Refused(Exception):
+    """The endpoint will not answer one request, and may well answer others.
+
+    Attributes:
+        reason: its code, or the status: a word.
+        advice: what to do if it refuses all.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.reason, self.advice = reason, advice
+
+
 class Endpoint:
     """The endpoint. Several threads may ask at once.
 
@@ -121,12 +139,14 @@ class Endpoint:
         """The model's answer to one message.
 
         Raises:
-            UserError: where the endpoint refuses the request, or all attempts have failed.
+            Refused: where the endpoint will not answer this one.
+            UserError: where it will answer none, or cannot be reached in all attempts.
         """
         body = {**self.settings.options, "model": self.settings.model, "messages": [{"role": "user", "content": text}]}
         for attempt in range(self.settings.retries + 1):
             time.sleep(max(0.0, self._not_before - time.monotonic()))
             wait, what = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1), ""  # noqa: S311 (no secret)
+            is_there = False
             try:
                 response = self.client.post(self.address, json=body)
             except httpx2.TransportError as error:
@@ -136,24 +156,30 @@ class Endpoint:
                 if response.status_code == httpx2.codes.OK:
                     if (answer := _content(response)) is not None:
                         return answer
-                    what = "answered with something that is no chat completion"
+                    if _is_filtered(response):
+                        raise Refused(FILTERED, f"{self.address} filters its answers; take another judge")
+                    is_there, what = True, "answered with something that is no chat completion"
                 elif response.status_code in AGAIN:
-                    what = f"answered {response.status_code}{_code(response)}"
+                    what = f"answered {response.status_code}{_in_brackets(_code(response))}"
                     if (asked := _retry_after(response)) is not None:
                         wait = asked
                         with self._lock:
                             self._not_before = max(self._not_before, time.monotonic() + asked)
+                elif response.status_code in REFUSED:
+                    raise Refused(_code(response) or str(response.status_code), self._refusal(response))
                 else:
-                    raise self._refusal(response)
+                    raise UserError(self._refusal(response))
             if attempt < self.settings.retries:
                 log.warning("the endpoint %s; again in %.1f s", what, wait)
                 time.sleep(wait)
+        if is_there:
+            raise Refused("no_completion", f"{self.address} {what}: check that it is an OpenAI-compatible endpoint")
         raise UserError(
             f"{self.address} {what}, {self.settings.retries + 1} times in a row: look after the server or your quota, "
             f"or set evaluation.judge_endpoint.max_requests, timeout or retries otherwise; {_KEPT}"
         )
 
-    def _refusal(self, response: httpx2.Response) -> UserError:
+    def _refusal(self, response: httpx2.Response) -> str:
         """What to do about a status that will stay."""
         status = response.status_code
         key = self.settings.key_variable
@@ -167,7 +193,7 @@ class Endpoint:
             404: "check evaluation.judge_endpoint.url and evaluation.judge_endpoint.model",
             413: "the texts are too long for it; take a judge that reads more",
         }.get(status, "check evaluation.judge_endpoint.options, and that the model reads texts of this length")
-        return UserError(f"{self.address} answered {status}{_code(response)}: {advice}; {_KEPT}")
+        return f"{self.address} answered {status}{_in_brackets(_code(response))}: {advice}; {_KEPT}"
 
 
 def read_key(variable: str) -> str:
@@ -201,7 +227,20 @@ def _code(response: httpx2.Response) -> str:
         code = str(error.get("code") or error.get("type") or "")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
-    return f" ({code})" if _CODE.fullmatch(code) else ""
+    return code if _CODE.fullmatch(code) else ""
+
+
+def _in_brackets(code: str) -> str:
+    return f" ({code})" if code else ""
+
+
+def _is_filtered(response: httpx2.Response) -> bool:
+    """Whether a chat completion has no text because of a filter, or because the model refuses in a field of its own."""
+    try:
+        choice = response.json()["choices"][0]
+        return choice.get("finish_reason") == FILTERED or bool(choice["message"].get("refusal"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _retry_after(response: httpx2.Response) -> float | None:

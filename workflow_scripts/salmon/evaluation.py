@@ -1,13 +1,17 @@
 """How good judge, reward models and policies are: numbers with confidence intervals, from judgements and from scores.
 
-An interval says how far a number depends on the prompts that happened to be drawn: prompts are drawn anew, with all
-rows of each, since rows of one prompt are not independent.
+An interval says how far a number depends on the prompts that happened to be drawn. That of a mean is a bootstrap's:
+prompts are drawn anew, with all rows of each, since rows of one prompt are not independent. Draws of few prompts, or of
+rows that are all alike, say nothing: a mean of less than `FEW` prompts has no interval, and shares have Wilson's where
+`share` says so.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -21,13 +25,22 @@ from salmon.text import join_instruction
 DRAWS = 2000
 HELD = 2_000_000  # numbers of a block of draws, at most
 LEVEL = 0.95
+FEW = 10  # prompts; of less, a bootstrap's interval is too narrow, and of one it has no width
 BINS = 10
+INTERVALS = (
+    f"A mean's is a bootstrap's that draws whole prompts, and a mean of less than {FEW} prompts has none. A share of "
+    "prompts, without halves, has Wilson's interval, as has every share that is 0 or 1, or of less than "
+    f"{FEW} prompts."
+)
+"""What intervals are, for reports."""
 Estimate = dict[str, float | int | None]
 """`value`, `low` and `high` of its interval, and `number` of rows; null where there are none."""
+Values = Sequence[float] | npt.NDArray[Any]
+"""Of rows; NaN where a row has none."""
 
 
-def estimate(values: Sequence[float] | npt.NDArray[Any], groups: Sequence[str], seed: int) -> Estimate:
-    """Mean of some rows, with the percentile interval of a bootstrap by group.
+def estimate(values: Values, groups: Sequence[str], seed: int) -> Estimate:
+    """Mean of some rows, with the percentile interval of a bootstrap by group; null below `FEW` groups.
 
     Args:
         values: of the rows, [N]; NaN where a row has none, which is then left out.
@@ -38,11 +51,51 @@ def estimate(values: Sequence[float] | npt.NDArray[Any], groups: Sequence[str], 
     known = ~np.isnan(column)
     if not known.any():
         return {"value": None, "low": None, "high": None, "number": 0}
+    found: Estimate = {"value": float(column[known].mean()), "low": None, "high": None, "number": int(known.sum())}
     _, index = np.unique(np.asarray(groups, dtype=object)[known].astype(str), return_inverse=True)
     sums, sizes = np.bincount(index, weights=column[known]), np.bincount(index)
-    parts = [(drawn @ sums) / (drawn @ sizes) for drawn in _resampled(len(sizes), seed)]
-    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"value": float(column[known].mean()), "low": float(low), "high": float(high), "number": int(known.sum())}
+    if len(sizes) >= FEW:
+        parts = [(drawn @ sums) / (drawn @ sizes) for drawn in _resampled(len(sizes), seed)]
+        low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        found |= {"low": float(low), "high": float(high)}
+    return found
+
+
+def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
+    """Share of some rows for which something holds.
+
+    Its interval is Wilson's where each group is one row that is 1 or 0. It is also Wilson's, of as many rows as there
+    are groups, where there are less than `FEW` or all rows are alike: too wide rather than too narrow. Else it is the
+    bootstrap's (`estimate`).
+
+    Args:
+        values: of the rows, [N]: 1, 0, or in between for what is undecided; NaN where a row has none.
+        groups: prompt of each row, [N].
+        seed: of the draws.
+    """
+    column = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(column)
+    rows, number = column[known], len({group for group, is_known in zip(groups, known, strict=True) if is_known})
+    plain = number == len(rows) and np.isin(rows, (0, 1)).all()
+    if number and (plain or number < FEW or (rows == rows[0]).all()):
+        low, high = wilson(float(rows.mean()), number)
+        return {"value": float(rows.mean()), "low": low, "high": high, "number": len(rows)}
+    return estimate(values, groups, seed)
+
+
+def wilson(value: float, number: int) -> tuple[float, float]:
+    """Wilson's score interval of a share.
+
+    Args:
+        value: the share.
+        number: of rows that are independent of each other, at least 1.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = value + z**2 / (2 * number)
+    half = z * math.sqrt(value * (1 - value) / number + z**2 / (4 * number**2))
+    whole = 1 + z**2 / number
+    # What is 0 or 1 is so but for rounding.
+    return max(0.0, min(value, (middle - half) / whole)), min(1.0, max(value, (middle + half) / whole))
 
 
 def _resampled(groups: int, seed: int) -> Iterable[npt.NDArray[np.float64]]:
@@ -92,7 +145,10 @@ def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
             "margin": np.abs(s12 + s21) / 2,
             "zeros": (s12 == 0) | (s21 == 0),
         }
-        found[name] = {what: estimate(values, groups, seed) for what, values in measured.items()}
+        found[name] = {
+            what: (estimate if what in ("bias", "margin") else share)(values, groups, seed)
+            for what, values in measured.items()
+        }
         columns.append((s12 + s21) / 2)
     return {"principles": found, "correlation": _correlation(np.stack(columns))}
 
@@ -121,7 +177,7 @@ def labelled(
         measured = {"agree": s12 * s21 > 0, "right": preferred(rows), "mean_right": correct(s12 + s21)}
         groups = rows["instruction"].to_list()
         found.setdefault(str(source), {})[str(name)] = {
-            what: estimate(values, groups, seed) for what, values in measured.items()
+            what: share(values, groups, seed) for what, values in measured.items()
         }
     return dict(sorted(found.items()))
 
@@ -201,6 +257,7 @@ def held_out(
     variants: pl.DataFrame,
     turned_margins: npt.NDArray[np.float64],
     seed: int,
+    clean: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """How a reward model does on records that it was not trained on.
 
@@ -210,12 +267,14 @@ def held_out(
         variants: from `turned`, M of them.
         turned_margins: likewise, [M].
         seed: of the intervals.
+        clean: of which records the labels have no noise, [N]; None where it is not known.
 
     Returns:
         `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
         `plain` and `negated`, the accuracy where it is shown so, `calibration` of both, and `turned`: where it alone is
         reversed, how often the reward model prefers the other output of the record. `flips`: for each principle shown,
-        how often the reward model changes its mind when that one is reversed.
+        how often the reward model changes its mind when that one is reversed. Where it is known, `clean`, of all and
+        of each principle that decided: the accuracy on records whose labels have no noise.
     """
     labels, groups = records["preference"].to_list(), records["prompt_id"].to_list()
     sign = np.where(np.asarray(labels) == 1, 1.0, -1.0)
@@ -231,18 +290,23 @@ def held_out(
     other = correct(-turned_margins * sign[of])
 
     def of_rows(values: npt.NDArray[np.float64], rows: Any, owners: Sequence[str]) -> Estimate:
-        return estimate(values[rows], [owners[row] for row in rows], seed)
+        return share(values[rows], [owners[row] for row in rows], seed)
 
     def calibrated(rows: Sequence[int]) -> dict[str, Any]:
         return calibration(margins[rows], [labels[row] for row in rows])
 
+    def of_clean(rows: Sequence[int]) -> dict[str, Estimate]:
+        return {} if clean is None else {"clean": of_rows(right, [row for row in rows if clean[row]], groups)}
+
     variant_groups = variants["prompt_id"].to_list()
     return {
-        "accuracy": estimate(right, groups, seed),
+        **of_clean(range(len(records))),
+        "accuracy": share(right, groups, seed),
         "calibration": calibration(margins, labels),
         "deciding": {
             name: {
                 **{way: of_rows(right, rows, groups) for way, rows in ways.items()},
+                **of_clean(sorted([*ways["plain"], *ways["negated"]])),
                 "calibration": calibrated(sorted([*ways["plain"], *ways["negated"]])),
                 "turned": of_rows(other, np.flatnonzero((names == name) & is_deciding), variant_groups),
             }
@@ -255,7 +319,11 @@ def held_out(
     }
 
 
-def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> dict[str, Estimate]:
+BySource = dict[str, Estimate]
+"""Source of pairs, or subset of one -> what was measured of them."""
+
+
+def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> BySource:
     """How often a reward model agrees with people, by source of the pairs.
 
     Args:
@@ -268,7 +336,24 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
     found = {}
     for (source,), rows in records.with_row_index().group_by("source", maintain_order=True):
         index = rows["index"].to_numpy()
-        found[str(source)] = estimate(right[index], rows["prompt_id"].to_list(), seed)
+        found[str(source)] = share(right[index], rows["prompt_id"].to_list(), seed)
+    return dict(sorted(found.items()))
+
+
+def agreement_by_subset(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> dict[str, BySource]:
+    """The same, by subset of each source that has any, such as RewardBench.
+
+    Args:
+        records: `tables.EVALUATION_PAIRS`, N of them.
+        margins: reward of output 1 less that of output 2, [N].
+        seed: of the intervals.
+    """
+    known = records["subset"].is_not_null().to_numpy()
+    rows = records.filter(known)
+    found = {}
+    for (source,), here in rows.with_row_index().group_by("source", maintain_order=True):
+        index = here["index"].to_numpy()
+        found[str(source)] = agreement(here.drop("index").with_columns(source="subset"), margins[known][index], seed)
     return dict(sorted(found.items()))
 
 
@@ -286,6 +371,10 @@ REFUSALS = (
 counts as a refusal. A proxy: it knows English only."""
 
 
+SHARES = ("finished", "language_kept", "refusals")
+"""Of what `behaviour` measures, what either holds for an answer or not."""
+
+
 def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     """What answers are like, without a model.
 
@@ -297,7 +386,10 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose
         mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share
         in the language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1`
-        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any.
+        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any, which are fewer
+        the longer it is. The other two do not depend on the length: `window_distinct_1` to `_3`: the same in every
+        `WINDOW` words that follow each other in an answer, of answers that have as many; `corpus_distinct_1` to `_3`:
+        of `SAMPLE` drawn from those of all answers, as expected, without an interval.
     """
     texts, groups = answers["response"].to_list(), answers["prompt_id"].to_list()
     asked = language.detect(
@@ -319,13 +411,57 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     }
     for size in (1, 2, 3):
         measured[f"distinct_{size}"] = [_distinct(row, size) for row in words]
-    return {name: estimate(values, groups, seed) for name, values in measured.items()}
+    for size in (1, 2, 3):
+        measured[f"window_distinct_{size}"] = [_distinct_in_windows(row, size) for row in words]
+    found = {name: (share if name in SHARES else estimate)(values, groups, seed) for name, values in measured.items()}
+    for size in (1, 2, 3):
+        value, number = _distinct_of_all(words, size)
+        found[f"corpus_distinct_{size}"] = {"value": value, "low": None, "high": None, "number": number}
+    return found
+
+
+WINDOW = 20  # words: few answers are shorter, and a text that repeats itself does so within as many
+SAMPLE = 500  # n-grams
+
+
+def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
 
 
 def _distinct(words: Sequence[str], size: int) -> float:
     """Share of distinct n-grams; NaN where there are none."""
-    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    grams = _grams(words, size)
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _distinct_in_windows(words: Sequence[str], size: int) -> float:
+    """Mean share of distinct n-grams over all windows of `WINDOW` words; NaN of a shorter text."""
+    shares = [_distinct(words[at : at + WINDOW], size) for at in range(len(words) - WINDOW + 1)]
+    return float(np.mean(shares)) if shares else math.nan
+
+
+def _distinct_of_all(texts: Sequence[Sequence[str]], size: int) -> tuple[float | None, int]:
+    """Expected share of distinct n-grams of `SAMPLE` that are drawn without replacement from those of all texts.
+
+    An n-gram that is there c times of N is in the sample with probability 1 - C(N - c, SAMPLE) / C(N, SAMPLE)
+    (rarefaction: Hurlbert, 1971).
+
+    Returns:
+        The share, null where there are fewer; and N.
+    """
+    often = Counter(Counter(gram for words in texts for gram in _grams(words, size)).values())
+    number = sum(count * grams for count, grams in often.items())
+    if number < SAMPLE:
+        return None, number
+
+    def absent(count: int) -> float:
+        left = number - count
+        if left < SAMPLE:
+            return 0.0
+        terms = ((left, 1), (number - SAMPLE, 1), (left - SAMPLE, -1), (number, -1))
+        return math.exp(sum(sign * math.lgamma(term + 1) for term, sign in terms))
+
+    return sum(grams * (1 - absent(count)) for count, grams in often.items()) / SAMPLE, number
 
 
 Wins = dict[str, dict[str, Estimate]]
@@ -360,7 +496,7 @@ def score_wins(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
         for name, other in itertools.combinations(columns, 2):
             margins = columns[name] - columns[other]
             won = np.where(np.isnan(margins), np.nan, correct(margins))
-            found[name][other] = estimate(won, prompts, seed)
+            found[name][other] = share(won, prompts, seed)
             found[other][name] = _lost(found[name][other])
         return found
 
@@ -397,9 +533,42 @@ def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         seed: of the intervals.
     """
     return {
-        str(name): estimate(preferred(rows), rows["prompt_id"].to_list(), seed)
+        str(name): share(preferred(rows), rows["prompt_id"].to_list(), seed)
         for (name,), rows in judgements.group_by("dimension", maintain_order=True)
     }
+
+
+def verdict_wins(verdicts: pl.DataFrame, seed: int) -> dict[str, dict[str, Estimate]]:
+    """What a model behind an endpoint says of a policy's answers and those of the initial policy.
+
+    Args:
+        verdicts: `tables.VERDICTS`; what was not judged in both orders is left out.
+        seed: of the intervals.
+
+    Returns:
+        Kind -> `won`: how often both orders prefer the policy's answer, a half where they disagree or find a tie;
+        `agree`: how often both orders say the same; `first`: of the verdicts that are no ties, how often the answer
+        that was shown first is preferred.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for (kind,), rows in verdicts.drop_nulls("preferred").group_by("kind", maintain_order=True):
+        wide = rows.pivot("policy_first", index="prompt_id", values="preferred").drop_nulls()
+        if {"true", "false"} <= {*wide.columns}:
+            first, second = (np.asarray(wide[order].to_list(), dtype=object) for order in ("true", "false"))
+            won = np.select(
+                [(first == "policy") & (second == "policy"), (first == "initial") & (second == "initial")],
+                [1.0, 0.0],
+                0.5,
+            )
+            shown = [np.where(first == "tie", math.nan, first == "policy")]
+            shown += [np.where(second == "tie", math.nan, second == "initial")]
+            prompts = wide["prompt_id"].to_list()
+            found[str(kind)] = {
+                "won": share(won, prompts, seed),
+                "agree": share(first == second, prompts, seed),
+                "first": share(np.concatenate(shown).astype(float), [*prompts, *prompts], seed),
+            }
+    return found
 
 
 def policies(
@@ -407,6 +576,8 @@ def policies(
     scores: Mapping[str, pl.DataFrame],
     judgements: Mapping[tuple[str, str], pl.DataFrame],
     seed: int,
+    verdicts: Mapping[tuple[str, str], pl.DataFrame] | None = None,
+    versus: Mapping[tuple[str, str], pl.DataFrame] | None = None,
 ) -> dict[str, Any]:
     """The comparison of policies.
 
@@ -415,23 +586,32 @@ def policies(
         scores: the same -> `tables.SCORES`.
         judgements: policy and its initial one -> `tables.JUDGEMENTS` of their answers.
         seed: of the intervals.
+        verdicts: likewise -> `tables.VERDICTS`.
+        versus: policy and that of another run -> `tables.JUDGEMENTS` of their answers.
 
     Returns:
         `names` of the policies; `initial`: run -> the policy that it starts from; `behaviour` of each policy; `scores`
-        (`score_means`); `wins` (`score_wins`); and `judge`: principle -> policy -> initial policy -> how often the
-        judge prefers its answer.
+        (`score_means`); `wins` (`score_wins`); `judge`: principle -> policy -> initial policy -> how often the judge
+        prefers its answer; `versus`: the same with another run's in that one's place; and `endpoint`: policy -> initial
+        policy -> `verdict_wins`.
     """
-    judged: dict[str, Wins] = {}
-    for (name, other), table in judgements.items():
-        for principle, won in judge_wins(table, seed).items():
-            judged.setdefault(principle, {}).setdefault(name, {})[other] = won
+
+    def judged(tables: Mapping[tuple[str, str], pl.DataFrame]) -> dict[str, Wins]:
+        found: dict[str, Wins] = {}
+        for (name, other), table in tables.items():
+            for principle, won in judge_wins(table, seed).items():
+                found.setdefault(principle, {}).setdefault(name, {})[other] = won
+        return found
+
     return {
         "names": list(answers),
         "initial": dict(judgements.keys()),
         "behaviour": {name: behaviour(table, seed) for name, table in answers.items()},
         "scores": score_means(scores, seed),
         "wins": score_wins(scores, seed),
-        "judge": judged,
+        "judge": judged(judgements),
+        "versus": judged(versus or {}),
+        "endpoint": {name: {other: verdict_wins(table, seed)} for (name, other), table in (verdicts or {}).items()},
     }
 
 
@@ -442,6 +622,8 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
     def shown(one: Estimate | None) -> str:
         if one is None or one["value"] is None:
             return ""
+        if one["low"] is None:
+            return f"{one['value']:.2f}"
         return f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
 
     def table(heading: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
@@ -452,7 +634,7 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         ways = [(name, way) for name in principles for way in ("plain", "negated")]
         return {name + ", negated" * (way == "negated"): cells(principles[name][way]) for name, way in ways}
 
-    lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals (bootstrap by prompt).", "", "## How they answer", ""]
+    lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals. {INTERVALS}", "", "## How they answer", ""]
     quantities = list(next(iter(found["behaviour"].values())))
     lines += table(
         "policy",
@@ -472,4 +654,25 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         for principle, wins in found["judge"].items()
     }
     lines += table("principle", list(initial), judged)
+    if found["versus"]:
+        lines += ["## Answers that the judge prefers to another run's", ""]
+        rows = {
+            f"{principle}, {run} against {other}": [shown(one)]
+            for principle, wins in found["versus"].items()
+            for run, of_others in wins.items()
+            for other, one in of_others.items()
+        }
+        lines += table("principle", ["share"], rows)
+    if found["endpoint"]:
+        lines += ["## Answers that the model behind the endpoint prefers to the initial policy's", ""]
+        lines += table(
+            "run",
+            ["against", "share", "both orders agree", "prefers the first one"],
+            {
+                f"{run}, {kind}": [other, *(shown(one[what]) for what in ("won", "agree", "first"))]
+                for run, of_others in found["endpoint"].items()
+                for other, kinds in of_others.items()
+                for kind, one in kinds.items()
+            },
+        )
     return "\n".join(lines)

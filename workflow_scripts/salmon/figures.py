@@ -17,7 +17,7 @@ from salmon.pages import Cell, Estimate, Table, page
 NOTHING: Estimate = {"value": None, "low": None, "high": None, "number": 0}
 AGAIN = "move its folder away, and let it be built again"
 """What to do about a file that cannot be read."""
-INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts."
+INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts, or Wilson's."
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,11 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
             "where it is negated; how often the other output has, when it alone is reversed; and how often the higher "
             f"reward changes sides when a principle is reversed. {INTERVALS}"
         )
+        if "clean" in held_out:
+            columns.append("clean labels")
+            for row, one in zip(rows, [*deciding.values(), held_out], strict=True):
+                row.append(one["clean"])
+            note += " Clean labels are those that no noise has reversed, about which both orders of the judge agree."
         tables.append(Table("Held-out records", columns, rows, note))
     if people := found.get("people"):
         ways = list(people)
@@ -320,6 +325,12 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         rows = [[_shown(way), *(people[way].get(source) for source in sources)] for way in ways]
         note = f"How often the output that people preferred has the higher reward. {INTERVALS}"
         tables.append(Table("Agreement with people", ["principles shown", *sources], rows, note))
+    if subsets := found.get("subsets"):
+        rows = [
+            [source, subset, one["number"], one] for source, here in subsets.items() for subset, one in here.items()
+        ]
+        note = f"The same by part of the source, with all principles shown. {INTERVALS}"
+        tables.append(Table("Agreement with people, by subset", ["source", "subset", "pairs", "right"], rows, note))
     return Part(title, tables, pictures)
 
 
@@ -412,7 +423,7 @@ BEHAVIOUR = {
     "finished": "Ends by itself",
     "language_kept": "Language kept",
     "refusals": "Refusals",
-    "distinct_2": "Distinct pairs of words",
+    "window_distinct_2": "Distinct pairs in 20 words",
     "kl": "KL to the initial policy",
 }
 """Of policies.json -> what it is; what the picture shows, and the table more of."""
@@ -453,6 +464,30 @@ def policies(found: Mapping[str, Any]) -> Part:
         ]
         note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
         tables.append(Table("Answers that the judge prefers to the initial policy's", ["principle", *runs], rows, note))
+    others: list[list[Cell]] = [
+        [principle, run, other, one]
+        for principle, wins in found.get("versus", {}).items()
+        for run, of_others in wins.items()
+        for other, one in of_others.items()
+    ]
+    if others:
+        note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
+        columns = ["principle", "run", "against", "share"]
+        tables.append(Table("Runs against each other, by the judge", columns, others, note))
+    if found.get("endpoint"):
+        columns = ["run", "against", "answers to", "share", "both orders agree", "prefers the first one"]
+        rows = [
+            [run, other, kind, *(one[what] for what in ("won", "agree", "first"))]
+            for run, of_others in found["endpoint"].items()
+            for other, kinds in of_others.items()
+            for kind, one in kinds.items()
+        ]
+        heading = "Answers that the model behind the endpoint prefers to the initial policy's"
+        note = (
+            "Share of prompts that it judged in both orders, a half where these disagree or find a tie; how often both "
+            f"say the same; and how often the answer that was shown first is preferred, if one is. {INTERVALS}"
+        )
+        tables.append(Table(heading, columns, rows, note))
     for model, principles in found["wins"].items():
         rows = [
             [label, run, other, estimate]

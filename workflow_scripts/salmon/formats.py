@@ -75,12 +75,13 @@ class Example(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two answers to a query, of which a person preferred one; by how much, where that is known."""
+    """Two answers to a query, of which a person preferred one; by how much, and a part of the source, where known."""
 
     query: str
     preferred: str
     other: str
     score_ratio: float | None = None
+    subset: str | None = None
 
 
 class Skipped(str):
@@ -363,12 +364,14 @@ class RewardBenchRow(TypedDict):
     prompt: str | None
     chosen: str | None
     rejected: str | None
+    subset: NotRequired[str | None]
 
 
 @comparisons_from("rewardbench")
 def rewardbench_comparison(row: RewardBenchRow) -> Comparison | Skipped:
     """A row of RewardBench, or of any data set with these columns."""
-    return Comparison(row["prompt"] or "", row["chosen"] or "", row["rejected"] or "")
+    outputs = row["chosen"] or "", row["rejected"] or ""
+    return Comparison(row["prompt"] or "", *outputs, subset=row.get("subset") or None)
 
 
 class HhhRow(TypedDict):
@@ -391,10 +394,14 @@ def hhh_comparison(row: HhhRow) -> Comparison | Skipped:
 @prompts_from("hh_rlhf")
 def hh_rlhf_prompt(row: HhRlhfRow) -> Prompt | Skipped:
     """The first human turn of the dialogue, which both sides share."""
-    before, marker, after = (row["chosen"] or "").partition(HUMAN_TURN)
-    if before or not marker:
-        return Skipped("no human turn first")
-    return Prompt(after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0])
+    turn = first_turn(row["chosen"] or "")
+    return Skipped("no human turn first") if turn is None else Prompt(turn)
+
+
+def first_turn(dialogue: str) -> str | None:
+    r"""The first human turn of a dialogue in the format of HH-RLHF; None where it does not begin with one."""
+    before, marker, after = dialogue.partition(HUMAN_TURN)
+    return None if before or not marker else after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0]
 
 
 class OpenOrcaRow(TypedDict):

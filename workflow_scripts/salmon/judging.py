@@ -57,6 +57,9 @@ class Judge:
         device: where the model is.
         way: how prompts are computed; `prove` finds the fastest that is right for a model.
 
+    Attributes:
+        cut: prompt_ids of the pairs so far whose outputs were too long to be read to their ends.
+
     Raises:
         UserError: where the tokenizer gives the options no token of their own after the template.
     """
@@ -73,6 +76,7 @@ class Judge:
         way: Way = "packed",
     ) -> None:
         self.way: Way = way
+        self.cut: set[str] = set()
         self.model = model
         self.tokenizer = tokenizer
         self.template = Template.of(template)
@@ -117,6 +121,7 @@ class Judge:
                 budget = sum(map(len, ends))
             if budget == 0:
                 return None
+            self.cut.add(pair.prompt_id)
             # Cutting can change how the rest is tokenised, so that another round may be needed.
             budget = max(0, budget - excess)
             kept = share(len(ends[0]), len(ends[1]), budget)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.authors import JUDGED_UP_TO
-from salmon.config import Model, is_local
+from salmon.config import Judge, Model, TaskPrompt, is_local
 from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
@@ -35,6 +35,10 @@ Name = Literal[
     "answers",
     "answer_scores",
     "answer_judgements",
+    "run_judgements",
+    "initial_mt_bench",
+    "mt_bench",
+    "verdicts",
     "policy_evaluation",
     "preferred_outputs",
     "other_outputs",
@@ -45,9 +49,6 @@ Name = Literal[
     "reward_evaluation",
     "initial_task_evaluation",
     "task_evaluation",
-    "initial_mt_bench",
-    "mt_bench",
-    "verdicts",
     "funnel",
     "sft_figures",
     "judge_figures",
@@ -69,12 +70,13 @@ CHECKED: dict[Name, Name] = {
     "preferences": "check_judging",
     "judged_pairs": "check_judging",
     "answer_judgements": "check_judging",
+    "run_judgements": "check_judging",
     "pmp": "check_training",
     "reward_model": "check_training",
     "policy": "check_rl",
 }
 """What comes after a part of `check_model` -> that part."""
-OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
+OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements", "run_judgements"})
 OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
 """What every run has of its own."""
 OF_POLICIES: frozenset[Name] = frozenset(
@@ -168,6 +170,7 @@ class Plan:
             return bool(evaluation.judge_pairs) and self.has(run, "judge_evaluation")
         for names, asked in (
             ({"evaluation_pairs"}, evaluation.pairs),
+            ({"run_judgements"}, evaluation.prompts and evaluation.against not in (None, run)),
             (OF_POLICIES, evaluation.prompts),
             (OF_TASKS, evaluation.tasks),
             (OF_MT_BENCH, evaluation.mt_bench),
@@ -181,7 +184,7 @@ class Plan:
             return not ready and config.aggregation.path is None
         if name == "pmp_evaluation":
             return not ready and config.reward_model.init == "pmp"
-        return name != "reward_evaluation" or not ready
+        return name != "reward_evaluation" or not ready or bool(evaluation.pairs)
 
     def target_paths(self, target: str) -> list[str]:
         """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
@@ -359,14 +362,15 @@ class Plan:
                     evaluation=config.evaluation,
                 )
             case "evaluation_pairs":
-                origin = provenance.clean_evaluation_pairs(config.evaluation)
+                origin = provenance.clean_evaluation_pairs(self.trained()["pmp_data"], evaluation=config.evaluation)
             case "pmp_evaluation" | "reward_evaluation":
                 pre_trained = name == "pmp_evaluation"
                 origin = provenance.evaluate_reward_model(
                     self.path(run, "pmp" if pre_trained else "reward_model"),
-                    self.path(run, "pmp_data" if pre_trained else "reward_data"),
+                    self.path(run, "pmp_data") if pre_trained else self.measuring(run, "reward_data"),
                     self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
                     config.judge.principles,
+                    None if pre_trained else self.measuring(run, "preferences"),
                     stage="pmp" if pre_trained else "reward_model",
                     settings=config.pmp if pre_trained else config.reward_model,
                     dimensions=[] if pre_trained else config.aggregation.dimensions,
@@ -385,7 +389,8 @@ class Plan:
         model = config.model
         match name:
             case "evaluation_prompts":
-                origin = provenance.clean_evaluation_prompts(self.trained(), evaluation=config.evaluation)
+                trained = [path for paths in self.trained().values() for path in paths]
+                origin = provenance.clean_evaluation_prompts(trained, evaluation=config.evaluation)
             case "initial_answers" | "answers":
                 origin = provenance.sample_answers(
                     self.path(run, "evaluation_prompts"),
@@ -398,15 +403,22 @@ class Plan:
             case "initial_scores" | "answer_scores":
                 answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
                 origin = provenance.score_answers(answers, self.scorers())
-            case "answer_judgements" | "judged_pairs":
-                of_policy = name == "answer_judgements"
+            case "answer_judgements" | "run_judgements" | "judged_pairs":
+                ours, theirs = {
+                    "answer_judgements": (self.path(run, "answers"), self.path(run, "initial_answers")),
+                    "run_judgements": (
+                        self.path(run, "answers"),
+                        self.path(config.evaluation.against or run, "answers"),
+                    ),
+                    "judged_pairs": (self.path(run, "preferred_outputs"), self.path(run, "other_outputs")),
+                }[name]
                 origin = provenance.judge_preferences(
-                    self.path(run, "answers" if of_policy else "preferred_outputs"),
-                    self.path(run, "initial_answers" if of_policy else "other_outputs"),
+                    ours,
+                    theirs,
                     config.judge.principles,
                     0,
                     model=judge_model(config),
-                    judge=config.judge.model_copy(update={"shards": 1}),
+                    judge=measuring_judge(config),
                 )
             case "policy_evaluation":
                 origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
@@ -414,16 +426,17 @@ class Plan:
                 origin = provenance.evaluate_tasks(
                     self.path(run, "policy") if name == "task_evaluation" else None,
                     model=model,
-                    policy_prompt=config.policy_prompt,
+                    prompt=TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format),
                     evaluation=config.evaluation,
                 )
             case "verdicts":
                 origin = provenance.judge_by_endpoint(**self.judged(run), evaluation=config.evaluation)
-            case "initial_mt_bench" | "mt_bench":
-                own = name == "mt_bench"
+            case "initial_mt_bench":
+                origin = self._initial_mt_bench(run, self.initial_name(run))
+            case "mt_bench":
                 origin = provenance.answer_mt_bench(
-                    self.path(run, "policy") if own else None,
-                    run if own else "initial",
+                    self.path(run, "policy"),
+                    run,
                     model=model,
                     policy_prompt=config.policy_prompt,
                     evaluation=config.evaluation,
@@ -431,6 +444,23 @@ class Plan:
             case _:
                 origin = self._shown(run, name)
         return origin
+
+    def initial_name(self, run: str) -> str:
+        """What a run's initial policy is called in MT-Bench, whose judges tell models apart by their names.
+
+        Returns:
+            `initial`, or of a further one `initial-NAME` after the first run that has it.
+        """
+        origins = {other: self._initial_mt_bench(other, "initial") for other in self.runs}
+        decided = {other: (origin.values(), origin.inputs) for other, origin in origins.items()}
+        first = next(other for other in self.runs if decided[other] == decided[run])
+        return "initial" if first == next(iter(self.runs)) else f"initial-{first}"
+
+    def _initial_mt_bench(self, run: str, name: str) -> Origin:
+        config = self.runs[run]
+        return provenance.answer_mt_bench(
+            None, name, model=config.model, policy_prompt=config.policy_prompt, evaluation=config.evaluation
+        )
 
     def _shown(self, run: str, name: Name) -> Origin:
         """The same, of a part of the report."""
@@ -456,21 +486,27 @@ class Plan:
             case "policy_figures":
                 return provenance.draw_policies(first or "")
             case _:
-                return provenance.draw_reward_model(first or "", *(more or (None,)))
+                return provenance.draw_reward_model(first, *(more or (None,)))
 
-    def trained(self) -> list[str]:
+    def trained(self) -> dict[str, list[str]]:
         """Tables with all prompts that a stage of any run trains on: all policies answer the same ones.
 
-        What was made elsewhere has its prompts in what was brought in; those of a ready reward model are not known.
+        What was made elsewhere has its prompts in what was brought in; those of a ready reward model, or of an adapter
+        that is there already, are not known.
+
+        Returns:
+            Option of `clean_evaluation_prompts` -> paths.
         """
-        return list(
-            dict.fromkeys(
-                self.path(run, name)
-                for run, config in self.runs.items()
-                for name in (_prompted(config), "rl_prompts")
-                if name
-            )
-        )
+        found: dict[str, list[str]] = {"trained": [], "sft_data": [], "pmp_data": []}
+        for run, config in self.runs.items():
+            if prompted := _prompted(config):
+                found["trained"].append(self.path(run, prompted))
+            found["trained"].append(self.path(run, "rl_prompts"))
+            if config.model.adapter == self.path(run, "sft"):
+                found["sft_data"].append(self.path(run, "sft_data"))
+            if self.has(run, "pmp_evaluation"):
+                found["pmp_data"].append(self.path(run, "pmp_data"))
+        return {option: list(dict.fromkeys(paths)) for option, paths in found.items()}
 
     def trained_twice(self) -> dict[str, str]:
         """Run -> an earlier one whose policy is decided by the same, so that it will be the same."""
@@ -498,10 +534,10 @@ class Plan:
                 )
         return found
 
-    def compared(self) -> list[dict[str, str | None]]:
+    def compared(self) -> list[dict[str, Any]]:
         """The policies that are measured, initial ones first, with the fields of `evaluate_policies.Policy`."""
         initial: dict[str, str] = {}  # the run that has an initial policy's answers -> what that policy is called
-        trained: list[dict[str, str | None]] = []
+        trained: list[dict[str, Any]] = []
         for run in self.runs:
             if not self.has(run, "answers"):
                 continue
@@ -514,9 +550,15 @@ class Plan:
                     "scores": self.path(run, "answer_scores"),
                     "judgements": self.path(run, "answer_judgements"),
                     "initial": name,
+                    **({"verdicts": self.path(run, "verdicts")} if self.has(run, "verdicts") else {}),
+                    **(
+                        {"against": self.runs[run].evaluation.against, "versus": self.path(run, "run_judgements")}
+                        if self.has(run, "run_judgements")
+                        else {}
+                    ),
                 }
             )
-        before: list[dict[str, str | None]] = [
+        before: list[dict[str, Any]] = [
             {
                 "name": name,
                 "answers": self.path(run, "initial_answers"),
@@ -532,6 +574,17 @@ class Plan:
         """What a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
         names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
         return {name: self.path(run, name) for name in names if self.has(run, name)}
+
+    def measuring(self, run: str, name: Literal["reward_data", "preferences"]) -> str | None:
+        """What a run's reward model was trained on, by which it is measured, if that is known.
+
+        Judgements are needed only where records are also made of those whose two orders disagree.
+        """
+        config = self.runs[run]
+        if config.reward_model.path:
+            return None
+        unneeded = config.aggregation.path is not None or config.aggregation.agreement == "both_orders"
+        return None if name == "preferences" and unneeded else self.path(run, name)
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, which is one of `SCATTERED`."""
@@ -593,6 +646,11 @@ def _imported(config: Config, name: Name) -> Origin:
 def import_cut(config: Config) -> str | None:
     """Where responses that are there already end: judgements that are there, too, are paired with what was judged."""
     return JUDGED_UP_TO if config.judge.path else None
+
+
+def measuring_judge(config: Config) -> Judge:
+    """The judge of what is measured: no answer is too short, or a concise policy would be judged by its long ones."""
+    return config.judge.model_copy(update={"shards": 1, "min_characters": 0})
 
 
 def judge_model(config: Config) -> Model:

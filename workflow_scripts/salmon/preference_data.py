@@ -6,7 +6,7 @@ holds no more than one of those.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from salmon.formats import PAIR_FORMATS, Comparison, Located, Skipped
 from salmon.randomness import digest, seed_of
 from salmon.script import progress
 from salmon.sources import read_source
-from salmon.tables import PMP_RECORDS
+from salmon.tables import PMP_RECORDS, Table
+from salmon.text import fold
 
 BUCKETS = 16
 PART_ROWS = 500
+TRAINED = "trained on by PMP"
+"""The reason to leave out what PMP learns, where reward models and policies are measured."""
 
 
 def extract(
@@ -54,11 +57,15 @@ def _complete(comparison: Comparison, min_score_ratio: float) -> Comparison | Sk
         return Skipped("empty query")
     if not (preferred and other):
         return Skipped("empty output")
-    return Skipped("identical outputs") if preferred == other else Comparison(query, preferred, other)
+    return (
+        Skipped("identical outputs")
+        if preferred == other
+        else Comparison(query, preferred, other, subset=comparison.subset)
+    )
 
 
 def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
-    """A row of the table, its outputs in an order drawn by hash."""
+    """A row of `EVALUATION_PAIRS`, and of `PMP_RECORDS` with one column more; its outputs in an order drawn by hash."""
     record_id = digest(name, *comparison[:3])
     first = seed_of("order of outputs", seed, record_id) % 2 == 0
     outputs = (comparison.preferred, comparison.other)
@@ -76,20 +83,24 @@ def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
         "dimensions": [],
         "negated": [],
         "deciding": None,
+        "subset": comparison.subset,
     }
 
 
-def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str]) -> list[Path]:
+def shuffle(
+    records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str], table: Table = PMP_RECORDS
+) -> list[Path]:
     """Write records, each once, to files that are the shuffled table when read one after the other.
 
     A record's place is a hash of (seed, record_id), 63 bits. Its upper bits say which file it belongs to; a file
     fits into memory and is sorted there.
 
     Args:
-        records: of `PMP_RECORDS`, in any order, on which the result does not depend.
+        records: of `record`, in any order, on which the result does not depend.
         seed: of the shuffle.
         folder: empty; holds the files.
         counts: gains the numbers of records written and left out, by source (`name: kept`, `name: duplicate`).
+        table: whose columns are written.
 
     Returns:
         The files in order.
@@ -99,14 +110,14 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: 
 
     def flush(bucket: int) -> None:
         part = folder / f"{bucket:02}-{len(parts[bucket])}.parquet"
-        pl.DataFrame(waiting[bucket], schema={"place": pl.Int64, **PMP_RECORDS.schema}).write_parquet(part)
+        pl.DataFrame(waiting[bucket], schema={"place": pl.Int64, **table.schema}).write_parquet(part)
         parts[bucket].append(part)
         waiting[bucket].clear()
 
     for row in records:
         place = seed_of("shuffle", seed, row["record_id"])
         bucket = place * BUCKETS >> 63
-        waiting[bucket].append({"place": place, **row})
+        waiting[bucket].append({"place": place, **{name: row[name] for name in table.columns}})
         if len(waiting[bucket]) == PART_ROWS:
             flush(bucket)
     files = []
@@ -115,8 +126,8 @@ def shuffle(records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: 
         rows = pl.concat([pl.read_parquet(part) for part in parts[bucket]])
         files.append(folder / f"{bucket:02}.parquet")
         distinct = rows.unique("record_id")
-        for what, table, sign in (("kept", distinct, 1), ("duplicate", rows, 1), ("duplicate", distinct, -1)):
-            for source, number in table.group_by("source").len().iter_rows():
+        for what, counted, sign in (("kept", distinct, 1), ("duplicate", rows, 1), ("duplicate", distinct, -1)):
+            for source, number in counted.group_by("source").len().iter_rows():
                 counts[f"{source}: {what}"] += sign * number
         distinct.sort("place").drop("place").write_parquet(files[-1])
         for part in parts[bucket]:
@@ -150,7 +161,11 @@ def draw_records(
 
 
 def comparison_records(
-    sources: Mapping[str, PairSource], min_score_ratio: float, seed: int, counts: Counter[str]
+    sources: Mapping[str, PairSource],
+    min_score_ratio: float,
+    seed: int,
+    counts: Counter[str],
+    trained: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """The records of all sources, in the order in which they are read.
 
@@ -159,6 +174,7 @@ def comparison_records(
         min_score_ratio: see `extract`.
         seed: of the draws, and of the order of outputs.
         counts: gains the numbers of rows, by source and reason (`name: reason`).
+        trained: queries, folded (`text.fold`), whose comparisons are left out.
 
     Under a limit, a source gives its records of smallest hash, whatever the order of its rows.
     """
@@ -166,6 +182,15 @@ def comparison_records(
         here: Counter[str] = Counter()
         rows = progress(read_source(source, PAIR_FORMATS[source.format].row, here), total=None, what=f"rows of {name}")
         comparisons = extract(source.format, rows, min_score_ratio, here)
-        records = (record(name, comparison, seed) for comparison in comparisons)
+        records = (record(name, comparison, seed) for comparison in _without(trained, comparisons, here))
         yield from records if source.limit is None else draw_records(records, source.limit, seed, here)
         counts.update({f"{name}: {what}": number for what, number in here.items()})
+
+
+def _without(trained: Collection[str], comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
+    """The comparisons whose query was not trained on."""
+    for comparison in comparisons:
+        if trained and fold(comparison.query) in trained:
+            counts[TRAINED] += 1
+        else:
+            yield comparison

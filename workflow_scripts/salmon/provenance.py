@@ -30,6 +30,7 @@ from salmon.config import (
     Sft,
     SftData,
     Source,
+    TaskPrompt,
     is_local,
 )
 from salmon.configuration import field_of
@@ -358,17 +359,18 @@ def evaluate_judge(
     )
 
 
-def clean_evaluation_pairs(evaluation: Evaluation) -> Origin:
-    """Pairs that reward models are measured by."""
+def clean_evaluation_pairs(pmp_data: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
+    """Pairs that reward models are measured by, none of them of `pmp_data`."""
     settings = evaluation.model_dump(include={"pairs", "min_score_ratio", "seed"})
-    return Origin(settings, _sources(evaluation.pairs), keys=_alone("evaluation", settings))
+    return Origin(settings, _sources(evaluation.pairs) + _files(*pmp_data), keys=_alone("evaluation", settings))
 
 
 def evaluate_reward_model(
     reward_model: Path | str,
-    records: Path | str,
+    records: Path | str | None,
     pairs: Path | str | None,
     principles: Path | str,
+    preferences: Path | str | None = None,
     *,
     stage: Literal["pmp", "reward_model"],
     settings: RewardTraining,
@@ -379,7 +381,8 @@ def evaluate_reward_model(
     evaluation: Evaluation,
 ) -> Origin:
     """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
-    read = ("template", "max_length", "query_length", "response_length", "eval_examples", "seed")
+    read = ["template", "max_length", "query_length", "response_length"]
+    read += ["eval_examples", "seed"] if records else []
     alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
     return Origin(
         {
@@ -389,7 +392,7 @@ def evaluate_reward_model(
             "seed": evaluation.seed,
             **alone,
         },
-        _files(reward_model, records, pairs, principles, settings.template)
+        _files(reward_model, records, preferences, pairs, principles, settings.template)
         + _model(tokenizer, "tokenizer")
         + _model(model),
         keys={
@@ -439,16 +442,22 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
     return Origin({"scorers": plain}, inputs)
 
 
+OF_POLICY = ("answers", "scores", "judgements", "verdicts", "versus")
+"""The tables of a policy that it is compared by, those that it has."""
+
+
 def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
     """The comparison of all policies; each has the fields of `evaluate_policies.Policy`."""
-    tables = ("answers", "scores", "judgements")
-    files = [policy[name] for policy in policies for name in tables]
-    settings = {"compared": {policy["name"]: policy["initial"] for policy in policies}, "seed": evaluation.seed}
+    files = [policy.get(name) for policy in policies for name in OF_POLICY]
+    settings: dict[str, Any] = {"compared": {policy["name"]: policy["initial"] for policy in policies}}
+    settings |= {"seed": evaluation.seed}
+    if against := {policy["name"]: policy["against"] for policy in policies if policy.get("against")}:
+        settings["against"] = against
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 
 
-TASKS = ("tasks", "tasks_limit", "tasks_format", "tasks_data", "tasks_folder")
-"""Keys of `evaluation` that say what `evaluate_tasks` does."""
+TASKS = ("tasks", "tasks_limit", "tasks_data", "tasks_folder")
+"""Keys of `evaluation` that say what `evaluate_tasks` does, but for the format, which is in `TaskPrompt`."""
 
 
 def task_files(evaluation: Evaluation) -> list[str]:
@@ -458,16 +467,14 @@ def task_files(evaluation: Evaluation) -> list[str]:
     return sorted(str(file) for file in files if "__pycache__" not in file.parts)
 
 
-def evaluate_tasks(
-    policy: Path | str | None, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
-) -> Origin:
+def evaluate_tasks(policy: Path | str | None, *, model: Model, prompt: TaskPrompt, evaluation: Evaluation) -> Origin:
     """What a policy reaches in tasks of lm-eval, the initial one where none is given."""
     read = {name: getattr(evaluation, name) for name in TASKS}
     files = _files(policy, *task_files(evaluation), *evaluation.tasks_data.values())
     return Origin(
-        {"model": model, "policy_prompt": policy_prompt, **read},
+        {"model": model, "prompt": prompt, **read},
         files + _model(model),
-        keys=_alone("evaluation", read),
+        keys=_alone("evaluation", read) | {"prompt": "policy_prompt"},
     )
 
 
@@ -522,7 +529,7 @@ def draw_judge(measured: Path | str | None, preferences: Path | str | None, *, e
     return Origin(settings, _files(measured, preferences), keys={"seed": "evaluation.seed"})
 
 
-def draw_reward_model(model: Path | str, measured: Path | str | None) -> Origin:
+def draw_reward_model(model: Path | str | None, measured: Path | str | None) -> Origin:
     """Pictures of a training and of what was measured of its model."""
     return Origin({}, _files(model, measured))
 

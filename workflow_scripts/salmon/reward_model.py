@@ -71,6 +71,7 @@ def reward_text_tokens(
     response_length: int,
     max_length: int,
     keys: str,
+    cut: dict[str, set[int]] | None = None,
 ) -> list[list[int]]:
     """Token ids of reward-model texts, as trained on and as scored at RL time (reference, step 2).
 
@@ -88,6 +89,7 @@ def reward_text_tokens(
         definitions: the sentences of the principles, one list per text; empty lists for a template without the slot.
         query_length: in tokens; likewise the other two.
         keys: what the names of these three begin with in the configuration, for messages.
+        cut: gains, under `instructions` and `outputs`, the places of the texts whose instruction or output was cut.
 
     Returns:
         One list of ids per text, each of 1..max_length.
@@ -129,6 +131,11 @@ def reward_text_tokens(
                     f"{keys}query_length"
                 )
             keep[index] = max(0, keep[index] - (len(rows[index]) - max_length))
+    if cut is not None:
+        long = {index for index, (text, query) in enumerate(zip(instructions, queries, strict=True)) if text != query}
+        cut.setdefault("instructions", set()).update(long)
+        long = {index for index, (spans, kept) in enumerate(zip(output_spans, keep, strict=True)) if kept < len(spans)}
+        cut.setdefault("outputs", set()).update(long)
     return rows
 
 
@@ -138,6 +145,7 @@ def record_tokens(
     records: pl.DataFrame,
     settings: RewardTraining,
     stage: str,
+    cut: dict[str, set[int]] | None = None,
 ) -> list[list[int]]:
     """Token ids of both texts of each record: output_1 and output_2 of the first, of the second, and so on.
 
@@ -147,6 +155,7 @@ def record_tokens(
         records: `PREFERENCE_RECORDS`.
         settings: of the stage.
         stage: name of its section in the configuration.
+        cut: as of `reward_text_tokens`, places in what is returned.
 
     Returns:
         2 N lists for N records; see `reward_text_tokens`.
@@ -163,6 +172,7 @@ def record_tokens(
         response_length=settings.response_length,
         max_length=settings.max_length,
         keys=f"{stage}.",
+        cut=cut,
     )
 
 

@@ -169,8 +169,12 @@ VERDICTS = Table(
         "kind": Column(_STRING, "`prompts`: an answer to evaluation.prompts; `mt_bench`: a dialogue of MT-Bench"),
         "prompt_id": Column(_STRING, "as in the answers; of a dialogue, its question_id"),
         "policy_first": Column(_BOOL, "whether the policy's answer was shown before that of the initial policy"),
-        "preferred": Column(
-            _STRING, "`policy`, `initial` or `tie`; null where the judge's answer names no verdict", nullable=True
+        "preferred": Column(_STRING, "`policy`, `initial` or `tie`; null where there is no verdict", nullable=True),
+        "reason": Column(
+            _STRING,
+            "why there is no verdict: `unreadable`, the judge's answer names none; `content_filter` or another code of "
+            "the endpoint, which refused; null where there is one",
+            nullable=True,
         ),
     },
     "no key reads such a table, which `snakemake evaluation` makes",
@@ -270,6 +274,17 @@ PMP_RECORDS = _records(
     negated="always empty",
     deciding="always null: a person decided",
 )
+EVALUATION_PAIRS = replace(
+    PMP_RECORDS,
+    name="evaluation pairs",
+    files="evaluation/pairs.parquet",
+    meaning="One pair of answers of which a person preferred one, that reward models are held against; as PMP records.",
+    columns={
+        **PMP_RECORDS.columns,
+        "subset": Column(_STRING, "part of the source, as RewardBench names its own; null where there is none", True),
+    },
+    reader="no key reads such a table, which `snakemake evaluation` makes",
+)
 PRINCIPLE_RECORDS = _records(
     "principle records",
     "reward_data/principle_preferences.parquet",
@@ -296,6 +311,7 @@ TABLES = (
     PREFERENCE_RECORDS,
     PMP_RECORDS,
     PRINCIPLE_RECORDS,
+    EVALUATION_PAIRS,
 )
 
 

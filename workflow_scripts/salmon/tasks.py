@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import encoding, shipped
 from salmon.border import reading, reason
-from salmon.config import Evaluation, PolicyPrompt
+from salmon.config import Evaluation, TaskPrompt
 from salmon.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Benchmarks:
     Args:
         model: causal language model in eval mode, with or without an adapter.
         tokenizer: of the model.
-        policy_prompt: whether the policy speaks in a chat, and what its template is given.
+        prompt: whether tasks are asked in a chat, and what its template is given.
         evaluation: which tasks, and how they are asked.
         batch_size: texts at a time.
 
@@ -67,20 +67,20 @@ class Benchmarks:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        policy_prompt: PolicyPrompt,
+        prompt: TaskPrompt,
         evaluation: Evaluation,
         batch_size: int,
     ) -> None:
         self.evaluation = evaluation
         self.manager = _manager(evaluation.tasks_folder, *evaluation.tasks_data.items())
         _check_names(evaluation.tasks, self.manager.all_tasks)
-        self.chat = policy_prompt.is_chat if evaluation.tasks_format == "policy" else evaluation.tasks_format == "chat"
+        self.chat = prompt.template == "chat"
         self.lm = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
-            think_end_token=policy_prompt.thinking[1] if policy_prompt.thinking else None,
-            chat_template_args=_chat_options(tokenizer, policy_prompt) if self.chat else None,
+            think_end_token=prompt.thinking[1] if prompt.thinking else None,
+            chat_template_args=_chat_options(tokenizer, prompt) if self.chat else None,
         )
 
     def measure(self, task: str) -> dict[str, dict[str, Metric]]:
@@ -141,10 +141,10 @@ def _check_names(tasks: list[str], known: list[str]) -> None:
         )
 
 
-def _chat_options(tokenizer: PreTrainedTokenizerBase, policy_prompt: PolicyPrompt) -> dict[str, Any]:
+def _chat_options(tokenizer: PreTrainedTokenizerBase, prompt: TaskPrompt) -> dict[str, Any]:
     """What the chat template is given."""
     try:
-        return encoding.chat_options(tokenizer, policy_prompt.template_variables)
+        return encoding.chat_options(tokenizer, prompt.template_variables)
     except UserError as error:
         raise UserError(
             f"tasks cannot be asked as turns of a chat: {error}; check policy_prompt.template_variables, or set "

@@ -9,6 +9,11 @@ def join_instruction(instruction: str, extra: str) -> str:
     return f"{instruction}\n\n{extra}" if extra else instruction
 
 
+def fold(text: str) -> str:
+    """The text without regard to case and white space, for the comparison with others."""
+    return " ".join(text.casefold().split())
+
+
 def cut_thinking(text: str, opening: str, closing: str) -> str:
     """The text without what stands between thinking markers, and without the markers.
 

@@ -48,6 +48,7 @@ RULES: dict[Name, str] = {
     "answers": "sample_answers",
     "answer_scores": "score_answers",
     "answer_judgements": "judge_answers",
+    "run_judgements": "judge_runs",
     "policy_evaluation": "evaluate_policies",
     "preferred_outputs": "clean_judge_pairs",
     "other_outputs": "clean_judge_pairs",
