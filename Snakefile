@@ -10,6 +10,7 @@ min_version("9.19")
 
 
 include: "rules/common.smk"
+include: "rules/inputs.smk"
 include: "rules/model.smk"
 include: "rules/sft.smk"
 include: "rules/prompts.smk"

@@ -1,0 +1,184 @@
+"""What the rules of single stages take as inputs and parameters; `common.smk` has what several need."""
+
+# ---- The check of the model ---------------------------------------------------------------------------------------
+
+
+@cache
+def checked_sections(run):
+    """What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway."""
+    config = RUNS[run]
+    training = {"lora": config.lora, "scoring": config.scoring}
+    return {
+        "sampling": {
+            "model": config.model,
+            "policy_prompt": config.policy_prompt,
+            "sampling": config.sampling.model_copy(update={"paths": None}),
+        },
+        "judging": {"model": plan.judge_model(config), "judge": config.judge.model_copy(update={"path": None})},
+        "training": {
+            "model": config.model.without_adapter(),
+            "tokenizer": PLAN.tokenizer(run),
+            **training,
+        },
+        "rl": {
+            "model": config.model,
+            "policy_prompt": config.policy_prompt,
+            **training,
+            "ppo": configuration.texts_of(config.ppo),
+        },
+    }
+
+
+def checked_files(wildcards):
+    """Input: the files that a part of the check reads."""
+    run, config = run_name(wildcards), run_settings(wildcards)
+    return {
+        "sampling": [*initial_policy(run), *config.policy_prompt.files],
+        "judging": [*judge_model(run), config.judge.template, config.judge.principles],
+        "training": base_model(run),
+        "rl": [*initial_policy(run), *config.policy_prompt.files, config.ppo.template],
+    }[wildcards.part]
+
+
+# ---- What was made elsewhere --------------------------------------------------------------------------------------
+
+
+def config_file(folder):
+    """The file of a model that says what its layers are, as a list for `files_of`."""
+    return [folder / "config.json"]
+
+
+@cache
+def base_settings(run):
+    """What a reward model that was made elsewhere is held against."""
+    return provenance.base_of(RUNS[run].model).model_dump_json(exclude_unset=True)
+
+
+def response_files(wildcards):
+    """The two response files that were made elsewhere, as an option."""
+    return ["--responses", json.dumps(run_settings(wildcards).sampling.paths)]
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------------------------
+
+
+def trained_tables(wildcards):
+    """Input: tables with all that the runs train on, by the option of `clean_evaluation_prompts` that names them."""
+    return {option: [in_results(path) for path in paths] for option, paths in PLAN.trained().items()}
+
+
+def evaluation_pairs(wildcards):
+    """Input: the pairs that a reward model is measured by, if any."""
+    return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
+
+
+def measuring(wildcards, name):
+    """Input: what the run's reward model was trained on, if it is known, or the judgements of it, if they are needed."""
+    path = PLAN.measuring(run_name(wildcards), name)
+    return in_results(path) if path else []
+
+
+def measuring_judge(wildcards):
+    """Parameter: the section of the judge that measures."""
+    return deciding(plan.measuring_judge(run_settings(wildcards)), without=("model",))
+
+
+def labelled_pairs(wildcards):
+    """Input: judgements of pairs that people compared, and the outputs that they prefer, if there are any."""
+    names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()
+    return {name: artifact(name)(wildcards) for name in names}
+
+
+def scorers_input(wildcards):
+    """Input: every reward model of the runs, and what is needed to read texts with it."""
+    owners = [scorer["name"] for scorer in PLAN.scorers()]
+    return {
+        "reward_models": [in_results(PLAN.path(run, "reward_model")) for run in owners],
+        "principles": [RUNS[run].judge.principles for run in owners],
+        "templates": [RUNS[run].reward_model.template for run in owners],
+        "model": [file for run in owners for file in base_model(run)],
+    }
+
+
+def scorers_settings():
+    """Parameter: the reward models of `scorers_input` with their sections."""
+    settings_of = lambda value: value.deciding() if isinstance(value, Section) else value
+    return to_json([{name: settings_of(value) for name, value in one.items()} for one in PLAN.scorers()]).decode()
+
+
+def task_prompt(wildcards):
+    """Parameter: what of the policy's prompt decides how tasks are asked."""
+    config = run_settings(wildcards)
+    return deciding(TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format))
+
+
+# ---- The report ---------------------------------------------------------------------------------------------------
+
+
+def pictures_and_tables(folder, caption, category, of_run=True):
+    """Output: a folder whose pictures and tables are in Snakemake's report.
+
+    Args:
+        folder: path of the folder.
+        caption: file in rules/captions.
+        category: of the report.
+        of_run: whether it shows one run, after which it is then filed.
+    """
+    return report(
+        directory(folder),
+        patterns=["{what}.{kind,svg|html}"],
+        caption=f"captions/{caption}.rst",
+        category=category,
+        subcategory=run_name if of_run else "all runs",
+        labels={"shown": "{what}"},
+    )
+
+
+def drawn(name):
+    """Input: what a part of the report shows."""
+    return lambda wildcards: [in_results(path) for _, _, path in PLAN.drawn(run_name(wildcards), name)]
+
+
+def drawn_parts(name):
+    """Input: what a part of the report shows of one run, by the option of the script that reads it."""
+
+    def option(artifact):
+        return (
+            "measured" if artifact.endswith("_evaluation") else "preferences" if artifact == "preferences" else "model"
+        )
+
+    return lambda wildcards: {option(one): in_results(path) for one, _, path in PLAN.drawn(run_name(wildcards), name)}
+
+
+def shown_option(wildcards, input):
+    """Parameter: the inputs of `drawn_parts` as options."""
+    return " ".join(f"--{name} {shlex.quote(path)}" for name, path in input.items() if name != "home")
+
+
+# ---- The demo -----------------------------------------------------------------------------------------------------
+
+
+# What `make_demo_data` writes besides its manifest.
+DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
+DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
+
+
+def demo_world(wildcards):
+    """No input, but a refusal of other data: the oracles measure texts of the demo's world only."""
+    made = {f"{settings.pathvars.results}/data/{file}" for file in DEMO_DATA}
+    if settings.judge.model:
+        raise WorkflowError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
+    for run, config in RUNS.items():
+        for key in ("model", "policy_prompt", "lora", "scoring", "judge"):
+            if getattr(config, key).deciding() != getattr(settings, key).deciding():
+                raise WorkflowError(
+                    f"the demo's evaluation measures runs of one initial policy and judge, but runs.{run} has another {key}"
+                )
+        for name, source in config.prompts.sources.items():
+            if foreign := sorted(set(source.paths) - made):
+                key = f"prompts.sources.{name}.path" if run == "default" else f"runs.{run}.prompts.sources.{name}.path"
+                raise WorkflowError(
+                    f"evaluation measures the demo's world with the demo's oracles, and {key}, {foreign[0]}, is not of it: "
+                    "there is nothing to measure these runs by"
+                )
+    return []
