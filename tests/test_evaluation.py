@@ -18,7 +18,7 @@ import draw_reward_model
 import evaluate_policies
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
-from salmon import checked, configuration, evaluation, figures, plan
+from salmon import checked, configuration, evaluation, figures, intervals, plan
 from salmon.artifacts import write_table
 from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
@@ -47,9 +47,9 @@ def test_an_interval_does_not_depend_on_how_much_is_held(monkeypatch: pytest.Mon
     """Draws in blocks are other draws, of the same distribution."""
     values = np.random.default_rng(0).random(300) < 0.3
     groups = [f"p{number}" for number in range(300)]
-    whole = evaluation.estimate(values, groups, 0)
-    monkeypatch.setattr(evaluation, "HELD", 7_000)
-    parts = evaluation.estimate(values, groups, 0)
+    whole = intervals.estimate(values, groups, 0)
+    monkeypatch.setattr(intervals, "HELD", 7_000)
+    parts = intervals.estimate(values, groups, 0)
     assert parts["low"] == pytest.approx(whole["low"], abs=0.01)
     assert parts["high"] == pytest.approx(whole["high"], abs=0.01)
 
@@ -59,17 +59,17 @@ def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
     generator = np.random.default_rng(0)
     values = generator.random(200) < 0.3
     groups = [f"p{number}" for number in range(200)]
-    once = evaluation.estimate(values, groups, 0)
-    often = evaluation.estimate(np.repeat(values, 5), np.repeat(groups, 5).tolist(), 0)
+    once = intervals.estimate(values, groups, 0)
+    often = intervals.estimate(np.repeat(values, 5), np.repeat(groups, 5).tolist(), 0)
     share = values.mean()
     width = 2 * 1.96 * math.sqrt(share * (1 - share) / 200)
     for found in (once, often):
         assert found["value"] == pytest.approx(share)
         assert found["high"] - found["low"] == pytest.approx(width, rel=0.1)
     assert (once["number"], often["number"]) == (200, 1000)
-    assert evaluation.estimate(values, groups, 0) == once
-    assert evaluation.estimate([math.nan], ["p"], 0) == {"value": None, "low": None, "high": None, "number": 0}
-    assert evaluation.estimate([1.0, math.nan], ["p", "q"], 0)["number"] == 1
+    assert intervals.estimate(values, groups, 0) == once
+    assert intervals.estimate([math.nan], ["p"], 0) == {"value": None, "low": None, "high": None, "number": 0}
+    assert intervals.estimate([1.0, math.nan], ["p", "q"], 0)["number"] == 1
 
 
 def test_no_interval_has_the_width_of_nothing() -> None:
@@ -77,30 +77,30 @@ def test_no_interval_has_the_width_of_nothing() -> None:
     names = [f"p{number}" for number in range(40)]
     for value in (0.0, 0.5, 1.0):
         for groups in (names, names[:3], [*"ab"] * 20, ["a"], [*names, *names]):
-            found = evaluation.share([value] * len(groups), groups, 0)
+            found = intervals.share([value] * len(groups), groups, 0)
             low, high = found["low"], found["high"]
             assert low is not None
             assert high is not None
             assert 0 <= low <= value <= high <= 1
             assert high - low > 0.08
             assert (found["value"], found["number"]) == (value, len(groups))
-    few = evaluation.estimate([1.0, 2.0, 4.0], [*"abc"], 0)
+    few = intervals.estimate([1.0, 2.0, 4.0], [*"abc"], 0)
     assert few == {"value": pytest.approx(7 / 3), "low": None, "high": None, "number": 3}
-    assert evaluation.share([], [], 0)["value"] is None
+    assert intervals.share([], [], 0)["value"] is None
     won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: no plain share
-    assert evaluation.share(won, names, 0) == evaluation.estimate(won, names, 0)
+    assert intervals.share(won, names, 0) == intervals.estimate(won, names, 0)
 
 
 def test_wilsons_interval_holds_what_it_says() -> None:
     """Its ends are the shares under which the observed one is just 1.96 standard errors away (Wilson, 1927)."""
     for value, number in ((0.3, 20), (0.9, 50), (0.02, 100)):
-        for end in evaluation.wilson(value, number):
+        for end in intervals.wilson(value, number):
             assert abs(value - end) / math.sqrt(end * (1 - end) / number) == pytest.approx(1.959964)
-    assert evaluation.wilson(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    assert intervals.wilson(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
     names = [f"p{number}" for number in range(50)]
     values = np.arange(50) < 15
-    found = evaluation.share(values, names, 0)
-    assert (found["low"], found["high"]) == evaluation.wilson(0.3, 50)
+    found = intervals.share(values, names, 0)
+    assert (found["low"], found["high"]) == intervals.wilson(0.3, 50)
 
 
 def judgements(pairs: int = 40) -> pl.DataFrame:
@@ -155,7 +155,7 @@ def test_a_judge_is_held_against_people() -> None:
     assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     right = [1, 0.5, 0, 0.5]
-    low, high = evaluation.wilson(0.5, 3)  # pairs of one instruction are one
+    low, high = intervals.wilson(0.5, 3)  # pairs of one instruction are one
     assert ethical["right"] == {"value": np.mean(right), "low": low, "high": high, "number": 4}
     assert found["other"]["Concise"]["right"] == {
         "value": 0.0,
@@ -198,7 +198,7 @@ def test_distinct_words_do_not_depend_on_the_length() -> None:
     texts = [" ".join(chance.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(30 + one % 40)) for one in range(40)]
     texts += ["short", ""]
 
-    def measured(texts: list[str]) -> dict[str, evaluation.Estimate]:
+    def measured(texts: list[str]) -> dict[str, intervals.Estimate]:
         rows = [{**ANSWER, "prompt_id": f"p{place}", "response": text} for place, text in enumerate(texts)]
         return evaluation.behaviour(pl.DataFrame(rows, schema=ANSWERS.schema), 0)
 
@@ -216,7 +216,7 @@ def test_distinct_words_do_not_depend_on_the_length() -> None:
     drawn = [len({*chance.sample(pairs, evaluation.SAMPLE)}) / evaluation.SAMPLE for _ in range(300)]
     assert found["corpus_distinct_2"]["number"] == len(pairs)
     assert found["corpus_distinct_2"]["value"] == pytest.approx(np.mean(drawn), abs=0.003)
-    assert measured(texts[:2])["corpus_distinct_2"] == {**evaluation.estimate([], [], 0), "number": 30 + 31 - 2}
+    assert measured(texts[:2])["corpus_distinct_2"] == {**intervals.estimate([], [], 0), "number": 30 + 31 - 2}
     longer = measured([f"{text} {text}" for text in texts])  # says all twice
     assert longer["distinct_1"]["value"] < 0.75 * found["distinct_1"]["value"]  # type: ignore[operator]
     assert longer["window_distinct_1"]["value"] == pytest.approx(found["window_distinct_1"]["value"], abs=0.03)
@@ -288,7 +288,7 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     assert measured["endpoint"]["mine"]["initial policy"] == json.loads(json.dumps(found))
     (versus,) = (one.rows for one in figures.policies(measured).tables if one.heading.endswith("by the judge"))
     assert [row[:3] for row in versus] == [["Concise", "mine", "control"]]
-    assert versus[0][3] == measured["versus"]["Concise"]["mine"]["control"] == evaluation.share([1.0] * 7, [*both], 0)
+    assert versus[0][3] == measured["versus"]["Concise"]["mine"]["control"] == intervals.share([1.0] * 7, [*both], 0)
     assert "| Concise, mine against control | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
     assert measured["initial"] == {"mine": "initial policy"}
     assert "| mine, mt_bench | initial policy | 1.00 (" in (tmp_path / "found" / "policies.md").read_text()
@@ -349,7 +349,7 @@ def test_numbers_of_held_out_records() -> None:
     assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
-    low, high = evaluation.wilson(0.5, 1)  # both of one prompt
+    low, high = intervals.wilson(0.5, 1)  # both of one prompt
     assert found["flips"]["Concise"] == {"value": 0.5, "low": low, "high": high, "number": 2}
     assert "clean" not in found
     assert "clean" not in concise

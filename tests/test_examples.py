@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from examples.smollm2 import write_readme
-from salmon import evaluation
+from salmon import intervals
 from tests.test_workflow import elsewhere, jobs, snakemake
 from tests.zoo import ARCHITECTURES
 
@@ -104,5 +104,5 @@ def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
     assert found[1] == write_readme.shown(judge["principles"]["Concise"]["agree"])
     assert found[4] == str(len(sure))
     assert found[5].startswith(f"{sum(right) / len(right):.2f} (") if right else not found[5]
-    assert found[6].startswith(f"{evaluation.estimate(mean_right, sure, 0)['value']:.2f} (")
+    assert found[6].startswith(f"{intervals.estimate(mean_right, sure, 0)['value']:.2f} (")
     assert "| default |" in text

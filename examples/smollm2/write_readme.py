@@ -21,7 +21,7 @@ from pydantic import Field
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "workflow_scripts")]
 
-from salmon import artifacts, evaluation, script  # noqa: E402
+from salmon import artifacts, evaluation, intervals, script  # noqa: E402
 from salmon.errors import UserError  # noqa: E402
 
 log = logging.getLogger("salmon.write_readme")
@@ -96,7 +96,7 @@ def made_by(results: Path) -> str:
     commit = (manifest["git_commit"] or "unknown")[:7]
     return (
         f"Measured on {day}, on {os.cpu_count()} cores ({processor}) without a GPU, in float32, at commit {commit}. "
-        f"In brackets: {evaluation.LEVEL:.0%} intervals (by prompt)."
+        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt)."
     )
 
 
@@ -181,7 +181,7 @@ def of_program(pairs: pl.DataFrame, program: Callable[[str, str], int]) -> list[
     known, groups = sign != 0, pairs["prompt_id"].to_list()
     agreed = np.where(known & (s12 * s21 > 0), s12 > 0, np.nan)
     mean = np.where(known, evaluation.correct(s12 + s21), np.nan)
-    measured = [evaluation.estimate(values, groups, 0) for values in (agreed, mean)]
+    measured = [intervals.estimate(values, groups, 0) for values in (agreed, mean)]
     return [str(int(known.sum())), *map(shown, measured)]
 
 
@@ -224,7 +224,7 @@ def behaviour_table(policies: Mapping[str, Any], results: Path) -> Table:
         found = policies["behaviour"][name]
         path = "initial_answers" if name not in runs_of(results) else f"../runs/{name}/evaluation/answers"
         answers = pl.read_parquet(results / "evaluation" / f"{path}.parquet")
-        lists = evaluation.estimate(
+        lists = intervals.estimate(
             [items(text) >= 3 for text in answers["response"]], answers["prompt_id"].to_list(), 0
         )
         row = [shown(found["words"], "{:.0f}"), shown(lists), shown(found["finished"]), shown(found["kl"])]
