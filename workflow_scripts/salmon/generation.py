@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import batching, distributed, encoding
+from salmon import caches, distributed, encoding
 from salmon.batching import batches, left_pad, position_ids
 from salmon.errors import UserError
 from salmon.text import cut_thinking
@@ -128,9 +128,12 @@ def generate(
         drawn = sample_tokens(logits, uniforms, temperature, top_p)
         drawn = distributed.from_main(drawn) if ranks == "together" else drawn
         keep = responses.add(part.rows, drawn.tolist())
-        if waiting.refills and not batching.can_join(part.cache):
-            _say_that_batches_drain(type(model).__name__)
-            waiting.drain()
+        if waiting.refills and part is not running:
+            if caches.can_join(part.cache):
+                caches.make_room(part.cache)
+            else:
+                _say_that_batches_drain(type(model).__name__)
+                waiting.drain()
         part = part.advance(drawn, keep) if keep else nobody
         running = running.join(part) if admit else part
         if running.rows and waiting.refills:
@@ -264,19 +267,20 @@ class _Rows:
         self.ids, self.positions = drawn[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         if len(keep) < len(self.rows):
-            # One copy of the cache, no more than a step makes of it anyway; every later step is cheaper.
-            kept = torch.tensor(keep, device=drawn.device)
-            batching.select_rows(self.cache, kept)
-            self.ids, self.positions, self.mask = self.ids[kept], self.positions[kept], self.mask[kept]
-            self.rows = [self.rows[place] for place in keep]
+            # The last rows take the places of those that ended, so that the others need not be copied.
+            kept, last = set(keep), [place for place in keep if place >= len(keep)]
+            places = [place if place in kept else last.pop() for place in range(len(keep))]
+            caches.keep_rows(self.cache, places, drawn.device)
+            self.ids, self.positions, self.mask = self.ids[places], self.positions[places], self.mask[places]
+            self.rows = [self.rows[place] for place in places]
         return self
 
     def join(self, others: Self) -> Self:
         """These rows and then others, each about to read one token, in one cache."""
         if not self.rows or not others.rows:
             return self if self.rows else others
-        batching.join_rows(self.cache, others.cache)
-        self.mask = batching.join_masks(self.mask, others.mask)
+        caches.join_rows(self.cache, others.cache)
+        self.mask = caches.join_masks(self.mask, others.mask)
         self.ids = torch.cat([self.ids, others.ids])
         self.positions = torch.cat([self.positions, others.positions])
         self.rows += others.rows
@@ -286,7 +290,7 @@ class _Rows:
         """Leave out the padding that all rows have in common, the longest being of so many tokens."""
         surplus = self.mask.shape[1] - longest
         if surplus:
-            batching.cut_padding(self.cache, surplus)
+            caches.cut_padding(self.cache, surplus)
             self.mask = self.mask[:, surplus:]
 
 
