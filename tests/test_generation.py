@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from salmon import batching, encoding, generation, models
+from salmon import batching, caches, encoding, generation, models
 from salmon.config import Model, PolicyPrompt
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
@@ -100,8 +100,14 @@ def slow(model: nn.Module, prompt: list[int], seed: int, limit: int, temperature
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.5, 0.8), (0.0, 1.0)])
 def test_equals_slow_reference(
-    model: nn.Module, tokenizer: Any, prompts: list[list[int]], temperature: float, top_p: float
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    temperature: float,
+    top_p: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(caches, "ROOM", 4)  # tokens, after which a cache grows again
     limits = [20, 9, 1, 30, 15]
     expected = [
         slow(model, prompt, seed, limit, temperature, top_p)

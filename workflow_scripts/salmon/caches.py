@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):
 
     def keep(self, rows: int, new: Tensor, old: Tensor) -> None:
         """Keep so many rows, the first ones after those of the old places have been copied to the new ones."""
-        for states in (self.keys, self.values):
+        for states in (self.keys, self.values) if len(new) else ():
             states.index_copy_(0, new, states.index_select(0, old))
         self._resize(rows, self.keys.shape[-2])
 
