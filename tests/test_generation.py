@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from salmon import batching, encoding, generation, models
+from salmon import batching, caches, encoding, generation, models
 from salmon.config import Model, PolicyPrompt
 from salmon.errors import UserError
 from salmon.generation import Generation, generate
@@ -100,25 +100,95 @@ def slow(model: nn.Module, prompt: list[int], seed: int, limit: int, temperature
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.5, 0.8), (0.0, 1.0)])
 def test_equals_slow_reference(
-    model: nn.Module, tokenizer: Any, prompts: list[list[int]], temperature: float, top_p: float
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    temperature: float,
+    top_p: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(caches, "ROOM", 4)  # tokens, after which a cache grows again
     limits = [20, 9, 1, 30, 15]
-    found = generate(
-        model,
-        tokenizer,
-        prompts,
-        range(5),
-        max_new_tokens=limits,
-        temperature=temperature,
-        top_p=top_p,
-        device="cpu",
-    )
     expected = [
         slow(model, prompt, seed, limit, temperature, top_p)
         for seed, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    assert [row.tokens for row in found] == expected
-    assert [row.finish_reason for row in found] == ["eos" if 2 in tokens else "length" for tokens in expected]
+    for batch_size, refill in ((5, 0.25), (2, 0.25), (3, 0.5), (2, 1.0)):
+        found = generate(
+            model,
+            tokenizer,
+            prompts,
+            range(5),
+            batch_size=batch_size,
+            max_new_tokens=limits,
+            temperature=temperature,
+            top_p=top_p,
+            device="cpu",
+            refill=refill,
+        )
+        assert [row.tokens for row in found] == expected
+        assert [row.finish_reason for row in found] == ["eos" if 2 in tokens else "length" for tokens in expected]
+
+
+@pytest.mark.parametrize(
+    ("refill", "calls"),
+    [
+        # Of four rows of 8 tokens two end after two calls; two of 7 and 5 join, the former ends at once, and one of 4
+        # joins. In the end that one is alone, without the padding that it had beside the others.
+        (0.25, "4x8 4x1/9 2x7 1x4 4x1/10 4x1/11 3x1/12 1x1/8 1x1/9 1x1/10 1x1/11 1x1/12"),
+        (1.0, "4x8 4x1/9 2x1/10 2x1/11 1x1/12 3x7 2x1/8 2x1/9 2x1/10 1x1/11 1x1/12 1x1/13 1x1/14 1x1/15"),
+    ],
+)
+def test_rows_that_end_make_room(model: nn.Module, tokenizer: Any, refill: float, calls: str) -> None:
+    """Calls of the model as rows x tokens to read / tokens in the cache and to read."""
+    found = []
+
+    def note(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
+        rows, tokens = named["input_ids"].shape
+        width = named["attention_mask"].shape[1]
+        found.append(f"{rows}x{tokens}" + (f"/{width}" if named["past_key_values"] else ""))
+
+    limits = [5, 2, 2, 4, 1, 4, 9]
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        rows = generate(
+            model,
+            tokenizer,
+            [[1] * length for length in (8, 8, 8, 8, 7, 5, 4)],
+            range(7),
+            batch_size=4,
+            max_new_tokens=limits,
+            temperature=0,
+            device="cpu",
+            refill=refill,
+        )
+    finally:
+        hook.remove()
+    assert [len(row.tokens) for row in rows] == limits
+    assert found == calls.split()
+
+
+def test_batches_drain_where_caches_cannot_be_joined(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Unknown(Scripted):
+        """With a cache that is none of transformers'."""
+
+    lines = {10: [9, 9, 9, 2], 11: [2], 12: [9, 2], 13: [9, 9, 2]}
+    for _ in range(2):
+        model = Unknown(len(tokenizer), lines)
+        with caplog.at_level("INFO"):
+            found = generate(
+                model,
+                tokenizer,
+                [[row] for row in lines],
+                range(4),
+                batch_size=2,
+                max_new_tokens=9,
+                temperature=0,
+                device="cpu",
+            )
+        assert [row.tokens for row in found] == list(lines.values())
+        assert model.sizes == [2, 1, 1, 1, 2, 2, 1]
+    assert caplog.text.count("Unknown: its caches cannot be joined") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -127,12 +197,13 @@ def test_row_does_not_depend_on_its_batch(
 ) -> None:
     policy = models.load_initial_policy(settings, "cpu").to(dtype)
 
-    def sample(rows: Sequence[int]) -> list[Generation]:
+    def sample(rows: Sequence[int], batch_size: int = 5) -> list[Generation]:
         return generate(
             policy,
             tokenizer,
             [prompts[row] for row in rows],
             [100 + row for row in rows],
+            batch_size=batch_size,
             max_new_tokens=25,
             temperature=1.0,
             device="cpu",
@@ -142,16 +213,17 @@ def test_row_does_not_depend_on_its_batch(
     assert together == sample(range(5))
     assert together[::-1] == sample([4, 3, 2, 1, 0])
     assert together == [sample([row])[0] for row in range(5)]
+    assert together == sample(range(5), 2) == sample(range(5), 3)
     assert len({tuple(row.tokens) for row in sample([1, 1])}) == 1
-    assert (
-        together[0].tokens
-        != generate(policy, tokenizer, prompts[:1], [1], max_new_tokens=25, temperature=1.0, device="cpu")[0].tokens
+    other = generate(
+        policy, tokenizer, prompts[:1], [1], batch_size=1, max_new_tokens=25, temperature=1.0, device="cpu"
     )
+    assert together[0].tokens != other[0].tokens
 
 
 def test_more_room_changes_no_earlier_token(model: nn.Module, tokenizer: Any, prompts: list[list[int]]) -> None:
     short, long = (
-        generate(model, tokenizer, prompts, range(5), max_new_tokens=room, temperature=1.0, device="cpu")
+        generate(model, tokenizer, prompts, range(5), batch_size=5, max_new_tokens=room, temperature=1.0, device="cpu")
         for room in (5, 12)
     )
     assert [row.tokens for row in short] == [row.tokens[:5] for row in long]
@@ -198,7 +270,7 @@ def test_logits_that_are_not_finite_are_an_error(tokenizer: Any) -> None:
 
     broken = Broken(len(tokenizer), {1: [9, 9], 3: [9, 9]})
     with pytest.raises(UserError, match="not finite"):
-        generate(broken, tokenizer, [[1], [3]], [0, 1], max_new_tokens=2, temperature=1.0, device="cpu")
+        generate(broken, tokenizer, [[1], [3]], [0, 1], batch_size=2, max_new_tokens=2, temperature=1.0, device="cpu")
 
 
 def say(tokenizer: Any, *texts: str, stop: Sequence[str], lead: str = "Hi\n") -> list[Generation]:
@@ -212,6 +284,7 @@ def say(tokenizer: Any, *texts: str, stop: Sequence[str], lead: str = "Hi\n") ->
         tokenizer,
         [[row, *start] for row in lines],
         [0] * len(lines),
+        batch_size=len(lines),
         max_new_tokens=max(map(len, lines.values())) - 1,
         temperature=0.5,
         stop=stop,
@@ -286,7 +359,13 @@ def test_a_stop_string_spelled_out_stops_too() -> None:
         token for letter in "Yes<|im_end|>" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]
     ]
     model = Scripted(len(tokenizer), {10: [*spelled, 9, 9]})
-    options: Any = {"max_new_tokens": len(spelled) + 1, "temperature": 0.0, "stop": ["<|im_end|>"], "device": "cpu"}
+    options: Any = {
+        "batch_size": 1,
+        "max_new_tokens": len(spelled) + 1,
+        "temperature": 0.0,
+        "stop": ["<|im_end|>"],
+        "device": "cpu",
+    }
     assert generate(model, tokenizer, [[10]], [0], **options) == [Generation(spelled, "Yes", "stop")]
 
 
@@ -304,7 +383,14 @@ def test_every_prefix_of_a_stop_string_is_no_stop(tokenizer: Any) -> None:
 def test_finished_rows_leave_the_batch(tokenizer: Any) -> None:
     model = Scripted(len(tokenizer), {10: [9, 9, 9, 9, 2], 11: [2], 12: [9, 9, 2], 13: [2]})
     found = generate(
-        model, tokenizer, [[10], [11], [12], [13]], range(4), max_new_tokens=9, temperature=1.0, device="cpu"
+        model,
+        tokenizer,
+        [[10], [11], [12], [13]],
+        range(4),
+        batch_size=4,
+        max_new_tokens=9,
+        temperature=1.0,
+        device="cpu",
     )
     assert model.sizes == [4, 2, 2, 1, 1]
     assert [row.tokens for row in found] == [[9, 9, 9, 9, 2], [2], [9, 9, 2], [2]]
@@ -314,7 +400,7 @@ def test_finished_rows_leave_the_batch(tokenizer: Any) -> None:
 def test_end_tokens_of_the_generation_config(tokenizer: Any) -> None:
     model = Scripted(len(tokenizer), {10: [9, 30, 9]})
     model.generation_config = SimpleNamespace(eos_token_id=[2, 30])  # type: ignore[assignment]
-    found = generate(model, tokenizer, [[10]], [0], max_new_tokens=3, temperature=1.0, device="cpu")[0]
+    found = generate(model, tokenizer, [[10]], [0], batch_size=1, max_new_tokens=3, temperature=1.0, device="cpu")[0]
     assert (found.tokens, found.finish_reason) == ([9, 30], "eos")
 
 
@@ -328,7 +414,9 @@ def test_adapters_and_quantised_bases(
     base = models.load_initial_policy(settings, "cpu")
 
     def sample(model: nn.Module) -> list[Generation]:
-        return generate(model, tokenizer, prompts, range(5), max_new_tokens=8, temperature=1.0, device="cpu")
+        return generate(
+            model, tokenizer, prompts, range(5), batch_size=5, max_new_tokens=8, temperature=1.0, device="cpu"
+        )
 
     plain = sample(base)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
@@ -348,18 +436,27 @@ def test_adapters_and_quantised_bases(
     ],
 )
 def test_wrong_calls(model: nn.Module, tokenizer: Any, wrong: dict[str, Any]) -> None:
-    call: dict[str, Any] = {"prompts": [[1], [1, 5]], "seeds": [1, 2], "max_new_tokens": 2}
+    call: dict[str, Any] = {"prompts": [[1], [1, 5]], "seeds": [1, 2], "batch_size": 2, "max_new_tokens": 2}
     with pytest.raises(ValueError, match=r"prompt"):
         generate(model, tokenizer, **(call | wrong), temperature=1.0, device="cpu")
 
 
 def test_training_mode_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"eval"):
-        generate(Scripted(9, {}).train(), tokenizer, [[1]], [0], max_new_tokens=1, temperature=1.0, device="cpu")
+        generate(
+            Scripted(9, {}).train(),
+            tokenizer,
+            [[1]],
+            [0],
+            batch_size=1,
+            max_new_tokens=1,
+            temperature=1.0,
+            device="cpu",
+        )
 
 
 def test_no_prompts(model: nn.Module, tokenizer: Any) -> None:
-    assert generate(model, tokenizer, [], [], max_new_tokens=5, temperature=1.0, device="cpu") == []
+    assert generate(model, tokenizer, [], [], batch_size=2, max_new_tokens=5, temperature=1.0, device="cpu") == []
 
 
 def test_batches_hold_every_row_once_longest_first() -> None:

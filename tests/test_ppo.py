@@ -93,15 +93,19 @@ def test_rollouts_belong_to_places_and_not_to_ranks(world: World, shared: Shared
     prompts = world.read_prompts()["instruction"]
     rows = ppo.rows_of_step(3, len(prompts), world.ppo())
     assert [rollout.instruction.split("\n")[0] for rollout in alone] == [prompts[row] for row in rows]
+    of_ranks = []
     for rank in (0, 1):
         with (
             mock.patch.object(distributed, "rank", return_value=rank),
             mock.patch.object(distributed, "world", return_value=2),
         ):
-            mine = sample(world, shared, 3)
-        assert [(r.place, r.query, r.response) for r in mine] == [
-            (r.place, r.query, r.response) for r in alone[rank::2]
-        ]
+            of_ranks.append(sample(world, shared, 3))
+    mine = sorted((r.place, r.query, r.response) for rollouts in of_ranks for r in rollouts)
+    assert mine == [(r.place, r.query, r.response) for r in alone]
+    # Dealt by length: as many long ones as short ones each.
+    first, second = (sorted((len(r.query) for r in rollouts), reverse=True) for rollouts in of_ranks)
+    assert all(a >= b for a, b in zip(first, second, strict=True))
+    assert all(b >= a for b, a in zip(second, first[1:], strict=False))
     assert [r.response for r in sample(world, shared, 4)] != [r.response for r in alone]
 
 

@@ -1,11 +1,14 @@
 """PPO on several ranks, with the model whole on each and with DeepSpeed's shards, against one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from salmon import models
+from tests.ppo_rank import SHARES, in_step
 from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, signalled, slow_gradient, weights
 from tests.running import ROOT, SCRIPTS, launch
 
@@ -43,6 +46,15 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
         assert found["response_tokens"] == expected["response_tokens"]
 
 
+def test_two_ranks_sample_in_step_what_one_samples(world: World, two_ranks: Path) -> None:
+    """As under ZeRO-3: all ranks call the model equally often, with different shares, one of them empty."""
+    model = models.load_initial_policy(world.model, "cpu").double()
+    first, second = (json.loads((two_ranks / f"lockstep{rank}.json").read_text()) for rank in (0, 1))
+    for shares, (tokens, calls), (other_tokens, other_calls) in zip(SHARES, first, second, strict=True):
+        assert calls == other_calls
+        assert tokens + other_tokens == in_step(model, world.tokenizer, shares)[0]
+
+
 class Payload:
     """What a pickle can do when it is read."""
 
@@ -62,20 +74,34 @@ def plant(work: Path, mark: Path) -> list[Path]:
     return pickles
 
 
+SAYING_HOW_RANKS_SAMPLE = """
+import sys, train_policy
+load_sampler = train_policy.load_sampler
+def load(*arguments):
+    sampler = load_sampler(*arguments)
+    print("sampling", sampler.ranks, file=sys.stderr)
+    return sampler
+train_policy.load_sampler = load
+"""
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2), (2, 1)])
 def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     world: World, policy: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:
     """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well.
 
+    Ranks of ZeRO-2 do not wait for each other while they sample.
+
     A rollout a pass: the gradients of a minibatch are those of all its passes.
     """
     output = tmp_path / "policy"
     options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "micro-batch-size": 1}
     arguments = world.arguments(output, options)
-    (tmp_path / "stopped.py").write_text(signalled("SIGTERM", 3))
+    (tmp_path / "stopped.py").write_text(SAYING_HOW_RANKS_SAMPLE + signalled("SIGTERM", 3))
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)
     assert stopped.returncode == 1, stopped.stderr
+    assert f"sampling {'lockstep' if stage == 3 else 'apart'}" in stopped.stderr
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr
     planted = [] if ranks > 1 else plant(tmp_path / ".work" / "policy", tmp_path / "ran")
     done = launch(ranks, SCRIPTS / "train_policy.py", *arguments)

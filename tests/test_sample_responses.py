@@ -98,6 +98,7 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
             tokenizer,
             [prompt],
             [seed_of("response", 42, row["prompt_id"])],
+            batch_size=1,
             max_new_tokens=room - len(prompt),
             temperature=1.0,
             stop=["\n### User\n", "st"],
@@ -202,12 +203,12 @@ def test_killed_and_resumed(work: Path, model: config.Model) -> None:
     table([(f"Which of the planets has rings, {row}?", "") for row in range(20)]).write_parquet(
         work / "prompts.parquet"
     )
-    run(work, model, "expected.parquet", batch_size=1, max_length=150)
+    run(work, model, "expected.parquet", batch_size=1, max_length=150)  # 10 parts of 2
     resumed = options(work, model, "resumed.parquet", batch_size=1, max_length=150)
     parts = kill_at_first_part(command(sample_responses, resumed), work / "resumed.parquet")
     with patch.object(sampling, "generate", side_effect=generate) as again:
         sample_responses.main(sample_responses.Arguments(**resumed))
-    assert again.call_count == 20 - parts
+    assert again.call_count == 10 - parts
     assert (work / "resumed.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
     assert not (work / ".work").exists()
 
@@ -229,13 +230,23 @@ def test_killed_and_started_with_other_weights(work: Path, tiny_model: Path) -> 
     assert file.stat().st_size == size
     with patch.object(sampling, "generate", side_effect=generate) as again:
         sample_responses.main(sample_responses.Arguments(**resumed))
-    assert again.call_count == 20
+    assert again.call_count == 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "parts"),
+    [(0, 4, 0), (7, 4, 1), (120, 4, 15), (200, 4, 16), (500, 4, 16), (512, 4, 16), (2000, 4, 63)],
+)
+def test_a_shard_is_sampled_in_calls_of_two_to_eight_batches(rows: int, batch_size: int, parts: int) -> None:
+    size = sample_responses.rows_per_part(rows, batch_size)
+    assert 2 * batch_size <= size <= 8 * batch_size
+    assert -(-rows // size) == parts
 
 
 @pytest.mark.parametrize("done", [{0, 1}, {2}])
 def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[int]) -> None:
-    """An interruption after any of the batches, as ranks leave them."""
-    run(work, model, "expected.parquet")
+    """An interruption after any of the calls of the sampler, as ranks leave them."""
+    run(work, model, "expected.parquet", batch_size=1)
     written: list[pl.DataFrame] = []
 
     class Interrupted(WorkFolder):
@@ -250,10 +261,10 @@ def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[i
             return super().read_parts(schema)
 
     with patch.object(sample_responses, "WorkFolder", Interrupted), pytest.raises(KeyboardInterrupt):
-        run(work, model)
+        run(work, model, batch_size=1)
     assert not (work / "out.parquet").exists()
     with patch.object(sampling, "generate", side_effect=generate) as again:
-        run(work, model)
+        run(work, model, batch_size=1)
     assert again.call_count == 3 - len(done)
     assert (work / "out.parquet").read_bytes() == (work / "expected.parquet").read_bytes()
 
@@ -281,16 +292,17 @@ def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
 
 
 def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
-    run(work, model, "one.parquet")
-    subprocess.run(command(sample_responses, options(work, model, "two.parquet"), *TORCHRUN), check=True)
+    run(work, model, "one.parquet", batch_size=1)  # three calls of the sampler
+    two = options(work, model, "two.parquet", batch_size=1)
+    subprocess.run(command(sample_responses, two, *TORCHRUN), check=True)
     assert (work / "two.parquet").read_bytes() == (work / "one.parquet").read_bytes()
     assert counts(work, "two") == counts(work, "one")
 
 
 def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, model: config.Model) -> None:
     """Tensor parallelism changes the order of sums, which moved no token here; the text says the rest."""
-    expected = run(work, model, "one.parquet", batch_size=4)
-    together = options(work, model, "two.parquet", batch_size=4) | {"tensor_parallel": True}
+    expected = run(work, model, "one.parquet", batch_size=3)  # six rows: newcomers join others
+    together = options(work, model, "two.parquet", batch_size=3) | {"tensor_parallel": True}
     done = subprocess.run(command(sample_responses, together, *TORCHRUN), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert pl.read_parquet(work / "two.parquet").equals(expected)
@@ -328,6 +340,6 @@ def test_more_tokens_than_the_model_reads(work: Path, model: config.Model) -> No
 def test_no_text_of_the_data_in_the_log(work: Path, model: config.Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"), patch.object(script.progress, "__kwdefaults__", {"done": 0, "every": 0.0}):
         found = run(work, model)
-    assert "batches of 2 prompts" in caplog.text
+    assert "batches of 4 prompts" in caplog.text
     for text in [*found["instruction"], *found["response"]]:
         assert len(text) < 5 or text not in caplog.text

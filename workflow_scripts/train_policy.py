@@ -119,7 +119,7 @@ def load_sampler(
     args: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, optimizer: Optimizer
 ) -> Sampler:
     """What samples the rollouts; `ppo.train` gives it the policy of each step."""
-    ranks: Ranks = "lockstep" if optimizer.lockstep else "apart"
+    ranks: Ranks = "lockstep" if optimizer.gathers_weights else "apart"
     return TransformersSampler(tokenizer, device, batch_size=args.sampling_batch_size, ranks=ranks)
 
 

@@ -16,6 +16,12 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def dealt(lengths: Sequence[int], rank: int, world: int) -> list[int]:
+    """Places of the rows of one rank, in their order: as many of each length as the other ranks have, within one."""
+    by_length = [place for batch in batches(lengths, world) for place in batch[rank : rank + 1]]
+    return sorted(by_length)
+
+
 def left_pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as a rectangle, padded on the left. The mask alone says what is padding.
 

@@ -192,7 +192,7 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
 def sampling(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Greedy answers of a batch whose rows end at different times are those of each prompt alone; positions suffice.
+    """Greedy answers of rows that end at different times, one joining others, are those of each prompt alone.
 
     Held against one forward pass over each prompt and answer: every token taken has the largest logit there, up to
     rounding.
@@ -202,7 +202,7 @@ def sampling(
     longest = shared_tokens(tokenizer, settings.policy_prompt, preamble) + settings.sampling.max_length
     models.check_context(model, longest, "policy_prompt.template's preamble + sampling.max_length")
     _check_vocabulary(tokenizer, model, queries)
-    sampler = TransformersSampler(tokenizer, device, batch_size=len(queries), model=model)
+    sampler = TransformersSampler(tokenizer, device, batch_size=len(queries) - 1, model=model)
     answers = sampler.sample(queries, [0] * len(queries), max_new_tokens=NEW_TOKENS, temperature=0)
     regret, largest, spread = 0.0, 0.0, []
     for query, answer in zip(queries, answers, strict=True):

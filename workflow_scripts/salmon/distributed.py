@@ -83,9 +83,9 @@ def from_main(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def all_true(value: bool, device: torch.device | str) -> bool:
-    """Whether a value is true on every rank."""
-    return int(sum_over_ranks(torch.tensor(int(value), device=device)).item()) == world()
+def any_true(values: Sequence[bool], device: torch.device | str) -> list[bool]:
+    """For each of some values, whether it is true on any rank, on every rank."""
+    return [number > 0 for number in sum_over_ranks(torch.tensor(values, dtype=torch.int64, device=device)).tolist()]
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,29 +1,42 @@
 """Sampling from a language model, in batches, with randomness that belongs to the row.
 
-What is guaranteed. A row's random numbers depend on its seed alone: not on the batch it is in, its place in
-it, the shard, the rank or the device. The same batch on the same machine gives the same tokens, byte for byte.
-In another batch, or on other hardware, the logits differ in their last bits, because the order of summation
-in a batched matrix product does; then a row keeps its tokens except where a random number falls within that
-rounding of the border between two tokens (in float32 about one token in a million, in bfloat16 more often).
+What is guaranteed. A row's random numbers depend on its seed and on how many tokens it has: not on the rows that are
+sampled with it, its place among them, the shard, the rank or the device. The same prompts, seeds and settings in one
+call of `generate` give the same tokens on the same machine, byte for byte. Beside other rows, or on other hardware, the
+logits differ in their last bits, because the order of summation in a batched matrix product does; then a row keeps its
+tokens except where a random number falls within that rounding of the border between two tokens (in float32 about one
+token in a million, in bfloat16 more often).
 """
 
+import logging
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from itertools import chain
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import batching, distributed, encoding
-from salmon.batching import left_pad, position_ids
+from salmon import caches, distributed, encoding
+from salmon.batching import batches, left_pad, position_ids
 from salmon.errors import UserError
 from salmon.text import cut_thinking
 
+log = logging.getLogger(__name__)
+
 FinishReason = Literal["eos", "stop", "length"]
 Ranks = Literal["apart", "together", "lockstep"]
+
+REFILL = 0.25
+"""Share of the slots that has to be free before the next prompts are read. Reading costs a call of the model for
+itself, idle slots cost half of this share on average: an eighth and a quarter are as fast, a half is slower
+(`benchmarks/sampling.py`: 339, 337 and 312 tokens/s), and long prompts are read in fewer calls at a quarter."""
 
 _UNIT = 2.0**48  # probabilities become integers in this unit, so that their sums are exact
 
@@ -53,31 +66,39 @@ def generate(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
+    batch_size: int,
     max_new_tokens: int | Sequence[int],
     temperature: float,
     top_p: float = 1.0,
     stop: Sequence[str] = (),
     device: torch.device | str,
     ranks: Ranks = "apart",
+    refill: float = REFILL,
 ) -> list[Generation]:
-    """Sample one response a prompt; all prompts are one batch.
+    """Sample one response a prompt, `batch_size` at a time; rows that end make room for the next prompts.
+
+    The longest prompts come first: too little memory shows at once, and those that follow need no room of their own.
+    Newcomers read their prompts together, in a call of the model of their own, and join the others with their caches.
 
     A stop string must appear as a whole; it may begin with the line break that ends the prompt, so that the
-    user's turn marker also ends a response that consists of nothing else. Finished rows leave the batch.
+    user's turn marker also ends a response that consists of nothing else.
 
     Args:
         model: causal language model in eval mode, with or without adapters, quantised or not.
         tokenizer: of the model; names the end token (the model's generation config may name more).
         prompts: token ids, at least one a prompt, special tokens included.
         seeds: one a prompt, 0 or more; see the guarantee above.
+        batch_size: rows at a time, at least 1.
         max_new_tokens: at least 1; for all rows, or one a row.
         temperature: logits are divided by it; 0 takes the most probable token.
         top_p: the most probable tokens that together reach this probability are kept, at least one.
         stop: strings that end a response.
         device: where the model is.
         ranks: `apart` this rank samples for itself. `together` all ranks hold parts of one model and sample the same
-            rows; what rank 0 draws counts. `lockstep` each rank has rows of its own, but all call the model equally
-            often, because it is gathered from all at each call (ZeRO-3); `max_new_tokens` is the same on all.
+            rows; what rank 0 draws counts. `lockstep` each rank has rows of its own, if any, but all call the model
+            equally often, because its weights are gathered from all at each call (ZeRO-3).
+        refill: newcomers join as soon as this share of the `batch_size` is free; at 1 only when all rows have ended,
+            as for a model whose caches cannot be joined.
 
     Returns:
         One generation a prompt, in their order.
@@ -85,66 +106,202 @@ def generate(
     Raises:
         UserError: where the model's logits are not finite.
     """
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if not len(prompts) == len(seeds) == len(limits):
-        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(limits)} limits")
     if model.training:
         raise ValueError("the model is in training mode, which may drop units and the cache; call model.eval()")
-    if not prompts:
-        return []
-    if min(limits) < 1 or not all(prompts):
-        raise ValueError("a prompt has no token, or no room for one more")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    responses = _Responses(prompts, seeds, limits, end_tokens(model, tokenizer), StopStrings(tokenizer, stop))
+    waiting = _Waiting([len(prompt) for prompt in prompts], batch_size, refill)
+    running = nobody = _Rows.begin({}, device)
+    while True:
+        busy, admit = bool(running.rows or waiting.rows), waiting.ready(len(running.rows))
+        if ranks == "lockstep":
+            busy, admit = distributed.any_true([busy, admit], device)
+        if not busy:
+            break
+        # Where another rank admits rows, this one does so, too, as far as it may: all call the model now.
+        part = running
+        if admit:
+            part = _Rows.begin({row: prompts[row] for row in waiting.admit(len(running.rows))}, device)
+        uniforms = torch.tensor(responses.draw(part.rows), dtype=torch.float64, device=device)
+        logits = part.call(model)
+        if not part.rows:  # this rank only kept step
+            continue
+        drawn = sample_tokens(logits, uniforms, temperature, top_p)
+        drawn = distributed.from_main(drawn) if ranks == "together" else drawn
+        keep = responses.add(part.rows, drawn.tolist())
+        if waiting.refills and part is not running:
+            if caches.can_join(part.cache):
+                caches.make_room(part.cache)
+            else:
+                _say_that_batches_drain(type(model).__name__)
+                waiting.drain()
+        part = part.advance(drawn, keep) if keep else nobody
+        running = running.join(part) if admit else part
+        if running.rows and waiting.refills:
+            running.cut_padding(responses.longest(running.rows))
+    return responses.generations()
 
-    ends = end_tokens(model, tokenizer)
-    stops = StopStrings(tokenizer, stop)
-    leads = [stops.lead(prompt) for prompt in prompts]
-    uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(max(limits)) for seed in seeds]))
-    uniforms = uniforms.to(device)
-    sampled: list[list[int]] = [[] for _ in prompts]
-    reasons: list[FinishReason] = ["length"] * len(prompts)
 
-    rows = list(range(len(prompts)))  # of the batch, as places in `prompts`
-    ids, mask = (tensor.to(device) for tensor in left_pad(prompts))
-    positions = position_ids(mask)
-    cache = None
-    for step in range(max(limits)):
+class _Responses:
+    """What has been sampled so far, and what ends it."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        ends: set[int],
+        stops: "StopStrings",
+    ) -> None:
+        if not len(prompts) == len(seeds) == len(limits):
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(limits)} limits")
+        if prompts and (min(limits) < 1 or not all(prompts)):
+            raise ValueError("a prompt has no token, or no room for one more")
+        self.prompts, self.limits, self.ends, self.stops = prompts, limits, ends, stops
+        self.leads = [stops.lead(prompt) for prompt in prompts]
+        self.sampled: list[list[int]] = [[] for _ in prompts]
+        self.reasons: list[FinishReason] = ["length"] * len(prompts)
+        self.random = [np.random.default_rng(seed) for seed in seeds]
+
+    def draw(self, rows: Sequence[int]) -> list[float]:
+        """The random numbers of the next tokens, in [0, 1)."""
+        return [self.random[row].random() for row in rows]
+
+    def add(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Take a token for each row; returns the places of the rows that go on."""
+        if min(tokens) < 0:
+            raise UserError("the model's logits are not finite; float16 overflows where bfloat16 does not")
+        going_on = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            sampled = self.sampled[row]
+            sampled.append(token)
+            if token in self.ends:
+                self.reasons[row] = "eos"
+            elif self.stops.complete(self.leads[row], sampled):
+                self.reasons[row] = "stop"
+            elif len(sampled) < self.limits[row]:
+                going_on.append(place)
+        return going_on
+
+    def longest(self, rows: Sequence[int]) -> int:
+        """Tokens of the longest of the rows, prompt included."""
+        return max(len(self.prompts[row]) + len(self.sampled[row]) for row in rows)
+
+    def generations(self) -> list[Generation]:
+        """All rows, which have ended."""
+        return [
+            Generation(tokens, self.stops.text(lead, tokens, reason), reason)
+            for lead, tokens, reason in zip(self.leads, self.sampled, self.reasons, strict=True)
+        ]
+
+
+class _Waiting:
+    """The rows that have yet to be sampled, longest prompts first, and when they may.
+
+    Attributes:
+        least: free slots from which on rows are admitted.
+    """
+
+    def __init__(self, lengths: Sequence[int], slots: int, refill: float) -> None:
+        self.rows = deque(chain(*batches(lengths, slots)))
+        self.slots, self.least = slots, min(slots, max(1, math.ceil(refill * slots)))
+
+    @property
+    def refills(self) -> bool:
+        """Whether rows are admitted beside others."""
+        return self.least < self.slots
+
+    def drain(self) -> None:
+        """Admit no rows any more before all slots are free."""
+        self.least = self.slots
+
+    def ready(self, running: int) -> bool:
+        """Whether rows are to be admitted beside so many."""
+        # The last ones need not wait until more slots are free than they will fill.
+        least = min(self.least, len(self.rows)) if self.refills else self.slots
+        return bool(self.rows) and self.slots - running >= least
+
+    def admit(self, running: int) -> list[int]:
+        """The rows that may be sampled beside so many, also if they are fewer than to wait for."""
+        free = 0 if running and not self.refills else self.slots - running
+        return [self.rows.popleft() for _ in range(min(free, len(self.rows)))]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows that are sampled together: what the next call of the model reads, and the cache of the calls before.
+
+    Attributes:
+        rows: places in the list of prompts; may be none: then a call's logits mean nothing.
+        ids: int64, [rows, tokens to read]; likewise `positions`.
+        mask: int64, [rows, tokens in the cache and to read].
+    """
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    cache: Any = None
+
+    @classmethod
+    def begin(cls, prompts: Mapping[int, Sequence[int]], device: torch.device | str) -> Self:
+        """Rows that have yet to read their prompts."""
+        ids, mask = (tensor.to(device) for tensor in left_pad(list(prompts.values()) or [[0]]))
+        return cls(list(prompts), ids, mask, position_ids(mask))
+
+    def call(self, model: nn.Module) -> Tensor:
+        """Logits of the next tokens, [rows, vocabulary]."""
         output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
-        # Without rows of its own left, a rank only keeps step: it repeats the last token, and reads nothing.
-        drawn = sample_tokens(output.logits[:, -1], uniforms[rows, step], temperature, top_p) if rows else ids[:, 0]
-        drawn = distributed.from_main(drawn) if ranks == "together" else drawn
-        keep = []
-        for place, (row, token) in enumerate(zip(rows, drawn[: len(rows)].tolist(), strict=True)):
-            if token < 0:
-                raise UserError("the model's logits are not finite; float16 overflows where bfloat16 does not")
-            sampled[row].append(token)
-            if token in ends:
-                reasons[row] = "eos"
-            elif stops.complete(leads[row], sampled[row]):
-                reasons[row] = "stop"
-            elif len(sampled[row]) < limits[row]:
-                keep.append(place)
-        if distributed.all_true(not keep, device) if ranks == "lockstep" else not keep:
-            break
-        ids, positions = drawn[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if len(keep) < len(rows):
-            # One copy of the cache, no more than a step makes of it anyway; every later step is cheaper.
-            kept = torch.tensor(keep or [0], device=device)
-            batching.select_rows(cache, kept)
-            ids, positions, mask = ids[kept], positions[kept], mask[kept]
-            rows = [rows[place] for place in keep]
-    return [
-        Generation(tokens, stops.text(lead, tokens, reason), reason)
-        for lead, tokens, reason in zip(leads, sampled, reasons, strict=True)
-    ]
+        self.cache = output.past_key_values if self.rows else None
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def advance(self, drawn: Tensor, keep: Sequence[int]) -> Self:
+        """Go on with the tokens that were drawn (int64, [rows]), in the places to keep; at least one."""
+        self.ids, self.positions = drawn[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        if len(keep) < len(self.rows):
+            # The last rows take the places of those that ended, so that the others need not be copied.
+            kept, last = set(keep), [place for place in keep if place >= len(keep)]
+            places = [place if place in kept else last.pop() for place in range(len(keep))]
+            caches.keep_rows(self.cache, places, drawn.device)
+            self.ids, self.positions, self.mask = self.ids[places], self.positions[places], self.mask[places]
+            self.rows = [self.rows[place] for place in places]
+        return self
+
+    def join(self, others: Self) -> Self:
+        """These rows and then others, each about to read one token, in one cache."""
+        if not self.rows or not others.rows:
+            return self if self.rows else others
+        caches.join_rows(self.cache, others.cache)
+        self.mask = caches.join_masks(self.mask, others.mask)
+        self.ids = torch.cat([self.ids, others.ids])
+        self.positions = torch.cat([self.positions, others.positions])
+        self.rows += others.rows
+        return self
+
+    def cut_padding(self, longest: int) -> None:
+        """Leave out the padding that all rows have in common, the longest being of so many tokens."""
+        surplus = self.mask.shape[1] - longest
+        if surplus:
+            caches.cut_padding(self.cache, surplus)
+            self.mask = self.mask[:, surplus:]
+
+
+@cache
+def _say_that_batches_drain(model: str) -> None:
+    """Said once for each class of models."""
+    log.info(
+        "%s: its caches cannot be joined, so that each batch of prompts waits until all of the one before have ended",
+        model,
+    )
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

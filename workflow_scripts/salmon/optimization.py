@@ -19,7 +19,10 @@ class Optimizer(Protocol):
     """Backward passes of one minibatch, then a step."""
 
     lockstep: bool
-    """Whether all ranks have to make the same number of passes through the model."""
+    """Whether all ranks have to make the same number of backward passes."""
+
+    gathers_weights: bool
+    """Whether all ranks have to make the same number of passes of any kind, which gather the weights from all."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this rank's share of a loss."""
@@ -41,6 +44,7 @@ class ReplicatedOptimizer:
     """AdamW without decay, the same on every rank; on a GPU with paged 32-bit states, which may leave its memory."""
 
     lockstep = False
+    gathers_weights = False
 
     def __init__(self, shared: SharedBase, max_grad_norm: float) -> None:
         self.shared, self.max_grad_norm = shared, max_grad_norm
@@ -93,6 +97,7 @@ class ShardedOptimizer:
         import deepspeed
 
         self.world = distributed.world()
+        self.gathers_weights = config["zero_optimization"]["stage"] == 3
         self.engine, *_ = deepspeed.initialize(
             model=shared,
             optimizer=torch.optim.AdamW(shared.trained(), weight_decay=0.0),
@@ -102,7 +107,7 @@ class ShardedOptimizer:
         # them. It counts passes where the engine is called for them; we call the model, so that each pass would be the
         # first. And what a first pass does not reach (the value model) would keep its gradients of the step before.
         self.kept_gradients: torch.Tensor | None = None
-        if config["zero_optimization"]["stage"] == 3:
+        if self.gathers_weights:
             self.kept_gradients = self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: torch.Tensor) -> None:

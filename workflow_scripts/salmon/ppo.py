@@ -1,9 +1,9 @@
 """RL against the principle-following reward model (paper section 3.4): rollouts, rewards, updates, checkpoints.
 
 `train` is the loop and reads from top to bottom; the functions above it are its parts in the order of their use.
-Rollout `i` of a step belongs to rank `i % world`. Draws are keyed by (seed, step, place in the step), minibatches
-are drawn over all ranks and losses divided by totals over all ranks, so that the number of ranks changes nothing
-but the rounding.
+The rollouts of a step are dealt to the ranks by the length of their prompts. Draws are keyed by (seed, step, place in
+the step), minibatches are drawn over all ranks and losses divided by totals over all ranks, so that the number of ranks
+changes nothing but the rounding.
 """
 
 import json
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import atomic
-from salmon.batching import batches
+from salmon.batching import batches, dealt
 from salmon.config import PolicyPrompt, Ppo, Scoring
 from salmon.encoding import (
     begins_thinking,
@@ -139,26 +139,24 @@ def sample(
 ) -> list[Rollout]:
     """This rank's rollouts of a step, sampled from the policy as it is now."""
     preamble = read_preamble(policy_prompt)
-    rows = rows_of_step(step, len(prompts), settings)
-    places = list(range(distributed.rank(), len(rows), distributed.world()))
-    records = prompts[[rows[place] for place in places]].to_dicts()
+    records = prompts[rows_of_step(step, len(prompts), settings)].to_dicts()
     instructions = [join_instruction(record["instruction"], record["input"]) for record in records]
     queries = [encode_prompt(tokenizer, instruction, policy_prompt, preamble) for instruction in instructions]
+    places = dealt([len(query) for query in queries], distributed.rank(), distributed.world())
     begun = begins_thinking(tokenizer, policy_prompt, preamble)
     shared.eval()
     with shared.use("policy") as policy:
         sampler.sync(policy)
         generations = sampler.sample(
-            queries,
+            [queries[place] for place in places],
             [seed_of("ppo-sample", settings.seed, step, place) for place in places],
-            max_new_tokens=[settings.response_length] * len(queries),
+            max_new_tokens=[settings.response_length] * len(places),
             temperature=settings.temperature,
             stop=policy_prompt.stop,
         )
     rollouts = []
-    for place, query, instruction, record, generation in zip(
-        places, queries, instructions, records, generations, strict=True
-    ):
+    for place, generation in zip(places, generations, strict=True):
+        record = records[place]
         whole, thinking_cut = without_thinking(tokenizer, generation, policy_prompt.thinking, begun=begun)
         text, response = cut_at_markers(whole, settings.cut_markers), generation.tokens
         marker_cut = text != whole
@@ -167,8 +165,8 @@ def sample(
         rollouts.append(
             Rollout(
                 place=place,
-                query=query,
-                instruction=instruction,
+                query=queries[place],
+                instruction=instructions[place],
                 question_type=record["question_type"],
                 length_bonus=record["length_bonus"],
                 response=response,

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon.batching import batches
-from salmon.generation import Generation, Ranks, generate, tokens_of_beginning, without_thinking
+from salmon.generation import REFILL, Generation, Ranks, generate, tokens_of_beginning, without_thinking
 
 __all__ = ["Generation", "Ranks", "Sampler", "TransformersSampler", "tokens_of_beginning", "without_thinking"]
 
@@ -68,8 +67,8 @@ class TransformersSampler:
         tokenizer: of the model.
         device: where the model is.
         batch_size: prompts sampled at once; only speed and memory depend on it.
-        ranks: how the ranks work together (see `generate`). In `lockstep` each has equally many prompts, and
-            `max_new_tokens` is the same on all.
+        ranks: how the ranks work together (see `generate`).
+        refill: share of the batch that has to be free before the next prompts are read; 1 for one batch after another.
         model: what is sampled from until the first `sync`.
     """
 
@@ -80,12 +79,14 @@ class TransformersSampler:
         *,
         batch_size: int,
         ranks: Ranks = "apart",
+        refill: float = REFILL,
         model: nn.Module | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.batch_size = batch_size
         self.ranks = ranks
+        self.refill = refill
         self.model = model
 
     def sync(self, policy: nn.Module) -> None:
@@ -102,22 +103,20 @@ class TransformersSampler:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
     ) -> list[Generation]:
-        """See `Sampler`; prompts of about the same length are one batch."""
+        """See `Sampler`."""
         if self.model is None:
             raise ValueError("there is no model to sample from yet; call sync")
-        generations: dict[int, Generation] = {}
-        for batch in batches([len(prompt) for prompt in prompts], self.batch_size):
-            sampled = generate(
-                self.model,
-                self.tokenizer,
-                [prompts[row] for row in batch],
-                [seeds[row] for row in batch],
-                max_new_tokens=[max_new_tokens[row] for row in batch],
-                temperature=temperature,
-                top_p=top_p,
-                stop=stop,
-                device=self.device,
-                ranks=self.ranks,
-            )
-            generations.update(zip(batch, sampled, strict=True))
-        return [generations[row] for row in range(len(prompts))]
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            seeds,
+            batch_size=self.batch_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
+            device=self.device,
+            ranks=self.ranks,
+            refill=self.refill,
+        )
