@@ -132,9 +132,7 @@ rule evaluate_reward_model:
         batch_size=8,
         free=free_settings("model"),
     params:
-        measuring=lambda wildcards, input: options(
-            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
-        ),
+        measuring=measuring_options,
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
@@ -169,9 +167,7 @@ use rule evaluate_reward_model as evaluate_pmp with:
     benchmark:
         "<benchmarks>/{home}evaluate_pmp.tsv"
     params:
-        measuring=lambda wildcards, input: options(
-            **{name: input.get(name) or None for name in ("records", "preferences", "pairs")}
-        ),
+        measuring=measuring_options,
         model=setting("model", without=("adapter", "adapter_revision")),
         tokenizer=lambda wildcards: tokenizer_settings(run_name(wildcards)),
         scoring=setting("scoring"),
@@ -199,12 +195,12 @@ rule clean_evaluation_prompts:
         "../envs/data.yaml"
     params:
         evaluation=setting("evaluation", only=("prompts", "seed")),
-        trained=lambda wildcards, input: " ".join(
-            f"--{option.replace('_', '-')} {shlex.quote(json.dumps(list(input[option])))}" for option in PLAN.trained()
+        trained=lambda wildcards, input: options(
+            **{option.replace("_", "-"): json.dumps(list(input[option])) for option in PLAN.trained()}
         ),
     shell:
         f"python {SCRIPTS}/clean_evaluation_prompts.py"
-        " --output {output.table:q} --evaluation {params.evaluation:q} {params.trained} > {log:q} 2>&1"
+        " --output {output.table:q} --evaluation {params.evaluation:q} {params.trained:q} > {log:q} 2>&1"
 
 
 rule sample_answers:

@@ -83,6 +83,11 @@ def measuring_judge(wildcards):
     return deciding(plan.measuring_judge(run_settings(wildcards)), without=("model",))
 
 
+def measuring_options(wildcards, input):
+    """Parameter: the inputs that a reward model is measured by, as options; those that there are."""
+    return options(**{name: input.get(name) or None for name in ("records", "preferences", "pairs")})
+
+
 def labelled_pairs(wildcards):
     """Input: judgements of pairs that people compared, and the outputs that they prefer, if there are any."""
     names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()

@@ -497,3 +497,11 @@ def test_context_of_the_model(model: nn.Module) -> None:
     models.check_context(model, 4096, "sampling.max_length")
     with pytest.raises(UserError, match=r"sampling\.max_length is 4097, but the model reads 4096"):
         models.check_context(model, 4097, "sampling.max_length")
+
+
+def test_longer_rows_do_not_join_shorter_ones() -> None:
+    """Padding by a negative number would cut their first tokens off, silently."""
+    short, long = torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)
+    assert caches.join_masks(long, short).tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    with pytest.raises(ValueError, match="rows of 4 tokens join rows of 3"):
+        caches.join_masks(short, long)

@@ -136,8 +136,11 @@ def join_rows(cache: Cache, other: Cache) -> None:
 
 
 def join_masks(mask: Tensor, other: Tensor) -> Tensor:
-    """The mask of caches that are joined (int64, [rows, length], the other's not longer)."""
-    return torch.cat([mask, pad(other, (mask.shape[1] - other.shape[1], 0))])
+    """The mask of caches that are joined (int64, [rows, length], the other's not longer, or ValueError)."""
+    missing = mask.shape[1] - other.shape[1]
+    if missing < 0:  # padding by a negative number would cut tokens off
+        raise ValueError(f"rows of {other.shape[1]} tokens join rows of {mask.shape[1]}")
+    return torch.cat([mask, pad(other, (missing, 0))])
 
 
 def cut_padding(cache: Cache, tokens: int) -> None:

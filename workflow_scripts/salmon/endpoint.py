@@ -31,7 +31,7 @@ REFUSED = frozenset({400, 413, 422})
 """Statuses that may be about one request and no other."""
 FILTERED = "content_filter"
 UNREADABLE = "unreadable"
-"""The reason why there is no verdict, where an answer names none."""
+"""The reason for a missing verdict when the judge answered without naming one."""
 LONGEST_WAIT = 60.0
 """Seconds between two attempts, where the server does not name them."""
 _KEPT = "what has been judged is kept: start the job again"

@@ -563,7 +563,7 @@ def _principles(
 
 
 def _is_clear(cell: Estimate) -> bool:
-    """Whether the interval leaves out that there is no difference."""
+    """Whether the interval excludes chance, where neither side wins more often."""
     low, high = cell["low"], cell["high"]
     return low is not None and high is not None and not low <= drawing.CHANCE <= high
 

@@ -280,8 +280,8 @@ class _Rows:
         """These rows and then others, each about to read one token, in one cache."""
         if not self.rows or not others.rows:
             return self if self.rows else others
-        caches.join_rows(self.cache, others.cache)
         self.mask = caches.join_masks(self.mask, others.mask)
+        caches.join_rows(self.cache, others.cache)
         self.ids = torch.cat([self.ids, others.ids])
         self.positions = torch.cat([self.positions, others.positions])
         self.rows += others.rows

@@ -172,8 +172,8 @@ VERDICTS = Table(
         "preferred": Column(_STRING, "`policy`, `initial` or `tie`; null where there is no verdict", nullable=True),
         "reason": Column(
             _STRING,
-            "why there is no verdict: `unreadable`, the judge's answer names none; `content_filter` or another code of "
-            "the endpoint, which refused; null where there is one",
+            "why a verdict is missing: `unreadable` if the judge's answer does not contain one; `content_filter` or "
+            "another of the endpoint's codes if it refused the request; null if there is a verdict",
             nullable=True,
         ),
     },
