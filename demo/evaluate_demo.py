@@ -67,7 +67,7 @@ class Arguments(script.Arguments):
     reward_model: Path | None = Field(None, description="folder of the reward model")
     pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
-    pairs: int = Field(120, ge=1, description="pairs of the initial policy's answers that are judged")
+    pairs: int = Field(96, ge=1, description="pairs of the initial policy's answers that are judged")
     split: world.Split = Field("held_out", description="instructions and subjects of which split")
     seed: int = Field(0, description="seed of the sampling and of the order of instructions")
     threads: int = Field(2, ge=1, description="CPU threads")

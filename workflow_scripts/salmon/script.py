@@ -5,6 +5,7 @@ of the configuration among them (`--model '{"base": …}'` or `--model.base …`
 """
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from pydantic_settings import (
 )
 from tqdm import tqdm
 
-from salmon import work
+from salmon import COLLECTOR, work
 from salmon.border import reason
 from salmon.errors import UserError, describe_errors
 
@@ -79,6 +80,8 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
     Exit status: 0 the artifact is whole; 1 an error, whose last lines say what to do or hold the traceback;
     2 the arguments are wrong.
     """
+    gc.freeze()  # what is imported stays: neither a collection nor the end of the process has to walk it
+    gc.set_threshold(*COLLECTOR)
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = f" [rank {rank}]" if world != "1" else ""
     logging.basicConfig(
