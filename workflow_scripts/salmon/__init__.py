@@ -7,6 +7,6 @@ import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # While the libraries are imported, the collector walks again and again over what is there to stay: with this and the
-# `freeze` of `script.run`, which sets it back, a script of PEFT starts and ends in four seconds instead of six.
+# `freeze` of `script.run`, which sets it back, `train_policy.py --help` takes 4.8 s instead of 6.3.
 COLLECTOR = gc.get_threshold()
 gc.set_threshold(100_000, 50, 100)
