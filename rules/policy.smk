@@ -28,6 +28,7 @@ rule train_policy:
         micro_batch_size=4,
         gradient_checkpointing="true",
         deepspeed="null",
+        engine="--engine.memory 0.4",  # where vLLM runs if it samples (docs/engines.md)
         free=free_settings("model", "ppo"),
     params:
         model=setting("model"),
@@ -42,4 +43,5 @@ rule train_policy:
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
         " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
         " --micro-batch-size {resources.micro_batch_size:q}"
-        " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
+        " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q}"
+        " {resources.engine} > {log:q} 2>&1"

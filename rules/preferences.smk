@@ -28,6 +28,7 @@ rule sample_responses:
         ranks=1,
         batch_size=32,
         tensor_parallel="false",
+        engine="--engine.memory 0.9",  # where vLLM runs if it samples (docs/engines.md)
         free=free_settings("model", "sampling"),
     params:
         model=setting("model"),
@@ -39,7 +40,8 @@ rule sample_responses:
         " --prompts {input.prompts:q} --output {output.table:q} --index {wildcards.index} --shard {wildcards.shard}"
         " {resources.free}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
-        " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q}"
+        " {resources.engine} > {log:q} 2>&1"
 
 
 rule judge_preferences:

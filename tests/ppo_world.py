@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -219,6 +220,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def slow_weights(rollout: ppo.Rollout) -> list[float]:
+    """How much more probable each token is to the trainer than to the engine that drew it, at most twice."""
+    if not len(rollout.sampled):
+        return [1.0] * len(rollout.response)
+    told = zip(rollout.logprobs.tolist(), rollout.sampled.tolist(), strict=True)
+    return [min(2.0, math.exp(own) / math.exp(engine)) for own, engine in told]
+
+
 def slow_gradient(world: World, shared: SharedBase, rollouts: Sequence[ppo.Rollout]) -> torch.Tensor:
     """Of the loss as the paper writes it: one token after the other, a mean over all real tokens."""
     settings, total = world.ppo(), sum(len(rollout.response) for rollout in rollouts)
@@ -226,9 +235,10 @@ def slow_gradient(world: World, shared: SharedBase, rollouts: Sequence[ppo.Rollo
         with shared.use("policy"):
             (logprobs,), _ = shared.logprobs([rollout.query], [rollout.response], 0.7)
             loss = torch.zeros(())
-            for new, old, advantage in zip(logprobs, rollout.logprobs, rollout.advantages, strict=True):
+            tokens = zip(logprobs, rollout.logprobs, rollout.advantages, slow_weights(rollout), strict=True)
+            for new, old, advantage, weight in tokens:
                 ratio = (new - old).exp()
-                loss = loss - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                loss = loss - weight * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
             (loss / total).backward()
         with shared.use("value"):
             (values,) = shared.values([rollout.query], [rollout.response])

@@ -1,5 +1,6 @@
 """The sampler against a slow reference, and what its docstring promises."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 from salmon import batching, caches, encoding, generation, models
 from salmon.config import Model, PolicyPrompt
 from salmon.errors import UserError
-from salmon.generation import Generation, generate
+from salmon.generation import Generation, end_tokens, generate, replay
 from salmon.tokenizers import load_tokenizer
 from tests.small_models import CHATML_TOKENS, byte_tokenizer
 
@@ -320,6 +321,26 @@ def test_stop_strings(tokenizer: Any, said: str, stop: str, text: str, reason: s
         assert found[0].tokens == spoken[: len(found[0].tokens)]
         assert stop in "Hi\n" + tokenizer.decode(found[0].tokens)
         assert stop not in "Hi\n" + tokenizer.decode(found[0].tokens[:-1])
+
+
+def test_another_engine_ends_where_ours_does(model: nn.Module, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """What it samples on is cut; where it has stopped too early, it is asked for more."""
+    limits, stop = [20, 9, 1, 30, 15], ["e", "\n### User\n"]
+
+    def sample(limits: list[int], stop: Sequence[str]) -> list[Generation]:
+        options: dict[str, Any] = {"batch_size": 5, "temperature": 1.0, "device": "cpu"}
+        return generate(model, tokenizer, prompts, range(5), max_new_tokens=limits, stop=stop, **options)
+
+    expected = sample(limits, stop)
+    assert len({each.finish_reason for each in expected}) > 1
+    longer = [each.tokens for each in sample([limit + 20 for limit in limits], [])]
+    logprobs = [[-float(place) for place in range(len(tokens))] for tokens in longer]
+    options: dict[str, Any] = {"max_new_tokens": limits, "ends": end_tokens(model, tokenizer), "stop": stop}
+    found = replay(tokenizer, prompts, list(zip(longer, logprobs, strict=True)), **options)
+    for each, one, told in zip(found, expected, logprobs, strict=True):
+        assert each == dataclasses.replace(one, logprobs=told[: len(one.tokens)])
+    short = [(one.tokens[:-1], [-1.0] * (len(one.tokens) - 1)) for one in expected]
+    assert replay(tokenizer, prompts, short, **options) == [None] * 5
 
 
 @pytest.mark.parametrize(

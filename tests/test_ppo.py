@@ -244,6 +244,41 @@ def test_gradient_is_that_of_the_mean_over_tokens(world: World, micro_batch: int
     assert sums["approximate_kl"] == pytest.approx(float(np.concatenate(shifts).mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize("correction", ["truncated", "none"])
+def test_rollouts_of_an_engine_are_corrected(world: World, correction: str) -> None:
+    """The gradient is that of the slow loss, whose tokens are weighted; the metrics are those of the slow weights."""
+    shared = world.shared()
+    rollouts = ready(world, shared, range(8))
+    for rollout in rollouts:
+        drift = np.random.default_rng(200 + rollout.place).normal(0, 1.0, len(rollout.response))
+        rollout.sampled = rollout.logprobs + torch.tensor(drift).float()
+    settings = world.ppo(engine="vllm", rollout_correction=correction)
+    found = ppo.correct_for_engine(rollouts, settings)
+    told = [pair for r in rollouts for pair in zip(r.logprobs.tolist(), r.sampled.tolist(), strict=True)]
+    ratios = [math.exp(own) / math.exp(engine) for own, engine in told]
+    above = sum(ratio > 2 for ratio in ratios)
+    assert above >= 3
+    expected = {
+        "engine_ratio": sum(ratios) / len(ratios),
+        "engine_ratio_largest": max(ratios),
+        "engine_ratio_capped": above / len(ratios),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+    if correction == "none":
+        for rollout in rollouts:
+            rollout.sampled = torch.empty(0)
+    total = float(len(ratios))
+    slow = slow_gradient(world, shared, rollouts)
+    ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, settings, 3)
+    assert relative(flat_gradient(shared), slow) < 1e-5
+    if correction == "truncated":
+        for rollout in rollouts:
+            rollout.weights = torch.ones(len(rollout.response))
+        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, settings, 3)
+        assert relative(flat_gradient(shared), slow) > 0.05  # the weights are what made them equal
+    assert ppo.correct_for_engine(rollouts, world.ppo()) == {}
+
+
 def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     shared = world.shared()
     rollouts = ready(world, shared, range(8))

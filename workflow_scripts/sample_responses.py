@@ -6,6 +6,9 @@ neither shards nor batches nor ranks change what is sampled (see `salmon/generat
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -13,8 +16,9 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards
+from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards, vllm
 from salmon.config import Model, PolicyPrompt, Sampling
+from salmon.errors import UserError
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
@@ -37,6 +41,7 @@ class Arguments(script.Arguments):
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     batch_size: int = Field(16, ge=1, description="prompts at a time on a GPU; only speed and memory depend on it")
     tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job hold one model together")
+    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
 def main(arguments: Arguments) -> None:
@@ -53,19 +58,17 @@ def main(arguments: Arguments) -> None:
 
     origin = origin_of(arguments)
     inputs = origin.identify()
+    packages = vllm.packages(arguments.engine) if sampling.engine == "vllm" else {}
     work = WorkFolder(arguments.output)
-    if work.open(origin.fingerprint(inputs)):
+    if work.open(origin.fingerprint(inputs, packages)):
         distributed.leave()
         return
     schema = RESPONSES.schema | {"thinking_cut": pl.Boolean()}
     left = resuming.left_to_do(work, table["prompt_id"].to_list(), schema)
     left = [row for row in left if len(prompts[row]) < longest]
-    if left:
-        sampler = load_sampler(arguments, tokenizer, device, longest)
-
     begun = encoding.begins_thinking(tokenizer, arguments.policy_prompt, preamble)
 
-    def sample(rows: list[int]) -> pl.DataFrame:
+    def sample(sampler: Sampler, rows: list[int]) -> pl.DataFrame:
         batch = table[rows]
         generations = sampler.sample(
             [prompts[row] for row in rows],
@@ -85,32 +88,50 @@ def main(arguments: Arguments) -> None:
         ).select(list(schema))
 
     fitting = sum(len(prompt) < longest for prompt in prompts)
-    resuming.run_batches(
-        work,
-        {row: len(prompts[row]) for row in left},
-        rows_per_part(fitting, arguments.batch_size),
-        sample,
-        "prompts",
-        together=arguments.tensor_parallel,
-    )
+    at_once = arguments.engine.max_rows if sampling.engine == "vllm" else arguments.batch_size
+    if left:
+        with open_sampler(arguments, tokenizer, device, longest) as sampler:
+            resuming.run_batches(
+                work,
+                {row: len(prompts[row]) for row in left},
+                rows_per_part(fitting, at_once),
+                partial(sample, sampler),
+                "prompts",
+                together=arguments.tensor_parallel,
+            )
     if distributed.is_main():
         sampled = work.read_parts(schema)
         responses = join(table, sampled.drop("thinking_cut"), longest)
         counts = {"rows": responses.height, **Counter(responses["finish_reason"])}
         counts["thinking_cut"] = int(sampled["thinking_cut"].sum())
-        resuming.write_shard(work, responses, RESPONSES, origin.manifest(inputs, counts))
+        resuming.write_shard(work, responses, RESPONSES, origin.manifest(inputs, counts, packages))
     distributed.leave()
 
 
-def load_sampler(
+@contextmanager
+def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
-) -> Sampler:
+) -> Iterator[Sampler]:
     """What samples from the initial policy, up to `longest` tokens of prompt and response."""
-    together = arguments.tensor_parallel
-    model = models.load_initial_policy(arguments.model, device, together=together)
-    models.check_context(model, longest, "policy_prompt.template's preamble + sampling.max_length")
+    model, together = arguments.model, arguments.tensor_parallel
+    key = "policy_prompt.template's preamble + sampling.max_length"
+    if arguments.sampling.engine == "vllm":
+        if together:
+            raise UserError(
+                "tensor_parallel divides the model of our own loop: leave it out, and set `tensor_parallel` in the "
+                "profile's resource engine instead"
+            )
+        rank = vllm.adapter_rank(model)
+        with vllm.start(arguments.engine, model, longest=longest, key=key, rank=rank) as engine:
+            sampler = vllm.VllmSampler(engine, tokenizer, vllm.end_tokens(model, tokenizer))
+            if adapter := vllm.adapter_folder(model):
+                sampler.push(adapter)
+            yield sampler
+        return
+    policy = models.load_initial_policy(model, device, together=together)
+    models.check_context(policy, longest, key)
     ranks: Ranks = "together" if together else "apart"
-    return TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=model)
+    yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=policy)
 
 
 def rows_per_part(rows: int, batch_size: int) -> int:

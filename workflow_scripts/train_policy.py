@@ -7,6 +7,8 @@ for it by weight and question type. The policy is an ordinary PEFT adapter folde
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, distributed, ppo, provenance, script, stopping, templates
+from salmon import checked, distributed, ppo, provenance, script, stopping, templates, vllm
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
@@ -43,6 +45,9 @@ class Arguments(script.Arguments):
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
     sampling_batch_size: int = Field(32, ge=1, description="hardware: rollouts sampled at once on a GPU")
     micro_batch_size: int = Field(2, ge=1, description="hardware: rollouts of a backward pass on a GPU")
+    engine: vllm.Hardware = Field(
+        vllm.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
+    )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration, ZeRO-2 or ZeRO-3")
     gradient_checkpointing: bool = Field(
         True, description="hardware: recompute activations, which takes less memory and is slower"
@@ -66,6 +71,7 @@ def main(args: Arguments) -> None:
         scoring=args.scoring,
     )
     inputs = origin.identify()
+    packages = vllm.packages(args.engine) if args.ppo.engine == "vllm" else {}
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
         raise UserError(f"the rate of all PPO steps ({steps}) is 0, that of the warm-up; lower ppo.warmup_steps")
@@ -78,36 +84,37 @@ def main(args: Arguments) -> None:
         sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
         layout = json.dumps([sharding, distributed.world()])
     work = WorkFolder(args.output)
-    if work.open(origin.fingerprint(inputs), layout):
+    if work.open(origin.fingerprint(inputs, packages), layout):
         distributed.leave()
         return
-    shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
-    check_lengths(shared, tokenizer, args.ppo, args.policy_prompt)
+    with open_engine(args) as engine:  # which takes its memory first
+        shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
+        check_lengths(shared, tokenizer, args.ppo, args.policy_prompt)
 
-    if args.gradient_checkpointing:
-        shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer: Optimizer = (
-        ShardedOptimizer(shared, args.ppo.max_grad_norm, sharding)
-        if args.deepspeed
-        else ReplicatedOptimizer(shared, args.ppo.max_grad_norm)
-    )
-    ppo.train(
-        shared,
-        optimizer,
-        load_sampler(args, tokenizer, device, optimizer),
-        tokenizer,
-        prompts,
-        principles,
-        args.ppo,
-        args.policy_prompt,
-        work,
-        scoring=args.scoring,
-        scoring_batch_size=args.sampling_batch_size,
-        micro_batch_size=args.micro_batch_size,
-    )
+        if args.gradient_checkpointing:
+            shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer: Optimizer = (
+            ShardedOptimizer(shared, args.ppo.max_grad_norm, sharding)
+            if args.deepspeed
+            else ReplicatedOptimizer(shared, args.ppo.max_grad_norm)
+        )
+        ppo.train(
+            shared,
+            optimizer,
+            make_sampler(args, engine, tokenizer, shared, optimizer, work),
+            tokenizer,
+            prompts,
+            principles,
+            args.ppo,
+            args.policy_prompt,
+            work,
+            scoring=args.scoring,
+            scoring_batch_size=args.sampling_batch_size,
+            micro_batch_size=args.micro_batch_size,
+        )
     weights = optimizer.trained_weights()
     if distributed.is_main():
-        with work.finish(origin.manifest(inputs, counts)) as folder:
+        with work.finish(origin.manifest(inputs, counts, packages)) as folder:
             shared.save_policy(folder, weights)
             shutil.copy(work.path / "metrics.jsonl", folder)
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
@@ -115,12 +122,39 @@ def main(args: Arguments) -> None:
     distributed.leave()
 
 
-def load_sampler(
-    args: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, optimizer: Optimizer
+@contextmanager
+def open_engine(args: Arguments) -> Iterator[vllm.Engine | None]:
+    """The engine that samples the rollouts, if it is not our own loop."""
+    if args.ppo.engine == "transformers":
+        yield None
+        return
+    longest = args.ppo.query_length + args.ppo.response_length
+    rank = vllm.adapter_rank(args.model, args.lora)
+    key = "ppo.query_length + ppo.response_length"
+    with vllm.start(args.engine, args.model, longest=longest, key=key, rank=rank) as engine:
+        yield engine
+
+
+def make_sampler(
+    args: Arguments,
+    engine: vllm.Engine | None,
+    tokenizer: PreTrainedTokenizerBase,
+    shared: SharedBase,
+    optimizer: Optimizer,
+    work: WorkFolder,
 ) -> Sampler:
     """What samples the rollouts; `ppo.train` gives it the policy of each step."""
-    ranks: Ranks = "lockstep" if optimizer.gathers_weights else "apart"
-    return TransformersSampler(tokenizer, device, batch_size=args.sampling_batch_size, ranks=ranks)
+    if engine is None:
+        ranks: Ranks = "lockstep" if optimizer.gathers_weights else "apart"
+        return TransformersSampler(tokenizer, shared.device, batch_size=args.sampling_batch_size, ranks=ranks)
+
+    def export(folder: Path) -> None:
+        weights = optimizer.trained_weights()
+        if distributed.is_main():
+            shared.save_policy(folder, weights)
+
+    ends = vllm.end_tokens(args.model, tokenizer)
+    return vllm.VllmSampler(engine, tokenizer, ends, folder=work.path / "engine", export=export)
 
 
 def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, Any], object]:

@@ -39,6 +39,7 @@ Shards = Annotated[int, Field(ge=1, le=100_000)]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000)]  # more than any model reads
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes them
 Marker = Annotated[str, Field(min_length=1)]
+Engine = Literal["transformers", "vllm"]
 COLDEST = 0.001  # a lower temperature takes the most probable token anyway, and rounding decides what is learnt of it
 # What transformers gives a chat template itself, or takes for an option.
 _RESERVED_VARIABLES = frozenset(
@@ -357,6 +358,11 @@ class Sampling(Section):
         None,
         description="response0 and response1 that are there already, two response files of the authors' release; null "
         "samples them. The first is output 1 of the judging",
+    )
+    engine: Engine = Field(
+        "transformers",
+        description="what samples both responses: `transformers`, our own loop, which is the reference; or `vllm`, "
+        "which is installed apart (docs/engines.md) and draws other tokens",
     )
     seeds: tuple[Seed, Seed] = Field((42, 43), description="seeds of response0 and response1")
     temperature: float = Field(0.7, ge=0, le=1000, description="sampling temperature; 0 takes the most probable token")
@@ -718,6 +724,17 @@ class Ppo(PpoTexts):
     temperature: float = Field(
         0.7, ge=COLDEST, le=1000, description="sampling temperature; PPO improves the policy at this temperature"
     )
+    engine: Engine = Field(
+        "transformers",
+        description="what samples rollouts: `transformers`, our own loop, which is the reference; or `vllm`, which is "
+        "installed apart (docs/engines.md) and draws other tokens",
+    )
+    rollout_correction: Literal["truncated", "none"] = Field(
+        "truncated",
+        description="with an engine, `truncated`: each token's loss is weighted by pi_trainer / pi_engine, at most "
+        "rollout_correction_cap (truncated importance sampling); `none`: not at all",
+    )
+    rollout_correction_cap: float = Field(2.0, ge=1, description="largest weight of a token's loss")
     cut_markers: list[Marker] = Field(
         ["\nNote", "\nUpdate", "\nComment"],
         description="a response is cut before the first of these, and counts as one that did not end by itself: such "

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import Any, Literal, Self
@@ -140,6 +140,36 @@ def generate(
         if running.rows and waiting.refills:
             running.cut_padding(responses.longest(running.rows))
     return responses.generations()
+
+
+def replay(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampled: Sequence[tuple[Sequence[int], Sequence[float]]],
+    *,
+    max_new_tokens: Sequence[int],
+    ends: set[int],
+    stop: Sequence[str] = (),
+) -> list[Generation | None]:
+    """End responses that another engine has sampled where `generate` would have ended them.
+
+    Args:
+        tokenizer: of the model.
+        prompts: as for `generate`.
+        sampled: tokens of each response and their log probabilities; what follows an end is left out.
+        max_new_tokens: one for each prompt.
+        ends: end tokens.
+        stop: strings that end a response.
+
+    Returns:
+        One generation per prompt; None where nothing ends the response by the rules of `generate`.
+    """
+    responses = _Responses(prompts, [0] * len(prompts), max_new_tokens, ends, StopStrings(tokenizer, stop))
+    has_ended = [any(not responses.add([row], [token]) for token in tokens) for row, (tokens, _) in enumerate(sampled)]
+    return [
+        replace(generation, logprobs=list(logprobs[: len(generation.tokens)])) if ended else None
+        for generation, (_, logprobs), ended in zip(responses.generations(), sampled, has_ended, strict=True)
+    ]
 
 
 class _Responses:

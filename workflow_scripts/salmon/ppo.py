@@ -58,7 +58,8 @@ class Rollout:
     The policy is trained on all of `response`; the reward model reads `text`, which has no thinking. Both end
     before the first of the cut markers.
 
-    Tensors are float32 [R] on the CPU, R the tokens of the response.
+    Tensors are float32 [R] on the CPU, R the tokens of the response. `sampled` are the log probabilities that an engine
+    gave to the tokens it drew, empty where it does not tell; `weights` are those of the policy's loss.
     """
 
     place: int
@@ -79,6 +80,12 @@ class Rollout:
     entropy: torch.Tensor = _UNSET
     advantages: torch.Tensor = _UNSET
     returns: torch.Tensor = _UNSET
+    sampled: torch.Tensor = _UNSET
+    weights: torch.Tensor = _UNSET
+
+    def __post_init__(self) -> None:
+        """All tokens weigh alike, unless an engine has drawn them (`correct_for_engine`)."""
+        self.weights = torch.ones(len(self.response))
 
 
 def within_query_length(
@@ -174,6 +181,7 @@ def sample(
                 finished=generation.finish_reason != "length" and not marker_cut,
                 thinking_cut=thinking_cut,
                 marker_cut=marker_cut,
+                sampled=torch.tensor((generation.logprobs or [])[: len(response)]),
             )
         )
     return rollouts
@@ -202,6 +210,31 @@ def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float,
                         rollout.logprobs, rollout.entropy = logprob[:length], entropy[:length]
                     else:
                         rollout.reference = logprob[:length]
+
+
+def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, float]:
+    """Weights of the policy's loss, which correct for an engine that computes otherwise than the trainer.
+
+    Returns:
+        Over the tokens of all ranks: mean and largest ratio of trainer and engine, and the share above the cap, where a
+        drift between the two shows; nothing where our own loop has sampled, which is the trainer.
+    """
+    if settings.engine == "transformers":
+        return {}
+    sums, largest = torch.zeros(3, dtype=torch.float64), 0.0
+    for rollout in rollouts:
+        ratios = ppo_math.rollout_ratios(rollout.logprobs, rollout.sampled, torch.ones(len(rollout.response)))
+        above = ratios > settings.rollout_correction_cap
+        sums += torch.tensor([ratios.sum(), above.sum(), len(ratios)])
+        largest = max(largest, ratios.max().item())
+        if settings.rollout_correction == "truncated":
+            rollout.weights = ratios.clamp(max=settings.rollout_correction_cap)
+    total, above, tokens = distributed.sum_over_ranks(sums).tolist()
+    return {
+        "engine_ratio": total / tokens,
+        "engine_ratio_largest": max(distributed.gather(largest)),
+        "engine_ratio_capped": above / tokens,
+    }
 
 
 @torch.no_grad()
@@ -307,13 +340,13 @@ def accumulate_gradients(
     for weight, chosen in parts:
         queries, responses = [r.query for r in chosen], [r.response for r in chosen]
         mask = _pad([torch.full((len(response),), weight) for response in responses]).to(shared.device)
-        old, advantages, old_values, returns = (
+        old, advantages, old_values, returns, weights = (
             _pad([getattr(r, name) for r in chosen]).to(shared.device)
-            for name in ("logprobs", "advantages", "values", "returns")
+            for name in ("logprobs", "advantages", "values", "returns", "weights")
         )
         with shared.use("policy"):
             logprobs, _ = shared.logprobs(queries, responses, settings.temperature)
-            policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total)
+            policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total, weights)
             optimizer.backward(policy_loss)
         with shared.use("value"):
             values = shared.values(queries, responses)
@@ -491,8 +524,9 @@ def train(
         # 1. Sample responses from the policy.
         rollouts = sample(shared, sampler, tokenizer, prompts, step, settings, policy_prompt)
         sampled = time.monotonic()
-        # 2. Measure them: log probabilities of policy and reference, values.
+        # 2. Measure them: log probabilities of policy and reference, values; and how far an engine is from that.
         measure(shared, rollouts, settings.temperature, micro_batch_size)
+        drift = correct_for_engine(rollouts, settings)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
         score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size, scoring)
         # 4. Advantages and returns.
@@ -506,6 +540,7 @@ def train(
         values = {
             **summarize(rollouts),
             **losses,
+            **drift,
             "learning_rate": rate,
             "seconds_sampling": sampled - started,
             "seconds_measuring": measured - sampled,

@@ -164,6 +164,23 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(keep, ((values.double() - mean) * torch.rsqrt(variance + 1e-8)).float(), 0.0)
 
 
+def rollout_ratios(logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How much more probable the trainer finds each sampled token than the engine that drew it.
+
+    Truncated at a cap, they are the weights of truncated importance sampling (Ionides 2008): the loss is then that of
+    tokens drawn from the policy that is trained, whatever the engine's arithmetic, with a bounded variance.
+
+    Args:
+        logprobs: [B, R] of the policy that sampled, as the trainer computes them.
+        sampled: [B, R], as the engine gives them for the tokens that it drew.
+        mask: [B, R].
+
+    Returns:
+        pi_trainer / pi_engine, float32 [B, R], 1 at masked positions; no gradient.
+    """
+    return torch.exp(torch.where(mask.bool(), (logprobs - sampled).float(), 0.0)).detach()
+
+
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -171,6 +188,7 @@ def policy_loss(
     mask: torch.Tensor,
     clip: float,
     total: torch.Tensor | float,
+    weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate loss (Schulman et al. 2017, eq. 7).
 
@@ -181,6 +199,7 @@ def policy_loss(
         mask: [B, R].
         clip: half width of the interval around ratio 1.
         total: real tokens in the whole minibatch.
+        weights: of the tokens, [B, R]; see `rollout_ratios`.
 
     Returns:
         The loss (scalar), and the number of tokens at which the clipped term was the larger loss.
@@ -190,7 +209,8 @@ def policy_loss(
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     keep = mask.float()
-    return (torch.maximum(plain, clipped) * keep).sum() / total, ((clipped > plain) * keep).sum().detach()
+    loss = (torch.maximum(plain, clipped) * weights * keep).sum() / total
+    return loss, ((clipped > plain) * keep).sum().detach()
 
 
 def value_loss(

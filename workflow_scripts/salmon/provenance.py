@@ -101,13 +101,21 @@ class Origin:
         named = {self.keys.get(name, name): value for name, value in plain.items() if name in self.settings}
         return {key: value for key, value in _leaves(named) if not is_free(key)}
 
-    def fingerprint(self, identities: Mapping[str, str]) -> str:
-        """Equal exactly where a run may continue another one; see `artifacts.fingerprint`."""
-        return artifacts.fingerprint(self.values(), identities)
+    def fingerprint(self, identities: Mapping[str, str], packages: Mapping[str, str] | None = None) -> str:
+        """Equal exactly where a run may continue another one; see `artifacts.fingerprint`.
 
-    def manifest(self, identities: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
-        """The manifest of the artifact; see `artifacts.manifest`."""
-        return artifacts.manifest(self.settings, identities, counts)
+        Args:
+            identities: of the inputs.
+            packages: name and version of an engine outside of this environment.
+        """
+        return artifacts.fingerprint(self.values() | ({"packages": packages} if packages else {}), identities)
+
+    def manifest(
+        self, identities: Mapping[str, str], counts: Mapping[str, int], packages: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The manifest of the artifact; see `artifacts.manifest` and `fingerprint`."""
+        made = artifacts.manifest(self.settings, identities, counts)
+        return made | {"packages": made["packages"] | dict(packages or {})}
 
 
 def is_free(key: str) -> bool:

@@ -12,9 +12,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon.generation import REFILL, Generation, Ranks, generate, tokens_of_beginning, without_thinking
+from salmon.generation import REFILL, Generation, Ranks, generate, replay, tokens_of_beginning, without_thinking
 
-__all__ = ["Generation", "Ranks", "Sampler", "TransformersSampler", "tokens_of_beginning", "without_thinking"]
+__all__ = [
+    "Generation",
+    "Ranks",
+    "Sampler",
+    "TransformersSampler",
+    "replay",
+    "tokens_of_beginning",
+    "without_thinking",
+]
 
 
 class Sampler(Protocol):

@@ -156,20 +156,34 @@ def _exit(status: int) -> None:
         sys.exit(status)
 
 
-def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0) -> Iterator[T]:
-    """Pass items on, and log one line every `INTERVAL` seconds: how many of how many, rate, time left.
+class Meter:
+    """Logs one line every `INTERVAL` seconds: how many of how many, rate, time left.
 
     Args:
-        items: passed on one by one.
         total: number of items in all, those done before included; None where nobody knows.
         what: names the items, as in `pairs`.
         done: items an earlier run finished.
     """
-    started = last = time.monotonic()
-    for number, item in enumerate(items, start=1):
-        yield item
+
+    def __init__(self, *, total: int | None, what: str, done: int = 0) -> None:
+        self.total, self.what, self.before, self.done = total, what, done, done
+        self.started = self.last = time.monotonic()
+
+    def advance(self) -> None:
+        """One more item is done."""
+        self.done += 1
         now = time.monotonic()
-        if now - last >= INTERVAL or done + number == total:
-            line = tqdm.format_meter(done + number, total, now - started, unit=f" {what}", initial=done, ncols=90)
+        if now - self.last >= INTERVAL or self.done == self.total:
+            line = tqdm.format_meter(
+                self.done, self.total, now - self.started, unit=f" {self.what}", initial=self.before, ncols=90
+            )
             log.info("%s", line)
-            last = now
+            self.last = now
+
+
+def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0) -> Iterator[T]:
+    """Pass items on, and log how many there were; arguments as for `Meter`."""
+    meter = Meter(total=total, what=what, done=done)
+    for item in items:
+        yield item
+        meter.advance()
