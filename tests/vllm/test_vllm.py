@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 os.environ.pop("CXX", None)  # vLLM compiles for the CPU, which our tests otherwise forbid (tests/conftest.py)
 
 import sample_responses
+import train_policy
 from salmon import models, vllm
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.sampling import Generation, TransformersSampler
 from salmon.tokenizers import load_tokenizer
+from salmon.work import WorkFolder
 from tests.ppo_world import World, read_metrics, run, weights
 from tests.running import command
 from tests.test_sample_responses import options, table
@@ -127,15 +129,16 @@ def test_what_the_engine_has_stopped_too_early_is_sampled_on(
 
     monkeypatch.setattr(vllm.VllmSampler, "_complete_all", eager)
     assert sampled(sampler, prompts, range(5), stop=["zzz"]) == expected
-    assert len(asked) == 2 and asked[0] == 5 > 0 < asked[1]
+    assert len(asked) == 2
+    assert 0 < asked[1] <= asked[0] == 5
 
 
 def test_refusals(world: World, tmp_path: Path, sampler: vllm.VllmSampler, prompts: list[list[int]]) -> None:
-    with pytest.raises(UserError, match="quantises"):
-        with vllm.start(HARDWARE, Model(base=str(world.base)), longest=20, key="x", rank=None):
-            pass
-    with pytest.raises(UserError, match="x is 20000, but the model reads 4096 tokens"):
-        with vllm.start(HARDWARE, world.model, longest=20_000, key="x", rank=None):
+    for model, longest, message in (
+        (Model(base=str(world.base)), 20, "quantises"),
+        (world.model, 20_000, "x is 20000, but the model reads 4096 tokens"),
+    ):
+        with pytest.raises(UserError, match=message), vllm.start(HARDWARE, model, longest=longest, key="x", rank=None):
             pass
     with pytest.raises(UserError, match="make install-vllm"):
         vllm.packages(vllm.Hardware(python="nowhere/python"))
@@ -147,10 +150,11 @@ def test_refusals(world: World, tmp_path: Path, sampler: vllm.VllmSampler, promp
     with pytest.raises(UserError, match="answers 400 to a prompt of 300 tokens"):
         sampler.sample([[5] * 300], [0], max_new_tokens=[9], temperature=1.0)
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"the vLLM server has ended \(status"):
-        broken = HARDWARE.model_copy(update={"options": ["--no-such-option"]})
-        with vllm.start(broken, world.model, longest=20, key="x", rank=None):
-            pass
+    broken = vllm.start(
+        HARDWARE.model_copy(update={"options": ["--no-such-option"]}), world.model, longest=20, key="x", rank=None
+    )
+    with pytest.raises(UserError, match=r"the vLLM server has ended \(status"), broken:
+        pass
     assert time.monotonic() - began < 120
 
 
@@ -161,6 +165,14 @@ def work(tmp_path: Path) -> Path:
     )
     (tmp_path / "policy.txt").write_text("A conversation.\n\n### User\n")
     return tmp_path
+
+
+def wait_for(job: "subprocess.Popen[Any]", condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 600
+    while not condition():
+        assert job.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def processes(name: str) -> list[int]:
@@ -177,23 +189,20 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
     resumed = options(work, world.model, "resumed.parquet", **more) | {"engine": engine}
     words = command(sample_responses, resumed)
     job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ)
-    parts = work / ".work" / "resumed.parquet"
-    end = time.monotonic() + 300
-    while not list(parts.rglob("*.parquet")):
-        assert job.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    servers = [pid for pid in processes("salmon-vllm-") if pid != job.pid]
-    assert servers
-    for pid in servers:
-        if "engine_guard" not in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
+    parts = WorkFolder(work / "resumed.parquet").path
+    wait_for(job, lambda: any(parts.glob("part-*.parquet")))
+    (server,) = (
+        pid for pid in processes("salmon-vllm-") if "engine_guard" not in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    os.kill(server, signal.SIGKILL)
     killed = time.monotonic()
     _, log = job.communicate(timeout=120)
     assert time.monotonic() - killed < 60
-    assert job.returncode == 1 and "the vLLM server has ended" in log, log[-3000:]
+    assert job.returncode == 1, log[-3000:]
+    assert "the vLLM server has ended" in log, log[-3000:]
     assert "planets" not in log
     assert not processes("salmon-vllm-")
-    kept = len(list(parts.rglob("*.parquet")))
+    kept = len(list(parts.glob("part-*.parquet")))
     assert 0 < kept < 20
     sample_responses.main(sample_responses.Arguments(**resumed))
     assert pl.read_parquet(work / "resumed.parquet").equals(pl.read_parquet(work / "expected.parquet"))
@@ -218,14 +227,10 @@ def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
     assert not processes("salmon-vllm-")
 
     again = tmp_path / "again" / "policy"
-    words = [sys.executable, "workflow_scripts/train_policy.py", *world.arguments(again, hardware, **settings)]
+    words = [sys.executable, train_policy.__file__, *world.arguments(again, hardware, **settings)]
     job = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
-    end = time.monotonic() + 300
-    while not any((tmp_path / "again" / ".work").rglob("*-3*")) and not any(
-        len(file.read_text().splitlines()) >= 3 for file in (tmp_path / "again" / ".work").rglob("metrics.jsonl")
-    ):
-        assert job.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    metrics_file = WorkFolder(again).path / "metrics.jsonl"
+    wait_for(job, lambda: metrics_file.exists() and len(metrics_file.read_text().splitlines()) >= 3)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     end = time.monotonic() + 30
