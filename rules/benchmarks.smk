@@ -69,6 +69,7 @@ rule answer_mt_bench:
     threads: 8
     resources:
         batch_size=32,
+        engine="--engine.memory 0.9",
         free=free_settings("model"),
     params:
         policy=lambda wildcards, input: f"--policy {shlex.quote(input.policy)}" if input.policy else "",
@@ -80,7 +81,7 @@ rule answer_mt_bench:
         f"python {SCRIPTS}/answer_mt_bench.py"
         " {params.policy} --name {params.name:q} --output {output:q} --model {params.model:q} {resources.free}"
         " --policy-prompt {params.policy_prompt:q} --evaluation {params.evaluation:q}"
-        " --batch-size {resources.batch_size:q} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} {resources.engine} > {log:q} 2>&1"
 
 
 use rule answer_mt_bench as answer_initial_mt_bench with:

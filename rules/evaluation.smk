@@ -224,19 +224,20 @@ rule sample_answers:
     threads: 8
     resources:
         batch_size=32,
+        engine="--engine.memory 0.9",
         free=free_settings("model", "ppo"),
     params:
         policy=lambda wildcards, input: f"--policy {shlex.quote(input.policy)}" if input.policy else "",
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         ppo=setting("ppo"),
-        evaluation=setting("evaluation", only=("seed",)),
+        evaluation=setting("evaluation", only=("seed", "engine")),
     shell:
         f"python {SCRIPTS}/sample_answers.py"
         " --prompts {input.prompts:q} {params.policy} --output {output.table:q} --model {params.model:q}"
         " {resources.free}"
         " --policy-prompt {params.policy_prompt:q} --ppo {params.ppo:q} --evaluation {params.evaluation:q}"
-        " --batch-size {resources.batch_size:q} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} {resources.engine} > {log:q} 2>&1"
 
 
 use rule sample_answers as sample_initial_answers with:

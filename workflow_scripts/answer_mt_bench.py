@@ -4,19 +4,21 @@ A question's draws are its own: all policies answer with the same random numbers
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, encoding, models, mt_bench, provenance, script
+from salmon import artifacts, encoding, models, mt_bench, provenance, script, vllm
 from salmon.config import Evaluation, Model, PolicyPrompt
 from salmon.distributed import init
 from salmon.errors import UserError
-from salmon.identity import context_limit
+from salmon.identity import context_limit, read_config
 from salmon.mt_bench import Question
 from salmon.randomness import seed_of
-from salmon.sampling import TransformersSampler, without_thinking
+from salmon.sampling import Sampler, TransformersSampler, without_thinking
 from salmon.tokenizers import load_tokenizer
 
 log = logging.getLogger("salmon.answer_mt_bench")
@@ -32,18 +34,24 @@ class Arguments(script.Arguments):
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
 class Dialogues:
-    """The dialogues of a policy with the questions' user."""
+    """The dialogues of a policy with the questions' user.
 
-    def __init__(self, arguments: Arguments) -> None:
-        self.arguments, device = arguments, init()
-        self.tokenizer = load_tokenizer(arguments.model)
+    Args:
+        arguments: of the script.
+        tokenizer: of the model.
+        sampler: that answers.
+        limit: tokens that it reads, at most; None for any number.
+    """
+
+    def __init__(
+        self, arguments: Arguments, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, limit: int | None
+    ) -> None:
+        self.arguments, self.tokenizer, self.sampler, self.limit = arguments, tokenizer, sampler, limit
         self.preamble = encoding.read_preamble(arguments.policy_prompt)
-        policy = models.load_policy(arguments.model, arguments.policy, device)
-        self.sampler = TransformersSampler(self.tokenizer, device, batch_size=arguments.batch_size, model=policy)
-        self.limit = context_limit(policy.config.to_dict())  # type: ignore[union-attr,operator]
         self.no_room = 0
 
     def answer(self, questions: Sequence[Question]) -> list[list[str]]:
@@ -97,8 +105,11 @@ def main(arguments: Arguments) -> None:
     if arguments.evaluation.mt_bench is None:
         raise UserError("evaluation.mt_bench names no file of questions")
     questions = mt_bench.read_questions(Path(arguments.evaluation.mt_bench))
-    dialogues = Dialogues(arguments)
-    answers = dialogues.answer(questions)
+    tokenizer = load_tokenizer(arguments.model)
+    packages = vllm.packages(arguments.engine) if arguments.evaluation.engine == "vllm" else {}
+    with open_sampler(arguments, tokenizer, questions) as (sampler, limit):
+        dialogues = Dialogues(arguments, tokenizer, sampler, limit)
+        answers = dialogues.answer(questions)
     origin = provenance.answer_mt_bench(
         arguments.policy,
         arguments.name,
@@ -112,7 +123,39 @@ def main(arguments: Arguments) -> None:
         folder.mkdir()
         lines = mt_bench.answer_lines(questions, answers, arguments.name)
         (folder / f"{arguments.name}.jsonl").write_text(lines, encoding="utf-8")
-        artifacts.write_json(folder / "manifest.json", origin.manifest(origin.identify(), counts))
+        artifacts.write_json(folder / "manifest.json", origin.manifest(origin.identify(), counts, packages))
+
+
+@contextmanager
+def open_sampler(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> Iterator[tuple[Sampler, int | None]]:
+    """What samples from the policy, and how many tokens of prompt and answer it reads; None for any number."""
+    model = arguments.model.with_adapter(arguments.policy) if arguments.policy else arguments.model
+    if arguments.evaluation.engine == "vllm":
+        longest = longest_dialogue(tokenizer, questions, arguments.policy_prompt, arguments.evaluation.mt_bench_tokens)
+        longest = min(longest, context_limit(read_config(model, Path())) or longest)
+        key = "evaluation.mt_bench_tokens"
+        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as engine:
+            yield engine, longest
+        return
+    device = init()
+    policy = models.load_initial_policy(model, device)
+    limit = context_limit(policy.config.to_dict())  # type: ignore[union-attr,operator]
+    yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, model=policy), limit
+
+
+def longest_dialogue(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], prompt: PolicyPrompt, answer: int
+) -> int:
+    """Tokens of the longest dialogue, with so many for each answer, and half as many again where it is read later."""
+    preamble = encoding.read_preamble(prompt)
+    lengths = []
+    for question in questions:
+        said = [text for turn in question.turns for text in (turn, "")][:-1]
+        asked = len(encoding.encode_dialogue(tokenizer, said, prompt, preamble))
+        lengths.append(asked + answer * len(question.turns) + answer * (len(question.turns) - 1) // 2)
+    return max(lengths)
 
 
 if __name__ == "__main__":

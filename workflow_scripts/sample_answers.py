@@ -4,18 +4,23 @@ Sampled at the temperature of RL, with draws that are those of the prompt: polic
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
 from pydantic import Field
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, checked, encoding, likelihood, models, provenance, script
+from salmon import artifacts, checked, encoding, likelihood, models, provenance, script, vllm
 from salmon.config import Evaluation, Model, PolicyPrompt, Ppo
 from salmon.distributed import init
 from salmon.errors import UserError
 from salmon.randomness import seed_of
-from salmon.sampling import TransformersSampler, without_thinking
+from salmon.sampling import Sampler, TransformersSampler, without_thinking
 from salmon.tables import ANSWERS, PROMPTS
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer
@@ -34,6 +39,7 @@ class Arguments(script.Arguments):
     ppo: Ppo = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
 def main(arguments: Arguments) -> None:
@@ -54,19 +60,21 @@ def main(arguments: Arguments) -> None:
             f"none of the {len(fits)} prompts of {arguments.prompts} has at most {ppo.query_length} tokens "
             "(ppo.query_length); name others in evaluation.prompts"
         )
-    policy = models.load_policy(arguments.model, arguments.policy, device)
-    models.check_context(policy, ppo.query_length + ppo.response_length, "ppo.query_length + ppo.response_length")
-    sampler = TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, model=policy)
-    answers = sampler.sample(
-        prompts,
-        [seed_of("evaluation", arguments.evaluation.seed, prompt_id) for prompt_id in table["prompt_id"]],
-        max_new_tokens=[ppo.response_length] * len(prompts),
-        temperature=ppo.temperature,
-        stop=arguments.policy_prompt.stop,
-    )
+    by_engine = arguments.evaluation.engine == "vllm"
+    packages = vllm.packages(arguments.engine) if by_engine else {}
+    policy = None if by_engine else models.load_policy(arguments.model, arguments.policy, device)
+    with open_sampler(arguments, tokenizer, device, policy) as sampler:
+        answers = sampler.sample(
+            prompts,
+            [seed_of("evaluation", arguments.evaluation.seed, prompt_id) for prompt_id in table["prompt_id"]],
+            max_new_tokens=[ppo.response_length] * len(prompts),
+            temperature=ppo.temperature,
+            stop=arguments.policy_prompt.stop,
+        )
     tokens = [answer.tokens for answer in answers]
     kl = np.zeros(len(tokens))
     if arguments.policy:
+        policy = policy or models.load_policy(arguments.model, arguments.policy, device)
         kl += likelihood.sequence_logprobs(policy, prompts, tokens, ppo.temperature, arguments.batch_size)
         del policy, sampler
         initial = models.load_initial_policy(arguments.model, device)
@@ -90,8 +98,24 @@ def main(arguments: Arguments) -> None:
         ppo=ppo,
         evaluation=arguments.evaluation,
     )
-    manifest = origin.manifest(origin.identify(), counts)
+    manifest = origin.manifest(origin.identify(), counts, packages)
     artifacts.write_table(rows.select(list(ANSWERS.columns)).sort("prompt_id"), arguments.output, ANSWERS, manifest)
+
+
+@contextmanager
+def open_sampler(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: nn.Module | None
+) -> Iterator[Sampler]:
+    """What samples from the policy, which is loaded unless an engine samples."""
+    longest = arguments.ppo.query_length + arguments.ppo.response_length
+    key = "ppo.query_length + ppo.response_length"
+    if policy is None:
+        model = arguments.model.with_adapter(arguments.policy) if arguments.policy else arguments.model
+        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as sampler:
+            yield sampler
+        return
+    models.check_context(policy, longest, key)
+    yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, model=policy)
 
 
 if __name__ == "__main__":

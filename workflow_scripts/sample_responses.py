@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards, vllm
 from salmon.config import Model, PolicyPrompt, Sampling
-from salmon.errors import UserError
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
 from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES
@@ -40,7 +39,9 @@ class Arguments(script.Arguments):
     sampling: Sampling = Field(description="section of the configuration")
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     batch_size: int = Field(16, ge=1, description="prompts at a time on a GPU; only speed and memory depend on it")
-    tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job hold one model together")
+    tensor_parallel: bool = Field(
+        False, description="hardware: all GPUs of the job hold one model together; not of an engine, which has its own"
+    )
     engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
@@ -88,7 +89,8 @@ def main(arguments: Arguments) -> None:
         ).select(list(schema))
 
     fitting = sum(len(prompt) < longest for prompt in prompts)
-    at_once = arguments.engine.max_rows if sampling.engine == "vllm" else arguments.batch_size
+    by_engine = sampling.engine == "vllm"
+    at_once = arguments.engine.max_rows if by_engine else arguments.batch_size
     if left:
         with open_sampler(arguments, tokenizer, device, longest) as sampler:
             resuming.run_batches(
@@ -97,7 +99,7 @@ def main(arguments: Arguments) -> None:
                 rows_per_part(fitting, at_once),
                 partial(sample, sampler),
                 "prompts",
-                together=arguments.tensor_parallel,
+                together=arguments.tensor_parallel and not by_engine,
             )
     if distributed.is_main():
         sampled = work.read_parts(schema)
@@ -113,22 +115,13 @@ def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
 ) -> Iterator[Sampler]:
     """What samples from the initial policy, up to `longest` tokens of prompt and response."""
-    model, together = arguments.model, arguments.tensor_parallel
     key = "policy_prompt.template's preamble + sampling.max_length"
     if arguments.sampling.engine == "vllm":
-        if together:
-            raise UserError(
-                "tensor_parallel divides the model of our own loop: leave it out, and set `tensor_parallel` in the "
-                "profile's resource engine instead"
-            )
-        rank = vllm.adapter_rank(model)
-        with vllm.start(arguments.engine, model, longest=longest, key=key, rank=rank) as engine:
-            sampler = vllm.VllmSampler(engine, tokenizer, vllm.end_tokens(model, tokenizer))
-            if adapter := vllm.adapter_folder(model):
-                sampler.push(adapter)
+        with vllm.open_sampler(arguments.engine, arguments.model, tokenizer, longest=longest, key=key) as sampler:
             yield sampler
         return
-    policy = models.load_initial_policy(model, device, together=together)
+    together = arguments.tensor_parallel
+    policy = models.load_initial_policy(arguments.model, device, together=together)
     models.check_context(policy, longest, key)
     ranks: Ranks = "together" if together else "apart"
     yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=policy)

@@ -158,6 +158,10 @@ class Model(Section):
         """The base model alone, which reward models are trained on."""
         return self.model_copy(update={"adapter": None, "adapter_revision": None})
 
+    def with_adapter(self, folder: Path) -> Self:
+        """The base model with the adapter in a folder."""
+        return self.model_copy(update={"adapter": str(folder), "adapter_revision": None})
+
     @field_validator("base", "adapter")
     @classmethod
     def _in_full(cls, name: str | None) -> str | None:
@@ -627,7 +631,10 @@ class Evaluation(Section):
     prompts: dict[str, PromptSource] = Field(
         {}, description="name -> prompts that policies answer; those that were trained on are left out"
     )
-
+    engine: Engine = Field(
+        "transformers",
+        description="what samples the answers to evaluation.prompts and MT-Bench, as `sampling.engine`",
+    )
     against: str | None = Field(
         None,
         description="name of a run, such as a control run, with whose answers the judge compares those of all others, "

@@ -64,9 +64,7 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
 
 def load_policy(model: Model, policy: Path | None, device: torch.device | str) -> nn.Module:
     """A trained policy, whose adapter stands on the base model alone, or the initial one where none is given."""
-    if policy:
-        model = model.model_copy(update={"adapter": str(policy), "adapter_revision": None})
-    return load_initial_policy(model, device)
+    return load_initial_policy(model.with_adapter(policy) if policy else model, device)
 
 
 def load_judge(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:

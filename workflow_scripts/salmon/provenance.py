@@ -429,9 +429,9 @@ def sample_answers(
     """Answers of a policy, the initial one where none is given."""
     read = {name: getattr(ppo, name) for name in ("temperature", "query_length", "response_length")}
     return Origin(
-        {"model": model, "policy_prompt": policy_prompt, **read, "seed": evaluation.seed},
+        {"model": model, "policy_prompt": policy_prompt, **read, "seed": evaluation.seed, "engine": evaluation.engine},
         _files(prompts, policy, *policy_prompt.files) + _model(model),
-        keys=_alone("ppo", read) | {"seed": "evaluation.seed"},
+        keys=_alone("ppo", read) | _alone("evaluation", {"seed": None, "engine": None}),
     )
 
 
@@ -486,7 +486,7 @@ def evaluate_tasks(policy: Path | str | None, *, model: Model, prompt: TaskPromp
     )
 
 
-MT_BENCH = ("mt_bench", "mt_bench_tokens", "seed")
+MT_BENCH = ("mt_bench", "mt_bench_tokens", "seed", "engine")
 """Keys of `evaluation` that say what `answer_mt_bench` does."""
 
 

@@ -424,6 +424,18 @@ def adapter_rank(model: Model, lora: Lora | None = None) -> int | None:
     return max([int(found["r"]), *(found.get("rank_pattern") or {}).values()])
 
 
+@contextmanager
+def open_sampler(
+    hardware: Hardware, model: Model, tokenizer: PreTrainedTokenizerBase, *, longest: int, key: str
+) -> Iterator["VllmSampler"]:
+    """What samples from one model, its adapter included, until the end of the block; arguments as for `start`."""
+    with start(hardware, model, longest=longest, key=key, rank=adapter_rank(model)) as engine:
+        sampler = VllmSampler(engine, tokenizer, end_tokens(model, tokenizer))
+        if adapter := adapter_folder(model):
+            sampler.push(adapter)
+        yield sampler
+
+
 class VllmSampler:
     """Samples with an engine, from the base model until an adapter is pushed.
 
