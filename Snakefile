@@ -12,6 +12,7 @@ min_version("9.19")
 include: "rules/common.smk"
 include: "rules/inputs.smk"
 include: "rules/model.smk"
+include: "rules/engine.smk"
 include: "rules/sft.smk"
 include: "rules/prompts.smk"
 include: "rules/preferences.smk"

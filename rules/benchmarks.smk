@@ -56,6 +56,7 @@ rule answer_mt_bench:
         questions=local_files([settings.evaluation.mt_bench]),
         template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
         home=at_home("mt_bench"),
+        engine_base=engine_base("evaluation"),
     output:
         directory("<results>/{home}evaluation/mt_bench"),
     log:
@@ -77,11 +78,12 @@ rule answer_mt_bench:
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         evaluation=setting("evaluation", only=provenance.MT_BENCH),
+        engine_base=engine_base_option,
     shell:
         f"python {SCRIPTS}/answer_mt_bench.py"
         " {params.policy} --name {params.name:q} --output {output:q} --model {params.model:q} {resources.free}"
         " --policy-prompt {params.policy_prompt:q} --evaluation {params.evaluation:q}"
-        " --batch-size {resources.batch_size:q} {resources.engine} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} {resources.engine} {params.engine_base} > {log:q} 2>&1"
 
 
 use rule answer_mt_bench as answer_initial_mt_bench with:
@@ -91,6 +93,7 @@ use rule answer_mt_bench as answer_initial_mt_bench with:
         questions=local_files([settings.evaluation.mt_bench]),
         template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
         home=at_home("initial_mt_bench"),
+        engine_base=engine_base("evaluation"),
     output:
         directory("<results>/{home}evaluation/initial_mt_bench"),
     log:
@@ -103,6 +106,7 @@ use rule answer_mt_bench as answer_initial_mt_bench with:
         model=setting("model"),
         policy_prompt=setting("policy_prompt"),
         evaluation=setting("evaluation", only=provenance.MT_BENCH),
+        engine_base=engine_base_option,
 
 
 # It waits for another machine, and needs a network and the user's environment: no job of a cluster.

@@ -251,6 +251,22 @@ def free_settings(*sections):
     return lambda wildcards: of(run_name(wildcards))
 
 
+def engine_base(section):
+    """Input: what an engine samples from, where that is not the base model itself."""
+
+    def find(wildcards):
+        config = run_settings(wildcards)
+        needed = getattr(config, section).engine == "vllm" and config.model.quantization == "nf4"
+        return artifact("engine_base")(wildcards) if needed else []
+
+    return find
+
+
+def engine_base_option(wildcards, input):
+    """Parameter: the same as an option of a script."""
+    return f"--engine-base {shlex.quote(input.engine_base)}" if input.engine_base else ""
+
+
 @cache
 def initial_policy(run):
     """Files of a run's base model and of the initial policy's adapter."""

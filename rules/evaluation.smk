@@ -210,6 +210,7 @@ rule sample_answers:
         model=lambda wildcards: initial_policy(run_name(wildcards)),
         template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
         home=at_home("answers"),
+        engine_base=engine_base("evaluation"),
     output:
         table="<results>/{home}evaluation/answers.parquet",
         manifest="<results>/{home}evaluation/answers.manifest.json",
@@ -232,12 +233,13 @@ rule sample_answers:
         policy_prompt=setting("policy_prompt"),
         ppo=setting("ppo"),
         evaluation=setting("evaluation", only=("seed", "engine")),
+        engine_base=engine_base_option,
     shell:
         f"python {SCRIPTS}/sample_answers.py"
         " --prompts {input.prompts:q} {params.policy} --output {output.table:q} --model {params.model:q}"
         " {resources.free}"
         " --policy-prompt {params.policy_prompt:q} --ppo {params.ppo:q} --evaluation {params.evaluation:q}"
-        " --batch-size {resources.batch_size:q} {resources.engine} > {log:q} 2>&1"
+        " --batch-size {resources.batch_size:q} {resources.engine} {params.engine_base} > {log:q} 2>&1"
 
 
 use rule sample_answers as sample_initial_answers with:
@@ -247,6 +249,7 @@ use rule sample_answers as sample_initial_answers with:
         model=lambda wildcards: initial_policy(run_name(wildcards)),
         template=lambda wildcards: run_settings(wildcards).policy_prompt.files,
         home=at_home("initial_answers"),
+        engine_base=engine_base("evaluation"),
     output:
         table="<results>/{home}evaluation/initial_answers.parquet",
         manifest="<results>/{home}evaluation/initial_answers.manifest.json",

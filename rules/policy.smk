@@ -12,6 +12,7 @@ rule train_policy:
         ],
         model=lambda wildcards: initial_policy(run_name(wildcards)),
         checked=artifact("check_rl"),
+        engine_base=engine_base("ppo"),
     output:
         directory("<results>/runs/{run}/policy"),
     log:
@@ -36,6 +37,7 @@ rule train_policy:
         policy_prompt=setting("policy_prompt"),
         ppo=setting("ppo"),
         scoring=setting("scoring"),
+        engine_base=engine_base_option,
     shell:
         f"{LAUNCH}/train_policy.py"
         " --prompts {input.prompts:q} --reward-model {input.reward_model:q} --output {output:q}"
@@ -44,4 +46,4 @@ rule train_policy:
         " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
         " --micro-batch-size {resources.micro_batch_size:q}"
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q}"
-        " {resources.engine} > {log:q} 2>&1"
+        " {resources.engine} {params.engine_base} > {log:q} 2>&1"

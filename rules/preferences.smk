@@ -9,6 +9,7 @@ rule sample_responses:
         checked=artifact("check_sampling"),
         shard=shard_of("responses", "sampling.shards"),
         home=at_home("response{index}"),
+        engine_base=engine_base("sampling"),
     output:
         table="<results>/{home}responses/response{index}.shards/{shard}.parquet",
         manifest="<results>/{home}responses/response{index}.shards/{shard}.manifest.json",
@@ -33,6 +34,7 @@ rule sample_responses:
     params:
         model=setting("model"),
         sampling=setting("sampling", without=("paths",)),
+        engine_base=engine_base_option,
         shards=lambda wildcards: run_settings(wildcards).sampling.shards,  # decides which rows are in a shard
         policy_prompt=setting("policy_prompt"),
     shell:
@@ -41,7 +43,7 @@ rule sample_responses:
         " {resources.free}"
         " --model {params.model:q} --sampling {params.sampling:q} --policy-prompt {params.policy_prompt:q}"
         " --batch-size {resources.batch_size:q} --tensor-parallel {resources.tensor_parallel:q}"
-        " {resources.engine} > {log:q} 2>&1"
+        " {resources.engine} {params.engine_base} > {log:q} 2>&1"
 
 
 rule judge_preferences:

@@ -56,6 +56,7 @@ def jobs() -> dict[str, Job]:
 
     sources = {"own": source("prompts", "own.jsonl")}
     add("check_model", "check_model", "check", model=BARE, policy_prompt=POLICY_PROMPT, lora=LORA, parts=["sampling"])
+    add("dequantize_base", "dequantize_base", "engine_base", model=BARE | {"quantization": "nf4"})
     add("clean_prompts", "clean_prompts", "prompts.parquet", prompts={"sources": sources})
     examples = {"own": source("instructions", "own.jsonl")}
     add("clean_sft_data", "clean_sft_data", "examples.parquet", sft_data={"sources": examples})

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import AutoPeftModelForSequenceClassification, PeftModel, TaskType
 from safetensors.torch import load_file
 from torch import nn
@@ -275,3 +276,32 @@ def test_dropout_of_the_base_is_off(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits, atol=0, rtol=0)
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_gets_the_weights_that_4_bit_weights_stand_for(kind: str, dtype: Any, tmp_path: Path) -> None:
+    """Of tied and untied embeddings, with biases, with experts that stay as they are."""
+    folder, written = tmp_path / "base", tmp_path / "written"
+    zoo.build(kind, folder)
+    settings = Model(base=str(folder), quantization="nf4", dtype=dtype)
+    quantised = models.load_base(settings, "cpu")
+    layers = {name: module for name, module in quantised.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert layers
+    for module in layers.values():
+        module.support_avx512bf16_for_cpu = False  # whose kernel computes in bfloat16, where there is one
+    models.load_dequantized(settings, "cpu").save_pretrained(str(written))
+    plain_settings = settings.model_copy(update={"base": str(written), "quantization": "none"})
+    plain = models.load_base(plain_settings, "cpu")
+    assert type(plain) is type(quantised)
+    original = models.load_base(settings.model_copy(update={"quantization": "none"}), "cpu")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 4]])
+    with torch.no_grad():
+        expected, found, before = (model(ids).logits.float() for model in (quantised, plain, original))
+    close = 1e-4 if dtype == "float32" else 0.05
+    scale = (expected - before).abs().max()
+    assert (found - expected).abs().max() < close * max(1.0, float(scale))
+    assert scale > 4 * close, "the quantisation changes nothing that could be seen"
+    for name, module in layers.items():
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(getattr(torch, dtype))
+        assert torch.equal(plain.get_submodule(name).weight, weight)

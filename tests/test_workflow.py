@@ -399,6 +399,29 @@ def test_the_picture_of_the_rules_is_the_one_of_these_rules() -> None:
     assert sorted((labels[start], labels[end]) for start, end in re.findall(r"(\d+) -> (\d+)", drawn)) == edges
 
 
+@pytest.mark.parametrize(
+    ("engines", "quantization", "reads"),
+    [
+        ({"sampling": {"engine": "vllm"}}, "nf4", {"sample_responses"}),
+        ({"ppo": {"engine": "vllm"}, "sampling": {"engine": "vllm"}}, "nf4", {"sample_responses", "train_policy"}),
+        ({"ppo": {"engine": "vllm"}}, "none", set()),
+        ({}, "nf4", set()),
+    ],
+)
+def test_an_engine_gets_a_base_that_it_reads(
+    built: Path, engines: dict[str, Any], quantization: str, reads: set[str]
+) -> None:
+    """Written once for all runs, for just the jobs in which the engine samples."""
+    overlay = {"model": {"adapter": None, "quantization": quantization}, "targets": ["policies"], **engines}
+    (built / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    words = ["--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "-F", "-n"]
+    listed = snakemake(*words, folder=built)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert jobs(listed.stdout).get("dequantize_base", 0) == bool(reads)
+    blocks = re.findall(r"^rule (\w+):\n((?: .*\n)*)", listed.stdout, flags=re.M)
+    assert {rule for rule, block in blocks if re.search(r"^    input: .*models/engine_base", block, re.M)} == reads
+
+
 # ---- Provenance
 
 

@@ -34,6 +34,9 @@ class Arguments(script.Arguments):
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    engine_base: Path | None = Field(
+        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+    )
     engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
@@ -136,6 +139,7 @@ def open_sampler(
         longest = longest_dialogue(tokenizer, questions, arguments.policy_prompt, arguments.evaluation.mt_bench_tokens)
         longest = min(longest, context_limit(read_config(model, Path())) or longest)
         key = "evaluation.mt_bench_tokens"
+        model = vllm.served(model, arguments.engine_base)
         with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as engine:
             yield engine, longest
         return

@@ -39,6 +39,9 @@ class Arguments(script.Arguments):
     ppo: Ppo = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    engine_base: Path | None = Field(
+        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+    )
     engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
@@ -110,7 +113,8 @@ def open_sampler(
     longest = arguments.ppo.query_length + arguments.ppo.response_length
     key = "ppo.query_length + ppo.response_length"
     if policy is None:
-        model = arguments.model.with_adapter(arguments.policy) if arguments.policy else arguments.model
+        model = vllm.served(arguments.model, arguments.engine_base)
+        model = model.with_adapter(arguments.policy) if arguments.policy else model
         with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as sampler:
             yield sampler
         return

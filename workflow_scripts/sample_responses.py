@@ -42,6 +42,9 @@ class Arguments(script.Arguments):
     tensor_parallel: bool = Field(
         False, description="hardware: all GPUs of the job hold one model together; not of an engine, which has its own"
     )
+    engine_base: Path | None = Field(
+        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+    )
     engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
 
 
@@ -117,7 +120,8 @@ def open_sampler(
     """What samples from the initial policy, up to `longest` tokens of prompt and response."""
     key = "policy_prompt.template's preamble + sampling.max_length"
     if arguments.sampling.engine == "vllm":
-        with vllm.open_sampler(arguments.engine, arguments.model, tokenizer, longest=longest, key=key) as sampler:
+        model = vllm.served(arguments.model, arguments.engine_base)
+        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as sampler:
             yield sampler
         return
     together = arguments.tensor_parallel

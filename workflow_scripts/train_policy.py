@@ -45,6 +45,9 @@ class Arguments(script.Arguments):
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
     sampling_batch_size: int = Field(32, ge=1, description="hardware: rollouts sampled at once on a GPU")
     micro_batch_size: int = Field(2, ge=1, description="hardware: rollouts of a backward pass on a GPU")
+    engine_base: Path | None = Field(
+        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+    )
     engine: vllm.Hardware = Field(
         vllm.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
     )
@@ -129,9 +132,10 @@ def open_engine(args: Arguments) -> Iterator[vllm.Engine | None]:
         yield None
         return
     longest = args.ppo.query_length + args.ppo.response_length
-    rank = vllm.adapter_rank(args.model, args.lora)
+    model = vllm.served(args.model, args.engine_base)
+    rank = vllm.adapter_rank(model, args.lora)
     key = "ppo.query_length + ppo.response_length"
-    with vllm.start(args.engine, args.model, longest=longest, key=key, rank=rank) as engine:
+    with vllm.start(args.engine, model, longest=longest, key=key, rank=rank) as engine:
         yield engine
 
 

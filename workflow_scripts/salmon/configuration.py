@@ -61,6 +61,7 @@ RunSection = Literal[
     "ppo",
 ]
 ARTIFACTS = {
+    "engine_base": "models/engine_base",
     "sft_data": "sft/examples.parquet",
     "sft": "models/sft",
     "check_sampling": "check_model/sampling",
@@ -339,6 +340,12 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
+
+
+def needs_engine_base(config: "Config") -> bool:
+    """Whether an engine samples in a run whose weights it does not read."""
+    engines = {config.sampling.engine, config.ppo.engine, config.evaluation.engine}
+    return "vllm" in engines and config.model.quantization == "nf4"
 
 
 def texts_of(ppo: Ppo) -> PpoTexts:

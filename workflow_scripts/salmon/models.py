@@ -307,6 +307,31 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
     return base
 
 
+def load_dequantized(model: Model, device: torch.device | str) -> PreTrainedModel:
+    """The base model with the weights that its 4-bit weights stand for, in `dtype`, on the CPU.
+
+    It computes what the quantised model computes, up to the order of sums. The memory of the machine has to hold it;
+    the device holds the quantised model.
+    """
+    import bitsandbytes
+
+    base = load_base(model, device)
+    dtype = getattr(torch, model.dtype)
+    for name, module in [*base.named_modules()]:
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta", dtype)
+            plain.weight = nn.Parameter(weight.cpu(), requires_grad=False)
+            if module.bias is not None:
+                plain.bias = nn.Parameter(module.bias.data.cpu(), requires_grad=False)
+            base.set_submodule(name, plain)
+    base.hf_quantizer = None  # or it would be saved as a quantised model, and refuses to move
+    base.is_quantized = base.is_loaded_in_4bit = False
+    if hasattr(base.config, "quantization_config"):
+        del base.config.quantization_config
+    return base.to("cpu")
+
+
 def load_outline(model: Model) -> PreTrainedModel:
     """The base model's layers without their weights, by its config.json alone: names and shapes to compare with.
 

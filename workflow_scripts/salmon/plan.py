@@ -1,18 +1,19 @@
 """The artifacts of a configuration: what decides each, and where it is, which runs share that have it in common."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
 
 from salmon import provenance
 from salmon.authors import JUDGED_UP_TO
-from salmon.config import Judge, Model, TaskPrompt, is_local
-from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, texts_of
+from salmon.config import Judge, Model, Section, TaskPrompt, is_local
+from salmon.configuration import ARTIFACTS, SFT, TARGETS, Config, needs_engine_base, texts_of
 from salmon.identity import tokenizer_model
 from salmon.provenance import Origin
 
 Name = Literal[
+    "engine_base",
     "check_training",
     "sft_data",
     "sft",
@@ -169,6 +170,7 @@ class Plan:
         if name in OF_JUDGED_PAIRS:
             return bool(evaluation.judge_pairs) and self.has(run, "judge_evaluation")
         for names, asked in (
+            ({"engine_base"}, needs_engine_base(config)),
             ({"evaluation_pairs"}, evaluation.pairs),
             ({"run_judgements"}, evaluation.prompts and evaluation.against not in (None, run)),
             (OF_POLICIES, evaluation.prompts),
@@ -278,6 +280,15 @@ class Plan:
         model = config.model
         if is_imported(config, name):
             return _imported(config, name)
+        of_one_section: dict[Name, tuple[Callable[[Any], Origin], Section]] = {
+            "engine_base": (provenance.dequantize_base, model.without_adapter()),
+            "sft_data": (provenance.clean_sft_data, config.sft_data),
+            "prompts": (provenance.clean_prompts, config.prompts),
+            "pmp_data": (provenance.clean_pmp_data, config.pmp_data),
+        }
+        if name in of_one_section:
+            decide, section = of_one_section[name]
+            return decide(section)
         match name:
             case "check_sampling" | "check_judging" | "check_training" | "check_rl":
                 part = name.removeprefix("check_")
@@ -292,8 +303,6 @@ class Plan:
                     tokenizer=self.tokenizer(run),
                     ppo=texts_of(config.ppo),
                 )
-            case "sft_data":
-                origin = provenance.clean_sft_data(config.sft_data)
             case "sft":
                 origin = provenance.train_sft(
                     self.path(run, "sft_data"),
@@ -302,8 +311,6 @@ class Plan:
                     policy_prompt=config.policy_prompt,
                     sft=config.sft,
                 )
-            case "prompts":
-                origin = provenance.clean_prompts(config.prompts)
             case "response0" | "response1" | "preferences":
                 origin = provenance.gather_shards(self.shard(run, name, 0))
             case "reward_data":
@@ -315,8 +322,6 @@ class Plan:
                     aggregation=config.aggregation,
                     turn_markers=config.judge.turn_markers,
                 )
-            case "pmp_data":
-                origin = provenance.clean_pmp_data(config.pmp_data)
             case "pmp" | "reward_model":
                 init = name == "reward_model" and config.reward_model.init == "pmp"
                 origin = provenance.train_reward_model(

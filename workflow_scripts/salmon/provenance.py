@@ -167,6 +167,11 @@ def clean_pmp_data(pmp_data: PmpData) -> Origin:
     return Origin({"pmp_data": pmp_data}, _sources(pmp_data.sources))
 
 
+def dequantize_base(model: Model) -> Origin:
+    """The base model that an engine serves, whose 4-bit weights are written as what they stand for."""
+    return Origin({"model": model}, _model(model))
+
+
 def clean_sft_data(sft_data: SftData) -> Origin:
     """Examples of the initial policy."""
     return Origin({"sft_data": sft_data}, _sources(sft_data.sources))

@@ -26,6 +26,7 @@ from salmon.shipped import short_name
 
 HASH = re.compile(r"[0-9a-f]{64}")
 RULES: dict[Name, str] = {
+    "engine_base": "dequantize_base",
     "sft_data": "clean_sft_data",
     "sft": "train_sft",
     "check_sampling": "check_model",

@@ -98,6 +98,13 @@ def packages(hardware: Hardware) -> dict[str, str]:
     return {name: version}
 
 
+def served(model: Model, engine_base: Path | None) -> Model:
+    """The model as the engine reads it: on the folder of `dequantize_base`, where there is one."""
+    if engine_base is None:
+        return model
+    return model.model_copy(update={"base": str(engine_base), "revision": None, "quantization": "none"})
+
+
 _INSTALL = "run `make install-vllm`, or set `python` in the profile's resource engine (docs/engines.md)"
 
 
@@ -249,8 +256,8 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
     """
     if model.quantization != "none":
         raise UserError(
-            "vLLM serves no weights that bitsandbytes quantises: set model.quantization to none, or sample with "
-            "`transformers`"
+            "vLLM serves no weights that bitsandbytes quantises: give the folder of dequantize_base as --engine-base, "
+            "or set model.quantization to none"
         )
     limit = context_limit(read_config(model, Path()))
     if limit is not None and longest > limit:

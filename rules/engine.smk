@@ -1,0 +1,25 @@
+"""What an engine samples from, where the model's weights are of a kind that it does not read."""
+
+
+rule dequantize_base:
+    input:
+        model=lambda wildcards: files_of(run_settings(wildcards).model.base),
+        home=at_home("engine_base"),
+    output:
+        directory("<results>/{home}models/engine_base"),
+    log:
+        "<logs>/{home}dequantize_base.log",
+    benchmark:
+        "<benchmarks>/{home}dequantize_base.tsv"
+    wildcard_constraints:
+        home=HOME,
+    conda:
+        "../envs/model.yaml"
+    threads: 8
+    params:
+        model=setting("model", without=("adapter", "adapter_revision")),
+    resources:
+        free=free_settings("model"),
+    shell:
+        f"python {SCRIPTS}/dequantize_base.py"
+        " --output {output:q} --model {params.model:q} {resources.free} > {log:q} 2>&1"
