@@ -20,7 +20,7 @@ import yte
 from pydantic import BaseModel
 
 from docs import write_reference
-from salmon import authors, configuration
+from salmon import authors, configuration, vllm
 from salmon.config import RewardTraining, Training
 from salmon.configuration import TARGETS, Config
 from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
@@ -276,7 +276,7 @@ AUTHORS_ROWS = (authors.ResponseRow, authors.PreferenceRow, authors.RecordRow)
 
 
 def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
-    """Names in the text of an error that are nothing a user can set: no keys, columns, or options of the profile."""
+    """Names in the text of an error that a user cannot set: no keys, columns, rules, or options of the profile."""
     columns = {name for table in TABLES for name in table.columns}
     columns |= {
         name
@@ -288,6 +288,9 @@ def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     source = {key.rsplit(".", 1)[1] for key in KEYS if key.startswith("prompts.sources.")}
     files = {"site.yaml"}
+    engine = {f"--engine.{name.replace('_', '-')}" for name in vllm.Hardware.model_fields}
+    text = re.sub(r"--engine\.[\w-]+", lambda found: "" if found[0] in engine else found[0], text)
+    rules = set(re.findall(r"^rule (\w+):", RULES, flags=re.M))
     dotted = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text)
     wrong = [word for word in dotted if word not in KEYS | files]
     wrong += [
@@ -296,7 +299,7 @@ def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
     joined = re.findall(r"§([a-z]+_[a-z_]+)", text)
     wrong += [f"§{name}" for name in joined if not all(begin + name in KEYS for begin in BEGINNINGS)]
     single = re.findall(r"(?<![\w.§{])[a-z]+(?:_[a-z]+)+\b(?![.\w])", text)
-    return wrong + [name for name in single if name not in columns | resources | source | set(site)]
+    return wrong + [name for name in single if name not in columns | resources | source | set(site) | rules]
 
 
 @pytest.mark.parametrize(

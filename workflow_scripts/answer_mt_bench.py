@@ -138,9 +138,10 @@ def open_sampler(
     if arguments.evaluation.engine == "vllm":
         longest = longest_dialogue(tokenizer, questions, arguments.policy_prompt, arguments.evaluation.mt_bench_tokens)
         longest = min(longest, context_limit(read_config(model, Path())) or longest)
-        key = "evaluation.mt_bench_tokens"
         model = vllm.served(model, arguments.engine_base)
-        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as engine:
+        with vllm.open_sampler(
+            arguments.engine, model, tokenizer, longest=longest, key="evaluation.mt_bench_tokens"
+        ) as engine:
             yield engine, longest
         return
     device = init()

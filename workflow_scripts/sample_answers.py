@@ -111,14 +111,15 @@ def open_sampler(
 ) -> Iterator[Sampler]:
     """What samples from the policy, which is loaded unless an engine samples."""
     longest = arguments.ppo.query_length + arguments.ppo.response_length
-    key = "ppo.query_length + ppo.response_length"
     if policy is None:
         model = vllm.served(arguments.model, arguments.engine_base)
         model = model.with_adapter(arguments.policy) if arguments.policy else model
-        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as sampler:
+        with vllm.open_sampler(
+            arguments.engine, model, tokenizer, longest=longest, key="ppo.query_length + ppo.response_length"
+        ) as sampler:
             yield sampler
         return
-    models.check_context(policy, longest, key)
+    models.check_context(policy, longest, "ppo.query_length + ppo.response_length")
     yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, model=policy)
 
 

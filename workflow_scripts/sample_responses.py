@@ -118,15 +118,20 @@ def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
 ) -> Iterator[Sampler]:
     """What samples from the initial policy, up to `longest` tokens of prompt and response."""
-    key = "policy_prompt.template's preamble + sampling.max_length"
     if arguments.sampling.engine == "vllm":
         model = vllm.served(arguments.model, arguments.engine_base)
-        with vllm.open_sampler(arguments.engine, model, tokenizer, longest=longest, key=key) as sampler:
+        with vllm.open_sampler(
+            arguments.engine,
+            model,
+            tokenizer,
+            longest=longest,
+            key="policy_prompt.template's preamble + sampling.max_length",
+        ) as sampler:
             yield sampler
         return
     together = arguments.tensor_parallel
     policy = models.load_initial_policy(arguments.model, device, together=together)
-    models.check_context(policy, longest, key)
+    models.check_context(policy, longest, "policy_prompt.template's preamble + sampling.max_length")
     ranks: Ranks = "together" if together else "apart"
     yield TransformersSampler(tokenizer, device, batch_size=arguments.batch_size, ranks=ranks, model=policy)
 

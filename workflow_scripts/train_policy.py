@@ -134,8 +134,9 @@ def open_engine(args: Arguments) -> Iterator[vllm.Engine | None]:
     longest = args.ppo.query_length + args.ppo.response_length
     model = vllm.served(args.model, args.engine_base)
     rank = vllm.adapter_rank(model, args.lora)
-    key = "ppo.query_length + ppo.response_length"
-    with vllm.start(args.engine, model, longest=longest, key=key, rank=rank) as engine:
+    with vllm.start(
+        args.engine, model, longest=longest, key="ppo.query_length + ppo.response_length", rank=rank
+    ) as engine:
         yield engine
 
 

@@ -107,9 +107,13 @@ def check(stage: str) -> Resources:
     """The same; of a model that is larger than a GPU in a machine's memory, where it is slow."""
     if not SITE["tensor_parallel"]:
         return one_gpu(stage)
-    memory = SITE["gpus_per_node"] * SITE["mem_mb_per_gpu"]
     cores = SITE["gpus_per_node"] * SITE["cpus_per_gpu"]
-    return one_gpu(stage, device="cpu", mem_mb=memory, cpus_per_task=cores)
+    return one_gpu(stage, device="cpu", cpus_per_task=cores, **whole_memory())
+
+
+def whole_memory() -> Resources:
+    """As much of a machine's memory as all of its GPUs have: for a whole model in it."""
+    return {"mem_mb": SITE["gpus_per_node"] * SITE["mem_mb_per_gpu"]}
 
 
 def log_folder() -> str:

@@ -88,8 +88,8 @@ def packages(hardware: Hardware) -> dict[str, str]:
                 return {"vllm": str(answer["version"])}
             except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
                 raise UserError(
-                    f"{hardware.url} is no vLLM server that is up ({type(error).__name__}): start it, or correct `url` "
-                    "in the profile's resource engine"
+                    f"{hardware.url} is no vLLM server that is up ({type(error).__name__}): start it, or correct "
+                    "--engine.url in the profile's resource engine"
                 ) from None
     done = subprocess.run([_python(hardware), "-c", _VERSION], capture_output=True, text=True, check=False)
     name, _, version = done.stdout.strip().partition(" ")
@@ -105,7 +105,7 @@ def served(model: Model, engine_base: Path | None) -> Model:
     return model.model_copy(update={"base": str(engine_base), "revision": None, "quantization": "none"})
 
 
-_INSTALL = "run `make install-vllm`, or set `python` in the profile's resource engine (docs/engines.md)"
+_INSTALL = "run `make install-vllm`, or set --engine.python in the profile's resource engine (docs/engines.md)"
 
 
 def _python(hardware: Hardware) -> str:
@@ -269,8 +269,8 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
     size = hardware.tensor_parallel
     if ranks > 1 and ranks % size:
         raise UserError(
-            f"{ranks} ranks on a machine are no multiple of the {size} GPUs of an engine (`tensor_parallel` in the "
-            "profile's resource engine)"
+            f"{ranks} ranks on a machine are no multiple of the {size} GPUs of an engine (--engine.tensor-parallel "
+            "in the profile's resource engine)"
         )
     first = here // size * size if ranks > 1 else 0
     server: Server | None = None
@@ -339,8 +339,8 @@ def _environment(size: int, first: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + size])
         if size > count:
             raise UserError(
-                f"an engine of {size} GPUs (`tensor_parallel` in the profile's resource engine), but the job has "
-                f"{count}"
+                f"an engine of {size} GPUs (--engine.tensor-parallel in the profile's resource engine), but the "
+                f"job has {count}"
             )
         return environment
     return {
@@ -366,8 +366,8 @@ def _wait(server: Server, socket: Path, seconds: float) -> None:
             now = time.monotonic()
             if now - began > seconds:
                 raise UserError(
-                    f"vLLM is not ready after {seconds:.0f} s: see its log above, or allow it more (`start_seconds` in "
-                    "the profile's resource engine)"
+                    f"vLLM is not ready after {seconds:.0f} s: see its log above, or allow it more "
+                    "(--engine.start-seconds in the profile's resource engine)"
                 )
             if now - said >= script.INTERVAL:
                 log.info("waiting for vLLM, %.0f s so far", now - began)
@@ -385,8 +385,8 @@ def _connect(hardware: Hardware, longest: int) -> Engine:
             served, room = str(base["id"]), int(base["max_model_len"])
         except (httpx2.HTTPError, ValueError, LookupError, TypeError, StopIteration) as error:
             raise UserError(
-                f"{url} does not say which model it serves ({type(error).__name__}): check `url` in the profile's "
-                "resource engine, and the environment variable VLLM_API_KEY if the server wants a key"
+                f"{url} does not say which model it serves ({type(error).__name__}): check --engine.url in the "
+                "profile's resource engine, and the environment variable VLLM_API_KEY if the server wants a key"
             ) from None
     if room < longest:
         raise UserError(
@@ -601,7 +601,7 @@ def _read(response: httpx2.Response) -> tuple[list[int], list[float]]:
             raise ValueError
     except (ValueError, LookupError, TypeError):
         raise UserError(
-            "the vLLM server answers without tokens and finite log probabilities: it needs a version that knows "
-            "return_token_ids, and a dtype in which the model's logits are finite (bfloat16 where float16 overflows)"
+            "the vLLM server answers without tokens and finite log probabilities: it needs a version that tells "
+            "token ids, and a dtype in which the model's logits are finite (bfloat16 where float16 overflows)"
         ) from None
     return tokens, logprobs
