@@ -1,6 +1,7 @@
 """Ways to sample responses of real, skewed lengths: padded batches, transformers' loops, ours without and with refill.
 
     python benchmarks/sampling.py [--rows 64] [--batch 8] [--cap 256] [--rounds 3] [--refill 0.25] [--tiny]
+        [--vllm .venv-vllm/bin/python]
 
 One process on the CPU in float32. The model is a Llama of 20M parameters with random weights, which never ends a
 response: each row gets the length of an answer of OASST1 as its limit, and the length of what it answers as that of its
@@ -11,6 +12,7 @@ prompt (a token for four characters). All ways sample the same rows, `--batch` a
 - continuous: transformers' continuous batching, with a limit a row.
 - ours, static: our loop without refill, and with transformers' cache; rows that end leave the batch.
 - ours, refill S: newcomers join where a share S of the batch is free.
+- vLLM: our sampler over a server with as many rows at once (`make install-vllm`), HTTP included.
 
 Useful share: tokens of responses per slot and call of the model, calls that read prompts included. It says what a GPU
 gains, where a call takes nearly as long with one row as with all. Rounds are interleaved, and medians printed.
@@ -20,10 +22,12 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -39,8 +43,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from salmon import vllm  # noqa: E402
 from salmon.batching import batches, left_pad, position_ids  # noqa: E402
-from salmon.sampling import TransformersSampler  # noqa: E402
+from salmon.config import Model  # noqa: E402
+from salmon.sampling import Sampler, TransformersSampler  # noqa: E402
 
 VOCABULARY = 8192
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -132,12 +138,33 @@ def ours(refill: float) -> Callable[[Work], None]:
     """Our loop; newcomers join where this share of the batch is free."""
 
     def sample(work: Work) -> None:
-        sampler = TransformersSampler(make_tokenizer(), "cpu", batch_size=work.batch, refill=refill, model=work.model)
+        by(TransformersSampler(make_tokenizer(), "cpu", batch_size=work.batch, refill=refill, model=work.model))(work)
+
+    return sample
+
+
+def by(sampler: Sampler) -> Callable[[Work], None]:
+    """What a sampler makes of all rows."""
+
+    def sample(work: Work) -> None:
         seeds = range(len(work.prompts))
         found = sampler.sample(work.prompts, seeds, max_new_tokens=work.limits, temperature=TEMPERATURE)
         assert [len(each.tokens) for each in found] == work.limits
 
     return sample
+
+
+@contextmanager
+def engine(work: Work, python: str, longest: int) -> Iterator[Sampler]:
+    """A vLLM server of the same model."""
+    with TemporaryDirectory() as folder:
+        tokenizer = make_tokenizer()
+        work.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        hardware = vllm.Hardware(python=python, max_rows=work.batch)
+        model = Model(base=folder, quantization="none", dtype="float32")
+        with vllm.start(hardware, model, longest=longest, key="--cap", rank=None) as server:
+            yield vllm.VllmSampler(server, tokenizer, set())
 
 
 def main() -> None:
@@ -151,6 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a model of 0.5M, whose calls take as long with one row as with all"
     )
+    parser.add_argument("--vllm", metavar="PYTHON", help="measure vLLM, too; the interpreter that has it")
     args = parser.parse_args()
     logging.set_verbosity_error()
 
@@ -165,19 +193,22 @@ def main() -> None:
         f"{np.median(limits):.0f}, longest {max(limits)})",
         flush=True,
     )
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     calls: dict[str, int] = {}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            calls[name], took = measure(work, way)
-            seconds[name].append(took)
+    with ExitStack() as stack:
+        if args.vllm:
+            ways["vLLM"] = by(stack.enter_context(engine(work, args.vllm, LONGEST_PROMPT + args.cap)))
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                calls[name], took = measure(work, way)
+                seconds[name].append(took)
     before = median(seconds[STATIC])
     columns = ["way", "tokens/s", f"speed beside {STATIC}", "calls of the model", "useful share"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in ways:
         took = median(seconds[name])
-        share = sum(limits) / (args.batch * calls[name])
-        print(f"| {name} | {sum(limits) / took:.0f} | {before / took:.2f} | {calls[name]} | {share:.2f} |")
+        counted = f"{calls[name]} | {sum(limits) / (args.batch * calls[name]):.2f}" if calls[name] else "not seen |"
+        print(f"| {name} | {sum(limits) / took:.0f} | {before / took:.2f} | {counted} |")
 
 
 def measure(work: Work, way: Callable[[Work], None]) -> tuple[int, float]:

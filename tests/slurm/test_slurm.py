@@ -1,5 +1,6 @@
 """The profile for SLURM, on a real one: the whole DAG, and what goes wrong on clusters."""
 
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,8 @@ TABLES: dict[str, list[str]] = {
     "prompts/rl": [],
 }
 
+
+ENGINE = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
 # Runs that last long enough for something to happen to them.
 LONG = {"reward_model": {"epochs": 12.0, "save_steps": 5}}
@@ -268,3 +271,41 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
     print(f"head killed and started again: {attempts} jobs for 2 shards")
     assert attempts == 2
     assert other.read_bytes() == (local / "responses" / "response1.parquet").read_bytes()
+
+
+@pytest.mark.skipif(not ENGINE.exists(), reason="there is no vLLM here: make install-vllm")
+def test_an_engine_samples_on_the_nodes(world: World, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampling shard, and PPO on two nodes, each with a server of its own; nothing is left of them."""
+    monkeypatch.delitem(world.cluster.environment, "CXX", raising=False)  # vLLM compiles for the CPU
+    engine = f"--engine.python {ENGINE} --engine.max-rows 16"
+    more = {"gpus_per_node": 1, "mem_mb_per_gpu": 16000, "sampling_engine": engine, "policy_engine": engine}
+    runs: dict[str, Any] = {
+        "engine": {"sampling": {"engine": "vllm"}},
+        "rollouts": {"ppo": {"engine": "vllm", "max_steps": 3}},
+    }
+    shard = whole / "runs" / "engine" / "responses" / "response0.shards" / "0.parquet"
+    policy = whole / "runs" / "rollouts" / "policy"
+    world.run(world.site("engine", **more), str(shard), str(policy), runs=runs)
+    found, expected = (
+        pl.read_parquet(file) for file in (shard, whole / "responses" / "response0.shards" / "0.parquet")
+    )
+    assert found["prompt_id"].equals(expected["prompt_id"])
+    assert not found["response"].equals(expected["response"])  # other random numbers
+    assert found["response_tokens"].mean() == pytest.approx(expected["response_tokens"].mean(), rel=0.5)
+    assert len(metrics(policy)) == 3
+    for line in metrics(policy):
+        assert line["engine_ratio"] == pytest.approx(1, abs=1e-3)
+        assert line["engine_ratio_largest"] < 1.05
+    log = (whole / "logs" / "runs" / "rollouts" / "train_policy.log").read_text()
+    assert "ZeRO-2 on 2 ranks" in log
+    until("the servers end", lambda: not server_processes(), 60)
+
+
+def server_processes() -> list[str]:
+    """Command lines of vLLM's servers and their guards."""
+    lines = [Path(f"/proc/{pid}/cmdline") for pid in os.listdir("/proc") if pid.isdigit()]
+    found = []
+    for file in lines:
+        with contextlib.suppress(OSError):
+            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if "salmon-vllm-" in line]
