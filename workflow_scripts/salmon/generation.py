@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from salmon import caches, distributed, encoding
 from salmon.batching import batches, left_pad, position_ids
 from salmon.errors import UserError
+from salmon.script import Meter
 from salmon.text import cut_thinking
 
 log = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ class _Responses:
         self.sampled: list[list[int]] = [[] for _ in prompts]
         self.reasons: list[FinishReason] = ["length"] * len(prompts)
         self.random = [np.random.default_rng(seed) for seed in seeds]
+        self.meter = Meter(total=len(prompts), what="responses", says_end=False)
 
     def draw(self, rows: Sequence[int]) -> list[float]:
         """The random numbers of the next tokens, in [0, 1)."""
@@ -211,6 +213,8 @@ class _Responses:
                 self.reasons[row] = "stop"
             elif len(sampled) < self.limits[row]:
                 going_on.append(place)
+                continue
+            self.meter.advance()
         return going_on
 
     def longest(self, rows: Sequence[int]) -> int:

@@ -163,17 +163,18 @@ class Meter:
         total: number of items in all, those done before included; None where nobody knows.
         what: names the items, as in `pairs`.
         done: items an earlier run finished.
+        says_end: whether the last item has a line of its own, whenever it comes.
     """
 
-    def __init__(self, *, total: int | None, what: str, done: int = 0) -> None:
-        self.total, self.what, self.before, self.done = total, what, done, done
+    def __init__(self, *, total: int | None, what: str, done: int = 0, says_end: bool = True) -> None:
+        self.total, self.what, self.before, self.done, self.says_end = total, what, done, done, says_end
         self.started = self.last = time.monotonic()
 
     def advance(self) -> None:
         """One more item is done."""
         self.done += 1
         now = time.monotonic()
-        if now - self.last >= INTERVAL or self.done == self.total:
+        if now - self.last >= INTERVAL or (self.says_end and self.done == self.total):
             line = tqdm.format_meter(
                 self.done, self.total, now - self.started, unit=f" {self.what}", initial=self.before, ncols=90
             )

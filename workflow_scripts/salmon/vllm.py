@@ -551,7 +551,7 @@ class VllmSampler:
 
     async def _complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
         """Tokens and log probabilities of all requests, in their order."""
-        meter = script.Meter(total=len(bodies), what="responses")
+        meter = script.Meter(total=len(bodies), what="responses", says_end=False)
         slots = asyncio.Semaphore(2 * self.engine.max_rows)  # some wait at the server, so that it is never idle
 
         async def complete(body: dict[str, Any]) -> tuple[list[int], list[float]]:
