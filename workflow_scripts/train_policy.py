@@ -101,10 +101,11 @@ def main(args: Arguments) -> None:
             if args.deepspeed
             else ReplicatedOptimizer(shared, args.ppo.max_grad_norm)
         )
+        sampler = make_sampler(args, engine, tokenizer, shared, optimizer, work)
         ppo.train(
             shared,
             optimizer,
-            make_sampler(args, engine, tokenizer, shared, optimizer, work),
+            sampler,
             tokenizer,
             prompts,
             principles,
@@ -115,6 +116,8 @@ def main(args: Arguments) -> None:
             scoring_batch_size=args.sampling_batch_size,
             micro_batch_size=args.micro_batch_size,
         )
+        if isinstance(sampler, vllm.VllmSampler):
+            sampler.close()
     weights = optimizer.trained_weights()
     if distributed.is_main():
         with work.finish(origin.manifest(inputs, counts, packages)) as folder:

@@ -21,14 +21,19 @@ from pydantic import Field
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "workflow_scripts")]
 
-from salmon import artifacts, evaluation, intervals, script  # noqa: E402
+from salmon import artifacts, evaluation, intervals, language, script  # noqa: E402
 from salmon.errors import UserError  # noqa: E402
 
 log = logging.getLogger("salmon.write_readme")
 
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
+TIMES = (
+    "Minutes of each rule's jobs, two of which ran side by side where that was possible. Of a job that was killed, the "
+    "last attempt counts; of PPO, the steps of all attempts."
+)
 CLEAR = 1.25  # so many times as many words are a clear difference
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
+CONTROL = "control"  # the run without principles
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -52,14 +57,18 @@ def main(arguments: Arguments) -> None:
 
 def numbers(results: Path) -> str:
     """All tables, in Markdown."""
-    parts = [made_by(results), "### Time", markdown(times(results))]
+    parts = [made_by(results), "### Time", TIMES, markdown(times(results))]
     judge = read(results / "evaluation/judge/judge.json")
     parts += ["### The judge", markdown(judge_table(judge, results)), markdown(labelled_table(judge))]
     parts += ["### The reward model", markdown(reward_table(results))]
     policies = read(results / "evaluation/policies/policies.json")
     parts += ["### The policies", markdown(behaviour_table(policies, results))]
     parts += ["Answers that score higher than the initial policy's, by the reward model:", markdown(wins(policies))]
+    parts += ["Answers that score higher than the control run's, by the reward model:"]
+    parts += [markdown(wins(policies, CONTROL))]
     parts += ["Answers that the judge prefers to the initial policy's:", markdown(judge_wins(policies))]
+    if benchmarks := tasks_table(results, policies["names"]):
+        parts += ["### Benchmarks", markdown(benchmarks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,13 +110,18 @@ def made_by(results: Path) -> str:
 
 
 def times(results: Path) -> Table:
-    """Minutes of each stage, over its jobs; two ran side by side where that was possible."""
+    """Minutes of each stage, over its jobs: of each job's last attempt, and the PPO steps of all."""
     spent: dict[str, list[float]] = {}
     for file in sorted((results / "benchmarks").rglob("*.tsv")):
         inner = file.relative_to(results / "benchmarks").parts
         names = [part for part in inner if part not in ("runs", *runs_of(results))]
         rule = names[0].removesuffix(".tsv")
-        spent.setdefault(rule, []).append(pl.read_csv(file, separator="\t")["s"][0] / 60)
+        seconds = pl.read_csv(file, separator="\t")["s"][0]
+        if rule == "train_policy":  # which a kill may have cut in two
+            lines = (results / "runs" / inner[1] / "policy" / "metrics.jsonl").read_text().splitlines()
+            steps = (value for line in lines for name, value in json.loads(line).items() if name.startswith("seconds_"))
+            seconds = max(seconds, sum(steps))
+        spent.setdefault(rule, []).append(seconds / 60)
     rows = [[name, str(len(each)), f"{sum(each):.1f}"] for name, each in spent.items()]
     rows.append(["all", str(sum(map(len, spent.values()))), f"{sum(map(sum, spent.values())):.0f}"])
     return ["rule", "jobs", "minutes"], rows
@@ -131,22 +145,34 @@ def items(text: str) -> int:
     return len(ITEM.findall(text))
 
 
-def shorter(first: str, second: str) -> int:
+def shorter(asked: str, first: str, second: str) -> int:
     """1 where the first is clearly shorter, -1 where the second is, else 0."""
     one, other = words(first), words(second)
     return 0 if max(one, other) < CLEAR * min(one, other) else 1 if one < other else -1
 
 
-def more_orderly(first: str, second: str) -> int:
+def longer(asked: str, first: str, second: str) -> int:
+    """1 where the first is clearly longer, -1 where the second is, else 0."""
+    return -shorter(asked, first, second)
+
+
+def more_orderly(asked: str, first: str, second: str) -> int:
     """1 where the first has a list of steps or points and the second has not, -1 the other way round, else 0."""
     one, other = items(first) >= 3, items(second) >= 3
     return int(one) - int(other)
 
 
-PROGRAMS: dict[str, tuple[str, Callable[[str, str], int]]] = {
+def same_language(asked: str, first: str, second: str) -> int:
+    """1 where the first alone is in the language of what was asked, -1 where the second alone is, else 0."""
+    wanted, one, other = language.detect([asked, first, second])
+    return (one == wanted) - (other == wanted) if wanted and one and other else 0
+
+
+PROGRAMS: dict[str, tuple[str, Callable[[str, str, str], int]]] = {
     "Concise": ("fewer words", shorter),
-    "Comprehensive": ("more words", lambda first, second: -shorter(first, second)),
+    "Comprehensive": ("more words", longer),
     "Methodical": ("a list, the other has none", more_orderly),
+    "Multilingual": ("the language of what was asked", same_language),
 }
 """Principle -> what a program looks at, and which answer that prefers (1 the first, -1 the second, 0 neither)."""
 
@@ -164,8 +190,10 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
     ]
     pairs = pl.read_parquet(results / "preferences/preferences.parquet")
     for index in (0, 1):
-        responses = pl.read_parquet(results / f"responses/response{index}.parquet").select("prompt_id", "response")
-        pairs = pairs.join(responses.rename({"response": f"response{index}"}), on="prompt_id", how="left")
+        responses = pl.read_parquet(results / f"responses/response{index}.parquet")
+        asked = ["instruction"] if index == 0 else []
+        responses = responses.select("prompt_id", *asked, pl.col("response").alias(f"response{index}"))
+        pairs = pairs.drop(asked, strict=False).join(responses, on="prompt_id", how="left")
     rows = []
     for name, measured in judge["principles"].items():
         row = [name, shown(measured["agree"]), shown(measured["bias"])]
@@ -174,14 +202,15 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
     return columns, rows
 
 
-def of_program(pairs: pl.DataFrame, program: Callable[[str, str], int]) -> list[str]:
+def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> list[str]:
     """Number of pairs with a clear difference, and how often the judge is right about them."""
-    sign = np.asarray([program(*row) for row in pairs.select("response0", "response1").iter_rows()], dtype=float)
+    texts = pairs.select("instruction", "response0", "response1").iter_rows()
+    sign = np.asarray([program(*row) for row in texts], dtype=float)
     s12, s21 = (pairs[name].to_numpy() * sign for name in ("s12", "s21"))
     known, groups = sign != 0, pairs["prompt_id"].to_list()
     agreed = np.where(known & (s12 * s21 > 0), s12 > 0, np.nan)
     mean = np.where(known, evaluation.correct(s12 + s21), np.nan)
-    measured = [intervals.estimate(values, groups, 0) for values in (agreed, mean)]
+    measured = [intervals.share(values, groups, 0) for values in (agreed, mean)]
     return [str(int(known.sum())), *map(shown, measured)]
 
 
@@ -224,19 +253,18 @@ def behaviour_table(policies: Mapping[str, Any], results: Path) -> Table:
         found = policies["behaviour"][name]
         path = "initial_answers" if name not in runs_of(results) else f"../runs/{name}/evaluation/answers"
         answers = pl.read_parquet(results / "evaluation" / f"{path}.parquet")
-        lists = intervals.estimate(
-            [items(text) >= 3 for text in answers["response"]], answers["prompt_id"].to_list(), 0
-        )
+        lists = intervals.share([items(text) >= 3 for text in answers["response"]], answers["prompt_id"].to_list(), 0)
         row = [shown(found["words"], "{:.0f}"), shown(lists), shown(found["finished"]), shown(found["kl"])]
         rows.append([name, *row, shown(found["distinct_2"])])
     return columns, rows
 
 
-def wins(policies: Mapping[str, Any]) -> Table:
-    """Principles x runs by the reward model."""
+def wins(policies: Mapping[str, Any], against: str | None = None) -> Table:
+    """Principles x runs by the reward model: against the initial policy, or against one of the runs."""
     initial, *runs = policies["names"]
+    runs = [run for run in runs if run != against]
     rows = [
-        [name + ", negated" * (way == "negated"), *(shown(ways[way][run][initial]) for run in runs)]
+        [name + ", negated" * (way == "negated"), *(shown(ways[way][run].get(against or initial)) for run in runs)]
         for model in policies["wins"].values()
         for name, ways in model.items()
         for way in ("plain", "negated")
@@ -249,6 +277,21 @@ def judge_wins(policies: Mapping[str, Any]) -> Table:
     initial, *runs = policies["names"]
     rows = [[name, *(shown(found[run][initial]) for run in runs)] for name, found in policies["judge"].items()]
     return ["principle", *runs], rows
+
+
+def tasks_table(results: Path, names: Sequence[str]) -> Table | None:
+    """Benchmarks of all policies, where they were asked any."""
+    files = [results / "evaluation/initial_tasks/tasks.json"]
+    files += [results / f"runs/{name}/evaluation/tasks/tasks.json" for name in names[1:]]
+    if not files[0].exists():
+        return None
+    found = [read(file) for file in files]
+    rows = [
+        [f"{task}, {metric}", str(one["number"]), *(shown(each[task][metric]) for each in found)]
+        for task, metrics in found[0].items()
+        for metric, one in metrics.items()
+    ]
+    return ["task", "questions", *names], rows
 
 
 if __name__ == "__main__":

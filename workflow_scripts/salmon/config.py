@@ -40,6 +40,17 @@ Tokens = Annotated[int, Field(ge=1, le=10_000_000)]  # more than any model reads
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes them
 Marker = Annotated[str, Field(min_length=1)]
 Engine = Literal["transformers", "vllm"]
+VLLM_TEMPERATURES = (0.01, 2.0)
+"""What vLLM takes besides 0: it would raise a lower one by itself, and refuses a higher one."""
+
+
+def check_engine_temperature(engine: Engine, temperature: float, key: str) -> None:
+    """Refuse a temperature that an engine does not sample at."""
+    low, high = VLLM_TEMPERATURES
+    if engine == "vllm" and temperature and not low <= temperature <= high:
+        raise in_field(key, f"{temperature} with the engine vllm, which samples at 0, or from {low} to {high}")
+
+
 COLDEST = 0.001  # a lower temperature takes the most probable token anyway, and rounding decides what is learnt of it
 # What transformers gives a chat template itself, or takes for an option.
 _RESERVED_VARIABLES = frozenset(
@@ -381,6 +392,11 @@ class Sampling(Section):
     shards: Annotated[Shards, FREE] = Field(
         4, description="number of jobs that each table of responses is scattered over"
     )
+
+    @model_validator(mode="after")
+    def _engine_samples_at_it(self) -> Self:
+        check_engine_temperature(self.engine, self.temperature, "temperature")
+        return self
 
     @field_validator("temperature")
     @classmethod
@@ -777,6 +793,7 @@ class Ppo(PpoTexts):
 
     @model_validator(mode="after")
     def _room_and_whole_minibatches(self) -> Self:
+        check_engine_temperature(self.engine, self.temperature, "temperature")
         if self.reward_query_length + self.reward_response_length >= self.reward_max_length:
             raise in_field(
                 "reward_max_length",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -258,18 +259,9 @@ def agreement_by_subset(records: pl.DataFrame, margins: npt.NDArray[np.float64],
     return dict(sorted(found.items()))
 
 
-REFUSALS = (
-    "i cannot",
-    "i can't",
-    "i'm sorry, but",
-    "i am sorry, but",
-    "i am unable",
-    "i'm unable",
-    "as an ai",
-    "i won't",
-)
-"""Beginnings of sentences, in lower case, by which a model refuses; an answer that has one in its first 200 characters
-counts as a refusal. A proxy: it knows English only."""
+REFUSAL = re.compile(r"\b(?:i cannot|i can't|i won't|i(?:'m| am) (?:sorry, but|unable)|as an ai)\b")
+"""Whole words, in lower case, by which a model refuses; an answer that has some in its first 200 characters counts as a
+refusal. A proxy: it knows English only."""
 
 
 SHARES = ("finished", "language_kept", "refusals")
@@ -286,7 +278,7 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     Returns:
         Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose
         mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share
-        in the language of the instruction, of those where both are known; `refusals`: share (`REFUSALS`); `distinct_1`
+        in the language of the instruction, of those where both are known; `refusals`: share (`REFUSAL`); `distinct_1`
         to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any, which are fewer
         the longer it is. The other two do not depend on the length: `window_distinct_1` to `_3`: the same in every
         `WINDOW` words that follow each other in an answer, of answers that have as many; `corpus_distinct_1` to `_3`:
@@ -306,9 +298,7 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
         "language_kept": [
             float(one == other) if one and other else math.nan for one, other in zip(asked, spoken, strict=True)
         ],
-        "refusals": [
-            float(any(phrase in text[:200].lower().replace("\u2019", "'") for phrase in REFUSALS)) for text in texts
-        ],
+        "refusals": [float(REFUSAL.search(text[:200].lower().replace("\u2019", "'")) is not None) for text in texts],
     }
     for size in (1, 2, 3):
         measured[f"distinct_{size}"] = [_distinct(row, size) for row in words]
@@ -448,8 +438,8 @@ def verdict_wins(verdicts: pl.DataFrame, seed: int) -> dict[str, dict[str, Estim
 
     Returns:
         Kind -> `won`: how often both orders prefer the policy's answer, a half where they disagree or find a tie;
-        `agree`: how often both orders say the same; `first`: of the verdicts that are no ties, how often the answer
-        that was shown first is preferred.
+        `agree`: how often both orders say the same, of those where one of them prefers an answer; `first`: of the
+        verdicts that are no ties, how often the answer that was shown first is preferred.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for (kind,), rows in verdicts.drop_nulls("preferred").group_by("kind", maintain_order=True):
@@ -466,7 +456,9 @@ def verdict_wins(verdicts: pl.DataFrame, seed: int) -> dict[str, dict[str, Estim
             prompts = wide["prompt_id"].to_list()
             found[str(kind)] = {
                 "won": share(won, prompts, seed),
-                "agree": share(first == second, prompts, seed),
+                "agree": share(
+                    np.where((first == "tie") & (second == "tie"), math.nan, first == second), prompts, seed
+                ),
                 "first": share(np.concatenate(shown).astype(float), [*prompts, *prompts], seed),
             }
     return found
@@ -542,10 +534,17 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         quantities,
         {name: [shown(found["behaviour"][name][what]) for what in quantities] for name in found["names"]},
     )
+    runs = [name for name in found["names"] if name in initial]
     for model in found["wins"]:
         lines += [f"## Answers with a higher score than the initial policy's, by the reward model of `{model}`", ""]
         cells = lambda wins: [shown(wins[run].get(other)) for run, other in initial.items()]  # noqa: E731
         lines += table("principle", list(initial), lines_of(found["wins"][model], cells))
+        if len(runs) > 1:
+            lines += [f"## Answers with a higher score than another run's, by the reward model of `{model}`", ""]
+            pairs = [(one, other) for one in runs for other in runs if one != other]
+            against = lambda wins: [shown(wins[one].get(other)) for one, other in pairs]  # noqa: B023, E731
+            columns = [f"{one} against {other}" for one, other in pairs]
+            lines += table("principle", columns, lines_of(found["wins"][model], against))
         lines += [f"## Mean score, by the reward model of `{model}`", ""]
         means = lambda scores: [shown(scores[name]) for name in found["names"]]  # noqa: E731
         lines += table("principle", found["names"], lines_of(found["scores"][model], means))

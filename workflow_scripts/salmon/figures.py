@@ -187,19 +187,23 @@ def judge(found: Mapping[str, Any]) -> Part:
     labelled: Mapping[str, Mapping[str, Mapping[str, Estimate]]] = found.get("labelled") or {}
     names = list(measured)
     drawn = drawing.figure(11, 1.0 + drawing.ROW * max(6, len(names)) * 1.1)
-    left, middle, right = drawn.subplots(1, 3, sharey=True)
-    series = {"both orders agree": [measured[name]["agree"] for name in names]}
-    for source, by_principle in labelled.items():
-        series[f"right, by {source}"] = [by_principle.get(name, {}).get("right", NOTHING) for name in names]
-    drawing.dots(left, names, series)
+    panels = drawn.subplots(1, 4 if labelled else 3, sharey=True)
+    left, middle, right = panels[:3]
+    drawing.dots(left, names, {"": [measured[name]["agree"] for name in names]})
     left.set(xlim=(-0.02, 1.02), title="Both orders agree", xlabel="share of pairs")
     if labelled:
-        drawing.legend(drawn, left)
+        people = {
+            source: [by_principle.get(name, {}).get("right", NOTHING) for name in names]
+            for source, by_principle in labelled.items()
+        }
+        drawing.dots(panels[3], names, people, reference=drawing.CHANCE)
+        panels[3].set(xlim=(-0.02, 1.02), title="Right, by people's pairs", xlabel="share of pairs")
+        drawing.legend(drawn, panels[3])
     drawing.dots(middle, names, {"": [measured[name]["bias"] for name in names]}, reference=0)
     middle.set(title="Position bias", xlabel="how much better the output read first is liked")
     drawing.dots(right, names, {"": [measured[name]["margin"] for name in names]})
     right.set(title="Margin", xlabel="size of the mean score of both orders")
-    for axes in (middle, right):
+    for axes in panels[1:]:
         axes.tick_params(labelleft=False)
     square = drawing.figure(3.6 + 0.4 * len(names), 2.1 + 0.4 * len(names))
     axes = square.subplots()
@@ -575,11 +579,11 @@ def tasks(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | int
     """Benchmarks of all policies (`evaluate_tasks`).
 
     Args:
-        found: policy -> task -> metric -> `value`, `stderr` and `number` of questions.
+        found: policy -> task -> metric -> `value`, `low` and `high` of its interval, and `number` of questions.
     """
     asked = list(dict.fromkeys((task, metric) for one in found.values() for task in one for metric in one[task]))
     columns = {
-        policy: [_interval(one.get(task, {}).get(metric)) for task, metric in asked] for policy, one in found.items()
+        policy: [one.get(task, {}).get(metric, NOTHING) for task, metric in asked] for policy, one in found.items()
     }
     shares = [row for row in range(len(asked)) if all(_is_share(estimates[row]) for estimates in columns.values())]
     names = [f"{asked[row][0]}, {asked[row][1]}" for row in shares]
@@ -591,17 +595,11 @@ def tasks(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | int
     rows: list[list[Cell]] = [
         [task, metric, *(estimates[row] for estimates in columns.values())] for row, (task, metric) in enumerate(asked)
     ]
-    note = "In brackets: 1.96 of lm-eval's standard errors to both sides. The picture has the metrics that are shares."
+    note = (
+        "In brackets: 95% intervals by question, or 1.96 of lm-eval's standard errors to both sides where a metric is "
+        "not a mean over the items. The picture has the metrics that are shares."
+    )
     return Part("Benchmarks", [Table("", ["task", "metric", *columns], rows, note, digits=3)], {"tasks": drawn})
-
-
-def _interval(measured: Mapping[str, float | int | None] | None) -> Estimate:
-    """A value with its standard error as an estimate."""
-    if measured is None or measured["value"] is None:
-        return NOTHING
-    value, error = measured["value"], measured["stderr"]
-    ends = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-    return {"value": value, "low": ends[0], "high": ends[1], "number": measured["number"]}
 
 
 def _is_share(one: Estimate) -> bool:

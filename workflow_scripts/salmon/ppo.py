@@ -48,6 +48,7 @@ from salmon.work import WorkFolder
 log = logging.getLogger(__name__)
 
 _UNSET = torch.empty(0)
+DRIFT = 0.1  # of the mean ratio of trainer and engine from 1; by rounding alone it is far less
 DOCUMENT = Scoring()
 
 
@@ -230,6 +231,12 @@ def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, 
         if settings.rollout_correction == "truncated":
             rollout.weights = ratios.clamp(max=settings.rollout_correction_cap)
     total, above, tokens = distributed.sum_over_ranks(sums).tolist()
+    if abs(total / tokens - 1) > DRIFT:
+        log.warning(
+            "the engine computes otherwise than the trainer: its tokens are %.2f times as probable to the trainer. "
+            "Look for another version of the weights, or another dtype",
+            total / tokens,
+        )
     return {
         "engine_ratio": total / tokens,
         "engine_ratio_largest": max(distributed.gather(largest)),

