@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,60 @@ def test_distinct_words_do_not_depend_on_the_length() -> None:
     assert longer["distinct_1"]["value"] < 0.75 * found["distinct_1"]["value"]  # type: ignore[operator]
     assert longer["window_distinct_1"]["value"] == pytest.approx(found["window_distinct_1"]["value"], abs=0.03)
     assert longer["corpus_distinct_1"]["value"] == pytest.approx(found["corpus_distinct_1"]["value"], abs=0.03)
+
+
+def test_what_answers_are_like() -> None:
+    """Each column by hand: (instruction, answer, tokens, how it ended, its language kept or unknown, a refusal)."""
+    english = "Which is the best way to learn how to swim, and how long does it take?"
+    german = "Wie lerne ich am besten schwimmen, und wie lange dauert es wohl, bis man es kann?"
+    long_english = "The best way to learn it is to go to the pool with a teacher, as often as you can."
+    rows: list[tuple[str, str, int, str, float | None, float]] = [
+        (english, "Paris has an airport, and the Spitfire was an aircraft that people remember.", 30, "eos", 1.0, 0.0),
+        (german, long_english, 22, "length", 0.0, 0.0),
+        (german, "Am besten lernt man das Schwimmen mit einem Lehrer, und zwar jeden Tag.", 17, "stop", 1.0, 0.0),
+        (
+            english,
+            "I\u2019m sorry, but I can\u2019t help with that, since it may be dangerous for you.",
+            9,
+            "eos",
+            1.0,
+            1.0,
+        ),
+        (english, "As an AI, I cannot swim, and so I do not know how long it takes.", 8, "eos", 1.0, 1.0),
+        (english, "Use a list as an aid. " + "It is long. " * 20 + "I cannot say more.", 90, "eos", 1.0, 0.0),
+        (english, "7 7 7", 3, "eos", None, 0.0),
+        (english, "", 1, "eos", None, 0.0),
+    ]
+    table = [
+        {**ANSWER, "prompt_id": f"p{place}", "instruction": asked, "response": said}
+        | {"response_tokens": tokens, "finish_reason": reason, "kl": float(place)}
+        for place, (asked, said, tokens, reason, _, _) in enumerate(rows)
+    ]
+    found = evaluation.behaviour(pl.DataFrame(table, schema=ANSWERS.schema), 0)
+
+    def mean(values: Iterable[float]) -> float:
+        collected = list(values)
+        return sum(collected) / len(collected)
+
+    kept = [language for *_, language, _ in rows if language is not None]
+    expected = {
+        "words": mean(len(said.split()) for _, said, *_ in rows),
+        "tokens": mean(tokens for _, _, tokens, *_ in rows),
+        "finished": mean(reason != "length" for *_, reason, _, _ in rows),
+        "language_kept": mean(kept),
+        "refusals": mean(refused for *_, refused in rows),
+        "kl": mean(range(len(rows))),
+    }
+    assert {name: found[name]["value"] for name in expected} == pytest.approx(expected)
+    assert found["language_kept"]["number"] == len(kept)
+    for size in (1, 2, 3):
+        shares = []
+        for _, said, *_ in rows:
+            words = said.lower().split()
+            grams = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+            shares += [len(set(grams)) / len(grams)] if grams else []
+        assert found[f"distinct_{size}"]["value"] == pytest.approx(mean(shares))
+        assert found[f"distinct_{size}"]["number"] == len(shares)
 
 
 def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_next": ("qwen3_next", {**_DELTA_NET, **_EXPERTS, "shared_expert_intermediate_size": 64}),
     "mistral": ("mistral", _WINDOWED),
+    "mistral_full": ("mistral", {"head_dim": 16, "sliding_window": None}),
     "gemma2": (
         "gemma2",
         {**_GEMMA, "layer_types": _EVERY_SECOND, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
