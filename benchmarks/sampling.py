@@ -43,7 +43,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from salmon import vllm  # noqa: E402
+from salmon import vllm, vllm_server  # noqa: E402
 from salmon.batching import batches, left_pad, position_ids  # noqa: E402
 from salmon.config import Model  # noqa: E402
 from salmon.sampling import Sampler, TransformersSampler  # noqa: E402
@@ -161,9 +161,9 @@ def engine(work: Work, python: str, longest: int) -> Iterator[Sampler]:
         tokenizer = make_tokenizer()
         work.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        hardware = vllm.Hardware(python=python, max_rows=work.batch)
+        hardware = vllm_server.Hardware(python=python, max_rows=work.batch)
         model = Model(base=folder, quantization="none", dtype="float32")
-        with vllm.start(hardware, model, longest=longest, key="--cap", rank=None) as server:
+        with vllm_server.start(hardware, model, longest=longest, key="--cap", rank=None) as server:
             yield vllm.VllmSampler(server, tokenizer, set())
 
 

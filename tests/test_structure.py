@@ -20,7 +20,7 @@ import yte
 from pydantic import BaseModel
 
 from docs import write_reference
-from salmon import authors, configuration, vllm
+from salmon import authors, configuration, vllm_server
 from salmon.config import RewardTraining, Training
 from salmon.configuration import TARGETS, Config
 from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
@@ -288,7 +288,7 @@ def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     source = {key.rsplit(".", 1)[1] for key in KEYS if key.startswith("prompts.sources.")}
     files = {"site.yaml"}
-    engine = {f"--engine.{name.replace('_', '-')}" for name in vllm.Hardware.model_fields}
+    engine = {f"--engine.{name.replace('_', '-')}" for name in vllm_server.Hardware.model_fields}
     text = re.sub(r"--engine\.[\w-]+", lambda found: "" if found[0] in engine else found[0], text)
     rules = set(re.findall(r"^rule (\w+):", RULES, flags=re.M))
     dotted = re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b(?!\()", text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, encoding, models, mt_bench, provenance, script, vllm
+from salmon import artifacts, encoding, models, mt_bench, provenance, script, vllm, vllm_server
 from salmon.config import Evaluation, Model, PolicyPrompt
 from salmon.distributed import init
 from salmon.errors import UserError
@@ -37,7 +37,9 @@ class Arguments(script.Arguments):
     engine_base: Path | None = Field(
         None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
     )
-    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
+    engine: vllm_server.Hardware = Field(
+        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+    )
 
 
 class Dialogues:
@@ -109,7 +111,7 @@ def main(arguments: Arguments) -> None:
         raise UserError("evaluation.mt_bench names no file of questions")
     questions = mt_bench.read_questions(Path(arguments.evaluation.mt_bench))
     tokenizer = load_tokenizer(arguments.model)
-    packages = vllm.packages(arguments.engine) if arguments.evaluation.engine == "vllm" else {}
+    packages = vllm_server.packages(arguments.engine) if arguments.evaluation.engine == "vllm" else {}
     with open_sampler(arguments, tokenizer, questions) as (sampler, limit):
         dialogues = Dialogues(arguments, tokenizer, sampler, limit)
         answers = dialogues.answer(questions)
@@ -138,7 +140,7 @@ def open_sampler(
     if arguments.evaluation.engine == "vllm":
         longest = longest_dialogue(tokenizer, questions, arguments.policy_prompt, arguments.evaluation.mt_bench_tokens)
         longest = min(longest, context_limit(read_config(model, Path())) or longest)
-        model = vllm.served(model, arguments.engine_base)
+        model = vllm_server.served(model, arguments.engine_base)
         with vllm.open_sampler(
             arguments.engine, model, tokenizer, longest=longest, key="evaluation.mt_bench_tokens"
         ) as engine:

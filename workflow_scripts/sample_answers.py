@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon import artifacts, checked, encoding, likelihood, models, provenance, script, vllm
+from salmon import artifacts, checked, encoding, likelihood, models, provenance, script, vllm, vllm_server
 from salmon.config import Evaluation, Model, PolicyPrompt, Ppo
 from salmon.distributed import init
 from salmon.errors import UserError
@@ -42,7 +42,9 @@ class Arguments(script.Arguments):
     engine_base: Path | None = Field(
         None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
     )
-    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
+    engine: vllm_server.Hardware = Field(
+        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+    )
 
 
 def main(arguments: Arguments) -> None:
@@ -64,7 +66,7 @@ def main(arguments: Arguments) -> None:
             "(ppo.query_length); name others in evaluation.prompts"
         )
     by_engine = arguments.evaluation.engine == "vllm"
-    packages = vllm.packages(arguments.engine) if by_engine else {}
+    packages = vllm_server.packages(arguments.engine) if by_engine else {}
     policy = None if by_engine else models.load_policy(arguments.model, arguments.policy, device)
     with open_sampler(arguments, tokenizer, device, policy) as sampler:
         answers = sampler.sample(
@@ -112,7 +114,7 @@ def open_sampler(
     """What samples from the policy, which is loaded unless an engine samples."""
     longest = arguments.ppo.query_length + arguments.ppo.response_length
     if policy is None:
-        model = vllm.served(arguments.model, arguments.engine_base)
+        model = vllm_server.served(arguments.model, arguments.engine_base)
         model = model.with_adapter(arguments.policy) if arguments.policy else model
         with vllm.open_sampler(
             arguments.engine, model, tokenizer, longest=longest, key="ppo.query_length + ppo.response_length"

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards, vllm
+from salmon import checked, distributed, encoding, models, provenance, resuming, script, shards, vllm, vllm_server
 from salmon.config import Model, PolicyPrompt, Sampling
 from salmon.randomness import seed_of
 from salmon.sampling import Ranks, Sampler, TransformersSampler, without_thinking
@@ -45,7 +45,9 @@ class Arguments(script.Arguments):
     engine_base: Path | None = Field(
         None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
     )
-    engine: vllm.Hardware = Field(vllm.Hardware(), description="hardware: where the engine runs, if one samples")
+    engine: vllm_server.Hardware = Field(
+        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+    )
 
 
 def main(arguments: Arguments) -> None:
@@ -62,7 +64,7 @@ def main(arguments: Arguments) -> None:
 
     origin = origin_of(arguments)
     inputs = origin.identify()
-    packages = vllm.packages(arguments.engine) if sampling.engine == "vllm" else {}
+    packages = vllm_server.packages(arguments.engine) if sampling.engine == "vllm" else {}
     work = WorkFolder(arguments.output)
     if work.open(origin.fingerprint(inputs, packages)):
         distributed.leave()
@@ -119,7 +121,7 @@ def open_sampler(
 ) -> Iterator[Sampler]:
     """What samples from the initial policy, up to `longest` tokens of prompt and response."""
     if arguments.sampling.engine == "vllm":
-        model = vllm.served(arguments.model, arguments.engine_base)
+        model = vllm_server.served(arguments.model, arguments.engine_base)
         with vllm.open_sampler(
             arguments.engine,
             model,

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from salmon import checked, distributed, ppo, provenance, script, stopping, templates, vllm
+from salmon import checked, distributed, ppo, provenance, script, stopping, templates, vllm, vllm_server
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
@@ -48,8 +48,8 @@ class Arguments(script.Arguments):
     engine_base: Path | None = Field(
         None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
     )
-    engine: vllm.Hardware = Field(
-        vllm.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
+    engine: vllm_server.Hardware = Field(
+        vllm_server.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration, ZeRO-2 or ZeRO-3")
     gradient_checkpointing: bool = Field(
@@ -74,7 +74,7 @@ def main(args: Arguments) -> None:
         scoring=args.scoring,
     )
     inputs = origin.identify()
-    packages = vllm.packages(args.engine) if args.ppo.engine == "vllm" else {}
+    packages = vllm_server.packages(args.engine) if args.ppo.engine == "vllm" else {}
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
         raise UserError(f"the rate of all PPO steps ({steps}) is 0, that of the warm-up; lower ppo.warmup_steps")
@@ -129,15 +129,15 @@ def main(args: Arguments) -> None:
 
 
 @contextmanager
-def open_engine(args: Arguments) -> Iterator[vllm.Engine | None]:
+def open_engine(args: Arguments) -> Iterator[vllm_server.Engine | None]:
     """The engine that samples the rollouts, if it is not our own loop."""
     if args.ppo.engine == "transformers":
         yield None
         return
     longest = args.ppo.query_length + args.ppo.response_length
-    model = vllm.served(args.model, args.engine_base)
+    model = vllm_server.served(args.model, args.engine_base)
     rank = vllm.adapter_rank(model, args.lora)
-    with vllm.start(
+    with vllm_server.start(
         args.engine, model, longest=longest, key="ppo.query_length + ppo.response_length", rank=rank
     ) as engine:
         yield engine
@@ -145,7 +145,7 @@ def open_engine(args: Arguments) -> Iterator[vllm.Engine | None]:
 
 def make_sampler(
     args: Arguments,
-    engine: vllm.Engine | None,
+    engine: vllm_server.Engine | None,
     tokenizer: PreTrainedTokenizerBase,
     shared: SharedBase,
     optimizer: Optimizer,

@@ -18,7 +18,7 @@ os.environ.pop("CXX", None)  # vLLM compiles for the CPU, which our tests otherw
 
 import sample_responses
 import train_policy
-from salmon import models, vllm
+from salmon import models, vllm, vllm_server
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.sampling import Generation, TransformersSampler
@@ -29,7 +29,7 @@ from tests.running import command
 from tests.test_sample_responses import options, table
 
 PYTHON = os.environ.get("SALMON_VLLM", ".venv-vllm/bin/python")
-HARDWARE = vllm.Hardware(python=PYTHON, max_rows=32)
+HARDWARE = vllm_server.Hardware(python=PYTHON, max_rows=32)
 PROMPTS = ["Which of the planets has rings?", "Why?", "one, two, ", "日本語", "Please explain it in two sentences."]
 LIMITS = [40, 25, 12, 30, 1]
 CLOSE = 1e-4  # of log probabilities, which are sums of float32 in another order
@@ -52,13 +52,13 @@ def own_logprobs(policy: torch.nn.Module, prompt: list[int], tokens: list[int], 
 
 
 @pytest.fixture(scope="module")
-def engine(world: World) -> Iterator[vllm.Engine]:
-    with vllm.start(HARDWARE, world.model, longest=200, key="x", rank=vllm.adapter_rank(world.model)) as found:
+def engine(world: World) -> Iterator[vllm_server.Engine]:
+    with vllm_server.start(HARDWARE, world.model, longest=200, key="x", rank=vllm.adapter_rank(world.model)) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def sampler(world: World, engine: vllm.Engine) -> vllm.VllmSampler:
+def sampler(world: World, engine: vllm_server.Engine) -> vllm.VllmSampler:
     return vllm.VllmSampler(engine, world.tokenizer, vllm.end_tokens(world.model, world.tokenizer))
 
 
@@ -155,20 +155,23 @@ def test_refusals(world: World, tmp_path: Path, sampler: vllm.VllmSampler, promp
         (Model(base=str(world.base)), 20, "quantises"),
         (world.model, 20_000, "x is 20000, but the model reads 4096 tokens"),
     ):
-        with pytest.raises(UserError, match=message), vllm.start(HARDWARE, model, longest=longest, key="x", rank=None):
+        with (
+            pytest.raises(UserError, match=message),
+            vllm_server.start(HARDWARE, model, longest=longest, key="x", rank=None),
+        ):
             pass
     with pytest.raises(UserError, match="make install-vllm"):
-        vllm.packages(vllm.Hardware(python="nowhere/python"))
+        vllm_server.packages(vllm_server.Hardware(python="nowhere/python"))
     with pytest.raises(UserError, match="has no vLLM"):
-        vllm.packages(vllm.Hardware(python=sys.executable))
-    assert vllm.packages(HARDWARE)
+        vllm_server.packages(vllm_server.Hardware(python=sys.executable))
+    assert vllm_server.packages(HARDWARE)
     with pytest.raises(UserError, match=r"refuses /v1/load_lora_adapter \(\d+\)"):
         vllm.VllmSampler(sampler.engine, world.tokenizer, {2}).push(tmp_path)
     with pytest.raises(UserError, match="answers 400 to a prompt of 300 tokens"):
         sampler.sample([[5] * 300], [0], max_new_tokens=[9], temperature=1.0)
     began = time.monotonic()
-    broken = vllm.start(
-        HARDWARE.model_copy(update={"options": ["--no-such-option"]}), world.model, longest=20, key="x", rank=None
+    broken = vllm_server.start(
+        HARDWARE.model_copy(update={"options": ("--no-such-option",)}), world.model, longest=20, key="x", rank=None
     )
     with pytest.raises(UserError, match=r"the vLLM server has ended \(status"), broken:
         pass
@@ -225,7 +228,7 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
     assert pl.read_parquet(work / "resumed.parquet").equals(pl.read_parquet(work / "expected.parquet"))
     manifest = json.loads((work / "resumed.manifest.json").read_text())
     assert manifest["settings"]["engine"] == "vllm"
-    assert manifest["packages"].items() >= vllm.packages(HARDWARE).items()
+    assert manifest["packages"].items() >= vllm_server.packages(HARDWARE).items()
 
 
 def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
