@@ -195,9 +195,10 @@ def wait_for(job: "subprocess.Popen[Any]", condition: Callable[[], bool]) -> Non
         time.sleep(0.05)
 
 
-def processes(name: str) -> list[int]:
-    done = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in done.stdout.split()]
+def servers() -> set[int]:
+    """Processes of vLLM's servers and their guards, whoever has started them."""
+    done = subprocess.run(["pgrep", "-f", "salmon-vllm-"], capture_output=True, text=True, check=False)
+    return {int(pid) for pid in done.stdout.split()}
 
 
 def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: World) -> None:
@@ -207,13 +208,11 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
     expected = options(work, world.model, "expected.parquet", **more) | {"engine": engine}
     sample_responses.main(sample_responses.Arguments(**expected))
     resumed = options(work, world.model, "resumed.parquet", **more) | {"engine": engine}
-    words = command(sample_responses, resumed)
+    words, before = command(sample_responses, resumed), servers()
     job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ)
     parts = WorkFolder(work / "resumed.parquet").path
     wait_for(job, lambda: any(parts.glob("part-*.parquet")))
-    (server,) = (
-        pid for pid in processes("salmon-vllm-") if "engine_guard" not in Path(f"/proc/{pid}/cmdline").read_text()
-    )
+    (server,) = (pid for pid in servers() - before if "engine_guard" not in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(server, signal.SIGKILL)
     killed = time.monotonic()
     _, log = job.communicate(timeout=120)
@@ -221,7 +220,7 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
     assert job.returncode == 1, log[-3000:]
     assert "the vLLM server has ended" in log, log[-3000:]
     assert "planets" not in log
-    assert not processes("salmon-vllm-")
+    assert servers() <= before
     kept = len(list(parts.glob("part-*.parquet")))
     assert 0 < kept < 20
     sample_responses.main(sample_responses.Arguments(**resumed))
@@ -234,7 +233,7 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
 def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
     """The adapter of each step is the one that samples: ratios are 1; killed and resumed, it is the same run."""
     settings: dict[str, Any] = {"engine": "vllm", "save_steps": 1, "temperature": 1.0, "epochs": 3, "max_steps": 8}
-    hardware = {"engine": HARDWARE.model_dump_json()}
+    hardware, before = {"engine": HARDWARE.model_dump_json()}, servers()
     whole = tmp_path / "whole" / "policy"
     status, log = run(world.arguments(whole, hardware, **settings))
     assert status == 0, log[-3000:]
@@ -245,7 +244,7 @@ def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
         assert line["engine_ratio_largest"] < 1.01
         assert line["engine_ratio_capped"] == 0
     assert metrics[-1]["kl_sequence"] != 0  # it has learnt: another adapter than the first one samples
-    assert not processes("salmon-vllm-")
+    assert servers() <= before
 
     again = tmp_path / "again" / "policy"
     words = [sys.executable, train_policy.__file__, *world.arguments(again, hardware, **settings)]
@@ -255,7 +254,7 @@ def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     end = time.monotonic() + 30
-    while processes("salmon-vllm-"):
+    while servers() - before:
         assert time.monotonic() < end
         time.sleep(0.1)
     status, log = run(world.arguments(again, hardware, **settings))
