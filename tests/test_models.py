@@ -210,6 +210,22 @@ def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Pa
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_rewards_of_texts_that_begin_alike(name: str, settings: Model, tokenizer: Any, folder: Path) -> None:
+    """One beginning and many ends, read behind a copied cache, in parts and together, against each text alone."""
+    begins = [tokenizer(text)["input_ids"] for text in ("The city is old, and", "Many people " * 3)]
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" short", " and longer than it", " is")]
+    groups = [[begin + end for end in ends] for begin in begins]
+    flat = [row for group in groups for row in group]
+    head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]
+    expected = torch.stack([states[-1] @ head for states in slow_states(settings, folder, flat)]).view(2, 3)
+    model = models.load_reward_model(settings, folder, "cpu", trainable=False)
+    for size in (1, 8):
+        torch.testing.assert_close(reward_model.score_alike(model, groups, size, "cpu"), expected, **CLOSE)
+        for group, wanted in zip(groups, expected, strict=True):
+            torch.testing.assert_close(reward_model._score_ends(model, group, size, "cpu"), wanted, **CLOSE)
+
+
 def test_rl(name: str, settings: Model, plain: Any, tokenizer: Any, folder: Path) -> None:
     """Rewards, log probabilities and values of batches, and the gradients of both losses for every trained weight."""
     rows = texts(tokenizer, name)

@@ -5,7 +5,7 @@ elsewhere is measured on human preferences alone.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,31 @@ class Reader:
         """Reward of output 1 less that of output 2, [N]."""
         if not len(records):
             return np.empty(0)
-        arguments = self.arguments
-        stage = "pmp" if arguments.pmp else "reward_model"
-        self.cut = {}  # places of the texts, two a record
-        rows = rewards.record_tokens(self.tokenizer, self.template, records, arguments.settings, stage, self.cut)
-        score = partial(rewards.score, self.model, batch_size=arguments.batch_size, device=self.device)
-        scored = distributed.over_ranks(rows, score).view(-1, 2).double()
+        score = partial(rewards.score, self.model, batch_size=self.arguments.batch_size, device=self.device)
+        scored = distributed.over_ranks(self._texts(records), score).view(-1, 2).double()
         margins: npt.NDArray[np.float64] = (scored[:, 0] - scored[:, 1]).numpy()
         return margins
+
+    def margins_under(
+        self, pairs: pl.DataFrame, ways: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
+        """The same under several lists of definitions, by their names; and how many texts were cut under the first."""
+        texts, counts = [], dict[str, int]()
+        for definitions in ways.values():
+            table = pairs.with_columns(pl.lit(list(definitions), dtype=pl.List(pl.String)).alias("definitions"))
+            texts.append(self._texts(table))
+            counts = counts or self.counts("pairs")
+        groups = [list(group) for group in zip(*texts, strict=True)]  # of each output, which begin alike
+        score = partial(rewards.score_alike, self.model, batch_size=self.arguments.batch_size, device=self.device)
+        scored = distributed.over_ranks(groups, score).view(-1, 2, len(ways)).double().numpy()
+        return {way: scored[:, 0, place] - scored[:, 1, place] for place, way in enumerate(ways)}, counts
+
+    def _texts(self, records: pl.DataFrame) -> list[list[int]]:
+        """Tokens of the texts, two per record; notes which were cut."""
+        self.cut = {}
+        stage = "pmp" if self.arguments.pmp else "reward_model"
+        settings = self.arguments.settings
+        return rewards.record_tokens(self.tokenizer, self.template, records, settings, stage, self.cut)
 
 
 def main(arguments: Arguments) -> None:
@@ -187,21 +204,14 @@ def agreement(
         Way of showing principles -> by source; source -> by subset, with all of them shown, of those that have any; and
         how many texts were then cut.
     """
-    ways: dict[str, list[tuple[str, bool]]] = {"all": [(name, False) for name in shown]}
-    for name in shown if len(shown) > 1 else ():
-        ways |= {name: [(name, False)], f"{name}, negated": [(name, True)]}
-    found: dict[str, evaluation.BySource] = {}
-    by_subset: dict[str, evaluation.BySource] = {}
-    counts: dict[str, int] = {}
-    for way, chosen in ways.items():
-        definitions = [shown[name][negated] for name, negated in chosen]
-        table = pairs.with_columns(pl.lit(definitions, dtype=pl.List(pl.String)).alias("definitions"))
-        margins = reader.margins(table)
-        found[way] = evaluation.agreement(pairs, margins, seed)
-        if way == "all":
-            by_subset, counts = evaluation.agreement_by_subset(pairs, margins, seed), reader.counts("pairs")
-        log.info("people, %s: %s", way, {name: one["value"] for name, one in found[way].items()})
-    return found, by_subset, counts
+    ways = {"all": [plain for plain, _ in shown.values()]}
+    for name, (plain, negated) in shown.items() if len(shown) > 1 else ():
+        ways |= {name: [plain], f"{name}, negated": [negated]}
+    margins, counts = reader.margins_under(pairs, ways)
+    found = {way: evaluation.agreement(pairs, margins[way], seed) for way in ways}
+    for way, by_source in found.items():
+        log.info("people, %s: %s", way, {name: one["value"] for name, one in by_source.items()})
+    return found, evaluation.agreement_by_subset(pairs, margins["all"], seed), counts
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:

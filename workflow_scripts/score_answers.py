@@ -54,33 +54,36 @@ def main(arguments: Arguments) -> None:
         template = encoding.read_template(tokenizer, settings.template, scorer.scoring, "scoring.format")
         model = models.load_reward_model(scorer.model, scorer.folder, device, trainable=False)
         cut: dict[str, set[int]] = {}  # under any principle
-        for name in scorer.dimensions:
-            for negated in (False, True):
-                definition = judged[name].negative_definition if negated else judged[name].definition
-                rows = reward_model.reward_text_tokens(
-                    tokenizer,
-                    template,
-                    instructions,
-                    answers["response"].to_list(),
-                    [[definition]] * len(answers),
-                    query_length=settings.query_length,
-                    response_length=settings.response_length,
-                    max_length=settings.max_length,
-                    keys="reward_model.",
-                    cut=cut,
+        ways = [(name, negated) for name in scorer.dimensions for negated in (False, True)]
+        texts = [
+            reward_model.reward_text_tokens(
+                tokenizer,
+                template,
+                instructions,
+                answers["response"].to_list(),
+                [[judged[name].negative_definition if negated else judged[name].definition]] * len(answers),
+                query_length=settings.query_length,
+                response_length=settings.response_length,
+                max_length=settings.max_length,
+                keys="reward_model.",
+                cut=cut,
+            )
+            for name, negated in ways
+        ]
+        groups = [list(group) for group in zip(*texts, strict=True)]  # of each answer, which begin alike
+        score = partial(reward_model.score_alike, model, batch_size=arguments.batch_size, device=device)
+        scores = distributed.over_ranks(groups, score).double().numpy()
+        for (name, negated), column in zip(ways, scores.T, strict=True):
+            log.info("%s, %s%s: mean %.3f", scorer.name, name, ", negated" * negated, np.mean(column))
+            parts.append(
+                answers.select(
+                    "prompt_id",
+                    reward_model=pl.lit(scorer.name),
+                    dimension=pl.lit(name),
+                    opposite=pl.lit(negated),
+                    score=pl.Series(column),
                 )
-                score = partial(reward_model.score, model, batch_size=arguments.batch_size, device=device)
-                scores = distributed.over_ranks(rows, score).double().numpy()
-                log.info("%s, %s%s: mean %.3f", scorer.name, name, ", negated" * negated, np.mean(scores))
-                parts.append(
-                    answers.select(
-                        "prompt_id",
-                        reward_model=pl.lit(scorer.name),
-                        dimension=pl.lit(name),
-                        opposite=pl.lit(negated),
-                        score=pl.Series(scores),
-                    )
-                )
+            )
         del model
         counts |= {f"{scorer.name}: {what} cut": len(places) for what, places in cut.items()}
     if distributed.is_main():

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from peft import PeftModel, TaskType, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Cache, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from salmon import distributed
@@ -89,14 +89,18 @@ class Scoring(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
         **_: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutputWithPast:
         """Rewards of texts, padded on either side.
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 1 at tokens; None without padding.
+            attention_mask: [B, T], 1 at tokens; None without padding. With a cache, [B, past + T].
             position_ids: [B, T], for texts padded on their left.
+            past_key_values: of the texts' beginnings, where `input_ids` are what follows.
+            use_cache: whether the cache is returned.
 
         Returns:
             `logits`: [B, 1], float32 as the head is, read at the last token of each text.
@@ -104,14 +108,23 @@ class Scoring(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         places = {} if position_ids is None else {"position_ids": position_ids}
-        hidden = self.base_model(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
-        ).last_hidden_state
-        last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=hidden.device)).argmax(-1)
+        output = self.base_model(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **places,
+            **({} if past_key_values is None else {"past_key_values": past_key_values}),
+        )
+        hidden, width = output.last_hidden_state, input_ids.shape[1]
+        read = attention_mask[:, -width:]
+        last = (read * torch.arange(1, width + 1, device=hidden.device)).argmax(-1)
         states = hidden[torch.arange(len(last), device=hidden.device), last]
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = next(self.score.parameters()).dtype  # type: ignore[union-attr]
-            return SequenceClassifierOutput(logits=self.score(states.to(dtype)))  # type: ignore[operator]
+            logits = self.score(states.to(dtype))  # type: ignore[operator]
+        return SequenceClassifierOutputWithPast(
+            logits=logits, past_key_values=output.past_key_values if use_cache else None
+        )
 
 
 def new_policy(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:

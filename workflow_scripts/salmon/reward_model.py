@@ -10,6 +10,7 @@ has two rows per pair:
     row 3   output_2 of pair 1   t t t t . . . . . .
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from salmon import checked, templates
+from salmon.batching import select_rows
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
+from salmon.margins import common_prefix, prefill
 from salmon.tables import MEND, PREFERENCE_RECORDS
 from salmon.text import join_instruction
 
+log = logging.getLogger(__name__)
+
+ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""How far rewards of whole texts may be from those behind a cache, as a share of the largest one, 1 at least."""
 NAME = "reward model"
 """Of the draws of its training: the split and the order of the records."""
 
@@ -243,6 +250,64 @@ def score(
             rewards[chosen] = model(**batch).logits[:, 0].float().cpu()
     model.train(was_training)
     return rewards
+
+
+def score_alike(
+    model: PeftModel, groups: Sequence[Sequence[list[int]]], batch_size: int, device: torch.device | str
+) -> torch.Tensor:
+    """Rewards of texts in groups that begin alike, such as one answer under many principles; without gradients.
+
+    What the texts of a group have in common is computed once, where that gives what whole texts give: the first group
+    is computed both ways.
+
+    Args:
+        model: as for `score`.
+        groups: N groups of M texts each, M at least 1.
+        batch_size: whole texts per forward pass; four times as many where only their ends are read.
+        device: of the model.
+
+    Returns:
+        float32 [N, M] on the CPU.
+    """
+    if not groups:
+        return torch.empty(0, 0)
+    first = score(model, groups[0], batch_size, device)
+    if len(groups[0]) > 1:
+        found = _score_ends(model, groups[0], 4 * batch_size, device)
+        if (found - first).abs().max() <= ALIKE[model.dtype] * max(1.0, first.abs().max().item()):
+            rest = [_score_ends(model, group, 4 * batch_size, device) for group in groups[1:]]
+            return torch.stack([first, *rest])
+        log.info("%s: texts that begin alike are read whole, each by itself", type(model.get_base_model()).__name__)
+    flat = [text for group in groups[1:] for text in group]
+    return torch.cat([first, score(model, flat, batch_size, device)]).view(len(groups), -1)
+
+
+@torch.no_grad()
+def _score_ends(
+    model: PeftModel, group: Sequence[list[int]], batch_size: int, device: torch.device | str
+) -> torch.Tensor:
+    """Rewards of texts, [M], each computed behind a copy of the cache of their common beginning."""
+    shared = common_prefix(group)
+    if shared == 0:
+        return score(model, group, batch_size, device)
+    rewards = []
+    for start in range(0, len(group), batch_size):
+        chosen = group[start : start + batch_size]
+        head = torch.tensor([group[0][:shared]])
+        cache = prefill(model, head, torch.ones_like(head), device)
+        select_rows(cache, torch.zeros(len(chosen), dtype=torch.int64, device=device))
+        ends, mask = collate([text[shared:] for text in chosen]).values()
+        read = torch.cat([torch.ones(len(chosen), shared, dtype=torch.int64), mask], dim=1)
+        positions = torch.arange(shared, read.shape[1], device=device).expand(len(chosen), -1)
+        output = model(
+            input_ids=ends.to(device),
+            attention_mask=read.to(device),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rewards.append(output.logits[:, 0].float().cpu())
+    return torch.cat(rewards)
 
 
 def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
