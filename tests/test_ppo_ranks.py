@@ -76,12 +76,12 @@ def plant(work: Path, mark: Path) -> list[Path]:
 
 SAYING_HOW_RANKS_SAMPLE = """
 import sys, train_policy
-load_sampler = train_policy.load_sampler
+make_sampler = train_policy.make_sampler
 def load(*arguments):
-    sampler = load_sampler(*arguments)
+    sampler = make_sampler(*arguments)
     print("sampling", sampler.ranks, file=sys.stderr)
     return sampler
-train_policy.load_sampler = load
+train_policy.make_sampler = load
 """
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -132,7 +133,7 @@ def test_another_sampler_is_used_as_it_is(work: Path, model: config.Model, pream
     """A longer preamble leaves as much room for the response."""
     (work / "policy.txt").write_text(preamble)
     with (
-        patch.object(sample_responses, "load_sampler", return_value=Canned(longest(model, preamble))),
+        patch.object(sample_responses, "open_sampler", return_value=nullcontext(Canned(longest(model, preamble)))),
         patch.object(models, "load_initial_policy", side_effect=AssertionError("the model was loaded")),
     ):
         sampled = run(work, model)

@@ -148,6 +148,7 @@ STALE = {
     "evaluation.judge_pairs": LABELLED,
     "evaluation.judge_pairs.*.principles": {"evaluation/judge"},
     "evaluation.min_score_ratio": {"evaluation/pairs.parquet"} | LABELLED,
+    "evaluation.engine": ANSWERED | DIALOGUES,
     "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED | DIALOGUES,
     "evaluation.mt_bench": DIALOGUES,
     "evaluation.judge_endpoint": set(),  # which the small run has not

@@ -58,7 +58,7 @@ def adapter_folder(model: Model) -> Path | None:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
             f"the weights of the adapter {model.adapter} (model.adapter) are not in safetensors, which vLLM reads: "
-            "load it with PEFT, and save it with save_pretrained"
+            "load it with PEFT where you trust it, and save it again"
         )
     return folder.absolute()
 
