@@ -10,6 +10,7 @@ has two rows per pair:
     row 3   output_2 of pair 1   t t t t . . . . . .
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -290,13 +291,13 @@ def _score_ends(
     shared = common_prefix(group)
     if shared == 0:
         return score(model, group, batch_size, device)
-    rewards = []
-    for start in range(0, len(group), batch_size):
-        chosen = group[start : start + batch_size]
-        head = torch.tensor([group[0][:shared]])
-        cache = prefill(model, head, torch.ones_like(head), device)
+    head = torch.tensor([group[0][:shared]])
+    beginning = prefill(model, head, torch.ones_like(head), device)
+    rewards = torch.empty(len(group))
+    for chosen in _of_like_lengths([len(text) - shared for text in group], batch_size):
+        cache = copy.deepcopy(beginning)
         select_rows(cache, torch.zeros(len(chosen), dtype=torch.int64, device=device))
-        ends, mask = collate([text[shared:] for text in chosen]).values()
+        ends, mask = collate([group[place][shared:] for place in chosen]).values()
         read = torch.cat([torch.ones(len(chosen), shared, dtype=torch.int64), mask], dim=1)
         positions = torch.arange(shared, read.shape[1], device=device).expand(len(chosen), -1)
         output = model(
@@ -306,8 +307,18 @@ def _score_ends(
             past_key_values=cache,
             use_cache=True,
         )
-        rewards.append(output.logits[:, 0].float().cpu())
-    return torch.cat(rewards)
+        rewards[chosen] = output.logits[:, 0].float().cpu()
+    return rewards
+
+
+def _of_like_lengths(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places in batches of `size` at most, in which none is longer than twice the shortest: little padding."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if not found or len(found[-1]) == size or lengths[place] > 2 * lengths[found[-1][0]]:
+            found.append([])
+        found[-1].append(place)
+    return found
 
 
 def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
