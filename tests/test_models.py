@@ -214,10 +214,7 @@ def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Pa
 def test_rewards_of_texts_that_begin_alike(name: str, settings: Model, tokenizer: Any, folder: Path) -> None:
     """One beginning and many ends, read behind a copied cache, in parts and together, against each text alone."""
     begins = [tokenizer(text)["input_ids"] for text in ("The city is old, and", "Many people " * 3)]
-    ends = [
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (" short", " and longer than it", " is")
-    ]
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" short", " and longer than it", " is")]
     groups = [[begin + end for end in ends] for begin in begins]
     flat = [row for group in groups for row in group]
     head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]

@@ -267,9 +267,13 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
             for run, other in before.items()
         },
     }
-    metric = {"value": 0.4, "stderr": 0.05, "number": 100}
+    metric = {"value": 0.4, "stderr": 0.05, "low": 0.3, "high": 0.5, "number": 100}
     asked = {
-        f"task_{place}": {"acc": metric, "perplexity": {**metric, "value": 9.0, "stderr": None}} for place in range(8)
+        f"task_{place}": {
+            "acc": metric,
+            "perplexity": {**metric, "value": 9.0, "stderr": None, "low": None, "high": None},
+        }
+        for place in range(8)
     }
     step = {"step": 1, "loss": 0.7, "grad_norm": 1.0, "learning_rate": 1e-5}
     counts = {f"{run}: {what}": 9 for run in runs for what in ("kept", "duplicate", "over the limit", *principles)}

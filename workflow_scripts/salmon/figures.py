@@ -186,7 +186,7 @@ def judge(found: Mapping[str, Any]) -> Part:
     measured: Mapping[str, Mapping[str, Estimate]] = found["principles"]
     labelled: Mapping[str, Mapping[str, Mapping[str, Estimate]]] = found.get("labelled") or {}
     names = list(measured)
-    drawn = drawing.figure(11, 1.0 + drawing.ROW * max(6, len(names)) * 1.1)
+    drawn = drawing.figure(15 if labelled else 11, 1.0 + drawing.ROW * max(6, len(names)) * 1.1)
     panels = drawn.subplots(1, 4 if labelled else 3, sharey=True)
     left, middle, right = panels[:3]
     drawing.dots(left, names, {"": [measured[name]["agree"] for name in names]})

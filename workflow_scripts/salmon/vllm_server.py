@@ -274,8 +274,8 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
         return
     if _installed(_python(hardware))[0] == CPU_BUILD and torch.cuda.is_available():
         raise UserError(
-            f"{_python(hardware)} has vLLM's build for CPUs, and here is a GPU: delete {hardware.python} and its "
-            "environment, and run `make install-vllm VLLM=vllm`"
+            f"{_python(hardware)} has vLLM's build for CPUs, and here is a GPU: run `make install-vllm VLLM=vllm`, "
+            "which puts the other one into its place"
         )
     here, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     size = hardware.tensor_parallel
