@@ -16,10 +16,10 @@ rule dequantize_base:
     conda:
         "../envs/model.yaml"
     threads: 8
-    params:
-        model=setting("model", without=("adapter", "adapter_revision")),
     resources:
         free=free_settings("model"),
+    params:
+        model=setting("model", without=("adapter", "adapter_revision")),
     shell:
         f"python {SCRIPTS}/dequantize_base.py"
         " --output {output:q} --model {params.model:q} {resources.free} > {log:q} 2>&1"
