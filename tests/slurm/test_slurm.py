@@ -298,7 +298,7 @@ def test_an_engine_samples_on_the_nodes(world: World, whole: Path, monkeypatch: 
         assert line["engine_ratio_largest"] < 1.05
     log = (whole / "logs" / "runs" / "rollouts" / "train_policy.log").read_text()
     assert "ZeRO-2 on 2 ranks" in log
-    until("the servers end", lambda: not server_processes(), 60)
+    until("the servers end", lambda: not server_processes(), 180)
 
 
 def server_processes() -> list[str]:

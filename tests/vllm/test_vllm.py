@@ -215,8 +215,8 @@ def test_a_shard_whose_server_is_killed_says_so_and_resumes(work: Path, world: W
     (server,) = (pid for pid in servers() - before if "engine_guard" not in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(server, signal.SIGKILL)
     killed = time.monotonic()
-    _, log = job.communicate(timeout=120)
-    assert time.monotonic() - killed < 60
+    _, log = job.communicate(timeout=600)
+    assert time.monotonic() - killed < 120
     assert job.returncode == 1, log[-3000:]
     assert "the vLLM server has ended" in log, log[-3000:]
     assert "planets" not in log
@@ -253,7 +253,7 @@ def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
     wait_for(job, lambda: metrics_file.exists() and len(metrics_file.read_text().splitlines()) >= 3)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 180  # on a busy machine a server takes its time
     while servers() - before:
         assert time.monotonic() < end
         time.sleep(0.1)
