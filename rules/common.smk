@@ -255,8 +255,7 @@ def engine_base(section):
     """Input: what an engine samples from, where that is not the base model itself."""
 
     def find(wildcards):
-        config = run_settings(wildcards)
-        needed = getattr(config, section).engine == "vllm" and config.model.quantization == "nf4"
+        needed = configuration.needs_engine_base(run_settings(wildcards), section)
         return artifact("engine_base")(wildcards) if needed else []
 
     return find

@@ -2,14 +2,15 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from salmon.config import Ppo, is_local
+from salmon.config import Ppo, Sampling, is_local
 from salmon.configuration import check_paths, load
 from salmon.errors import UserError
 from tests.keys import is_key
@@ -265,3 +266,13 @@ def test_the_results_folder_is_filled_in(raw: dict[str, Any]) -> None:
 def test_targets_are_those_of_the_list(raw: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"targets\.0: must be one of 'sft_data', 'sft', 'prompts'"):
         load(set_key(raw, "targets", ["polices"]), ROOT)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "is_right"), [(0.0, True), (0.01, True), (2.0, True), (0.005, False), (2.5, False)]
+)
+def test_an_engine_samples_at_the_temperature_that_is_set(temperature: float, is_right: bool) -> None:
+    """VLLM would raise a low one by itself."""
+    assert Sampling(temperature=temperature).temperature == temperature
+    with nullcontext() if is_right else pytest.raises(ValidationError, match="with the engine vllm"):
+        Sampling(temperature=temperature, engine="vllm")

@@ -321,3 +321,16 @@ def test_an_engine_gets_the_weights_that_4_bit_weights_stand_for(kind: str, dtyp
     for name, module in layers.items():
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(getattr(torch, dtype))
         assert torch.equal(plain.get_submodule(name).weight, weight)
+
+
+def test_texts_are_read_whole_where_a_cache_gives_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.build("llama", tmp_path)
+    settings = Model(base=str(tmp_path), quantization="none", dtype="float32")
+    model = models.new_reward_model(settings, LORA, "cpu", seed=0).eval()
+    groups = [[[1, 5, 6, 7], [1, 5, 8]], [[1, 9, 4], [1, 9, 4, 4]]]
+    expected = torch.stack([reward_model.score(model, group, 8, "cpu") for group in groups])
+    ends = reward_model._score_ends
+    monkeypatch.setattr(reward_model, "_score_ends", lambda *given: ends(*given) + 0.1)
+    torch.testing.assert_close(reward_model.score_alike(model, groups, 8, "cpu"), expected)

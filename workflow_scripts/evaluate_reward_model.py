@@ -102,6 +102,8 @@ class Reader:
             table = pairs.with_columns(pl.lit(list(definitions), dtype=pl.List(pl.String)).alias("definitions"))
             texts.append(self._texts(table))
             counts = counts or self.counts("pairs")
+        if not len(pairs):
+            return {way: np.empty(0) for way in ways}, counts
         groups = [list(group) for group in zip(*texts, strict=True)]  # of each output, which begin alike
         score = partial(rewards.score_alike, self.model, batch_size=self.arguments.batch_size, device=self.device)
         scored = distributed.over_ranks(groups, score).view(-1, 2, len(ways)).double().numpy()

@@ -44,11 +44,13 @@ VLLM_TEMPERATURES = (0.01, 2.0)
 """What vLLM takes besides 0: it would raise a lower one by itself, and refuses a higher one."""
 
 
-def check_engine_temperature(engine: Engine, temperature: float, key: str) -> None:
+def check_engine_temperature(engine: Engine, temperature: float) -> None:
     """Refuse a temperature that an engine does not sample at."""
     low, high = VLLM_TEMPERATURES
     if engine == "vllm" and temperature and not low <= temperature <= high:
-        raise in_field(key, f"{temperature} with the engine vllm, which samples at 0, or from {low} to {high}")
+        raise in_field(
+            "temperature", f"{temperature} with the engine vllm, which samples at 0, or from {low} to {high}"
+        )
 
 
 COLDEST = 0.001  # a lower temperature takes the most probable token anyway, and rounding decides what is learnt of it
@@ -395,7 +397,7 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _engine_samples_at_it(self) -> Self:
-        check_engine_temperature(self.engine, self.temperature, "temperature")
+        check_engine_temperature(self.engine, self.temperature)
         return self
 
     @field_validator("temperature")
@@ -793,7 +795,7 @@ class Ppo(PpoTexts):
 
     @model_validator(mode="after")
     def _room_and_whole_minibatches(self) -> Self:
-        check_engine_temperature(self.engine, self.temperature, "temperature")
+        check_engine_temperature(self.engine, self.temperature)
         if self.reward_query_length + self.reward_response_length >= self.reward_max_length:
             raise in_field(
                 "reward_max_length",

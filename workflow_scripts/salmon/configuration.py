@@ -342,9 +342,9 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
 
 
-def needs_engine_base(config: "Config") -> bool:
-    """Whether an engine samples in a run whose weights it does not read."""
-    engines = {config.sampling.engine, config.ppo.engine, config.evaluation.engine}
+def needs_engine_base(config: "Config", *sections: str) -> bool:
+    """Whether an engine samples in a run whose weights it does not read: in one of some sections, or in any."""
+    engines = {getattr(config, section).engine for section in sections or ("sampling", "ppo", "evaluation")}
     return "vllm" in engines and config.model.quantization == "nf4"
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from salmon import artifacts, distributed, script
 from salmon.adapters import find_adapter
 from salmon.border import read_json
-from salmon.config import Lora, Model
+from salmon.config import VLLM_TEMPERATURES, Lora, Model
 from salmon.errors import UserError
 from salmon.sampling import Generation, replay
 from salmon.tokenizers import find_file
@@ -192,6 +192,9 @@ class VllmSampler:
         stop: Sequence[str] = (),
     ) -> list[Generation]:
         """See `Sampler`."""
+        low, high = VLLM_TEMPERATURES
+        if temperature and not low <= temperature <= high:  # as of evaluation.engine, which samples at ppo.temperature
+            raise UserError(f"vLLM samples at a temperature of 0, or from {low} to {high}, and not at {temperature}")
         bodies = [
             {
                 "model": self.served,
