@@ -100,7 +100,6 @@ LONGEST_PROMPT = 256
 PROMPT = (90, 0.6)  # median and sigma of a log-normal distribution of tokens
 RESPONSE = (55, 0.9)  # with a cap of 256, the mean is a third of the longest
 QUERY_TOKENS, RESPONSE_TOKENS = 128, 256  # of a rollout
-SCORED = 32  # rollouts scored at once, as `train_policy` does by default
 SHORT, LONG = 2, 6  # tokens a row, of runs whose difference is the cost of a step
 UNITS = {"load": 3.0, "pair": 5.0, "ppo": 4.0}  # shares of the time, by the layers of the model
 
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="rows to sample, as a multiple of the batch")
     parser.add_argument("--cap", type=int, default=256, help="largest number of tokens sampled a row")
     parser.add_argument("--rollouts", type=int, default=16, help="of the PPO step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts of a backward pass")
+    parser.add_argument("--tokens-per-pass", type=int, default=4096, help="of a backward pass, padding included")
     parser.add_argument("--only", nargs="+", choices=("sampling", "ppo"), default=["sampling", "ppo"])
     parser.add_argument("--minutes", type=float, default=4.0, help="about how long all of it may take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -422,7 +421,7 @@ class Bench:
 
     def ppo_step(self, shared: SharedBase, what: dict[str, str]) -> None:
         """The parts of a PPO step after sampling."""
-        number, micro = self.args.rollouts, self.args.micro_batch
+        number, budget = self.args.rollouts, self.args.tokens_per_pass
         settings = Ppo(
             template=str(ROOT / "prompts/templates/reward_model_rl.txt"),
             principles=str(ROOT / "prompts/principles/rl.json"),
@@ -436,21 +435,21 @@ class Bench:
         rollouts = self.rollouts(number)
 
         def measure(chosen: list[ppo.Rollout]) -> None:
-            ppo.measure(shared, chosen, TEMPERATURE, micro)
+            ppo.measure(shared, chosen, TEMPERATURE, 2 * budget)
 
         def score(chosen: list[ppo.Rollout]) -> None:
-            ppo.score(shared, self.tokenizer, chosen, principles, 0, settings, SCORED)
+            ppo.score(shared, self.tokenizer, chosen, principles, 0, settings, 2 * budget)
 
         optimizer, named = make_optimizer(shared)
 
         def update(chosen: list[ppo.Rollout]) -> None:
-            ppo.update(shared, optimizer, chosen, 0, settings, micro, 1e-6)
+            ppo.update(shared, optimizer, chosen, 0, settings, budget, 1e-6)
 
         def cell(part: str, run: Callable[[list[ppo.Rollout]], None]) -> None:
             with self.results.noting("ppo", **what, part=part):
                 if self.clock.left < 5:
                     raise TimeoutError("no time was left")
-                run(rollouts[:micro])  # warms up
+                run(rollouts[:4])  # warms up
                 took, peak = measured(lambda: run(rollouts))
                 tokens = number * (QUERY_TOKENS + RESPONSE_TOKENS)
                 self.results.add(

@@ -92,6 +92,13 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+for name, resources in workflow.resource_settings._parsed_overwrite_resources.items():
+    if "micro_batch_size" in resources:  # Snakemake would pass over it without a word
+        raise WorkflowError(
+            f"{name}:micro_batch_size (of --set-resources, or of a profile) is now {name}:tokens_per_pass: tokens of a "
+            "pass, padding included, and not rows"
+        )
+
 # `results/` is the same folder as `results`, and not another one that all would have to be built in.
 workflow.pathvars.update(Pathvars.from_module(settings.pathvars.model_dump()))
 

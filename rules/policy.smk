@@ -26,7 +26,8 @@ rule train_policy:
         nodes=1,
         ranks=1,
         sampling_batch_size=32,
-        micro_batch_size=4,
+        tokens_per_pass=2048,  # with gradients; padding included
+        tokens_per_forward_pass=8192,
         gradient_checkpointing="true",
         deepspeed="null",
         engine="--engine.memory 0.4",  # where vLLM runs if it samples (docs/engines.md)
@@ -44,6 +45,7 @@ rule train_policy:
         " {resources.free}"
         " --model {params.model:q} --lora {params.lora:q} --policy-prompt {params.policy_prompt:q}"
         " --ppo {params.ppo:q} --scoring {params.scoring:q} --sampling-batch-size {resources.sampling_batch_size:q}"
-        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --tokens-per-pass {resources.tokens_per_pass:q}"
+        " --tokens-per-forward-pass {resources.tokens_per_forward_pass:q}"
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q}"
         " {resources.engine} {params.engine_base} > {log:q} 2>&1"

@@ -44,7 +44,7 @@ rule train_reward_model:
     resources:
         nodes=1,
         ranks=1,
-        micro_batch_size=4,
+        tokens_per_pass=4096,
         gradient_checkpointing="true",
         deepspeed="null",
         free=free_settings("model", "reward_model"),
@@ -61,7 +61,7 @@ rule train_reward_model:
         " --records {input.records:q} {params.init} --output {output:q} --model {params.model:q}"
         " --tokenizer {params.tokenizer:q} --lora {params.lora:q} --scoring {params.scoring:q} --{params.stage} {params.settings:q}"
         " {resources.free}"
-        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --tokens-per-pass {resources.tokens_per_pass:q}"
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
 
 
@@ -85,7 +85,7 @@ use rule train_reward_model as train_pmp with:
     resources:
         nodes=1,
         ranks=1,
-        micro_batch_size=4,
+        tokens_per_pass=4096,
         gradient_checkpointing="true",
         deepspeed="null",
         free=free_settings("model", "pmp"),

@@ -43,7 +43,7 @@ rule train_sft:
     resources:
         nodes=1,
         ranks=1,
-        micro_batch_size=4,
+        tokens_per_pass=4096,
         gradient_checkpointing="true",
         deepspeed="null",
         free=free_settings("model", "sft"),
@@ -57,5 +57,5 @@ rule train_sft:
         " --examples {input.examples:q} --output {output:q} --model {params.model:q} --lora {params.lora:q}"
         " --policy-prompt {params.policy_prompt:q} --sft {params.sft:q}"
         " {resources.free}"
-        " --micro-batch-size {resources.micro_batch_size:q}"
+        " --tokens-per-pass {resources.tokens_per_pass:q}"
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"

@@ -40,12 +40,10 @@ def be_a_rank(folder: Path, base: Path) -> None:
     distributed.init()
     world = World(folder, base)
     shared = world.shared()
-    rollouts = ready(world, shared, range(distributed.rank(), 8, distributed.world()))
+    rollouts = ready(world, shared, range(8))
     for number, chosen in enumerate(MINIBATCHES):
-        mine = [rollout for rollout in rollouts if rollout.place in chosen]
-        tokens = sum(len(rollout.response) for rollout in mine)
-        total = float(distributed.sum_over_ranks(torch.tensor(tokens)))
-        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), mine, total, world.ppo(), 2)
+        minibatch = [rollout for rollout in rollouts if rollout.place in chosen]
+        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), minibatch, world.ppo(), 30)
         distributed.sum_gradients(shared.trained())
         gradient = flat_gradient(shared)
         if distributed.is_main():

@@ -118,7 +118,8 @@ class World:
             "policy-prompt": self.policy_prompt.model_dump_json(),
             "ppo": json.dumps(self.plain_ppo(**ppo)),
             "sampling-batch-size": 5,
-            "micro-batch-size": 3,
+            "tokens-per-pass": 100,
+            "tokens-per-forward-pass": 300,
             **(options or {}),
         }
         return [str(word) for key, value in found.items() if value is not None for word in (f"--{key}", value)]
@@ -201,7 +202,7 @@ def made_up(places: Sequence[int]) -> list[ppo.Rollout]:
 def ready(world: World, shared: SharedBase, places: Sequence[int]) -> list[ppo.Rollout]:
     """Made-up rollouts with advantages, whose log probabilities and values are near those of the models."""
     found = made_up(places)
-    ppo.measure(shared, found, 0.7, 3)
+    ppo.measure(shared, found, 0.7, 40)
     for rollout in found:
         shift = np.random.default_rng(100 + rollout.place).normal(0, 0.3, (2, len(rollout.response)))
         rollout.logprobs = rollout.logprobs + torch.tensor(shift[0]).float()
@@ -254,8 +255,8 @@ def lengths(rollouts: Sequence[ppo.Rollout]) -> list[tuple[int, int]]:
     return [(rollout.place, len(rollout.response)) for rollout in rollouts]
 
 
-# Places of the rollouts in a minibatch; of the last one, one of two ranks holds none.
-MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [2, 4, 6]]
+# Places of the rollouts in a minibatch; of the last one, one of two ranks has nothing to do.
+MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [4]]
 
 
 def signalled(name: str, step: int) -> str:

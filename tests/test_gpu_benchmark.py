@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-OPTIONS = "--shapes tiny --device cpu --batches 4 --rounds 2 --cap 12 --rollouts 4 --micro-batch 2 --minutes 1"
+OPTIONS = "--shapes tiny --device cpu --batches 4 --rounds 2 --cap 12 --rollouts 4 --tokens-per-pass 200 --minutes 1"
 
 
 def test_all_cells_are_measured(tmp_path: Path) -> None:

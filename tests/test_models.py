@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from salmon import adapters, judging, models, reward_model
+from salmon import adapters, judging, likelihood, models, reward_model
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.generation import generate
@@ -226,9 +226,16 @@ def test_rewards_of_texts_that_begin_alike(name: str, settings: Model, tokenizer
             torch.testing.assert_close(reward_model._score_ends(model, group, size, "cpu"), wanted, **CLOSE)
 
 
-def test_rl(name: str, settings: Model, plain: Any, tokenizer: Any, folder: Path) -> None:
-    """Rewards, log probabilities and values of batches, and the gradients of both losses for every trained weight."""
+def test_rl(
+    name: str, settings: Model, plain: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards, log probabilities and values of batches, and the gradients of both losses for every trained weight.
+
+    The output layer is called for some of the tokens at a time, and gives what the whole model gives.
+    """
     rows = texts(tokenizer, name)
+    monkeypatch.setattr(likelihood, "LOGITS", 20 * plain.config.get_text_config().vocab_size)
+    assert likelihood.has_apart(plain, torch.tensor(rows[0])[None, :2])
     shared = SharedBase(settings, LORA, folder, torch.device("cpu"), seed=0)
     head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]
     with torch.no_grad():

@@ -81,8 +81,8 @@ def sample(world: World, shared: SharedBase, step: int = 0, **changes: Any) -> l
 def rollouts(world: World, shared: SharedBase) -> list[ppo.Rollout]:
     """Measured and scored, of many prompts, so that some end by the end token, some by the stop string."""
     found = sample(world, shared, rollout_batch_size=60, minibatch_size=60)
-    ppo.measure(shared, found, 0.7, 7)
-    ppo.score(shared, world.tokenizer, found, world.principles, 0, world.ppo(), 7)
+    ppo.measure(shared, found, 0.7, 300)
+    ppo.score(shared, world.tokenizer, found, world.principles, 0, world.ppo(), 500)
     return found
 
 
@@ -158,7 +158,7 @@ def test_scores_and_rewards(world: World, shared: SharedBase, rollouts: list[ppo
     settings = world.ppo(principles_per_rollout=number)
     mine = rollouts[::3][::-1]
     for part in (mine[:4], mine[4:]):
-        ppo.score(shared, world.tokenizer, part, world.principles, 5, settings, 3)
+        ppo.score(shared, world.tokenizer, part, world.principles, 5, settings, 300)
     template = templates.read(settings.template)
     alone = models.load_reward_model(world.model, world.reward_model, "cpu", trainable=False)
     sets = set()
@@ -180,15 +180,27 @@ def test_scores_and_rewards(world: World, shared: SharedBase, rollouts: list[ppo
     assert len(sets) == 1 if number == 0 else len(sets) > 5  # not the same for all (reference, defect 5)
 
 
-def test_a_rank_may_have_no_rollouts(world: World, shared: SharedBase) -> None:
-    with (
-        mock.patch.object(distributed, "rank", return_value=8),
-        mock.patch.object(distributed, "world", return_value=9),
-    ):
-        assert sample(world, shared) == []
-    ppo.measure(shared, [], 0.7, 3)
-    ppo.score(shared, world.tokenizer, [], world.principles, 0, world.ppo(), 3)
-    ppo.estimate_advantages([], world.ppo())
+@pytest.mark.parametrize("ranks", [1, 3, 9])
+def test_every_rank_has_a_part_in_every_pass(world: World, ranks: int) -> None:
+    """Or computes another's rollout, of which nothing is kept: DeepSpeed waits for all ranks."""
+    found = made_up(range(8))
+    lengths = [len(rollout.query) + len(rollout.response) for rollout in found]
+    of_ranks = []
+    for rank in range(ranks):
+        with (
+            mock.patch.object(distributed, "rank", return_value=rank),
+            mock.patch.object(distributed, "world", return_value=ranks),
+        ):
+            of_ranks.append(ppo.parts(found, lengths, 20))
+    assert len({len(parts) for parts in of_ranks}) == 1
+    kept = [rollout.place for parts in of_ranks for part in parts if part.real for rollout in part.rollouts]
+    assert sorted(kept) == list(range(8))
+    assert all(part.rollouts for parts in of_ranks for part in parts)
+    assert all(part.real for parts in of_ranks for part in parts) == (ranks != 9)
+    for passes in zip(*of_ranks, strict=True):
+        assert {part.most for part in passes} == {
+            max(sum(len(rollout.response) for rollout in part.rollouts) for part in passes if part.real)
+        }
 
 
 def test_metrics_are_means_over_rollouts_or_tokens(world: World, rollouts: list[ppo.Rollout]) -> None:
@@ -229,14 +241,13 @@ def test_advantages_of_rollouts(world: World, whiten: bool) -> None:
         assert rollout.returns.tolist() == pytest.approx(to_go, abs=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_gradient_is_that_of_the_mean_over_tokens(world: World, micro_batch: int) -> None:
-    """Whatever the micro-batches: reference, defect 10."""
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_gradient_is_that_of_the_mean_over_tokens(world: World, budget: int) -> None:
+    """Whatever the passes: reference, defect 10."""
     shared = world.shared()
     rollouts = ready(world, shared, range(8))
-    total = float(sum(len(rollout.response) for rollout in rollouts))
     expected = slow_gradient(world, shared, rollouts)
-    sums = ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, world.ppo(), micro_batch)
+    sums = ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, world.ppo(), budget)
     assert relative(flat_gradient(shared), expected) < 1e-5
     assert 0 < sums["clip_fraction"] < 1
     # The shift that `ready` added, averaged: old minus new.
@@ -267,14 +278,13 @@ def test_rollouts_of_an_engine_are_corrected(world: World, correction: str) -> N
     if correction == "none":
         for rollout in rollouts:
             rollout.sampled = torch.empty(0)
-    total = float(len(ratios))
     slow = slow_gradient(world, shared, rollouts)
-    ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, settings, 3)
+    ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, settings, 40)
     assert relative(flat_gradient(shared), slow) < 1e-5
     if correction == "truncated":
         for rollout in rollouts:
             rollout.weights = torch.ones(len(rollout.response))
-        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, total, settings, 3)
+        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), rollouts, settings, 40)
         assert relative(flat_gradient(shared), slow) > 0.05  # the weights are what made them equal
     assert ppo.correct_for_engine(rollouts, world.ppo()) == {}
 
@@ -282,13 +292,11 @@ def test_rollouts_of_an_engine_are_corrected(world: World, correction: str) -> N
 def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     shared = world.shared()
     rollouts = ready(world, shared, range(8))
-    seen: list[tuple[list[int], float]] = []
+    seen: list[list[int]] = []
 
-    def note(
-        policy: SharedBase, _: Any, chosen: Sequence[ppo.Rollout], total: float, *__: Any, **___: Any
-    ) -> dict[str, float]:
+    def note(policy: SharedBase, _: Any, chosen: Sequence[ppo.Rollout], *__: Any) -> dict[str, float]:
         assert policy.lm.get_base_model().model.layers[0].training  # or it would not checkpoint
-        seen.append(([rollout.place for rollout in chosen], total))
+        seen.append([rollout.place for rollout in chosen])
         for parameter in policy.trained():
             parameter.grad = torch.full_like(parameter, 100.0)
         return {"policy_loss": float(len(seen))}
@@ -297,13 +305,11 @@ def test_update_uses_every_rollout_once_an_inner_epoch(world: World) -> None:
     optimizer.adamw = torch.optim.SGD(shared.trained(), lr=0.1)
     before = [parameter.detach().clone() for parameter in shared.trained()]
     with mock.patch.object(ppo, "accumulate_gradients", note):
-        found = ppo.update(shared, optimizer, rollouts, 7, world.ppo(), 3, 1.0)
+        found = ppo.update(shared, optimizer, rollouts, 7, world.ppo(), 40, 1.0)
     assert not shared.lm.get_base_model().model.layers[0].training
-    assert [len(places) for places, _ in seen] == [4, 4, 4, 4]
-    assert all(sorted(seen[i][0] + seen[i + 1][0]) == list(range(8)) for i in (0, 2))
-    assert seen[0][0] != seen[2][0]
-    sizes = dict(lengths(rollouts))
-    assert all(total == sum(sizes[place] for place in places) for places, total in seen)
+    assert [len(places) for places in seen] == [4, 4, 4, 4]
+    assert all(sorted(seen[i] + seen[i + 1]) == list(range(8)) for i in (0, 2))
+    assert seen[0] != seen[2]
     assert found["policy_loss"] == 2.5
     # Four steps of SGD along one direction, each clipped to a norm of 0.5.
     moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, shared.trained(), strict=True)])
@@ -329,8 +335,8 @@ def test_the_optimiser_goes_by_the_learning_rate(world: World, tmp_path: Path, w
         settings,
         world.policy_prompt,
         work,
-        scoring_batch_size=2,
-        micro_batch_size=2,
+        tokens_per_pass=60,
+        tokens_per_forward_pass=200,
     )
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(shared.trained(), before, strict=True)]
     assert moved == pytest.approx([ppo.learning_rate(0, 1, settings)] * len(moved), rel=0.02)
@@ -341,7 +347,7 @@ def test_gradients_that_are_not_finite_end_the_run(world: World) -> None:
     rollouts = ready(world, shared, range(8))
     rollouts[3].advantages = torch.full_like(rollouts[3].advantages, torch.inf)
     with pytest.raises(UserError, match="step 8: the gradient is not finite"):
-        ppo.update(shared, ReplicatedOptimizer(shared, 1.0), rollouts, 7, world.ppo(), 3, 1.0)
+        ppo.update(shared, ReplicatedOptimizer(shared, 1.0), rollouts, 7, world.ppo(), 40, 1.0)
 
 
 # -- ranks

@@ -59,7 +59,8 @@ def test_token_logprobs_and_entropy(temperature: float, dtype: torch.dtype) -> N
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(0, 4, (3, 5, 11))).to(dtype)
     tokens = torch.tensor(rng.integers(0, 11, (3, 5)))
-    logprobs, entropy = ppo_math.token_logprobs(logits, tokens, temperature)
+    logprobs, entropy = ppo_math.token_logprobs(logits, tokens, temperature, with_entropy=True)
+    assert entropy is not None
     assert logprobs.dtype == entropy.dtype == torch.float32
     for row in range(3):
         for t in range(5):
@@ -74,7 +75,8 @@ def test_gradient_of_logprobs_is_that_of_the_tempered_softmax() -> None:
     """d log p(token) / d logit_v = (1[v = token] - p_v) / temperature; the entropy has no gradient."""
     temperature = 0.7
     logits = torch.tensor(np.random.default_rng(1).normal(0, 2, (1, 1, 6))).float().requires_grad_()
-    logprobs, entropy = ppo_math.token_logprobs(logits, torch.tensor([[4]]), temperature)
+    logprobs, entropy = ppo_math.token_logprobs(logits, torch.tensor([[4]]), temperature, with_entropy=True)
+    assert entropy is not None
     assert not entropy.requires_grad
     logprobs.sum().backward()
     weights = [math.exp(value / temperature) for value in logits.detach()[0, 0].tolist()]
@@ -84,7 +86,10 @@ def test_gradient_of_logprobs_is_that_of_the_tempered_softmax() -> None:
 
 
 def test_logits_far_apart_do_not_overflow() -> None:
-    logprobs, entropy = ppo_math.token_logprobs(torch.tensor([[[3e4, 0.0, -3e4]]]), torch.tensor([[0]]), 0.7)
+    logprobs, entropy = ppo_math.token_logprobs(
+        torch.tensor([[[3e4, 0.0, -3e4]]]), torch.tensor([[0]]), 0.7, with_entropy=True
+    )
+    assert entropy is not None
     assert (logprobs.item(), entropy.item()) == (0.0, 0.0)
 
 

@@ -23,8 +23,7 @@ def two_ranks(world: World) -> Path:
 
 
 def test_two_ranks_sum_to_the_gradient_of_one(world: World, two_ranks: Path) -> None:
-    """Reference, defect 7. Also where one of the ranks holds nothing of the minibatch (the last one), and with
-    advantages whitened over the rollouts of both (defect 10)."""
+    """Reference, defect 7. Also where one of the ranks has nothing to do (in the last minibatch)."""
     shared = world.shared()
     rollouts = ready(world, shared, range(8))
     for number, chosen in enumerate(MINIBATCHES):
@@ -76,6 +75,8 @@ def plant(work: Path, mark: Path) -> list[Path]:
 
 SAYING_HOW_RANKS_SAMPLE = """
 import sys, train_policy
+from salmon import likelihood
+likelihood.LOGITS = 3000  # the output layer is called for some tokens at a time, and again in the backward pass
 make_sampler = train_policy.make_sampler
 def load(*arguments):
     sampler = make_sampler(*arguments)
@@ -93,10 +94,11 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
 
     Ranks of ZeRO-2 do not wait for each other while they sample.
 
-    A rollout a pass: the gradients of a minibatch are those of all its passes.
+    A rollout a pass: the gradients of a minibatch are those of all its passes. Until it is stopped, the logits of some
+    tokens at a time are computed, afterwards all of a pass.
     """
     output = tmp_path / "policy"
-    options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "micro-batch-size": 1}
+    options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "tokens-per-pass": 1}
     arguments = world.arguments(output, options)
     (tmp_path / "stopped.py").write_text(SAYING_HOW_RANKS_SAMPLE + signalled("SIGTERM", 3))
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import train_reward_model
-from salmon import artifacts, checkpoints, models, reward_model, training
+from salmon import artifacts, checkpoints, distributed, models, reward_model, training
 from salmon.config import Lora, Model
 from salmon.errors import UserError
 from salmon.tables import PREFERENCE_RECORDS
@@ -96,6 +97,7 @@ def make_arguments(records: Path, output: Path, model: Path, template: Path, **m
         "output": str(output),
         "model": {"base": str(model), "quantization": "none", "dtype": "float32"},
         "lora": {"r": 8, "alpha": 16},
+        "tokens_per_pass": 400,
         "reward_model": settings,
         **more,
     }
@@ -120,7 +122,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, template_file, tmp_path_factory) -> dict[str, Any]:
-    """One undisturbed run of 10 steps of 8 pairs on one process, in micro-batches of 2."""
+    """One undisturbed run of 10 steps of 8 pairs on one process, in several passes each."""
     folder = tmp_path_factory.mktemp("trained")
     make_records(50, 2).write_parquet(folder / "records.parquet")
     arguments = make_arguments(folder / "records.parquet", folder / "rm", tiny_model, template_file)
@@ -272,18 +274,30 @@ def test_split_shares_no_prompt_and_does_not_depend_on_the_order_of_rows(wanted)
 
 
 def test_training_order_is_whole_batches_of_seeded_permutations():
-    lengths = [random.Random(i).randrange(100) for i in range(50)]
-    order = training.training_order(lengths, 8, 1.0, seed=1, what="reward model")
+    order = training.training_order(50, 8, 1.0, seed=1, what="reward model")
     assert len(order) == len(set(order)) == 48
-    assert order == training.training_order(lengths, 8, 1.0, seed=1, what="reward model")
-    assert order != training.training_order(lengths, 8, 1.0, seed=2, what="reward model")
-    for start in range(0, 48, 8):
-        batch = [lengths[index] for index in order[start : start + 8]]
-        assert batch == sorted(batch, reverse=True)
-    twice = training.training_order(lengths, 10, 2.0, seed=1, what="reward model")
+    assert order == training.training_order(50, 8, 1.0, seed=1, what="reward model")
+    assert order != training.training_order(50, 8, 1.0, seed=2, what="reward model")
+    twice = training.training_order(50, 10, 2.0, seed=1, what="reward model")
     assert set(Counter(twice).values()) == {2}
-    assert len(training.training_order(lengths, 10, 0.5, seed=1, what="reward model")) == 20
-    assert training.training_order(lengths, 51, 1.0, seed=1, what="reward model") == []
+    assert len(training.training_order(50, 10, 0.5, seed=1, what="reward model")) == 20
+    assert training.training_order(50, 51, 1.0, seed=1, what="reward model") == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("budget", [1, 150, 10_000])
+def test_every_step_has_its_rows_in_as_many_passes_as_the_others(ranks, budget):
+    lengths = [random.Random(i).randrange(1, 100) for i in range(48)]
+    order = training.training_order(48, 8, 2.0, seed=1, what="reward model")
+    found, passes = training.micro_batches(order, lengths, 8, budget, ranks)
+    assert len(found) == 12 * passes * ranks
+    assert all(found)
+    for step in range(12):
+        parts = found[step * passes * ranks : (step + 1) * passes * ranks]
+        assert sorted(row for part in parts for row in part) == sorted(order[step * 8 : (step + 1) * 8])
+        for part in parts:
+            assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= max(budget, *lengths)
+    assert passes == 1 or budget < 10_000
 
 
 def test_evaluate_counts_by_dimension_and_by_how_it_was_shown():
@@ -348,16 +362,13 @@ def test_a_folder_without_its_head_is_an_error(trained, tmp_path):
 
 
 def test_first_step_against_a_float64_reference(trained, tokenizer):
-    """Loss and gradient norm that the Trainer logs, micro-batches of 2, are those of the whole batch."""
+    """Loss and gradient norm that the Trainer logs, several passes, are those of the whole batch."""
     arguments = train_reward_model.Arguments(**trained["arguments"])
     settings = arguments.settings
     records, _ = reward_model.read_records(arguments.records)
     train, _ = training.split(records, settings.eval_examples, settings.seed, "reward model")
-    sizes = [len(row["output_1"]) for row in train.iter_rows(named=True)]
-    # Which records make the first step does not depend on the lengths, only their order in it does
-    first = train[
-        training.training_order(sizes, settings.batch_size, settings.epochs, settings.seed, "reward model")[:8]
-    ]
+    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, "reward model")
+    first = train[order[:8]]
     rows = reward_model.record_tokens(tokenizer, TEMPLATE, first, settings, "reward_model")
     model = models.new_reward_model(arguments.model, arguments.lora, "cpu", settings.seed).double()
     rewards = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows]).view(-1, 2)
@@ -389,7 +400,7 @@ def test_learns_to_follow_a_principle_and_its_negation(tiny_model, template_file
     arguments = make_arguments(
         *(tmp_path / "records.parquet", tmp_path / "rm", tiny_model, template_file),
         settings=settings,
-        micro_batch_size=16,
+        tokens_per_pass=4096,
         gradient_checkpointing=False,
     )
     shown = run_here(arguments)["evaluation"]["by_deciding_shown"]
@@ -422,8 +433,8 @@ def test_nf4_trains(trained, tmp_path):
 
 @pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
 def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
-    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 1}
-    # How far rounding alone moves the result: the same run with other micro-batches, so with sums in another order
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "tokens_per_pass": 1}
+    # How far rounding alone moves the result: the same run with a pair a pass, so with sums in another order
     run_here(arguments | {"output": str(tmp_path / "one")})
     if deepspeed:
         arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
@@ -445,7 +456,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
 
 def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
     """NF4 and bfloat16, as the paper's run."""
-    arguments = trained["arguments"] | {"micro_batch_size": 2}
+    arguments = trained["arguments"] | {}
     arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
     arguments["reward_model"] = arguments["reward_model"] | {"epochs": 0.4}
     logged = []
@@ -460,8 +471,11 @@ def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
-    arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "micro_batch_size": 3}
-    with pytest.raises(UserError, match=r"batch_size 8 .* micro_batch_size 3 x 1"):
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    with (
+        mock.patch.object(distributed, "world", return_value=3),
+        pytest.raises(UserError, match=r"reward_model.batch_size 8 is not a multiple of the 3 processes"),
+    ):
         run_here(arguments)
     assert not list(tmp_path.iterdir())
 
@@ -554,7 +568,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     other = tmp_path / "other.parquet"
     make_records(50, 2, seed=1).write_parquet(other)
     assert found(0) is not None
-    assert found(1, micro_batch_size=4, gradient_checkpointing=False) is not None  # hardware
+    assert found(1, tokens_per_pass=900, gradient_checkpointing=False) is not None  # hardware
     assert found(2, reward_model=trained["arguments"]["reward_model"] | {"learning_rate": 2e-3}) is None
     assert found(3, records=str(other)) is None
     assert found(4, init=str(trained["folder"])) is None

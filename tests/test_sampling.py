@@ -89,8 +89,8 @@ def test_another_sampler_drives_ppo(world: World, tmp_path: Path) -> None:
         settings,
         world.policy_prompt,
         work,
-        scoring_batch_size=4,
-        micro_batch_size=4,
+        tokens_per_pass=100,
+        tokens_per_forward_pass=400,
     )
     assert len(sampler.asked) == 2
     assert all(len(asked["prompts"]) == settings.rollout_batch_size for asked in sampler.asked)

@@ -161,7 +161,8 @@ def test_rewards_are_those_of_the_reward_model(shared: SharedBase, plain: Model,
 
 def test_entropy_is_that_of_the_tempered_distribution(shared: SharedBase) -> None:
     with torch.no_grad(), shared.use("policy"):
-        _, entropies = shared.logprobs(QUERIES[:1], RESPONSES[:1], TEMPERATURE)
+        _, entropies = shared.logprobs(QUERIES[:1], RESPONSES[:1], TEMPERATURE, with_entropy=True)
+        assert entropies is not None
         logits = shared.lm(input_ids=torch.tensor([QUERIES[0]])).logits[0, -1].double()
     logprobs = torch.log_softmax(logits / TEMPERATURE, 0)
     assert entropies[0, 0].item() == pytest.approx(float(-(logprobs.exp() * logprobs).sum()), abs=1e-5)

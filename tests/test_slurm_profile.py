@@ -141,16 +141,24 @@ def test_names_of_the_site_are_taken_as_they_stand(tmp_path: Path) -> None:
     assert policy["deepspeed"] == str(ROOT / "profiles" / "deepspeed" / "zero2.json")
 
 
-def test_a_name_that_yaml_does_not_take_for_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "instead", "said"),
+    [
+        ("gpu_partition: gpu", "gpu_partition: on", "gpu_partition: True is not a name; write it in quotes"),
+        ("policy_tokens_per_pass: 4096", "policy_micro_batch_size: 1", "policy_micro_batch_size is now policy_tokens"),
+    ],
+)
+def test_what_is_wrong_in_the_site_is_told(tmp_path: Path, line: str, instead: str, said: str) -> None:
     text = (ROOT / "profiles" / "slurm" / "site.yaml").read_text()
-    (tmp_path / "site.yaml").write_text(text.replace("gpu_partition: gpu", "gpu_partition: on"))
+    assert line in text
+    (tmp_path / "site.yaml").write_text(text.replace(line, instead))
     environment = os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")}
-    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n"]
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n"]
     done = subprocess.run(
-        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode != 0
-    assert "site.yaml: gpu_partition: True is not a name; write it in quotes" in done.stderr
+    assert f"site.yaml: {said}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "unknown"),
     [
-        ("ppo.clip is §, micro_batch_size §; see column s12 of prompt_id", []),
+        ("ppo.clip is §, tokens_per_pass §; see column s12 of prompt_id", []),
         ("ppo.clipp is §", ["ppo.clipp"]),
         ("lower settings.batch_size", ["settings.batch_size"]),
         ("§.batch_size is not a multiple of §.init", ["§.init"]),  # which pmp has not

@@ -67,7 +67,7 @@ def test_what_a_run_writes(world: World, policy: Path) -> None:
 
 def test_hardware_settings_change_no_step(world: World, policy: Path, tmp_path: Path) -> None:
     """Other batches on the GPU, other memory: the same run up to rounding."""
-    hardware = {"sampling-batch-size": 8, "micro-batch-size": 1, "gradient-checkpointing": "false"}
+    hardware = {"sampling-batch-size": 8, "tokens-per-pass": 1, "gradient-checkpointing": "false"}
     status, log = run(world.arguments(tmp_path / "policy", hardware))
     assert status == 0, log
     start = weights(world.adapter)
@@ -295,8 +295,8 @@ def test_it_learns_to_be_long_or_short(world: World, eager: Model, tmp_path: Pat
         settings,
         world.policy_prompt.model_copy(update={"stop": []}),
         work,
-        scoring_batch_size=32,
-        micro_batch_size=32,
+        tokens_per_pass=1024,
+        tokens_per_forward_pass=4096,
     )
     lines = read_metrics(work.path)
     assert len(lines) == 6

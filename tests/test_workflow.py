@@ -230,12 +230,19 @@ def test_a_wrong_key_ends_before_any_job_without_a_traceback() -> None:
     assert "Job stats" not in said
 
 
+def test_the_old_name_of_a_resource_is_refused(tmp_path: Path) -> None:
+    run = snakemake("-n", *elsewhere(tmp_path), "--set-resources", "train_policy:micro_batch_size=1")
+    assert run.returncode != 0
+    assert "train_policy:micro_batch_size (of --set-resources, or of a profile) is now" in run.stdout + run.stderr
+    assert "train_policy:tokens_per_pass" in run.stdout + run.stderr
+
+
 def test_hardware_reruns_nothing_and_settings_do(tmp_path: Path) -> None:
     """Changing a resource leaves params alone; the resources of a job are not among its params."""
-    text = snakemake("-n", "-p", *elsewhere(tmp_path), "--set-resources", "train_policy:micro_batch_size=1").stdout
-    assert "--micro-batch-size 1" in text
+    text = snakemake("-n", "-p", *elsewhere(tmp_path), "--set-resources", "train_policy:tokens_per_pass=777").stdout
+    assert "--tokens-per-pass 777" in text
     params = (ROOT / "rules" / "policy.smk").read_text()
-    assert "micro_batch_size" not in params.split("params:")[1].split("shell:")[0]
+    assert "tokens_per_pass" not in params.split("params:")[1].split("shell:")[0]
 
 
 # ---- A local model that changes

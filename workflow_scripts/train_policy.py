@@ -44,7 +44,12 @@ class Arguments(script.Arguments):
     ppo: Ppo = Field(description="section of the configuration")
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
     sampling_batch_size: int = Field(32, ge=1, description="hardware: rollouts sampled at once on a GPU")
-    micro_batch_size: int = Field(2, ge=1, description="hardware: rollouts of a backward pass on a GPU")
+    tokens_per_pass: int = Field(
+        2048,
+        ge=1,
+        description="hardware: tokens of a pass with gradients on a GPU, padding included; one text at least",
+    )
+    tokens_per_forward_pass: int = Field(8192, ge=1, description="hardware: the same of a pass without gradients")
     engine_base: Path | None = Field(
         None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
     )
@@ -113,8 +118,8 @@ def main(args: Arguments) -> None:
             args.policy_prompt,
             work,
             scoring=args.scoring,
-            scoring_batch_size=args.sampling_batch_size,
-            micro_batch_size=args.micro_batch_size,
+            tokens_per_pass=args.tokens_per_pass,
+            tokens_per_forward_pass=args.tokens_per_forward_pass,
         )
         if isinstance(sampler, vllm.VllmSampler):
             sampler.close()

@@ -6,6 +6,7 @@ result is that of the global batch, however it is spread. Interrupted, it resume
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,6 +27,9 @@ from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
 log = logging.getLogger("salmon.train_reward_model")
+
+COUNTED = 512
+"""Pairs whose tokens are held at a time while they are counted."""
 
 
 class Arguments(training.Arguments):
@@ -69,17 +73,16 @@ def main(arguments: Arguments) -> None:
     records, counts = reward_model.read_records(arguments.records)
     check_slots(arguments, template.text, records)
     train, held = training.split(records, settings.eval_examples, settings.seed, reward_model.NAME)
-    lengths = train.select(
-        length=sum(pl.col(name).str.len_bytes() for name in ("instruction", "input"))
-        + pl.max_horizontal(pl.col(name).str.len_bytes() for name in ("output_1", "output_2"))
-    )["length"].to_list()
-    order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, reward_model.NAME)
+    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, reward_model.NAME)
     counts |= training.count_rows(order, len(train), len(held), arguments, arguments.records)
 
     if arguments.init:
         check_init(arguments.init, arguments.lora)
+    tokenize = partial(reward_model.record_tokens, tokenizer, template, settings=settings, stage=stage)
+    lengths, world = pair_lengths(tokenize, train), distributed.world()
+    rows, passes = training.micro_batches(order, lengths, settings.batch_size, arguments.tokens_per_pass, world)
     work = WorkFolder(arguments.output)
-    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], device)
+    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     origin = origin_of(arguments)
     inputs = distributed.broadcast(origin.identify() if distributed.is_main() else None)
     if training.open_work(arguments, work, origin.fingerprint(inputs)):
@@ -90,16 +93,36 @@ def main(arguments: Arguments) -> None:
 
     def batch(indices: list[int]) -> training.Batch:
         chosen = train[indices]
-        rows = reward_model.record_tokens(tokenizer, template, chosen, settings, stage)
-        return {**reward_model.collate(rows), "labels": torch.tensor(chosen["preference"].to_list())}
+        return {**reward_model.collate(tokenize(chosen)), "labels": torch.tensor(chosen["preference"].to_list())}
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
     loss = partial(batch_loss, batch_size=settings.batch_size)
-    trainer = training.train(model, trainer_arguments, order, batch, loss, stage=stage, work=work)
-    rows = reward_model.record_tokens(tokenizer, template, held, settings, stage)
-    score = partial(reward_model.score, trainer.model, batch_size=2 * arguments.micro_batch_size, device=device)
-    rewards = distributed.over_ranks(rows, score) if rows else torch.empty(0)
+    trainer = training.train(model, trainer_arguments, rows, batch, loss, stage=stage, work=work)
+    texts = tokenize(held)
+    at_once = max(1, arguments.tokens_per_pass // settings.max_length)
+    score = partial(reward_model.score, trainer.model, batch_size=at_once, device=device)
+    rewards = distributed.over_ranks(texts, score) if texts else torch.empty(0)
     training.write(trainer, work, origin.manifest(inputs, counts), reward_model.evaluate(held, rewards.view(-1, 2)))
+
+
+def pair_lengths(tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame) -> list[int]:
+    """Tokens of each pair as a batch holds it: twice the longer text's. Each rank counts a share.
+
+    Args:
+        tokenize: gives both texts of each record.
+        records: N of them.
+
+    Returns:
+        N numbers, the same on all ranks.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    slices = range(rank * COUNTED, len(records), world * COUNTED)
+    mine: dict[int, list[int]] = {}
+    for start in script.progress(slices, total=len(slices), what=f"parts of {COUNTED} pairs counted"):
+        texts = tokenize(records[start : start + COUNTED])
+        mine[start] = [2 * max(map(len, pair)) for pair in zip(texts[::2], texts[1::2], strict=True)]
+    found = {start: lengths for of_rank in distributed.gather(mine) for start, lengths in of_rank.items()}
+    return [length for start in sorted(found) for length in found[start]]
 
 
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -158,7 +181,7 @@ def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
 
 
 def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, batch_size: int) -> torch.Tensor:
-    """Share of a micro-batch in the mean loss of the global batch.
+    """Share of a pass in the mean loss of the global batch.
 
     Its size is the setting, since steps are whole. The Trainer's count is not used: for a causal language model it
     counts labels as those of next tokens, one less per row.

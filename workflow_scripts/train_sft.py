@@ -59,12 +59,16 @@ def main(arguments: Arguments) -> None:
         for part in training.split(rows, settings.eval_examples, settings.seed, NAME)
     )
     lengths = [len(example.tokens) for example in train]
-    order = training.training_order(lengths, settings.batch_size, settings.epochs, settings.seed, NAME)
+    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, NAME)
     counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples, left_out)
     counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)
 
+    world = distributed.world()
+    micro_batches, passes = training.micro_batches(
+        order, lengths, settings.batch_size, arguments.tokens_per_pass, world
+    )
     work = WorkFolder(arguments.output)
-    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], device)
+    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     origin = provenance.train_sft(
         arguments.examples, model=base, lora=arguments.lora, policy_prompt=arguments.policy_prompt, sft=settings
     )
@@ -81,8 +85,9 @@ def main(arguments: Arguments) -> None:
         return sft.collate([train[index] for index in indices])
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
-    trainer = training.train(model, trainer_arguments, order, batch, sft.batch_loss, stage="sft", work=work)
-    score = partial(sft.score, trainer.model, batch_size=arguments.micro_batch_size, device=device)
+    trainer = training.train(model, trainer_arguments, micro_batches, batch, sft.batch_loss, stage="sft", work=work)
+    at_once = max(1, arguments.tokens_per_pass // settings.max_length)
+    score = partial(sft.score, trainer.model, batch_size=at_once, device=device)
     evaluation = sft.evaluate(lambda: distributed.over_ranks(held, score) if held else score([]), trainer.model)
     training.write(trainer, work, origin.manifest(inputs, counts), evaluation)
 

@@ -14,16 +14,23 @@ import yaml
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 Resources = dict[str, int | str]
+RENAMED = {
+    "reward_model_micro_batch_size": "reward_model_tokens_per_pass, and evaluation_batch_size",
+    "policy_micro_batch_size": "policy_tokens_per_pass, and policy_tokens_per_forward_pass",
+}
 
 
 def read_site() -> dict[str, Any]:
     """The site's file: the one that SALMON_SITE names, or the one beside this.
 
     Raises:
-        ValueError: where a name was not read as one: YAML takes `on` for a truth value.
+        ValueError: where a name was not read as one: YAML takes `on` for a truth value; or a key has another name now.
     """
     file = Path(os.environ.get("SALMON_SITE") or HERE / "site.yaml")
     site: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for old, new in RENAMED.items():
+        if old in site:
+            raise ValueError(f"{file}: {old} is now {new}: tokens, and not rows; the file that ships has all keys")
     for key in ("account", "cpu_partition", "gpu_partition", "qos", "constraint", "gres"):
         if site[key] is None:
             continue

@@ -31,8 +31,9 @@ SITE = {
     "mem_mb_per_gpu": 4000,
     "policy_nodes": 2,
     "policy_deepspeed": "profiles/deepspeed/zero2.json",
-    "reward_model_micro_batch_size": 4,
-    "policy_micro_batch_size": 4,
+    "reward_model_tokens_per_pass": 2048,
+    "policy_tokens_per_pass": 512,
+    "policy_tokens_per_forward_pass": 2048,
     "runtime": {"policy": "1h"},
 }
 """What is swapped for this cluster; the rest is as in profiles/slurm/site.yaml."""

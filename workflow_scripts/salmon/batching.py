@@ -1,9 +1,11 @@
 """Rows of different lengths as batches: which go together, and how they become rectangles."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 
@@ -22,6 +24,50 @@ def dealt(lengths: Sequence[int], rank: int, world: int) -> list[int]:
     return sorted(by_length)
 
 
+def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int = 0) -> list[list[list[int]]]:
+    """Rows in passes of a model, each rank's part a rectangle of like cost: no rank waits long for another.
+
+    Rows of like lengths go together, so that there is little padding. As few passes as the budget allows, and of those
+    the ones whose largest rectangle is smallest; the longest rows come first, so that too little memory shows at once.
+
+    Args:
+        lengths: of each row, in tokens.
+        budget: tokens of a rank's rectangle at most, padding included; where a row is longer, as many as that has.
+        ranks: among which each pass is divided.
+        at_least: passes, also where the budget would allow fewer.
+
+    Returns:
+        Places of the rows, by pass and rank. A part is empty only where there are fewer rows than parts.
+    """
+    if not lengths:
+        return []
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    longest = lengths[order[0]]
+    budget = max(budget, longest)
+    count = max(-(-len(_rectangles(lengths, order, budget)) // ranks), at_least) * ranks
+    fits = range(longest, budget + 1)
+    size = fits[bisect_left(fits, True, key=lambda size: len(_rectangles(lengths, order, size)) <= count)]
+    parts = _rectangles(lengths, order, size)
+    while len(parts) < min(count, len(order)):  # the costliest in two, so that no rank is without
+        costliest = max((part for part in parts if len(part) > 1), key=lambda part: len(part) * lengths[part[0]])
+        parts.remove(costliest)
+        parts += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
+    parts.sort(key=lambda part: (-len(part) * lengths[part[0]], part))
+    parts += [[] for _ in range(count - len(parts))]
+    found = [parts[start : start + ranks] for start in range(0, count, ranks)]
+    return [each[::-1] if number % 2 else each for number, each in enumerate(found)]  # not always the first rank most
+
+
+def _rectangles(lengths: Sequence[int], order: Sequence[int], size: int) -> list[list[int]]:
+    """Rows, longest first, cut where the next one would make a rectangle of more than `size`."""
+    parts: list[list[int]] = []
+    for row in order:
+        if not parts or lengths[parts[-1][0]] * (len(parts[-1]) + 1) > size:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
 def left_pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as a rectangle, padded on the left. The mask alone says what is padding.
 
@@ -34,6 +80,14 @@ def left_pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = [[0] * (width - len(sequence)) + list(sequence) for sequence in sequences]
     mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+def right_pad(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids as a rectangle, padded on the right: int64 on the CPU, shape [sequences, longest].
+
+    No token reads what stands on its right, so that such a rectangle needs neither a mask nor positions.
+    """
+    return pad_sequence([torch.tensor(sequence, dtype=torch.int64) for sequence in sequences], batch_first=True)
 
 
 def position_ids(mask: Tensor) -> Tensor:

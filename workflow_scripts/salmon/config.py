@@ -2,7 +2,7 @@
 
 A section is validated when Snakemake starts (`configuration.load`) and again by the script that receives it, so a value
 is wrong at the same place for the same reason whether it came from the file or from the command line.
-What is set here changes what is computed; what only changes where and how fast (GPUs, micro-batches, ZeRO
+What is set here changes what is computed; what only changes where and how fast (GPUs, tokens per pass, ZeRO
 stage) is a resource of the profile and does not appear here. `config.schema.json` and docs/configuration.md are written
 from these models (`make docs-reference`).
 """

@@ -18,9 +18,6 @@ from salmon.shared_base import SharedBase
 class Optimizer(Protocol):
     """Backward passes of one minibatch, then a step."""
 
-    lockstep: bool
-    """Whether all ranks have to make the same number of backward passes."""
-
     gathers_weights: bool
     """Whether all ranks have to make the same number of passes of any kind, which gather the weights from all."""
 
@@ -43,7 +40,6 @@ class Optimizer(Protocol):
 class ReplicatedOptimizer:
     """AdamW without decay, the same on every rank; on a GPU with paged 32-bit states, which may leave its memory."""
 
-    lockstep = False
     gathers_weights = False
 
     def __init__(self, shared: SharedBase, max_grad_norm: float) -> None:
@@ -88,10 +84,8 @@ class ShardedOptimizer:
     """AdamW in DeepSpeed's engine: ZeRO-2 shards gradients and states, ZeRO-3 the weights of all models as well.
 
     DeepSpeed sums gradients during each backward pass, and gathers ZeRO-3's weights during any pass, so that all
-    ranks make the same number of passes.
+    ranks make the same number of passes (`ppo.parts`).
     """
-
-    lockstep = True
 
     def __init__(self, shared: SharedBase, max_grad_norm: float, config: dict[str, Any]) -> None:
         import deepspeed

@@ -1,9 +1,9 @@
 """RL against the principle-following reward model (paper section 3.4): rollouts, rewards, updates, checkpoints.
 
 `train` is the loop and reads from top to bottom; the functions above it are its parts in the order of their use.
-The rollouts of a step are dealt to the ranks by the length of their prompts. Draws are keyed by (seed, step, place in
-the step), minibatches are drawn over all ranks and losses divided by totals over all ranks, so that the number of ranks
-changes nothing but the rounding.
+Every rank holds all rollouts of a step, which are small, and computes its part of each pass of a model: what the ranks
+do in one pass costs about the same. Draws are keyed by (seed, step, place in the step), and losses are divided by
+totals over all ranks, so that neither the number of ranks nor the tokens of a pass change anything but the rounding.
 """
 
 import json
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salmon import checkpoints, distributed, ppo_math, stopping
 from salmon.artifacts import atomic
-from salmon.batching import batches, dealt
+from salmon.batching import dealt, passes
 from salmon.config import PolicyPrompt, Ppo, Scoring
 from salmon.encoding import (
     begins_thinking,
@@ -47,6 +47,7 @@ from salmon.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
+_MEASURED = ("logprobs", "reference", "values", "entropy")
 _UNSET = torch.empty(0)
 DRIFT = 0.1  # of the mean ratio of trainer and engine from 1; by rounding alone it is far less
 DOCUMENT = Scoring()
@@ -145,7 +146,10 @@ def sample(
     settings: Ppo,
     policy_prompt: PolicyPrompt,
 ) -> list[Rollout]:
-    """This rank's rollouts of a step, sampled from the policy as it is now."""
+    """The rollouts of a step, sampled from the policy as it is now, each rank its share; in the order of their places.
+
+    Prompts are dealt to the ranks by length.
+    """
     preamble = read_preamble(policy_prompt)
     records = prompts[rows_of_step(step, len(prompts), settings)].to_dicts()
     instructions = [join_instruction(record["instruction"], record["input"]) for record in records]
@@ -185,39 +189,85 @@ def sample(
                 sampled=torch.tensor((generation.logprobs or [])[: len(response)]),
             )
         )
-    return rollouts
+    return sorted((each for of_rank in distributed.gather(rollouts) for each in of_rank), key=lambda each: each.place)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank does in one pass of a model."""
+
+    rollouts: list[Rollout]
+    real: bool
+    """False where this rank has nothing to do: it computes another's rollout, because DeepSpeed waits for all ranks."""
+    most: int
+    """Response tokens of the rank that has most of them in this pass."""
+
+    @property
+    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Queries and responses."""
+        return [rollout.query for rollout in self.rollouts], [rollout.response for rollout in self.rollouts]
+
+
+def parts(rollouts: Sequence[Rollout], lengths: Sequence[int], budget: int) -> list[Part]:
+    """This rank's part of every pass over rollouts; the same number of them on every rank.
+
+    Args:
+        rollouts: the same on all ranks.
+        lengths: of what the model reads of each, in tokens.
+        budget: tokens of a part at most, padding included (`batching.passes`).
+    """
+    found = []
+    for by_rank in passes(lengths, budget, distributed.world()):
+        mine = by_rank[distributed.rank()]
+        most = max(sum(len(rollouts[index].response) for index in part) for part in by_rank)
+        found.append(Part([rollouts[index] for index in mine or [0]], bool(mine), most))
+    return found
+
+
+def spread(rollouts: Sequence[Rollout], mine: Iterable[Rollout], names: Sequence[str]) -> None:
+    """What each rank has found out about its rollouts, to all ranks."""
+    found = [(rollout.place, [getattr(rollout, name) for name in names]) for rollout in mine]
+    by_place = {rollout.place: rollout for rollout in rollouts}
+    for of_rank in distributed.gather(found):
+        for place, values in of_rank:
+            for name, value in zip(names, values, strict=True):
+                setattr(by_place[place], name, value)
 
 
 @torch.no_grad()
-def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float, batch_size: int) -> None:
-    """Log probabilities under policy and reference, and values: one forward pass a model and rollout."""
+def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float, budget: int) -> None:
+    """Log probabilities under policy and reference, and values: one forward pass per model and rollout.
+
+    Args:
+        shared: the models.
+        rollouts: the same on all ranks.
+        temperature: of the sampling.
+        budget: tokens of a pass on a rank at most.
+    """
     shared.eval()
-    sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
+    share = parts(rollouts, [len(rollout.query) + len(rollout.response) for rollout in rollouts], budget)
     role: Role
     for role in ("policy", "reference", "value"):
         with shared.use(role):
-            for batch in batches(sizes, batch_size):
-                chosen = [rollouts[index] for index in batch]
-                queries, responses = [r.query for r in chosen], [r.response for r in chosen]
+            for part in share:
                 if role == "value":
-                    values = shared.values(queries, responses).cpu()
-                    for rollout, value in zip(chosen, values, strict=True):
-                        rollout.values = value[: len(rollout.response)]
-                    continue
-                logprobs, entropies = (tensor.cpu() for tensor in shared.logprobs(queries, responses, temperature))
-                for rollout, logprob, entropy in zip(chosen, logprobs, entropies, strict=True):
-                    length = len(rollout.response)
-                    if role == "policy":
-                        rollout.logprobs, rollout.entropy = logprob[:length], entropy[:length]
-                    else:
-                        rollout.reference = logprob[:length]
+                    found = {"values": shared.values(*part.texts)}
+                else:
+                    logprobs, entropy = shared.logprobs(
+                        *part.texts, temperature, most=part.most, with_entropy=role == "policy"
+                    )
+                    found = {"reference": logprobs} if entropy is None else {"logprobs": logprobs, "entropy": entropy}
+                for name, rows in found.items():
+                    for rollout, row in zip(part.rollouts, rows.cpu(), strict=True):
+                        setattr(rollout, name, row[: len(rollout.response)].clone())
+    spread(rollouts, (rollout for part in share if part.real for rollout in part.rollouts), _MEASURED)
 
 
 def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, float]:
     """Weights of the policy's loss, which correct for an engine that computes otherwise than the trainer.
 
     Returns:
-        Over the tokens of all ranks: mean and largest ratio of trainer and engine, and the share above the cap, where a
+        Over all tokens: mean and largest ratio of trainer and engine, and the share above the cap, where a
         drift between the two shows; nothing where our own loop has sampled, which is the trainer.
     """
     if settings.engine == "transformers":
@@ -230,7 +280,7 @@ def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, 
         largest = max(largest, ratios.max().item())
         if settings.rollout_correction == "truncated":
             rollout.weights = ratios.clamp(max=settings.rollout_correction_cap)
-    total, above, tokens = distributed.sum_over_ranks(sums).tolist()
+    total, above, tokens = sums.tolist()
     if abs(total / tokens - 1) > DRIFT:
         log.warning(
             "the engine computes otherwise than the trainer: its tokens are %.2f times as probable to the trainer. "
@@ -239,7 +289,7 @@ def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, 
         )
     return {
         "engine_ratio": total / tokens,
-        "engine_ratio_largest": max(distributed.gather(largest)),
+        "engine_ratio_largest": largest,
         "engine_ratio_capped": above / tokens,
     }
 
@@ -252,12 +302,21 @@ def score(
     principles: Sequence[WeightedPrinciple],
     step: int,
     settings: Ppo,
-    batch_size: int,
+    budget: int,
     scoring: Scoring = DOCUMENT,
 ) -> None:
-    """The reward model's scores under principles drawn for each rollout, and the shaped rewards of the responses."""
-    if not rollouts:
-        return
+    """The reward model's scores under principles drawn for each rollout, and the shaped rewards of the responses.
+
+    Args:
+        shared: the models.
+        tokenizer: of all of them.
+        rollouts: the same on all ranks.
+        principles: to draw from.
+        step: from 0.
+        settings: of the run.
+        budget: tokens of a pass on a rank at most.
+        scoring: how the reward model reads its texts.
+    """
     template = read_template(tokenizer, settings.template, scoring, "scoring.format")
     drawn = [
         draw_principles(
@@ -279,11 +338,15 @@ def score(
         max_length=settings.reward_max_length,
         keys="ppo.reward_",
     )
+    by_place = {rollout.place: text for rollout, text in zip(rollouts, texts, strict=True)}
+    share = parts(rollouts, [len(text) for text in texts], budget)
     shared.eval()
     with shared.use("reward"):
-        for batch in batches([len(text) for text in texts], batch_size):
-            for index, value in zip(batch, shared.rewards([texts[index] for index in batch]).tolist(), strict=True):
-                rollouts[index].score = value
+        for part in share:
+            scores = shared.rewards([by_place[rollout.place] for rollout in part.rollouts]).tolist()
+            for rollout, value in zip(part.rollouts, scores, strict=True):
+                rollout.score = value
+    spread(rollouts, (rollout for part in share if part.real for rollout in part.rollouts), ("score",))
     rewards = ppo_math.sequence_rewards(
         torch.tensor([rollout.score for rollout in rollouts]),
         torch.tensor([rollout.finished for rollout in rollouts]),
@@ -299,7 +362,7 @@ def score(
 
 
 def estimate_advantages(rollouts: Sequence[Rollout], settings: Ppo) -> None:
-    """Advantages, whitened over all rollouts of all ranks, and returns."""
+    """Advantages, whitened over all rollouts, and returns."""
     mask = _pad([torch.ones(len(rollout.response)) for rollout in rollouts])
     values = _pad([rollout.values for rollout in rollouts])
     kl = ppo_math.kl_estimate(
@@ -319,44 +382,34 @@ def estimate_advantages(rollouts: Sequence[Rollout], settings: Ppo) -> None:
 
 
 def accumulate_gradients(
-    shared: SharedBase,
-    optimizer: Optimizer,
-    rollouts: Sequence[Rollout],
-    total: float,
-    settings: Ppo,
-    micro_batch_size: int,
-    *,
-    min_passes: int = 0,
-    filler: Rollout | None = None,
+    shared: SharedBase, optimizer: Optimizer, rollouts: Sequence[Rollout], settings: Ppo, budget: int
 ) -> dict[str, float]:
-    """Add the gradients of one minibatch's policy and value losses; this rank's share of it.
+    """Add the gradients of this rank's share of one minibatch's policy and value losses.
 
     Args:
-        rollouts: those of the minibatch that this rank holds; may be none.
-        total: response tokens of the minibatch over all ranks.
-        min_passes: at least so many micro-batches, the last ones of `filler` alone and without weight.
-        filler: any rollout.
+        shared: the models.
+        optimizer: of what is trained.
+        rollouts: the minibatch, the same on all ranks.
+        settings: of the run.
+        budget: tokens of a pass on a rank at most.
 
     Returns:
-        Sums over this rank's tokens, divided by `total`.
+        Sums over this rank's response tokens, divided by the minibatch's.
     """
     sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl"), 0.0)
-    sizes = [len(rollout.query) + len(rollout.response) for rollout in rollouts]
-    parts = [(1.0, [rollouts[index] for index in batch]) for batch in batches(sizes, micro_batch_size)]
-    parts += [(0.0, [filler])] * (min_passes - len(parts)) if filler else []
-    for weight, chosen in parts:
-        queries, responses = [r.query for r in chosen], [r.response for r in chosen]
-        mask = _pad([torch.full((len(response),), weight) for response in responses]).to(shared.device)
+    total = float(sum(len(rollout.response) for rollout in rollouts))
+    for part in parts(rollouts, [len(rollout.query) + len(rollout.response) for rollout in rollouts], budget):
+        mask = _pad([torch.full((len(each.response),), float(part.real)) for each in part.rollouts]).to(shared.device)
         old, advantages, old_values, returns, weights = (
-            _pad([getattr(r, name) for r in chosen]).to(shared.device)
+            _pad([getattr(each, name) for each in part.rollouts]).to(shared.device)
             for name in ("logprobs", "advantages", "values", "returns", "weights")
         )
         with shared.use("policy"):
-            logprobs, _ = shared.logprobs(queries, responses, settings.temperature)
+            logprobs, _ = shared.logprobs(*part.texts, settings.temperature, most=part.most)
             policy_loss, clipped = ppo_math.policy_loss(logprobs, old, advantages, mask, settings.clip, total, weights)
             optimizer.backward(policy_loss)
         with shared.use("value"):
-            values = shared.values(queries, responses)
+            values = shared.values(*part.texts)
             value_loss = ppo_math.value_loss(values, old_values, returns, mask, settings.value_clip, total)
             optimizer.backward(settings.value_coefficient * value_loss)
         sums["policy_loss"] += policy_loss.item()
@@ -373,34 +426,17 @@ def update(
     rollouts: Sequence[Rollout],
     step: int,
     settings: Ppo,
-    micro_batch_size: int,
+    budget: int,
     rate: float,
 ) -> dict[str, float]:
     """All inner epochs over the rollouts of a step; returns means over its optimiser steps."""
-    held = distributed.gather([(rollout.place, len(rollout.response)) for rollout in rollouts])  # by rank
-    lengths = {place: length for of_rank in held for place, length in of_rank}
-    mine = {rollout.place: rollout for rollout in rollouts}
     history: list[dict[str, float]] = []
     shared.train()
     for epoch in range(settings.inner_epochs):
-        order = rng("ppo-minibatches", settings.seed, step, epoch).permutation(len(lengths))
+        order = rng("ppo-minibatches", settings.seed, step, epoch).permutation(len(rollouts))
         for start in range(0, len(order), settings.minibatch_size):
-            places = {int(place) for place in order[start : start + settings.minibatch_size]}
-            total = float(sum(lengths[place] for place in places))
-            min_passes = 0
-            if optimizer.lockstep:
-                most = max(sum(place in places for place, _ in of_rank) for of_rank in held)
-                min_passes = math.ceil(most / micro_batch_size)
-            sums = accumulate_gradients(
-                shared,
-                optimizer,
-                [rollout for place, rollout in mine.items() if place in places],
-                total,
-                settings,
-                micro_batch_size,
-                min_passes=min_passes,
-                filler=rollouts[0] if rollouts else None,
-            )
+            minibatch = [rollouts[place] for place in sorted(order[start : start + settings.minibatch_size])]
+            sums = accumulate_gradients(shared, optimizer, minibatch, settings, budget)
             norm = optimizer.step(rate)
             if not math.isfinite(norm):
                 raise UserError(f"step {step + 1}: the gradient is not finite; lower ppo.learning_rate or use bfloat16")
@@ -411,7 +447,7 @@ def update(
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the rollouts of all ranks; those per token are weighted by tokens."""
+    """Means over rollouts; those per token are weighted by tokens."""
     per_rollout = {
         "score": [r.score for r in rollouts],
         "reward": [r.reward for r in rollouts],
@@ -427,11 +463,9 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "returns": [float(r.returns.sum()) for r in rollouts],
         "value_error": [float(((r.values - r.returns) ** 2).sum()) for r in rollouts],
     }
-    sums = [sum(values) for values in (*per_rollout.values(), *per_token.values())]
-    counts = [float(len(rollouts)), float(sum(len(r.response) for r in rollouts))]
-    *sums, rows, tokens = distributed.sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
-    divisors = [rows] * len(per_rollout) + [tokens] * len(per_token)
-    return {name: s / d for name, s, d in zip((*per_rollout, *per_token), sums, divisors, strict=True)}
+    rows, tokens = len(rollouts), sum(len(rollout.response) for rollout in rollouts)
+    means = {name: math.fsum(values) / rows for name, values in per_rollout.items()}
+    return means | {name: math.fsum(values) / tokens for name, values in per_token.items()}
 
 
 def learning_rate(step: int, steps: int, settings: Ppo) -> float:
@@ -502,8 +536,8 @@ def train(
     work: WorkFolder,
     *,
     scoring: Scoring = DOCUMENT,
-    scoring_batch_size: int,
-    micro_batch_size: int,
+    tokens_per_pass: int,
+    tokens_per_forward_pass: int,
 ) -> None:
     """Train the policy in `shared`, continuing from `work` and leaving checkpoints and metrics there.
 
@@ -516,8 +550,8 @@ def train(
         principles: to draw from, with their weights.
         work: opened with the fingerprint of this run.
         scoring: how the reward model reads its texts.
-        scoring_batch_size: rollouts scored at once on a rank (hardware).
-        micro_batch_size: rollouts of which all logits are held at once on a rank (hardware).
+        tokens_per_pass: of a rank at most, padding included, where gradients are computed (hardware).
+        tokens_per_forward_pass: where none are (hardware).
 
     Raises:
         Stopped: where SIGTERM asked for it; the checkpoint is written.
@@ -532,16 +566,16 @@ def train(
         rollouts = sample(shared, sampler, tokenizer, prompts, step, settings, policy_prompt)
         sampled = time.monotonic()
         # 2. Measure them: log probabilities of policy and reference, values; and how far an engine is from that.
-        measure(shared, rollouts, settings.temperature, micro_batch_size)
+        measure(shared, rollouts, settings.temperature, tokens_per_forward_pass)
         drift = correct_for_engine(rollouts, settings)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
-        score(shared, tokenizer, rollouts, principles, step, settings, scoring_batch_size, scoring)
+        score(shared, tokenizer, rollouts, principles, step, settings, tokens_per_forward_pass, scoring)
         # 4. Advantages and returns.
         estimate_advantages(rollouts, settings)
         measured = time.monotonic()
         # 5. Improve policy and value model.
         rate = learning_rate(step, steps, settings)
-        losses = update(shared, optimizer, rollouts, step, settings, micro_batch_size, rate)
+        losses = update(shared, optimizer, rollouts, step, settings, tokens_per_pass, rate)
         # 6. Report, and keep a checkpoint.
         now = time.monotonic()
         values = {
@@ -575,5 +609,5 @@ def train(
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of different lengths as [B, R], zeros on the right; [0, 1] where a rank holds no row."""
-    return pad_sequence(list(rows), batch_first=True) if rows else torch.zeros(0, 1)
+    """Rows of different lengths as [B, R], zeros on the right."""
+    return pad_sequence(list(rows), batch_first=True)

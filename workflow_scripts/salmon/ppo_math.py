@@ -14,34 +14,36 @@ query has 5 tokens and whose longest response has 6:
 
 Every mean is taken with the mask; what stands at masked positions never matters (it may be anything finite).
 Losses are sums divided by a total that the caller gives, the number of tokens of the whole minibatch over all
-micro-batches and ranks: summing their gradients gives the gradient of the joined batch.
+passes and ranks: summing their gradients gives the gradient of the joined batch.
 """
 
 import torch
 
-from salmon import distributed
 
-
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log probabilities of tokens under the distribution they were sampled from, and its entropy.
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, *, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log probabilities of tokens under the distribution they were sampled from, and its entropy where it is wanted.
 
     With x = logits / temperature and log Z = log sum_v exp(x_v): log p_v = x_v - log Z, and the entropy is
     H = -sum_v p_v log p_v = log Z - E_p[x].
 
     Args:
-        logits: [B, R, V], any float dtype; row t predicts token t.
-        tokens: [B, R] int64.
+        logits: [..., V], any float dtype; row t predicts token t.
+        tokens: [...] int64.
         temperature: of the sampling; the policy that PPO improves is the tempered one.
+        with_entropy: whether the entropy is computed, too.
 
     Returns:
-        Two float32 tensors [B, R], in nats; the entropy carries no gradient.
+        Two float32 tensors [...], in nats; the entropy, if it is wanted, carries no gradient.
     """
     scaled = logits.float() / temperature
     log_total = scaled.logsumexp(-1)
     logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_total
+    if not with_entropy:
+        return logprobs, None
     with torch.no_grad():
-        entropy = log_total - (torch.softmax(scaled, -1) * scaled).sum(-1)
-    return logprobs, entropy
+        return logprobs, log_total - (torch.softmax(scaled, -1) * scaled).sum(-1)
 
 
 def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -144,12 +146,12 @@ def advantages_and_returns(
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift and scale to mean 0 and variance 1 over all real tokens of all ranks.
+    """Shift and scale to mean 0 and variance 1 over all real tokens.
 
     y = (x - mean) / sqrt(var + 1e-8), where var = mean((x - mean)^2) is the population variance.
 
     Args:
-        values: [B, R]; a rank may hold no row.
+        values: [B, R].
         mask: [B, R].
 
     Returns:
@@ -157,11 +159,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     keep = mask.bool()
     real = values[keep].double()
-    sums = torch.stack([torch.tensor(float(real.numel()), device=values.device).double(), real.sum()])
-    count, total = distributed.sum_over_ranks(sums)
-    mean = total / count
-    variance = distributed.sum_over_ranks(((real - mean) ** 2).sum()) / count
-    return torch.where(keep, ((values.double() - mean) * torch.rsqrt(variance + 1e-8)).float(), 0.0)
+    deviation = values.double() - real.mean()
+    return torch.where(keep, (deviation * torch.rsqrt(real.var(correction=0) + 1e-8)).float(), 0.0)
 
 
 def rollout_ratios(logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

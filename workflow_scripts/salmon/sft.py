@@ -197,12 +197,12 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Share of a micro-batch in the mean over all tokens that are trained on of the global batch.
+    """Share of a pass in the mean over all tokens that are trained on of the global batch.
 
     Args:
         outputs: of the model, with `logits`.
         labels: of `collate`.
-        num_items_in_batch: tokens that are trained on, of all micro-batches and ranks, as the Trainer counts them.
+        num_items_in_batch: tokens that are trained on, of all passes and ranks, as the Trainer counts them.
     """
     return token_losses(outputs.logits, labels).sum() / num_items_in_batch
 

@@ -13,13 +13,15 @@ import torch
 from peft import TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from salmon import ppo_math
 from salmon.adapters import add_lora, load_adapter, of_adapter
+from salmon.batching import right_pad
 from salmon.config import Lora, Model, PolicyPrompt, PpoTexts
 from salmon.encoding import check_query_length
 from salmon.errors import UserError
+from salmon.likelihood import answer_logprobs
 from salmon.models import check_context, head_width, load_base, prepare, read_head
 
 Role = Literal["policy", "reference", "value", "reward"]
@@ -109,32 +111,33 @@ class SharedBase(nn.Module):
         return (hidden.float() @ weight.float().T).squeeze(-1)
 
     def logprobs(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        queries: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float,
+        *,
+        most: int = 0,
+        with_entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log probabilities of responses, and entropies; call within `use("policy")` or `use("reference")`.
 
-        Returns:
-            Two float32 tensors [B, R], R the longest response; see `ppo_math` for the positions.
+        Arguments and results: see `likelihood.answer_logprobs`.
         """
-        tokens, mask, position = self._batch(queries, responses)
-        width = max(len(response) for response in responses)
-        logits = self(
-            input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=width + 1
-        ).logits[:, :-1]
-        return ppo_math.token_logprobs(logits, tokens[:, -width:], temperature)
+        return answer_logprobs(self.lm, queries, responses, temperature, most=most, with_entropy=with_entropy)
 
     def values(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         """Values before each response token; call within `use("value")`. float32 [B, R]."""
-        tokens, mask, position = self._batch(queries, responses)
-        width = max(len(response) for response in responses)
-        values: torch.Tensor = self(head="value", input_ids=tokens, attention_mask=mask, position_ids=position)
-        return values[:, -width - 1 : -1]
+        tokens = right_pad([[*query, *response] for query, response in zip(queries, responses, strict=True)])
+        values: torch.Tensor = self(head="value", input_ids=tokens.to(self.device))
+        rows = zip(values, queries, responses, strict=True)
+        return pad_sequence(
+            [row[len(query) - 1 : len(query) - 1 + len(response)] for row, query, response in rows], batch_first=True
+        )
 
     def rewards(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Reward of tokenised reward-model texts, read at the last token; call within `use("reward")`. float32 [B]."""
-        tokens, mask, position = self._batch(texts, [[]] * len(texts))
-        values: torch.Tensor = self(head="reward", input_ids=tokens, attention_mask=mask, position_ids=position)
-        return values[:, -1]
+        values: torch.Tensor = self(head="reward", input_ids=right_pad(texts).to(self.device))
+        return values[torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])]
 
     def save_policy(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write the policy as a PEFT folder (safetensors) that loads on the same base model.
@@ -165,21 +168,6 @@ class SharedBase(nn.Module):
         self.lm.requires_grad_(False)
         for parameter in self._trained:
             parameter.requires_grad_(True)
-
-    def _batch(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, mask and positions [B, Q + R]: queries padded on the left, responses on the right."""
-        left = max(len(query) for query in queries)
-        right = max(len(response) for response in responses)
-        tokens = torch.zeros(len(queries), left + right, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
-            start, end = left - len(query), left + len(response)
-            tokens[row, start:end] = torch.tensor([*query, *response])
-            mask[row, start:end] = 1
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        return tokens.to(self.device), mask.to(self.device), position.to(self.device)
 
 
 def check_lengths(

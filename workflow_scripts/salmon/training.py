@@ -1,6 +1,6 @@
 """The loop in which an adapter is trained: the reward model's and the initial policy's.
 
-One step is one global batch, however it is spread over micro-batches and ranks, with or without DeepSpeed. An
+One step is one global batch, however it is spread over passes and ranks, with or without DeepSpeed. An
 interrupted training resumes from its last checkpoint, and gives the same bytes.
 """
 
@@ -20,7 +20,7 @@ from pydantic import Field
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from salmon import artifacts, checkpoints, distributed, optimization, script, stopping
+from salmon import artifacts, batching, checkpoints, distributed, optimization, script, stopping
 from salmon.border import read_json
 from salmon.config import Lora, Model, Training
 from salmon.errors import UserError
@@ -38,8 +38,8 @@ class Arguments(script.Arguments):
     output: Path = Field(description="folder of the adapter, with metrics.json and manifest.json")
     model: Model = Field(description="section of the configuration")
     lora: Lora = Field(Lora(), description="section of the configuration")
-    micro_batch_size: int = Field(
-        2, ge=1, description="hardware: examples per forward pass on each GPU (pairs are one)"
+    tokens_per_pass: int = Field(
+        2048, ge=1, description="hardware: tokens of a pass on each GPU, padding included; one example at least"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
@@ -131,14 +131,11 @@ def split(rows: pl.DataFrame, eval_examples: int, seed: int, what: str) -> tuple
     return rows.filter(~is_held), rows.filter(is_held)
 
 
-def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int, what: str) -> list[int]:
-    """Which row is trained on when: `batch_size` of them a step, in whole steps.
-
-    Each epoch is a new permutation. Within a step, rows are sorted by length, longest first: the gradient of a step is
-    a sum over its rows, so this changes no result, but micro-batches hold less padding.
+def training_order(rows: int, batch_size: int, epochs: float, seed: int, what: str) -> list[int]:
+    """Which row is trained on when: `batch_size` of them a step, in whole steps; each epoch is a new permutation.
 
     Args:
-        lengths: of each row, in any unit.
+        rows: number of them.
         batch_size: rows of a step.
         epochs: need not be whole.
         seed: of the permutations.
@@ -149,10 +146,37 @@ def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed:
     """
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
-        order += rng(f"{what} order", seed, epoch).permutation(len(lengths)).tolist()
-    steps = int(len(lengths) * epochs) // batch_size
-    batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
-    return [index for batch in batches for index in sorted(batch, key=lambda i: -lengths[i])]
+        order += rng(f"{what} order", seed, epoch).permutation(rows).tolist()
+    return order[: int(rows * epochs) // batch_size * batch_size]
+
+
+def micro_batches(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, budget: int, ranks: int
+) -> tuple[list[list[int]], int]:
+    """The rows of each pass of each rank: step by step, in a step pass by pass, in a pass rank by rank.
+
+    The gradient of a step is a sum over its rows, so that only speed and memory depend on how they are divided
+    (`batching.passes`). The Trainer wants the same number of passes in every step: that of the step with most.
+
+    Args:
+        order: of `training_order`.
+        lengths: of each row, in tokens.
+        batch_size: rows of a step; a multiple of `ranks`.
+        budget: tokens of a pass on a rank at most, padding included.
+        ranks: among which each pass is divided.
+
+    Returns:
+        The rows; and passes per step.
+    """
+    steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    of_steps = [[lengths[row] for row in step] for step in steps]
+    most = max(len(batching.passes(of_step, budget, ranks)) for of_step in of_steps)
+    return [
+        [step[place] for place in part]
+        for step, of_step in zip(steps, of_steps, strict=True)
+        for each in batching.passes(of_step, budget, ranks, at_least=most)
+        for part in each
+    ], most
 
 
 def count_rows(
@@ -172,6 +196,11 @@ def count_rows(
         UserError: where there are too few.
     """
     settings, stage = arguments.settings, arguments.stage
+    if settings.batch_size % distributed.world():
+        raise UserError(
+            f"{stage}.batch_size {settings.batch_size} is not a multiple of the {distributed.world()} processes that "
+            "train"
+        )
     if not order or held < settings.eval_examples:
         raise UserError(
             f"{table} has {train + held} usable records, too few to hold out {settings.eval_examples} "
@@ -199,18 +228,14 @@ def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
     return work.open(fingerprint, layout)
 
 
-def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
-    """The Trainer's arguments for `steps` steps of the global batch.
+def trainer_arguments(
+    arguments: Arguments, folder: Path, steps: int, passes: int, device: torch.device
+) -> TrainingArguments:
+    """The Trainer's arguments for `steps` steps of the global batch, each of so many passes.
 
     ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
     """
-    settings, world = arguments.settings, distributed.world()
-    if settings.batch_size % (arguments.micro_batch_size * world):
-        raise UserError(
-            f"{arguments.stage}.batch_size {settings.batch_size} is not a multiple of micro_batch_size "
-            f"{arguments.micro_batch_size} x {world} processes (on SLURM, site.yaml sets micro_batch_size as "
-            "reward_model_micro_batch_size)"
-        )
+    settings = arguments.settings
     warmup = math.ceil(settings.warmup_ratio * steps)
     if warmup and steps == 1:
         raise UserError(
@@ -220,8 +245,8 @@ def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: to
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=arguments.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // (arguments.micro_batch_size * world),
+        per_device_train_batch_size=1,  # of `micro_batches`
+        gradient_accumulation_steps=passes,
         num_train_epochs=1,  # of the order, which holds the epochs of the settings
         train_sampling_strategy="sequential",
         learning_rate=settings.learning_rate,
@@ -248,7 +273,7 @@ def trainer_arguments(arguments: Arguments, folder: Path, steps: int, device: to
         disable_tqdm=True,
         seed=settings.seed,
     )
-    if world == 1:
+    if distributed.world() == 1:
         training._n_gpu = min(training.n_gpu, 1)  # one process is one GPU: never torch's DataParallel
     return training
 
@@ -265,7 +290,7 @@ def trainable_in_float32(model: PeftModel) -> PeftModel:
 def train(
     model: PeftModel,
     training: TrainingArguments,
-    order: Sequence[int],
+    rows: Sequence[list[int]],
     batch: Callable[[list[int]], Batch],
     loss: Callable[..., torch.Tensor],
     *,
@@ -277,10 +302,10 @@ def train(
     Args:
         model: with the adapter that is trained.
         training: of `trainer_arguments`.
-        order: of `training_order`.
-        batch: makes a micro-batch of rows, with `labels`.
-        loss: of the model's output, the labels and the Trainer's count of labels: the micro-batch's share in the loss
-            of the global batch.
+        rows: of `micro_batches`.
+        batch: makes what the model reads of some rows, with `labels`.
+        loss: of the model's output, the labels and the Trainer's count of labels: the share of a pass in the loss of
+            the global batch.
         stage: name of its section in the configuration.
         work: keeps the checkpoints.
 
@@ -294,8 +319,8 @@ def train(
     trainer = Trainer(
         model=model,
         args=training,
-        data_collator=batch,
-        train_dataset=order,
+        data_collator=lambda micro_batch: batch(*micro_batch),
+        train_dataset=rows,
         compute_loss_func=loss,
         callbacks=[Reporter(stage, work)],
     )

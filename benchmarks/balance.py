@@ -1,0 +1,95 @@
+"""How long ranks wait for each other in an update of PPO: by count, with the product's own division of a minibatch.
+
+    python benchmarks/balance.py [--ranks 8 48] [--budgets 2048 4096 8192] [--minibatches 200]
+
+No model runs. Rollouts are as long as questions and answers of OASST1 (at four characters a token, the prompt's
+preamble added), their numbers the paper's. Compared are passes that hold one rollout or two of those that a rank has
+sampled, as this project's first way was, and `batching.passes`, which deals a minibatch out anew.
+
+Printed are means over minibatches: passes of the rank that makes most, over the mean rank's; and tokens, padding
+included, that the slowest rank computes in each pass (all wait for it under ZeRO), over the mean rank's tokens without
+padding.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "workflow_scripts")]
+
+from salmon.batching import batches, dealt, passes  # noqa: E402
+from salmon.config import Ppo  # noqa: E402
+
+PREAMBLE = 150
+Parts = list[list[list[int]]]
+"""Places of rollouts, by pass and rank."""
+
+
+def real_lengths(settings: Ppo) -> np.ndarray:
+    """Tokens of query and response, [N, 2], as long as questions of OASST1 and their answers."""
+    messages = pl.read_parquet(ROOT / "tests/data/oasst1/validation_sample.parquet")
+    tokens = messages.select("message_id", asked=pl.col("text").str.len_chars() // 4 + PREAMBLE)
+    answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
+    said = (pl.col("text").str.len_chars() // 4).clip(4, settings.response_length)
+    return answers.filter(pl.col("asked") <= settings.query_length).select("asked", said).to_numpy()
+
+
+def where_sampled(ranks: Sequence[list[int]], minibatch: set[int], sizes: Sequence[int], rows: int) -> Parts:
+    """Passes of `rows` rollouts, each rank those of the minibatch that it has sampled."""
+    of_ranks = []
+    for places in ranks:
+        mine = [place for place in places if place in minibatch]
+        of_ranks.append([[mine[row] for row in part] for part in batches([sizes[place] for place in mine], rows)])
+    most = max(map(len, of_ranks))
+    return [[parts[number] if number < len(parts) else [] for parts in of_ranks] for number in range(most)]
+
+
+def measure(parts: Parts, sizes: Sequence[int]) -> tuple[float, float]:
+    """Passes of the fullest rank over the mean rank's; tokens that are waited for over the mean rank's."""
+    ranks = len(parts[0])
+    made = [sum(bool(each[rank]) for each in parts) for rank in range(ranks)]
+    waited = sum(max(len(part) * max((sizes[place] for place in part), default=0) for part in each) for each in parts)
+    real = sum(sizes[place] for each in parts for part in each for place in part) / ranks
+    return max(made) / float(np.mean(made)), waited / real
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 48])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192], help="tokens of a pass")
+    parser.add_argument("--minibatches", type=int, default=200)
+    arguments = parser.parse_args()
+    settings = Ppo.model_validate(yaml.safe_load((ROOT / "config.yaml").read_text())["ppo"])
+    lengths, random = real_lengths(settings), np.random.default_rng(0)
+    print(f"{settings.rollout_batch_size} rollouts in minibatches of {settings.minibatch_size}\n")
+    print("| GPUs | a pass is | passes, fullest / mean | tokens waited for / mean |")
+    print("| --- | --- | --- | --- |")
+    for ranks in arguments.ranks:
+        ways = [f"{what} where it was sampled" for what in ("a rollout", "two rollouts")]
+        found: dict[str, list[tuple[float, float]]] = {
+            way: [] for way in (*ways, *(f"{budget} tokens, dealt out" for budget in arguments.budgets))
+        }
+        for _ in range(arguments.minibatches):
+            drawn = lengths[random.integers(0, len(lengths), settings.rollout_batch_size)]
+            sizes = drawn.sum(1).tolist()
+            minibatch = random.permutation(len(sizes))[: settings.minibatch_size].tolist()
+            sampled = [dealt(drawn[:, 0].tolist(), rank, ranks) for rank in range(ranks)]
+            for rows, way in enumerate(ways, 1):
+                found[way].append(measure(where_sampled(sampled, set(minibatch), sizes, rows), sizes))
+            chosen = [sizes[place] for place in minibatch]
+            for budget in arguments.budgets:
+                found[f"{budget} tokens, dealt out"].append(measure(passes(chosen, budget, ranks), chosen))
+        for way, numbers in found.items():
+            fullest, waited = np.mean(numbers, axis=0)
+            print(f"| {ranks} | {way} | {fullest:.2f} | {waited:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Which rows go together in a pass of a model, and on which rank."""
+
+import numpy as np
+import pytest
+
+from salmon.batching import passes, right_pad
+
+
+def costs(parts: list[list[list[int]]], lengths: list[int]) -> np.ndarray:
+    """Tokens of each rank's rectangle, [passes, ranks]."""
+    return np.array([[len(part) * max((lengths[row] for row in part), default=0) for part in each] for each in parts])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_is_in_one_part_within_the_budget(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 200, random.integers(1, 60)).tolist()
+    budget, ranks = int(random.integers(1, 3000)), int(random.integers(1, 9))
+    found = passes(lengths, budget, ranks)
+    assert sorted(row for each in found for part in each for row in part) == list(range(len(lengths)))
+    assert all(len(each) == ranks for each in found)
+    assert costs(found, lengths).max() <= max(budget, *lengths)
+    empty = sum(not part for each in found for part in each)
+    assert empty == 0 or empty == len(found) * ranks - len(lengths)
+    # Not more passes than batches of like lengths need that are filled one after another.
+    ordered, batches = sorted(lengths, reverse=True), 0
+    while ordered:
+        ordered, batches = ordered[max(budget, *lengths) // ordered[0] :], batches + 1
+    assert len(found) == -(-batches // ranks)
+
+
+def test_no_rows_are_no_passes() -> None:
+    assert passes([], 100, 2) == []
+
+
+def test_a_row_longer_than_the_budget_goes_alone() -> None:
+    assert passes([3, 50, 4, 60], 10, 1) == [[[3]], [[1]], [[2, 0]]]
+
+
+def test_the_longest_comes_first() -> None:
+    assert costs(passes([5, 9, 100, 7, 8], 30, 1), [5, 9, 100, 7, 8]).tolist() == [[100], [36]]
+
+
+@pytest.mark.parametrize("ranks", [8, 48])
+def test_ranks_do_not_wait_long_for_each_other(ranks: int) -> None:
+    """A minibatch of the paper's size with lengths like OASST1's: a log normal's, cut at the response's length."""
+    random = np.random.default_rng(1)
+    lengths = (300 + np.clip(random.lognormal(4.9, 0.9, 288), 4, 1024)).astype(int).tolist()
+    found = costs(passes(lengths, 8192, ranks), lengths)
+    assert found.max(axis=1).sum() < 1.15 * found.sum() / ranks
+    assert found.sum() < 1.1 * sum(lengths)  # of which little is padding
+
+
+def test_padding_on_the_right() -> None:
+    assert right_pad([[5, 6], [7], [8, 9, 1]]).tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 1]]
