@@ -142,13 +142,15 @@ class Plain:
             return (found @ weight.T).squeeze(-1)
         output = self.shared.lm(**inputs, use_cache=False, output_hidden_states=True)
         states: torch.Tensor = output.hidden_states[-1]
-        return (states @ weight.T).squeeze(-1) + 0.0 * output.logits.mean(-1)
+        unused: torch.Tensor = output.logits
+        return (states @ weight.T).squeeze(-1) + 0.0 * unused.mean(-1)
 
     def values(self, chosen: Sequence[ppo.Rollout]) -> torch.Tensor:
         """[B, response_length]."""
         right = self.settings.response_length
         inputs = self.inputs([r.query for r in chosen], [r.response for r in chosen], self.settings.query_length, right)
-        return self.head(inputs, self.shared.value_head)[:, -right - 1 : -1]
+        found = self.head(inputs, self.shared.value_head)
+        return found[:, -right - 1 : -1]
 
     def step(self, rollouts: list[ppo.Rollout], texts: list[list[int]], optimizer: ReplicatedOptimizer) -> torch.Tensor:
         """Measure, score, update; returns the gradient."""
