@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -48,8 +48,13 @@ lint: $(INSTALLED)
 
 # Tests that run beside each other: the tests of a file one after another in one process.
 WORKERS = 2
+ELSEWHERE = --ignore tests/slurm --ignore tests/real --ignore tests/vllm
 unit: $(INSTALLED)
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/real --ignore tests/vllm
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ELSEWHERE) -m "not ranks"
+
+# Jobs of several processes, with and without DeepSpeed, against one process. Each has both cores.
+test-ranks: $(INSTALLED)
+	python -m pytest $(ELSEWHERE) -m ranks
 
 # Further mutations of the scripts' inputs than `make unit` tries: `make fuzz FIRST_SEED=5000 CASES=1000`.
 FIRST_SEED = 200

@@ -453,6 +453,7 @@ def test_other_settings_start_anew(work: Path, settings: config.Model) -> None:
     assert 99.0 not in run(work, settings)["s12"]
 
 
+@pytest.mark.ranks
 def test_two_ranks_make_the_same_table(work: Path, settings: config.Model) -> None:
     write_responses(work, PAIRS)
     expected = run(work, settings, "one.parquet", batch_size=1)
@@ -461,6 +462,7 @@ def test_two_ranks_make_the_same_table(work: Path, settings: config.Model) -> No
     assert pl.read_parquet(work / "two.parquet").equals(expected)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings: config.Model, dtype: Any) -> None:
     write_responses(work, PAIRS)

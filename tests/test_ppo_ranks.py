@@ -12,6 +12,8 @@ from tests.ppo_rank import SHARES, in_step
 from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, signalled, slow_gradient, weights
 from tests.running import ROOT, SCRIPTS, launch
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def two_ranks(world: World) -> Path:

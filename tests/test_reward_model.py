@@ -431,6 +431,7 @@ def test_nf4_trains(trained, tmp_path):
 # --- ranks
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
 def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "tokens_per_pass": 1}
@@ -454,6 +455,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     assert metrics["evaluation"]["loss"] == pytest.approx(trained["metrics"]["evaluation"]["loss"], rel=1e-3)
 
 
+@pytest.mark.ranks
 def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
     """NF4 and bfloat16, as the paper's run."""
     arguments = trained["arguments"] | {}

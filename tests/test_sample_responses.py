@@ -292,6 +292,7 @@ def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
     assert mark() != first
 
 
+@pytest.mark.ranks
 def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
     run(work, model, "one.parquet", batch_size=1)  # three calls of the sampler
     two = options(work, model, "two.parquet", batch_size=1)
@@ -300,6 +301,7 @@ def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
     assert counts(work, "two") == counts(work, "one")
 
 
+@pytest.mark.ranks
 def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, model: config.Model) -> None:
     """Tensor parallelism changes the order of sums, which moved no token here; the text says the rest."""
     expected = run(work, model, "one.parquet", batch_size=3)  # six rows: newcomers join others

@@ -411,7 +411,8 @@ def test_manifest_and_folder(trained, tiny_model):
     assert models.load_initial_policy(model, "cpu").peft_config["default"].task_type == "CAUSAL_LM"
 
 
-@pytest.mark.parametrize("deepspeed", [None, "zero2.json"])
+@pytest.mark.ranks
+@pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
 def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     """Whose passes have other numbers of tokens."""
     arguments = trained["arguments"] | {"output": str(tmp_path / "sft"), "tokens_per_pass": 1}

@@ -28,6 +28,7 @@ from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
 from salmon.margins import common_prefix, prefill
+from salmon.script import Meter
 from salmon.tables import MEND, PREFERENCE_RECORDS
 from salmon.text import join_instruction
 
@@ -243,12 +244,14 @@ def score(
     order = sorted(range(len(token_lists)), key=lambda index: -len(token_lists[index]))
     was_training = model.training
     model.eval()
+    meter = Meter(total=len(order), what="texts scored", says_end=False)
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([token_lists[index] for index in chosen])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             rewards[chosen] = model(**batch).logits[:, 0].float().cpu()
+            meter.advance(len(chosen))
     model.train(was_training)
     return rewards
 
@@ -274,10 +277,14 @@ def score_alike(
         return torch.empty(0, 0)
     first = score(model, groups[0], batch_size, device)
     if len(groups[0]) > 1:
-        found = _score_ends(model, groups[0], 4 * batch_size, device)
-        if (found - first).abs().max() <= ALIKE[model.dtype] * max(1.0, first.abs().max().item()):
-            rest = [_score_ends(model, group, 4 * batch_size, device) for group in groups[1:]]
-            return torch.stack([first, *rest])
+        ends = _score_ends(model, groups[0], 4 * batch_size, device)
+        if (ends - first).abs().max() <= ALIKE[model.dtype] * max(1.0, first.abs().max().item()):
+            found = [first]
+            meter = Meter(total=len(groups), what="groups of texts scored", done=1, says_end=False)
+            for group in groups[1:]:
+                found.append(_score_ends(model, group, 4 * batch_size, device))
+                meter.advance()
+            return torch.stack(found)
         log.info("%s: texts that begin alike are read whole, each by itself", type(model.get_base_model()).__name__)
     flat = [text for group in groups[1:] for text in group]
     return torch.cat([first, score(model, flat, batch_size, device)]).view(len(groups), -1)

@@ -170,9 +170,9 @@ class Meter:
         self.total, self.what, self.before, self.done, self.says_end = total, what, done, done, says_end
         self.started = self.last = time.monotonic()
 
-    def advance(self) -> None:
-        """One more item is done."""
-        self.done += 1
+    def advance(self, number: int = 1) -> None:
+        """So many more items are done."""
+        self.done += number
         now = time.monotonic()
         if now - self.last >= INTERVAL or (self.says_end and self.done == self.total):
             line = tqdm.format_meter(
