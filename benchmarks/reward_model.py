@@ -1,0 +1,216 @@
+"""Seconds and memory of a step of a reward model's training: the authors' way, TRL's RewardTrainer, and the product's.
+
+    pip install --no-deps --target FOLDER trl==1.16.0
+    python benchmarks/reward_model.py --trl FOLDER [--pairs 16] [--steps 3] [--rounds 3] [--threads 2]
+
+The base model and LoRA of benchmarks/ppo.py, in float32 on a CPU. A text is as long as an answer of OASST1 (at four
+characters a token, at most 768), what it answers (at most 128) and 200 tokens of template and principles, 1,280 at
+most, the paper's limits; a pair's two texts differ in the answer. Each step has the same pairs for all, and none
+recomputes activations.
+
+The authors' way pads every text to the limit, and computes logits of which nothing is used. TRL (1.16) pads to the
+longest text of a pass, of as many pairs as the authors' way, in the order of the data; it is given tokens, so that its
+tokeniser has no part in it. The product's passes hold as many padded tokens as the authors'. Each way runs in a process
+of its own, in turn, `rounds` times: medians.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT)]
+
+import train_reward_model  # noqa: E402
+from benchmarks.ppo import LORA, VOCABULARY, build  # noqa: E402
+from salmon import models, reward_model, training  # noqa: E402
+from salmon.config import Model, RewardModel  # noqa: E402
+from salmon.work import WorkFolder  # noqa: E402
+
+MAX_LENGTH, QUERY, RESPONSE, FRAME = 1280, 128, 768, 200
+PAIRS_PER_PASS = 2
+WAYS = {"authors": "the authors' way", "trl": "TRL's RewardTrainer", "salmon": "the product"}
+Pairs = list[tuple[list[int], list[int]]]
+"""Tokens of the preferred text, and of the other."""
+
+
+def draw(pairs: int) -> Pairs:
+    """Pairs whose texts are as long as the reward model's."""
+    random = np.random.default_rng(0)
+    messages = pl.read_parquet(ROOT / "tests/data/oasst1/validation_sample.parquet")
+    tokens = messages.select("message_id", asked=(pl.col("text").str.len_chars() // 4).clip(4, QUERY))
+    answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
+    said = (answers["text"].str.len_chars() // 4).clip(4, RESPONSE).to_numpy()
+    asked = answers["asked"].to_numpy()
+    found = []
+    for _ in range(pairs):
+        row, one, two = (int(number) for number in random.integers(0, len(said), 3))
+        lengths = [min(MAX_LENGTH, FRAME + int(asked[row]) + int(said[answer])) for answer in (one, two)]
+        first, second = (random.integers(3, VOCABULARY, length).tolist() for length in lengths)
+        found.append((first, second))
+    return found
+
+
+def authors(folder: Path, pairs: Pairs, size: int, _: Path) -> float:
+    """Seconds of all steps, padded to the limit, with logits that are multiplied by 0."""
+    base = Model(base=str(folder / "base"), quantization="none", dtype="float32")
+    model = models.new_reward_model(base, LORA, "cpu", 0)
+    scoring = model.get_base_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+    model.train()
+    began = time.perf_counter()
+    for start in range(0, len(pairs), size):
+        for first in range(start, start + size, PAIRS_PER_PASS):
+            rows = [text for pair in pairs[first : first + PAIRS_PER_PASS] for text in pair]
+            tokens = torch.zeros(len(rows), MAX_LENGTH, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            for row, text in enumerate(rows):
+                tokens[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+            states = scoring.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+            logits = scoring.get_output_embeddings()(states)
+            last = states[torch.arange(len(rows)), mask.sum(1) - 1]
+            rewards = scoring.score(last)[:, 0] + 0.0 * logits.mean((1, 2))
+            loss = reward_model.bradley_terry_loss(rewards[::2], rewards[1::2]).sum() / size
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - began
+
+
+def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
+    """Seconds of `RewardTrainer.train`."""
+    from trl import RewardConfig, RewardTrainer  # type: ignore[import-not-found]
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder / "base"), num_labels=1, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "base"))
+    config = RewardConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=PAIRS_PER_PASS,
+        gradient_accumulation_steps=size // PAIRS_PER_PASS,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        max_length=MAX_LENGTH,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"chosen_ids": one, "rejected_ids": two} for one, two in pairs]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", lora_dropout=0.0
+        ),
+    )
+    began = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - began
+
+
+def salmon(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
+    """Seconds of `training.train`; texts are tokens already, as TRL's."""
+    arguments = train_reward_model.Arguments(
+        records=folder / "none",
+        output=output / "rm",
+        model=Model(base=str(folder / "base"), quantization="none", dtype="float32"),
+        lora=LORA,
+        tokens_per_pass=2 * PAIRS_PER_PASS * MAX_LENGTH,
+        gradient_checkpointing=False,
+        reward_model=RewardModel(
+            template="none",
+            learning_rate=1e-5,
+            batch_size=size,
+            eval_examples=0,
+            warmup_ratio=0.0,
+            save_steps=10**6,
+            max_length=MAX_LENGTH,
+            query_length=QUERY,
+            response_length=RESPONSE,
+        ),
+    )
+    lengths = [2 * max(map(len, pair)) for pair in pairs]
+    rows, passes = training.micro_batches(range(len(pairs)), lengths, size, arguments.tokens_per_pass, 1)
+    work = WorkFolder(arguments.output)
+    work.open("benchmark", "")
+    settings = training.trainer_arguments(arguments, work.path, len(pairs) // size, passes, torch.device("cpu"))
+    model = train_reward_model.load_model(arguments, torch.device("cpu"))
+
+    def batch(chosen: list[int]) -> training.Batch:
+        texts = [text for place in chosen for text in pairs[place]]
+        return {**reward_model.collate(texts), "labels": torch.ones(len(chosen), dtype=torch.long)}
+
+    loss = partial(train_reward_model.batch_loss, batch_size=size)
+    began = time.perf_counter()
+    training.train(model, settings, rows, batch, loss, stage="reward_model", work=work)
+    return time.perf_counter() - began
+
+
+def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
+    """One way in this process: prints seconds per step and peak."""
+    torch.set_num_threads(arguments.threads)
+    if arguments.trl:
+        sys.path.append(str(arguments.trl))
+    pairs = draw(arguments.pairs * arguments.steps)
+    ways: dict[str, Any] = {"authors": authors, "trl": trl, "salmon": salmon}
+    with tempfile.TemporaryDirectory() as output:
+        seconds = ways[way](folder, pairs, arguments.pairs, Path(output))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = sum(len(text) for pair in pairs for text in pair) / (2 * len(pairs))
+    print(json.dumps({"seconds": seconds / arguments.steps, "peak": peak / 2**20, "tokens": tokens}))
+
+
+def main() -> None:
+    """Print the table, or run one way of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, help="folder with TRL; without it, TRL is left out")
+    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--way", choices=[*WAYS], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        run(arguments.way, arguments.folder, arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS if way != "trl" or arguments.trl}
+        for _ in range(arguments.rounds):
+            for way, numbers in found.items():
+                line = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", folder]
+                done = subprocess.run(line, check=False, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                numbers.append(json.loads(done.stdout.splitlines()[-1]))
+    mean = found["salmon"][0]["tokens"]
+    print(f"steps of {arguments.pairs} pairs, whose texts have {mean:.0f} tokens on average\n")
+    print("| | seconds per step | the product's speed | peak memory of the process |")
+    print("| --- | --- | --- | --- |")
+    ours = statistics.median(each["seconds"] for each in found["salmon"])
+    for way, numbers in found.items():
+        seconds, peak = (statistics.median(each[key] for each in numbers) for key in ("seconds", "peak"))
+        print(f"| {WAYS[way]} | {seconds:.1f} | {seconds / ours:.2f} x | {peak:.2f} GB |")
+
+
+if __name__ == "__main__":
+    main()
