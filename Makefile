@@ -62,10 +62,11 @@ CASES = 1000
 fuzz: $(INSTALLED)
 	SALMON_FUZZ_FIRST=$(FIRST_SEED) SALMON_FUZZ=$(CASES) python -m pytest tests/test_fuzz.py
 
-# A real instruct model through the whole method on two cores, in some two hours; resumes when it is called again.
+# A real instruct model through the whole method on two cores; resumes when it is called again, also after a kill, whose
+# lock would stop Snakemake (jobs know each other without it: docs/results.md).
 example: $(INSTALLED)
 	python examples/smollm2/fetch_model.py
-	snakemake --profile profiles/cpu --configfile examples/smollm2/config.yaml \
+	snakemake --profile profiles/cpu --configfile examples/smollm2/config.yaml --nolock \
 		--report results/smollm2/report.html --report-after-run
 	python examples/smollm2/write_readme.py
 

@@ -28,7 +28,7 @@ rule train_policy:
         sampling_batch_size=32,
         tokens_per_pass=2048,  # with gradients; padding included
         tokens_per_forward_pass=8192,
-        gradient_checkpointing="true",
+        gradient_checkpointing="auto",
         deepspeed="null",
         engine="--engine.memory 0.4",  # where vLLM runs if it samples (docs/engines.md)
         free=free_settings("model", "ppo"),

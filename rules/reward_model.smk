@@ -45,7 +45,7 @@ rule train_reward_model:
         nodes=1,
         ranks=1,
         tokens_per_pass=4096,
-        gradient_checkpointing="true",
+        gradient_checkpointing="auto",
         deepspeed="null",
         free=free_settings("model", "reward_model"),
     params:
@@ -86,7 +86,7 @@ use rule train_reward_model as train_pmp with:
         nodes=1,
         ranks=1,
         tokens_per_pass=4096,
-        gradient_checkpointing="true",
+        gradient_checkpointing="auto",
         deepspeed="null",
         free=free_settings("model", "pmp"),
     params:

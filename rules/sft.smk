@@ -44,7 +44,7 @@ rule train_sft:
         nodes=1,
         ranks=1,
         tokens_per_pass=4096,
-        gradient_checkpointing="true",
+        gradient_checkpointing="auto",
         deepspeed="null",
         free=free_settings("model", "sft"),
     params:

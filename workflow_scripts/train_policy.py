@@ -16,8 +16,21 @@ import polars as pl
 import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from salmon import checked, distributed, ppo, provenance, script, stopping, templates, vllm, vllm_server
+from salmon import (
+    checked,
+    distributed,
+    likelihood,
+    ppo,
+    provenance,
+    recompute,
+    script,
+    stopping,
+    templates,
+    vllm,
+    vllm_server,
+)
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
@@ -57,8 +70,8 @@ class Arguments(script.Arguments):
         vllm_server.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration, ZeRO-2 or ZeRO-3")
-    gradient_checkpointing: bool = Field(
-        True, description="hardware: recompute activations, which takes less memory and is slower"
+    gradient_checkpointing: recompute.Setting = Field(
+        "auto", description="hardware: recompute activations, which takes less memory; auto: where they do not fit"
     )
 
 
@@ -99,7 +112,7 @@ def main(args: Arguments) -> None:
         shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
         check_lengths(shared, tokenizer, args.ppo, args.policy_prompt)
 
-        if args.gradient_checkpointing:
+        if recomputes(args, shared):
             shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer: Optimizer = (
             ShardedOptimizer(shared, args.ppo.max_grad_norm, sharding)
@@ -131,6 +144,25 @@ def main(args: Arguments) -> None:
             shutil.copytree(work.path / "tensorboard", folder / "tensorboard")
     distributed.barrier()
     distributed.leave()
+
+
+def recomputes(args: Arguments, shared: SharedBase) -> bool:
+    """Whether activations are recomputed in the backward pass."""
+
+    def forward(tokens: torch.Tensor) -> None:
+        with shared.use("value"):
+            shared(head="value", input_ids=tokens)
+
+    return recompute.is_wanted(
+        args.gradient_checkpointing,
+        forward,
+        shared.parameters(),
+        longest=args.ppo.query_length + args.ppo.response_length,
+        tokens=args.tokens_per_pass,
+        device=shared.device,
+        besides=likelihood.PEAK,
+        sharded=is_deepspeed_zero3_enabled(),
+    )
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def main(arguments: Arguments) -> None:
         return
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
+    training.choose_recomputation(arguments, trainer_arguments, model, 2 * settings.max_length, device)
 
     def batch(indices: list[int]) -> training.Batch:
         chosen = train[indices]

@@ -27,7 +27,9 @@ from salmon import batching, ppo_math
 log = logging.getLogger(__name__)
 
 LOGITS = 2**24
-"""Logits at a time: 64 MiB in float32, and some five times as much in all."""
+"""Logits at a time: 64 MiB in float32."""
+PEAK = 5 * 4 * LOGITS
+"""Bytes that they take, with all that is computed from them."""
 APART = 1e-3
 """How far logits may be from those of the whole model, as a share of the largest, where the output layer is called for
 itself; between two shapes of the same sums, bfloat16 has its rounding on top."""

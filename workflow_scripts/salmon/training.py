@@ -19,8 +19,9 @@ from peft import PeftModel
 from pydantic import Field
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from salmon import artifacts, batching, checkpoints, distributed, optimization, script, stopping
+from salmon import artifacts, batching, checkpoints, distributed, optimization, recompute, script, stopping
 from salmon.border import read_json
 from salmon.config import Lora, Model, Training
 from salmon.errors import UserError
@@ -42,7 +43,9 @@ class Arguments(script.Arguments):
         2048, ge=1, description="hardware: tokens of a pass on each GPU, padding included; one example at least"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
-    gradient_checkpointing: bool = Field(True, description="hardware: recompute activations to save memory")
+    gradient_checkpointing: recompute.Setting = Field(
+        "auto", description="hardware: recompute activations, which takes less memory; auto: where they do not fit"
+    )
 
     @property
     @abstractmethod
@@ -257,8 +260,6 @@ def trainer_arguments(
         optim="paged_adamw_32bit" if paged else "adamw_torch",
         bf16=arguments.model.dtype == "bfloat16",
         fp16=arguments.model.dtype == "float16" and device.type == "cuda",
-        activation_checkpointing=arguments.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
         deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
@@ -276,6 +277,30 @@ def trainer_arguments(
     if distributed.world() == 1:
         training._n_gpu = min(training.n_gpu, 1)  # one process is one GPU: never torch's DataParallel
     return training
+
+
+def choose_recomputation(
+    arguments: Arguments, training: TrainingArguments, model: PeftModel, row: int, device: torch.device
+) -> None:
+    """Decide whether activations are recomputed in the backward pass. All ranks call this.
+
+    Args:
+        arguments: of the script.
+        training: of `trainer_arguments`; gains the decision.
+        model: with the adapter that is trained.
+        row: tokens of a pass that holds a single, longest example.
+        device: of the model.
+    """
+    training.activation_checkpointing = recompute.is_wanted(
+        arguments.gradient_checkpointing,
+        lambda tokens: model(input_ids=tokens, use_cache=False),
+        model.parameters(),
+        longest=arguments.settings.max_length,
+        tokens=max(arguments.tokens_per_pass, row),
+        device=device,
+        sharded=is_deepspeed_zero3_enabled(),
+    )
+    training.activation_checkpointing_kwargs = {"use_reentrant": False}
 
 
 def trainable_in_float32(model: PeftModel) -> PeftModel:

@@ -1,0 +1,104 @@
+"""Whether activations are computed again in the backward pass, or kept: by what a pass keeps and what memory is free.
+
+Recomputing costs another forward pass, up to a third more time per step. What autograd keeps is measured on the model
+itself, in two short passes, so that it holds for any architecture: bytes = a T + b T^2 for a row of T tokens, where b
+is 0 but for eager attention, which keeps its probabilities.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from salmon import distributed
+
+log = logging.getLogger(__name__)
+
+Setting = Literal["auto"] | bool
+SHORT = 32
+"""Tokens of the shorter of the two passes; the other has twice as many."""
+MARGIN = 1.3
+"""What is needed besides, as a factor of what is kept: intermediate results, and memory in pieces."""
+TRAINED = 12
+"""Bytes per trained parameter, in float32, that come after the model is loaded: gradient and both moments of Adam."""
+
+
+def is_wanted(
+    setting: Setting,
+    forward: Callable[[Tensor], Any],
+    parameters: Iterable[nn.Parameter],
+    *,
+    longest: int,
+    tokens: int,
+    device: torch.device,
+    besides: int = 0,
+    sharded: bool = False,
+) -> bool:
+    """Whether to recompute activations; the same on all ranks, which call this together.
+
+    Args:
+        setting: true or false decide; `auto` measures.
+        forward: a pass of the model over token ids [1, T], with gradients.
+        parameters: all of the model, which has no gradients and moments yet.
+        longest: tokens of the longest row there may be.
+        tokens: of a pass at most, where no row is longer.
+        device: of the model.
+        besides: bytes that are needed at the same time, such as logits.
+        sharded: whether the weights are shared among the ranks (ZeRO-3): then memory is what is short, and the model
+            does not run before training begins.
+    """
+    if setting != "auto":
+        return setting
+    if sharded:
+        return True
+    parameters = [*parameters]
+    kept = graph_bytes(forward, parameters, longest, device) * max(1, tokens // longest)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    needed, free = int(MARGIN * kept) + TRAINED * trained + besides, free_bytes(device)
+    lacks = distributed.any_true([needed > free], device)[0]
+    log.info(
+        "a pass of %d tokens keeps %.2f GB of activations; %.2f GB in all, and %.2f GB are free: they are %s",
+        max(tokens, longest),
+        kept / 1e9,
+        needed / 1e9,
+        free / 1e9,
+        "recomputed in the backward pass" if lacks else "kept",
+    )
+    return lacks
+
+
+def graph_bytes(
+    forward: Callable[[Tensor], Any], parameters: Iterable[nn.Parameter], length: int, device: torch.device
+) -> float:
+    """Bytes that autograd keeps of a row of `length` tokens, by the bytes of two short ones."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    short, long = (_kept(forward, weights, number, device) for number in (SHORT, 2 * SHORT))
+    # b = (long / 2S - short / S) / S and a = short / S - b S, S the tokens of the short row
+    quadratic = max(0.0, (long / 2 - short) / SHORT**2)
+    return (short / SHORT - quadratic * SHORT) * length + quadratic * length**2
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device has left, with what PyTorch holds and does not use; of the machine where that is the CPU."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _kept(forward: Callable[[Tensor], Any], weights: set[int], tokens: int, device: torch.device) -> int:
+    """Bytes of the tensors that a pass keeps, each storage once, without weights."""
+    found: dict[int, Tensor] = {}  # held, so that no other tensor takes their place
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(torch.zeros(1, tokens, dtype=torch.int64, device=device))
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
