@@ -92,8 +92,9 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-for name, resources in workflow.resource_settings._parsed_overwrite_resources.items():
-    if "micro_batch_size" in resources:  # Snakemake would pass over it without a word
+for name in ("train_sft", "train_pmp", "train_reward_model", "train_policy"):
+    # Snakemake would pass over it without a word.
+    if "micro_batch_size" in workflow.resource_settings._parsed_overwrite_resources.get(name, {}):
         raise WorkflowError(
             f"{name}:micro_batch_size (of --set-resources, or of a profile) is now {name}:tokens_per_pass: tokens of a "
             "pass, padding included, and not rows"

@@ -43,7 +43,9 @@ def be_a_rank(folder: Path, base: Path) -> None:
     rollouts = ready(world, shared, range(8))
     for number, chosen in enumerate(MINIBATCHES):
         minibatch = [rollout for rollout in rollouts if rollout.place in chosen]
-        ppo.accumulate_gradients(shared, ReplicatedOptimizer(shared, 1.0), minibatch, world.ppo(), 30)
+        ppo.accumulate_gradients(
+            shared, ReplicatedOptimizer(shared, 1.0), minibatch, world.ppo(), 30 if number == 0 else 1
+        )
         distributed.sum_gradients(shared.trained())
         gradient = flat_gradient(shared)
         if distributed.is_main():

@@ -255,8 +255,8 @@ def lengths(rollouts: Sequence[ppo.Rollout]) -> list[tuple[int, int]]:
     return [(rollout.place, len(rollout.response)) for rollout in rollouts]
 
 
-# Places of the rollouts in a minibatch; of the last one, one of two ranks has nothing to do.
-MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [4]]
+# Places of the rollouts in a minibatch; the last two have one rollout per pass: one of two ranks has nothing to do.
+MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [5]]
 
 
 def signalled(name: str, step: int) -> str:

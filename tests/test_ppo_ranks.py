@@ -9,7 +9,7 @@ import torch
 
 from salmon import models
 from tests.ppo_rank import SHARES, in_step
-from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, signalled, slow_gradient, weights
+from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, run, signalled, slow_gradient, weights
 from tests.running import ROOT, SCRIPTS, launch
 
 pytestmark = pytest.mark.ranks
@@ -25,7 +25,7 @@ def two_ranks(world: World) -> Path:
 
 
 def test_two_ranks_sum_to_the_gradient_of_one(world: World, two_ranks: Path) -> None:
-    """Reference, defect 7. Also where one of the ranks has nothing to do (in the last minibatch)."""
+    """Reference, defect 7. Also where one of the ranks has nothing to do in the last pass."""
     shared = world.shared()
     rollouts = ready(world, shared, range(8))
     for number, chosen in enumerate(MINIBATCHES):
@@ -75,10 +75,12 @@ def plant(work: Path, mark: Path) -> list[Path]:
     return pickles
 
 
-SAYING_HOW_RANKS_SAMPLE = """
+IN_PIECES = """
 import sys, train_policy
-from salmon import likelihood
+from salmon import likelihood, script
 likelihood.LOGITS = 3000  # the output layer is called for some tokens at a time, and again in the backward pass
+"""
+SAYING_HOW_RANKS_SAMPLE = """
 make_sampler = train_policy.make_sampler
 def load(*arguments):
     sampler = make_sampler(*arguments)
@@ -102,7 +104,7 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     output = tmp_path / "policy"
     options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "tokens-per-pass": 1}
     arguments = world.arguments(output, options)
-    (tmp_path / "stopped.py").write_text(SAYING_HOW_RANKS_SAMPLE + signalled("SIGTERM", 3))
+    (tmp_path / "stopped.py").write_text(IN_PIECES + SAYING_HOW_RANKS_SAMPLE + signalled("SIGTERM", 3))
     stopped = launch(ranks, tmp_path / "stopped.py", *arguments)
     assert stopped.returncode == 1, stopped.stderr
     assert f"sampling {'lockstep' if stage == 3 else 'apart'}" in stopped.stderr
@@ -115,6 +117,19 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     first, one, two = (weights(folder) for folder in (world.adapter, policy, output))
     assert relative(two - first, one - first) < 1e-3
     for found, expected in zip(read_metrics(output), read_metrics(policy), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_rank_of_zero3_that_has_nothing_to_do(world: World, tmp_path: Path) -> None:
+    """Minibatches of three rollouts, one per rank and pass: all ranks call the output layer equally often."""
+    few = {"rollout_batch_size": 6, "minibatch_size": 3, "max_steps": 2, "warmup_steps": 0}
+    status, log = run(world.arguments(tmp_path / "one", **few))
+    assert status == 0, log
+    options = {"deepspeed": ROOT / "profiles/deepspeed/zero3.json", "tokens-per-pass": 1}
+    (tmp_path / "pieces.py").write_text(IN_PIECES + "script.run(train_policy.main, train_policy.Arguments)")
+    done = launch(2, tmp_path / "pieces.py", *world.arguments(tmp_path / "two", options, **few))
+    assert done.returncode == 0, done.stderr
+    for found, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 

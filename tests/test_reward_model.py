@@ -557,6 +557,21 @@ def test_stopped_by_sigterm_and_started_again_gives_the_bytes_of_an_undisturbed_
     assert (tmp_path / "rm" / name).read_bytes() == (trained["folder"] / name).read_bytes()
 
 
+def test_another_budget_resumes_and_gives_the_same_up_to_rounding(trained, tmp_path):
+    """With other numbers of passes per step, of which the Trainer counts those that are done."""
+    arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
+    failing([sys.executable, "-c", STOPPED, *command(arguments)[2:]])
+    metrics = run_here(arguments | {"tokens_per_pass": 900})
+    assert [entry["step"] for entry in metrics["training"]] == list(range(1, 11))
+    for expected, found in zip(trained["metrics"]["training"], metrics["training"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+    one, two = weights(trained["folder"]), weights(tmp_path / "rm")
+    away, size = (
+        sum(float(tensor.square().sum()) for tensor in each) for each in ([two[n] - one[n] for n in one], one.values())
+    )
+    assert away < 1e-6 * size
+
+
 def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     def found(number: int, **changes: Any) -> Path | None:
         folder = tmp_path / str(number)

@@ -160,7 +160,7 @@ def recomputes(args: Arguments, shared: SharedBase) -> bool:
         longest=args.ppo.query_length + args.ppo.response_length,
         tokens=args.tokens_per_pass,
         device=shared.device,
-        besides=likelihood.PEAK,
+        besides=likelihood.PER_LOGIT * likelihood.LOGITS,
         sharded=is_deepspeed_zero3_enabled(),
     )
 

@@ -78,16 +78,16 @@ def main(arguments: Arguments) -> None:
 
     if arguments.init:
         check_init(arguments.init, arguments.lora)
-    tokenize = partial(reward_model.record_tokens, tokenizer, template, settings=settings, stage=stage)
-    lengths, world = pair_lengths(tokenize, train), distributed.world()
-    rows, passes = training.micro_batches(order, lengths, settings.batch_size, arguments.tokens_per_pass, world)
     work = WorkFolder(arguments.output)
-    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     origin = origin_of(arguments)
     inputs = distributed.broadcast(origin.identify() if distributed.is_main() else None)
     if training.open_work(arguments, work, origin.fingerprint(inputs)):
         distributed.leave()
         return
+    tokenize = partial(reward_model.record_tokens, tokenizer, template, settings=settings, stage=stage)
+    lengths, world = pair_lengths(tokenize, train), distributed.world()
+    rows, passes = training.micro_batches(order, lengths, settings.batch_size, arguments.tokens_per_pass, world)
+    trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
     training.choose_recomputation(arguments, trainer_arguments, model, 2 * settings.max_length, device)

@@ -78,7 +78,7 @@ def main(arguments: Arguments) -> None:
         return
     model = training.trainable_in_float32(models.new_policy(base, arguments.lora, device, settings.seed))
     models.check_context(model, settings.max_length, "sft.max_length")
-    training.choose_recomputation(arguments, trainer_arguments, model, settings.max_length, device)
+    training.choose_recomputation(arguments, trainer_arguments, model, settings.max_length, device, logits=True)
     end = sft.frame(tokenizer, arguments.policy_prompt).end
     sft.check_end(tokenizer, arguments.policy_prompt, end, end_tokens(model.get_base_model(), tokenizer))
 

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 LOGITS = 2**24
 """Logits at a time: 64 MiB in float32."""
-PEAK = 5 * 4 * LOGITS
-"""Bytes that they take, with all that is computed from them."""
+PER_LOGIT = 5 * 4
+"""Bytes that a logit takes with all that is computed from it, its gradient included."""
 APART = 1e-3
 """How far logits may be from those of the whole model, as a share of the largest, where the output layer is called for
 itself; between two shapes of the same sums, bfloat16 has its rounding on top."""
@@ -88,21 +88,16 @@ def answer_logprobs(
     tokens = batching.right_pad([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
     tokens = tokens.to(causal.device)
     lengths = [len(answer) for answer in answers]
-    places = torch.tensor(  # in the flat rectangle, of the tokens whose next one is an answer's
-        [
-            row * tokens.shape[1] + len(prompt) - 1 + step
-            for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-            for step in range(length)
-        ],
-        device=tokens.device,
-    )
+    pairs = enumerate(zip(prompts, lengths, strict=True))
+    before = [(row, len(prompt) - 1 + step) for row, (prompt, length) in pairs for step in range(length)]
+    rows, columns = torch.tensor(before, device=tokens.device).T  # of the tokens whose next one is an answer's
     drawn = torch.tensor([*chain.from_iterable(answers)], device=tokens.device)
 
     def read(states: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
         return ppo_math.token_logprobs(logits_of(causal, states), drawn, temperature, with_entropy=with_entropy)
 
     if has_apart(causal, tokens[:1, :2]):
-        states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+        states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
         count = math.ceil(max(len(drawn), most) * causal.config.get_text_config().vocab_size / LOGITS)
         again = count > 1 and torch.is_grad_enabled()
         # Shapes are not compared: ZeRO-3 has given away the output layer's weights by then, and gathers them once more.
@@ -112,7 +107,9 @@ def answer_logprobs(
             for piece in zip(states.tensor_split(count), drawn.tensor_split(count), strict=True)
         ]
     else:
-        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[places]
+        first = min(map(len, prompts)) - 1  # whose logits are read
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+        logits = logits[rows, columns - (tokens.shape[1] - logits.shape[1])]
         pieces = [ppo_math.token_logprobs(logits, drawn, temperature, with_entropy=with_entropy)]
     logprobs, *entropies = (
         pad_sequence(list(torch.cat(each).split(lengths)), batch_first=True)
@@ -151,7 +148,7 @@ def has_apart(causal: PreTrainedModel, tokens: Tensor) -> bool:
         try:
             states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             away = (logits_of(causal, states).float() - whole).abs().max().item()
-        except (AttributeError, TypeError) as error:
+        except Exception as error:  # whatever a model of remote code raises
             log.debug("%s: %s", type(causal).__name__, error)
             away = math.inf
         bound = max(APART, 8 * torch.finfo(causal.dtype).eps) * max(1.0, whole.abs().max().item())

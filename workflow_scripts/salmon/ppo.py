@@ -198,9 +198,9 @@ class Part:
 
     rollouts: list[Rollout]
     real: bool
-    """False where this rank has nothing to do: it computes another's rollout, because DeepSpeed waits for all ranks."""
+    """False where this rank has nothing to do, and computes the shortest rollout: DeepSpeed waits for all ranks."""
     most: int
-    """Response tokens of the rank that has most of them in this pass."""
+    """Response tokens of the rank that computes most of them in this pass."""
 
     @property
     def texts(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -217,10 +217,12 @@ def parts(rollouts: Sequence[Rollout], lengths: Sequence[int], budget: int) -> l
         budget: tokens of a part at most, padding included (`batching.passes`).
     """
     found = []
+    shortest = min(range(len(rollouts)), key=lengths.__getitem__, default=0)
     for by_rank in passes(lengths, budget, distributed.world()):
-        mine = by_rank[distributed.rank()]
-        most = max(sum(len(rollouts[index].response) for index in part) for part in by_rank)
-        found.append(Part([rollouts[index] for index in mine or [0]], bool(mine), most))
+        computed = [part or [shortest] for part in by_rank]
+        most = max(sum(len(rollouts[index].response) for index in part) for part in computed)
+        rank = distributed.rank()
+        found.append(Part([rollouts[index] for index in computed[rank]], bool(by_rank[rank]), most))
     return found
 
 

@@ -1,16 +1,16 @@
 """The mathematics of the RL stage: pure functions on tensors (paper section 3.4; Schulman et al. 2017).
 
 Which position means what, for a query of 4 tokens and a response of 4 (`E` is its EOS) in a batch whose longest
-query has 5 tokens and whose longest response has 6:
+text has 10 tokens and whose longest response has 6:
 
-    tokens       .  q  q  q  q  r0 r1 r2 E  .  .      queries padded on the left, responses on the right
-    position     0  1  2  3  4  5  6  7  8  9  10
-    logits at                4  5  6  7               predict r0 r1 r2 E
-    response t               0  1  2  3  4  5         the second axis of every [B, R] tensor below
-    mask                     1  1  1  1  0  0         response tokens, EOS included
-    logprobs                 x  x  x  x  .  .         log pi(r_t | tokens before it)
-    values                   x  x  x  x  .  .         V(tokens before r_t), read at the same positions as the logits
-    rewards                  k  k  k  k+S             k: -coefficient * KL_t, S: reward of the response, at its end
+    tokens       q  q  q  q  r0 r1 r2 E  .  .         query and response, padded on the right
+    position     0  1  2  3  4  5  6  7  8  9
+    logits at             3  4  5  6                  predict r0 r1 r2 E
+    response t            0  1  2  3  4  5            the second axis of every [B, R] tensor below
+    mask                  1  1  1  1  0  0            response tokens, EOS included
+    logprobs              x  x  x  x  .  .            log pi(r_t | tokens before it)
+    values                x  x  x  x  .  .            V(tokens before r_t), read at the same positions as the logits
+    rewards               k  k  k  k+S                k: -coefficient * KL_t, S: reward of the response, at its end
 
 Every mean is taken with the mask; what stands at masked positions never matters (it may be anything finite).
 Losses are sums divided by a total that the caller gives, the number of tokens of the whole minibatch over all

@@ -1,11 +1,12 @@
 """Whether activations are computed again in the backward pass, or kept: by what a pass keeps and what memory is free.
 
 Recomputing costs another forward pass, up to a third more time per step. What autograd keeps is measured on the model
-itself, in two short passes, so that it holds for any architecture: bytes = a T + b T^2 for a row of T tokens, where b
-is 0 but for eager attention, which keeps its probabilities.
+itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is 0 but for eager attention, which keeps
+its probabilities; c is what does not depend on the text, such as experts' weights with their adapters.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Setting = Literal["auto"] | bool
 SHORT = 32
-"""Tokens of the shorter of the two passes; the other has twice as many."""
+"""Tokens of the shortest pass that is measured; the others have two and four times as many."""
 MARGIN = 1.3
 """What is needed besides, as a factor of what is kept: intermediate results, and memory in pieces."""
 TRAINED = 12
@@ -55,7 +56,7 @@ def is_wanted(
     if sharded:
         return True
     parameters = [*parameters]
-    kept = graph_bytes(forward, parameters, longest, device) * max(1, tokens // longest)
+    kept = graph_bytes(forward, parameters, longest, max(tokens, longest), device)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     needed, free = int(MARGIN * kept) + TRAINED * trained + besides, free_bytes(device)
     lacks = distributed.any_true([needed > free], device)[0]
@@ -71,20 +72,25 @@ def is_wanted(
 
 
 def graph_bytes(
-    forward: Callable[[Tensor], Any], parameters: Iterable[nn.Parameter], length: int, device: torch.device
+    forward: Callable[[Tensor], Any], parameters: Iterable[nn.Parameter], length: int, tokens: int, device: torch.device
 ) -> float:
-    """Bytes that autograd keeps of a row of `length` tokens, by the bytes of two short ones."""
+    """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, by those of short ones."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    short, long = (_kept(forward, weights, number, device) for number in (SHORT, 2 * SHORT))
-    # b = (long / 2S - short / S) / S and a = short / S - b S, S the tokens of the short row
-    quadratic = max(0.0, (long / 2 - short) / SHORT**2)
-    return (short / SHORT - quadratic * SHORT) * length + quadratic * length**2
+    one, two, four = (_kept(forward, weights, times * SHORT, device) for times in (1, 2, 4))
+    # with S = SHORT: one = c + a S + b S^2, two = c + 2 a S + 4 b S^2, four = c + 4 a S + 16 b S^2
+    quadratic = max(0.0, (four - 3 * two + 2 * one) / (6 * SHORT**2))
+    linear = (four - two) / (2 * SHORT) - 6 * quadratic * SHORT
+    constant = one - linear * SHORT - quadratic * SHORT**2
+    return max(0.0, constant) + (linear + quadratic * length) * tokens
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left, with what PyTorch holds and does not use; of the machine where that is the CPU."""
+    """Memory that a device has left, with what PyTorch holds and does not use.
+
+    On CPUs it is this rank's share of the machine's. A job may have less, which this does not know: set the resource.
+    """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from salmon import artifacts, batching, checkpoints, distributed, optimization, recompute, script, stopping
+from salmon import artifacts, batching, checkpoints, distributed, likelihood, optimization, recompute, script, stopping
 from salmon.border import read_json
 from salmon.config import Lora, Model, Training
 from salmon.errors import UserError
@@ -280,7 +280,13 @@ def trainer_arguments(
 
 
 def choose_recomputation(
-    arguments: Arguments, training: TrainingArguments, model: PeftModel, row: int, device: torch.device
+    arguments: Arguments,
+    training: TrainingArguments,
+    model: PeftModel,
+    row: int,
+    device: torch.device,
+    *,
+    logits: bool = False,
 ) -> None:
     """Decide whether activations are recomputed in the backward pass. All ranks call this.
 
@@ -290,14 +296,23 @@ def choose_recomputation(
         model: with the adapter that is trained.
         row: tokens of a pass that holds a single, longest example.
         device: of the model.
+        logits: whether those of all tokens are computed, in float32.
     """
+    dtype = getattr(torch, arguments.model.dtype)
+    tokens = max(arguments.tokens_per_pass, row)
+
+    def forward(ids: torch.Tensor) -> None:
+        with torch.autocast(device.type, dtype, enabled=training.bf16 or training.fp16):  # as the Trainer has it
+            model.get_base_model().base_model(input_ids=ids, use_cache=False)
+
     training.activation_checkpointing = recompute.is_wanted(
         arguments.gradient_checkpointing,
-        lambda tokens: model(input_ids=tokens, use_cache=False),
+        forward,
         model.parameters(),
         longest=arguments.settings.max_length,
-        tokens=max(arguments.tokens_per_pass, row),
+        tokens=tokens,
         device=device,
+        besides=likelihood.PER_LOGIT * tokens * model.config.get_text_config().vocab_size if logits else 0,
         sharded=is_deepspeed_zero3_enabled(),
     )
     training.activation_checkpointing_kwargs = {"use_reentrant": False}
