@@ -41,7 +41,9 @@ def test_what_a_pass_keeps(policy: Any, tokens: int) -> None:
         policy.get_base_model().base_model(input_ids=ids, use_cache=False)
 
     found = recompute.graph_bytes(forward, policy.parameters(), tokens, 3 * tokens, CPU)
-    assert found == pytest.approx(kept_by_autograd(policy, tokens, rows=3), rel=0.01)
+    kept = kept_by_autograd(policy, tokens, rows=3)
+    assert kept <= found * (1 + 1e-6)
+    assert found < 1.02 * kept  # tables of positions are there once per row of those that are tried, not of a batch
 
 
 @pytest.mark.parametrize("tokens", [100, 350])
@@ -63,8 +65,8 @@ def test_memory_decides(policy: Any, tokens: int) -> None:
             )
 
     assert wanted(0.98 * needed)
-    assert not wanted(1.02 * needed)
-    assert wanted(1.02 * needed, besides=int(0.1 * needed))
+    assert not wanted(1.15 * needed)  # rows are taken for as long as the longest
+    assert wanted(1.15 * needed, besides=int(0.2 * needed))
     assert wanted(1e15, sharded=True)
     assert wanted(1e15, setting=True)
     assert not wanted(0, setting=False)
