@@ -14,12 +14,15 @@ from salmon import engine_guard
 # A server with a process of its own, as vLLM has; both write down who they are, and may ignore SIGTERM.
 SERVER = """
 import os, signal, subprocess, sys, time
+from multiprocessing import shared_memory
+memory = shared_memory.SharedMemory(create=True, size=10000)
+memory.buf[0] = 1
 if STUBBORN:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if len(sys.argv) > 2:
     subprocess.Popen([sys.executable, sys.argv[0], sys.argv[1]])
 with open(f"{sys.argv[1]}/{'server' if len(sys.argv) > 2 else 'engine'}.pid", "w") as file:
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} {memory.name}")
 time.sleep(600)
 """
 JOB = """
@@ -58,11 +61,14 @@ def test_it_ends_with_its_job(tmp_path: Path, number: signal.Signals, stubborn: 
     job = subprocess.Popen([sys.executable, str(tmp_path / "job.py"), *command], start_new_session=True)
     files = [tmp_path / f"{name}.pid" for name in ("server", "engine")]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
-    pids = [int(file.read_text()) for file in files]
+    pids, shared = zip(*(file.read_text().split() for file in files), strict=True)
+    memory = [Path("/dev/shm") / name for name in shared]
+    assert all(file.exists() for file in memory)
     os.killpg(job.pid, number)  # as a person at a terminal, or an executor, ends a job
     job.wait()
-    wait_for(lambda: not any(map(is_alive, pids)))
+    wait_for(lambda: not any(map(is_alive, map(int, pids))))
     wait_for(lambda: not own.exists())
+    wait_for(lambda: not any(file.exists() for file in memory))
 
 
 @pytest.mark.parametrize(("program", "status"), [("import sys; sys.exit(3)", 3), ("import os; os.abort()", 134)])

@@ -5,7 +5,8 @@ writes to: the kernel closes it even after SIGKILL. The folder is the server's, 
 library is imported, so that this is up at once.
 
 The server is asked to end first, since it has processes and shared memory of its own to clear away; then all of its
-group is killed. This process ends when all of them have: their GPU memory is free then.
+group is killed, and what shared memory is left of it is deleted. This process ends when all of them have: their GPU
+memory is free then.
 """
 
 import ctypes
@@ -23,6 +24,8 @@ GRACE = 15.0
 """Seconds between asking the server to end and killing it."""
 REST = 5.0
 """Seconds that are left to its other processes when it has ended."""
+SHARED = tuple(f"{os.sep}dev/shm/{name}" for name in ("psm_", "sem.mp-"))
+"""Beginnings of the names that Python's multiprocessing gives to shared memory."""
 _PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
@@ -32,6 +35,7 @@ def main(folder: str, command: list[str]) -> int:
         signal.signal(number, lambda *_: None)  # a server would inherit it if signals were ignored
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the server leaves becomes a child of this one
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    shared: set[str] = set()
     try:
         ended, told = os.pipe()
 
@@ -44,10 +48,12 @@ def main(folder: str, command: list[str]) -> int:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
             select.select([ended], [], [], GRACE)
+        shared |= _shared(process.pid)
         until = time.monotonic() + REST
         while _others(process.pid) and time.monotonic() < until:
             time.sleep(0.05)
     finally:
+        shared |= _shared(process.pid)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
@@ -55,6 +61,9 @@ def main(folder: str, command: list[str]) -> int:
             while True:
                 os.waitpid(-1, 0)
         shutil.rmtree(folder, ignore_errors=True)
+        for file in shared:
+            with suppress(OSError):
+                os.unlink(file)
     return status
 
 
@@ -66,6 +75,16 @@ def _others(group: int) -> list[int]:
             state, _, of_group, *_ = file.read().rpartition(")")[2].split()
             if int(of_group) == group and int(name) != group and state != "Z":
                 found.append(int(name))
+    return found
+
+
+def _shared(group: int) -> set[str]:
+    """Files of shared memory that processes of a group have."""
+    found = set()
+    for process in [group, *_others(group)]:
+        with suppress(OSError), open(f"/proc/{process}/maps") as file:
+            paths = (line[line.find("/") :].rstrip() for line in file if "/" in line)
+            found |= {path for path in paths if path.startswith(SHARED) and not path.endswith("(deleted)")}
     return found
 
 
