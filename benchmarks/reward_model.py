@@ -10,7 +10,7 @@ recomputes activations.
 
 The authors' way pads every text to the limit, and computes logits of which nothing is used. TRL (1.16) pads to the
 longest text of a pass, of as many pairs as the authors' way, in the order of the data; it is given tokens, so that its
-tokeniser has no part in it. The product's passes hold as many padded tokens as the authors'. Each way runs in a process
+tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Each way runs in a process
 of its own, in turn, `rounds` times: medians.
 """
 
@@ -44,6 +44,7 @@ from salmon.work import WorkFolder  # noqa: E402
 
 MAX_LENGTH, QUERY, RESPONSE, FRAME = 1280, 128, 768, 200
 PAIRS_PER_PASS = 2
+TOKENS_PER_PASS = 2048  # as in profiles/cpu: larger passes are slower on a CPU
 WAYS = {"authors": "the authors' way", "trl": "TRL's RewardTrainer", "salmon": "the product"}
 Pairs = list[tuple[list[int], list[int]]]
 """Tokens of the preferred text, and of the other."""
@@ -133,7 +134,7 @@ def salmon(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
         output=output / "rm",
         model=Model(base=str(folder / "base"), quantization="none", dtype="float32"),
         lora=LORA,
-        tokens_per_pass=2 * PAIRS_PER_PASS * MAX_LENGTH,
+        tokens_per_pass=TOKENS_PER_PASS,
         gradient_checkpointing=False,
         reward_model=RewardModel(
             template="none",
