@@ -10,8 +10,8 @@ recomputes activations.
 
 The authors' way pads every text to the limit, and computes logits of which nothing is used. TRL (1.16) pads to the
 longest text of a pass, of as many pairs as the authors' way, in the order of the data; it is given tokens, so that its
-tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Each way runs in a process
-of its own, in turn, `rounds` times: medians.
+tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Each way runs in a
+process of its own, in turn, `rounds` times: medians.
 """
 
 import argparse
