@@ -241,6 +241,22 @@ def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak / 2**20, "tokens": tokens}))
 
 
+def in_turn(ways: Sequence[str], folder: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Run this command's script once per way and round, each in a process of its own; medians of what they print."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, numbers in found.items():
+            line = [sys.executable, *sys.argv, "--way", way, "--folder", folder]
+            done = subprocess.run(line, check=False, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            numbers.append(json.loads(done.stdout.splitlines()[-1]))
+    return {
+        way: {key: statistics.median(each[key] for each in numbers) for key in numbers[0]}
+        for way, numbers in found.items()
+    }
+
+
 def main() -> None:
     """Print the table, or run one way of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,22 +271,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for _ in range(arguments.rounds):
-            for way, numbers in found.items():
-                line = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", folder]
-                said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-                numbers.append(json.loads(said.splitlines()[-1]))
-        first = torch.load(Path(folder) / "authors.pt")
-        mean = found["salmon"][0]["tokens"] / arguments.rollouts
+        found = in_turn([*WAYS], folder, arguments.rounds)
+        gradients = {way: torch.load(Path(folder) / f"{way}.pt", weights_only=True) for way in WAYS}
+        first = gradients["authors"]
+        mean = found["salmon"]["tokens"] / arguments.rollouts
         print(f"{arguments.rollouts} rollouts of {mean:.0f} tokens on average\n")
         print("| | seconds per step | speed | peak memory | gradient differs by |")
         print("| --- | --- | --- | --- | --- |")
-        base = statistics.median(each["seconds"] for each in found["authors"])
-        for way, numbers in found.items():
-            seconds, peak = (statistics.median(each[key] for each in numbers) for key in ("seconds", "peak"))
-            away = float((torch.load(Path(folder) / f"{way}.pt") - first).norm() / first.norm())
-            print(f"| {WAYS[way]} | {seconds:.1f} | {base / seconds:.2f} x | {peak:.2f} GB | {away:.0e} |")
+        for way, one in found.items():
+            speed, away = found["authors"]["seconds"] / one["seconds"], (gradients[way] - first).norm() / first.norm()
+            print(f"| {WAYS[way]} | {one['seconds']:.1f} | {speed:.2f} x | {one['peak']:.2f} GB | {away:.0e} |")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ process of its own, in turn, `rounds` times: medians.
 import argparse
 import json
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT)]
 
 import train_reward_model  # noqa: E402
-from benchmarks.ppo import LORA, VOCABULARY, build  # noqa: E402
+from benchmarks.ppo import LORA, VOCABULARY, build, in_turn  # noqa: E402
 from salmon import models, reward_model, training  # noqa: E402
 from salmon.config import Model, RewardModel  # noqa: E402
 from salmon.work import WorkFolder  # noqa: E402
@@ -195,22 +193,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS if way != "trl" or arguments.trl}
-        for _ in range(arguments.rounds):
-            for way, numbers in found.items():
-                line = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", folder]
-                done = subprocess.run(line, check=False, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                numbers.append(json.loads(done.stdout.splitlines()[-1]))
-    mean = found["salmon"][0]["tokens"]
+        found = in_turn([way for way in WAYS if way != "trl" or arguments.trl], folder, arguments.rounds)
+    mean = found["salmon"]["tokens"]
     print(f"steps of {arguments.pairs} pairs, whose texts have {mean:.0f} tokens on average\n")
     print("| | seconds per step | the product's speed | peak memory of the process |")
     print("| --- | --- | --- | --- |")
-    ours = statistics.median(each["seconds"] for each in found["salmon"])
-    for way, numbers in found.items():
-        seconds, peak = (statistics.median(each[key] for each in numbers) for key in ("seconds", "peak"))
-        print(f"| {WAYS[way]} | {seconds:.1f} | {seconds / ours:.2f} x | {peak:.2f} GB |")
+    for way, one in found.items():
+        speed = one["seconds"] / found["salmon"]["seconds"]
+        print(f"| {WAYS[way]} | {one['seconds']:.1f} | {speed:.2f} x | {one['peak']:.2f} GB |")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_cross_entropy(model: Any, most: int) -> None:
     logprobs, _ = likelihood.answer_logprobs(model, PROMPTS, ANSWERS, TEMPERATURE, most=most)
     (logprobs * weights).sum().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    other = zoo_copy(model)
+    other = in_float64(model)
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         logits = other(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
         losses = nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_cross_entropy(model: Any, most: int) -> None:
         assert difference < 1e-5, name
 
 
-def zoo_copy(model: Any) -> Any:
+def in_float64(model: Any) -> Any:
     """The same weights in float64, in a model of their own."""
     other = type(model)(model.config).double().eval()
     other.load_state_dict(model.state_dict())

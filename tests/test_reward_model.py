@@ -232,8 +232,8 @@ def test_pair_losses_turn_with_the_preference():
 
 
 def test_collate_pads_right():
-    batch = reward_model.collate([[5, 6, 7], [8]], pad=2)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    batch = reward_model.collate([[5, 6, 7], [8]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 

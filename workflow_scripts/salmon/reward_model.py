@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from salmon import checked, templates
-from salmon.batching import select_rows
+from salmon.batching import right_pad, select_rows
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
@@ -185,17 +185,13 @@ def record_tokens(
     )
 
 
-def collate(rows: Sequence[Sequence[int]], pad: int = 0) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """Rows padded on their right to the longest of them.
 
     Returns:
         `input_ids` and `attention_mask`, both int64 [B, T]. The mask alone says what is padding.
     """
-    width = max(len(row) for row in rows)
-    return {
-        "input_ids": torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-    }
+    return {"input_ids": right_pad(rows), "attention_mask": right_pad([[1] * len(row) for row in rows])}
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
