@@ -90,4 +90,5 @@ def test_no_error_about_a_table_or_a_reward_model_tells_to_delete_it() -> None:
         for node in ast.walk(call)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "delete" in node.value
     ]
-    assert [text for text in texts if text[1] != "deleted" and not text[1].startswith(".")] == []
+    marks = {"deleted", "(deleted)"}  # a column's name, and what Linux calls memory whose file is gone
+    assert [text for text in texts if text[1] not in marks and not text[1].startswith(".")] == []
