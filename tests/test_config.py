@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from snakemake.cli import parse_config
 
 from salmon.config import Ppo, Sampling, is_local
-from salmon.configuration import check_paths, load
+from salmon.configuration import check_paths, load, merge
 from salmon.errors import UserError
 from tests.keys import is_key
 
@@ -228,6 +229,18 @@ def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
     config = load(changed, ROOT)["default"]
     assert "math" not in config.rl_prompts.sources
     assert "harmless" not in load(changed, ROOT)
+
+
+def test_null_on_the_command_line(raw: dict[str, Any]) -> None:
+    """There Snakemake reads all that stands in a section as texts."""
+    words = ["runs={harmless: null}", "ppo={max_steps: null, value_clip: 0.3}"]
+    changes = parse_config(words)
+    assert changes["ppo"]["max_steps"] == "null"
+    raw["ppo"]["max_steps"] = 7
+    runs = load(merge(raw, changes), ROOT)
+    assert "harmless" not in runs
+    assert runs["default"].ppo.max_steps is None
+    assert runs["default"].ppo.value_clip == 0.3
 
 
 def test_the_harmless_run_has_red_teaming_questions(raw: dict[str, Any]) -> None:

@@ -260,7 +260,7 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
         UserError: with one line for every finding: key, value, what is allowed.
     """
     try:
-        config = Config.model_validate(shipped.find(raw, root, checkout))
+        config = Config.model_validate(shipped.find(_nulls(raw), root, checkout))
     except ValidationError as error:
         raise UserError(describe_errors(error, Config, NAME)) from None
     lines: list[str] = []
@@ -274,6 +274,13 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
     if lines:
         raise UserError(describe(lines, NAME))
     return runs
+
+
+def _nulls(raw: Any) -> Any:
+    """The same, with null for the text `null`, as which Snakemake reads it in `--config section={key: null}`."""
+    if isinstance(raw, Mapping):
+        return {key: _nulls(value) for key, value in raw.items()}
+    return None if raw == "null" else raw
 
 
 def resolve_runs(config: Config) -> dict[str, Config]:
