@@ -352,6 +352,9 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     trained = {name for name, p in shared.named_parameters() if p.requires_grad}
     assert with_gradient(shared) == trained
     assert {p.dtype for p in shared.parameters() if p.requires_grad} == {torch.float32}  # in bfloat16, steps vanish
+    with torch.no_grad(), shared.use("policy"):  # what is computed with is what takes the memory
+        output = shared(input_ids=torch.tensor(QUERIES[:1]), output_hidden_states=True)
+    assert {each.dtype for each in (*output.hidden_states, output.logits)} == {getattr(torch, dtype)}
 
     written_out = SharedBase(
         settings(plain, adapter_folder, "adapter"), LORA, reward_folder, torch.device("cpu"), seed=1
@@ -364,6 +367,11 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     for name, parameter in shared.named_parameters():
         if name in trained:
             assert relative(gradients([parameter]), gradients([expected[name]])) < tolerance, name
+    found, right = (
+        gradients([model.get_parameter(name) for name in sorted(trained)]) for model in (shared, written_out)
+    )
+    alike = torch.nn.functional.cosine_similarity(found, right, dim=0)
+    assert alike > (0.999 if dtype == "bfloat16" else 0.99999)
 
 
 def copy_base(source: SharedBase, target: SharedBase) -> None:

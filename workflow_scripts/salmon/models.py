@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, prepare_model_for_kbit_training
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Cache, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -257,16 +257,22 @@ def _quantized(model: Model, device: torch.device | str) -> dict[str, Any]:
 
 
 def prepare(base: PreTrainedModel, model: Model) -> PreTrainedModel:
-    """Freeze the base and, where it is quantised, make gradients flow through it (QLoRA)."""
+    """Freeze the base and, where it is quantised, make gradients flow through it (QLoRA).
+
+    Norms, embeddings and output layer stay as they are loaded, so that activations are in `model.dtype` as they are
+    in sampling and judging. QLoRA's usual preparation makes float32 of them, and with them of all activations between
+    4-bit layers, which takes twice the memory and leaves gradients as far from those of float32
+    (benchmarks/precision.py).
+    """
+    base.requires_grad_(False)
     if model.quantization == "none":
-        base.requires_grad_(False)
         return base
     for module in base.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, and
         # the kernel for that layout has no backward pass: all gradients behind it would silently be zero.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return base
 
 
 def _check_loading(model: Model, info: Mapping[str, Any]) -> None:
