@@ -271,11 +271,12 @@ def test_rl(
     assert missing == []
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_vision", "qwen3_moe", "gpt_oss"])
-def test_lora_reaches_what_it_should_and_nothing_else(kind: str, tmp_path: Path) -> None:
+def test_lora_reaches_what_it_should_and_nothing_else(kind: str, quantization: Any, tmp_path: Path) -> None:
     zoo.build(kind, tmp_path)
     attention: Any = "eager" if kind in EAGER else "sdpa"
-    settings = Model(base=str(tmp_path), quantization="none", dtype="float32", attention=attention)
+    settings = Model(base=str(tmp_path), quantization=quantization, dtype="float32", attention=attention)
     model = adapters.add_lora(models.load_base(settings, "cpu"), LORA, TaskType.CAUSAL_LM)
     trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     assert not [key for key in trained if "vision" in key or "lm_head" in key or "embed" in key]

@@ -122,7 +122,9 @@ def uncovered(model: PeftModel) -> list[str]:
         names.append(f"{name}.weight")
     # Matrices that are no layer's of their own: experts in one tensor, or whatever else is as large as a layer.
     layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
-    sizes = [layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | Conv1D)]
+    # In 4 bits a weight has fewer numbers than its layer.
+    sizes = [layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    sizes += [layer.weight.numel() for layer in layers if isinstance(layer, Conv1D)]
     large = median(sizes) if sizes else 0
     for name, weight in base.named_parameters():
         owner = base.get_submodule(name.rpartition(".")[0])
