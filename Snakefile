@@ -61,3 +61,16 @@ rule verify:
         "envs/data.yaml"
     shell:
         f'python {SCRIPTS}/verify.py --configuration "${VARIABLE}"' " 2>&1 | tee {log:q}"
+
+
+# What the runs will cost with the hardware of the profile. It makes nothing, either.
+rule plan:
+    log:
+        "<logs>/plan.log",
+    localrule: True
+    conda:
+        "envs/model.yaml"
+    params:
+        resources=json.dumps({name: hardware(name) for name in sorted({*plan.ON_GPUS.values()})}),
+    shell:
+        f'python {SCRIPTS}/plan.py --configuration "${VARIABLE}"' " --resources {params.resources:q} 2>&1 | tee {log:q}"

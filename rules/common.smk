@@ -1,5 +1,6 @@
 """Settings and helpers of all rules: the validated configuration, and how it reaches scripts and inputs."""
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 from pydantic_core import to_json
 from snakemake.exceptions import WorkflowError
 from snakemake.pathvars import Pathvars
+from snakemake.resources import Resource
 from snakemake.sourcecache import HostingProviderFile
 from snakemake.utils import update_config
 
@@ -325,6 +327,19 @@ def tokenizer_settings(run):
 def pmp_model(wildcards):
     """Input: the reward model that a run's reward model starts from, if any."""
     return artifact("pmp")(wildcards) if run_settings(wildcards).reward_model.init == "pmp" else []
+
+
+def hardware(name):
+    """The resources of a rule that a profile or the rule itself sets to a number or a word."""
+    found = {}
+    for key, resource in workflow.get_rule(name).resources.items():
+        value = resource.raw if isinstance(resource, Resource) else resource
+        if isinstance(value, str):
+            with suppress(ValueError, SyntaxError):  # of a profile, it is Python
+                value = ast.literal_eval(value)
+        if isinstance(value, str | int):
+            found[key] = value
+    return found
 
 
 def options(**values):

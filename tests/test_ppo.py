@@ -216,6 +216,7 @@ def test_metrics_are_means_over_rollouts_or_tokens(world: World, rollouts: list[
     for name in ("score", "reward", "finished", "thinking_cut", "marker_cut"):
         expected[name] = sum(getattr(rollout, name) for rollout in rollouts) / len(rollouts)
     expected["response_tokens"] = len(tokens) / len(rollouts)
+    expected["query_tokens"] = sum(len(rollout.query) for rollout in rollouts) / len(rollouts)
     expected["kl_sequence"] = sum(row[0] for row in tokens) / len(rollouts)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 

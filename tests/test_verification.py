@@ -13,7 +13,6 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-import verify
 from salmon import artifacts, configuration, provenance, verification
 from salmon.config import FREE
 from salmon.configuration import Config, field_of, section_in
@@ -168,7 +167,7 @@ def copy(small_run: Path, tmp_path: Path) -> Path:
 
 def load(folder: Path, results: Path | None = None, **changes: Any) -> dict[str, Config]:
     """The configuration of the small run, for results that may be elsewhere."""
-    raw = verify.read([ROOT / "config.yaml", folder / "config.yaml"])
+    raw = configuration.read([ROOT / "config.yaml", folder / "config.yaml"])
     places = {"pathvars": {"results": str(results or folder / "results")}}
     return configuration.load(merge(merge(raw, places), changes), ROOT)
 

@@ -85,7 +85,8 @@ def main(arguments: Arguments) -> None:
         distributed.leave()
         return
     tokenize = partial(reward_model.record_tokens, tokenizer, template, settings=settings, stage=stage)
-    lengths, world = pair_lengths(tokenize, train), distributed.world()
+    (lengths, tokens), world = pair_lengths(tokenize, train), distributed.world()
+    counts["tokens"] = sum(tokens[row] for row in order)
     rows, passes = training.micro_batches(order, lengths, settings.batch_size, arguments.tokens_per_pass, world)
     trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     model = load_model(arguments, device)
@@ -106,24 +107,30 @@ def main(arguments: Arguments) -> None:
     training.write(trainer, work, origin.manifest(inputs, counts), reward_model.evaluate(held, rewards.view(-1, 2)))
 
 
-def pair_lengths(tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame) -> list[int]:
-    """Tokens of each pair as a batch holds it: twice the longer text's. Each rank counts a share.
+def pair_lengths(
+    tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame
+) -> tuple[list[int], list[int]]:
+    """Tokens of each pair: as a batch holds it, which is twice the longer text's; and of both texts alone.
+
+    Each rank counts a share.
 
     Args:
         tokenize: gives both texts of each record.
         records: N of them.
 
     Returns:
-        N numbers, the same on all ranks.
+        Twice N numbers, the same on all ranks.
     """
     rank, world = distributed.rank(), distributed.world()
     slices = range(rank * COUNTED, len(records), world * COUNTED)
-    mine: dict[int, list[int]] = {}
+    mine: dict[int, list[tuple[int, int]]] = {}
     for start in script.progress(slices, total=len(slices), what=f"parts of {COUNTED} pairs counted"):
         texts = tokenize(records[start : start + COUNTED])
-        mine[start] = [2 * max(map(len, pair)) for pair in zip(texts[::2], texts[1::2], strict=True)]
+        pairs = zip(map(len, texts[::2]), map(len, texts[1::2]), strict=True)
+        mine[start] = [(2 * max(pair), sum(pair)) for pair in pairs]
     found = {start: lengths for of_rank in distributed.gather(mine) for start, lengths in of_rank.items()}
-    return [length for start in sorted(found) for length in found[start]]
+    both = [each for start in sorted(found) for each in found[start]]
+    return [padded for padded, _ in both], [tokens for _, tokens in both]
 
 
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:

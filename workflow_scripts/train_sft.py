@@ -61,6 +61,7 @@ def main(arguments: Arguments) -> None:
     lengths = [len(example.tokens) for example in train]
     order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, NAME)
     counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples, left_out)
+    counts["tokens"] = sum(lengths[index] for index in order)
     counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)
 
     world = distributed.world()

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 
@@ -33,7 +32,7 @@ def main(arguments: Arguments) -> None:
     raw = (
         arguments.configuration
         if arguments.configuration is not None
-        else read([shipped.CHECKOUT / "config.yaml", *arguments.configfile])
+        else configuration.read([shipped.CHECKOUT / "config.yaml", *arguments.configfile])
     )
     report = verification.verify(configuration.load(raw, Path.cwd()))
     if arguments.forcerun:
@@ -44,20 +43,6 @@ def main(arguments: Arguments) -> None:
     sys.stdout.flush()
     if report.stale:
         raise UserError(f"{len(report.stale)} artifacts are stale; --forcerun prints what makes Snakemake rebuild them")
-
-
-def read(files: list[Path]) -> dict[str, Any]:
-    """Configuration files, each read over those before it."""
-    whole: dict[str, Any] = {}
-    for file in files:
-        try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read as YAML: {error}") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{file} is no mapping of sections, as a configuration is")
-        whole = configuration.merge(whole, found)
-    return whole
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 Only the Snakefile loads one; a script receives the sections it needs (`config`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from salmon import principles, shipped, templates
+from salmon.assumptions import Assumptions
 from salmon.config import (
     Aggregation,
     Evaluation,
@@ -215,6 +217,7 @@ class Config(Section):
     ppo: Ppo = Field(description="RL")
     evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
     report: Report = Field(Report(), description="what the report shows")
+    plan: Assumptions = Field(Assumptions(), description="what `snakemake plan` assumes; it changes no result")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
         {"default": {}}, description="policies: name -> the settings that differ from the sections above"
     )
@@ -387,6 +390,20 @@ def merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def read(files: Sequence[Path]) -> dict[str, Any]:
+    """Configuration files, each read over those before it."""
+    whole: dict[str, Any] = {}
+    for file in files:
+        try:
+            found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{file} cannot be read as YAML: {error}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{file} is not a mapping of sections, as a configuration is")
+        whole = merge(whole, found)
+    return whole
 
 
 def check_templates(config: Config, root: Path) -> list[str]:

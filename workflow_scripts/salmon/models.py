@@ -354,8 +354,13 @@ def load_dequantized(model: Model, device: torch.device | str) -> PreTrainedMode
     return base.to("cpu")
 
 
-def load_outline(model: Model) -> PreTrainedModel:
+def load_outline(model: Model, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """The base model's layers without their weights, by its config.json alone: names and shapes to compare with.
+
+    Args:
+        model: section of the configuration.
+        dtype: of the weights that there are not.
+        attention: how they would attend; the architecture's own way by default.
 
     Raises:
         UserError: where the configuration cannot be read.
@@ -366,7 +371,7 @@ def load_outline(model: Model) -> PreTrainedModel:
         check_depth(model.base, model.revision)
         config = AutoConfig.from_pretrained(model.base, **remote)
         outline: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
+            config, trust_remote_code=model.trust_remote_code, dtype=dtype, attn_implementation=attention
         )
     return outline
 

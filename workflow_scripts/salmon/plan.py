@@ -62,6 +62,16 @@ Name = Literal[
 ]
 """An artifact of a run, in the order in which they are built."""
 NAMES: tuple[Name, ...] = get_args(Name)
+ON_GPUS: dict[Name, str] = {
+    "sft": "train_sft",
+    "response0": "sample_responses",
+    "response1": "sample_responses",
+    "preferences": "judge_preferences",
+    "pmp": "train_pmp",
+    "reward_model": "train_reward_model",
+    "policy": "train_policy",
+}
+"""What `price` prices -> the rule that makes it."""
 SCATTERED: frozenset[Name] = frozenset({"response0", "response1", "preferences"})
 """Tables that are made in shards."""
 CHECKED: dict[Name, Name] = {

@@ -453,6 +453,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
     per_rollout = {
         "score": [r.score for r in rollouts],
         "reward": [r.reward for r in rollouts],
+        "query_tokens": [float(len(r.query)) for r in rollouts],
         "response_tokens": [float(len(r.response)) for r in rollouts],
         "finished": [float(r.finished) for r in rollouts],
         "thinking_cut": [float(r.thinking_cut) for r in rollouts],

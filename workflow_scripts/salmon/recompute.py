@@ -75,7 +75,7 @@ def graph_bytes(
     forward: Callable[[Tensor], Any], parameters: Iterable[nn.Parameter], length: int, tokens: int, device: torch.device
 ) -> float:
     """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, by those of short ones."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    weights = {_place(parameter) for parameter in parameters}
     one, two, four = (_kept(forward, weights, times * SHORT, device) for times in (1, 2, 4))
     # with S = SHORT: one = c + a S + b S^2, two = c + 2 a S + 4 b S^2, four = c + 4 a S + 16 b S^2
     quadratic = max(0.0, (four - 3 * two + 2 * one) / (6 * SHORT**2))
@@ -100,11 +100,16 @@ def _kept(forward: Callable[[Tensor], Any], weights: set[int], tokens: int, devi
     found: dict[int, Tensor] = {}  # held, so that no other tensor takes their place
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = tensor
+        if _place(tensor) not in weights:
+            found[_place(tensor)] = tensor
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(torch.zeros(1, tokens, dtype=torch.int64, device=device))
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def _place(tensor: Tensor) -> int:
+    """Which storage a tensor is in; without numbers (meta) it has no address."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata

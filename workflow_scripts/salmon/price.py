@@ -1,0 +1,221 @@
+"""What a configuration's runs cost with the hardware of a profile: the stages, each with its work and its cost."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salmon import cost, shape
+from salmon.assumptions import Assumptions
+from salmon.config import Model
+from salmon.configuration import Config
+from salmon.cost import Cost, Hardware
+from salmon.errors import UserError
+from salmon.plan import ON_GPUS, Name, Plan, is_imported, judge_model
+from salmon.shape import Shape
+from salmon.tokenizers import load_tokenizer
+from salmon.workload import Counter, Work
+
+Resources = Mapping[str, Mapping[str, Any]]
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Priced:
+    """One artifact that takes GPUs.
+
+    Attributes:
+        name: of the artifact.
+        run: the first that has it.
+        path: where it is.
+        is_there: whether it is made already.
+        work: what is computed.
+        hardware: the profile's.
+        cost: what that takes.
+    """
+
+    name: Name
+    run: str
+    path: str
+    is_there: bool
+    work: Work
+    hardware: Hardware
+    cost: Cost
+
+    @property
+    def gpu_hours(self) -> cost.Range:
+        """Of all jobs, the optimist's last."""
+        slow, fast = (self.hardware.jobs * self.hardware.gpus * seconds / 3600 for seconds in self.cost.seconds)
+        return slow, fast
+
+
+def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
+    """Every artifact of the targets that takes GPUs, in the order of the DAG; those of the evaluation are left out.
+
+    Args:
+        plan: of all runs.
+        resources: rule -> resources of the profile.
+
+    Raises:
+        UserError: where a base model's configuration cannot be read, or the profile lacks a rule.
+    """
+    shapes: dict[str, Shape] = {}
+    counters: dict[str, Counter] = {}
+    works: dict[str, Work] = {}
+    for name, rule in ON_GPUS.items():
+        for run, config in plan.runs.items():
+            path = plan.path(run, name)
+            if path in works or path not in plan.wanted() or is_imported(config, name):
+                continue
+            model = judge_model(config) if name == "preferences" else config.model
+            key = repr((model.model_dump(exclude={"adapter", "adapter_revision"}), config.lora))
+            if key not in shapes:
+                shapes[key] = shape.measure(model.without_adapter(), config.lora)
+            if key not in counters:
+                counters[key] = Counter(config, config.plan, _tokenizer(plan.tokenizer(run)))
+            counter = Counter(config, config.plan, counters[key].tokenizer)
+            hardware = _hardware(name, config, resources.get(rule, {}))
+            works[path] = work = _work(plan, run, name, counter, hardware, works)
+            judged = config.model_copy(update={"model": model})
+            found = _cost(name, judged, shapes[key], config.plan, work, hardware)
+            yield Priced(name, run, path, Path(path).exists(), work, hardware, found)
+
+
+def _tokenizer(model: Model) -> Any:
+    """The tokenizer, or None where it is not at hand: lengths are guessed then."""
+    try:
+        return load_tokenizer(model)
+    except UserError:
+        return None
+
+
+def _hardware(name: Name, config: Config, resources: Mapping[str, Any]) -> Hardware:
+    """The resources of a rule as numbers."""
+    shards = {"response0": config.sampling.shards, "response1": config.sampling.shards}
+    shards["preferences"] = config.judge.shards
+    by_engine = (name == "policy" and config.ppo.engine == "vllm") or (
+        name in ("response0", "response1") and config.sampling.engine == "vllm"
+    )
+    words = str(resources.get("engine", "")).split()
+    memory = float(words[words.index("--engine.memory") + 1]) if "--engine.memory" in words else 0.5
+    recompute = str(resources.get("gradient_checkpointing", "auto")).lower()
+    deepspeed = str(resources.get("deepspeed") or "null")
+    return Hardware(
+        jobs=shards.get(name, 1),
+        nodes=int(resources.get("nodes", 1)),
+        ranks=int(resources.get("ranks", 1)),
+        batch_size=256 if by_engine else int(resources.get("sampling_batch_size", resources.get("batch_size", 1))),
+        tokens_per_pass=int(resources.get("tokens_per_pass", 2048)),
+        tokens_per_forward_pass=int(resources.get("tokens_per_forward_pass", 8192)),
+        recompute="auto" if recompute == "auto" else recompute == "true",
+        zero=0 if deepspeed == "null" else 3 if "zero3" in deepspeed else 2,
+        together=str(resources.get("tensor_parallel", "false")).lower() == "true",
+        engine_memory=memory if by_engine else 0.0,
+    )
+
+
+def _work(plan: Plan, run: str, name: Name, counter: Counter, hardware: Hardware, works: Mapping[str, Work]) -> Work:
+    """What there is to compute."""
+
+    def table(of: Name) -> Path:
+        return Path(plan.path(run, of))
+
+    match name:
+        case "sft":
+            return counter.sft(table("sft_data"), hardware.tokens_per_pass, hardware.gpus)
+        case "response0" | "response1":
+            return counter.sampling(table("prompts"), table(name), hardware.batch_size * hardware.working)
+        case "preferences":
+            both = [table("response0"), table("response1")]
+            return counter.judging(table("prompts"), both, hardware.batch_size * hardware.working)
+        case "pmp" | "reward_model":
+            records = table("pmp_data" if name == "pmp" else "reward_data")
+            judged = works.get(plan.path(run, "preferences"))
+            pairs = judged.rows if judged else counter.assumed.rows["prompts"]
+            return counter.reward(records, name, pairs, hardware.tokens_per_pass, hardware.gpus)
+    budgets = hardware.tokens_per_pass, hardware.tokens_per_forward_pass
+    return counter.rl(table("rl_prompts"), table("response0"), *budgets, hardware.gpus)
+
+
+def _cost(name: Name, config: Config, measured: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
+    """What that takes."""
+    match name:
+        case "response0" | "response1":
+            return cost.sampling(config, measured, assumed, work, hardware)
+        case "preferences":
+            return cost.judging(config, measured, assumed, work, hardware)
+        case "sft" | "pmp" | "reward_model":
+            return cost.training(config, measured, assumed, work, hardware, is_sft=name == "sft")
+    return cost.policy(config, measured, assumed, work, hardware)
+
+
+def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
+    """Lines of Markdown: what is computed, what that takes, what does not fit."""
+    found = [*priced]
+    card = assumed.card
+    yield f"GPU: {card.memory:g} GB, {card.tflops:g} TFLOPS, {card.bandwidth:g} GB/s (`plan.gpu`)."
+    yield "A range has an optimist's number and a pessimist's."
+    yield "*: rows or lengths are assumed (`plan.rows`, `plan.response_tokens`). They are counted where the tables are"
+    yield "there: `prompts`, `pmp_data` and `rl_prompts` need no GPU, and `response0` tells how long responses are."
+    yield ""
+    head = ("stage", "run", "rows", "tokens read", "tokens sampled", "steps", "passes per GPU", "jobs x GPUs")
+    yield from _table((*head, "GPU hours", "hours per job"), [_counts(one) for one in found])
+    left = [one for one in found if not one.is_there]
+    yield ""
+    yield f"What is not done takes {_range(sum(one.gpu_hours[end] for one in left) for end in (0, 1))} GPU hours."
+    yield "The evaluation and jobs without a GPU are not counted."
+    yield ""
+    yield from _table(("stage", "run", "GB of a GPU", "of which", "GB of disk"), [_sizes(one) for one in found])
+    yield ""
+    yield "Of the parts in brackets, which come one after another, the largest counts. On disk: what stays; and"
+    yield "checkpoints, until the stage has ended."
+    for one in left:
+        if not one.cost.fits:
+            yield ""
+            yield f"**{one.name} of {one.run} does not fit into {card.memory:g} GB**: {one.cost.advice}."
+
+
+def _counts(one: Priced) -> list[str]:
+    """A row of the first table."""
+    work, hardware = one.work, one.hardware
+    passes = f"{work.passes:,}" + (f" + {work.forward_passes:,} forward" if work.forward_passes else "")
+    times = ["done", ""] if one.is_there else [_range(one.gpu_hours), _range(end / 3600 for end in one.cost.seconds)]
+    return [
+        one.name,
+        one.run,
+        f"{work.rows:,}{'' if work.counted else ' *'}",
+        f"{work.tokens:,}",
+        f"{work.answers:,}" if work.answers else "",
+        f"{work.steps:,}" if work.steps else "",
+        passes,
+        f"{hardware.jobs} x {hardware.gpus}",
+        *times,
+    ]
+
+
+def _sizes(one: Priced) -> list[str]:
+    """A row of the second table."""
+    found = one.cost
+    parts = [f"{name} {_size(size)}" for name, size in found.memory.items()]
+    phases = [f"{name} {_size(size)}" for name, size in found.phases.items()]
+    parts += [f"[{', '.join(phases)}]"] if phases else []
+    parts += ["activations recomputed"] if found.recomputed else []
+    disk = f"{_size(found.disk)}; {_size(found.passing)}" if found.disk else ""
+    return [one.name, one.run, f"{found.peak / GB:.1f}{'' if found.fits else ' **too many**'}", ", ".join(parts), disk]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown."""
+    for cells in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(cells)} |"
+
+
+def _size(size: float) -> str:
+    """In GB, of two digits."""
+    return f"{float(f'{size / GB:.2g}'):,g}"
+
+
+def _range(ends: Iterable[float]) -> str:
+    """Two numbers of two digits each, the smaller first."""
+    low, high = (f"{float(f'{end:.2g}'):,g}" for end in sorted(ends))
+    return low if low == high else f"{low} to {high}"

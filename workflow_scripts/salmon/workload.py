@@ -1,0 +1,370 @@
+"""How much each stage computes: rows, tokens and passes, counted on the tables that are there.
+
+Of a table that is not there yet, the section `plan` says how many rows it may have, and how long texts may be. The
+rest, such as splits, steps and passes, is worked out by the functions that the stages themselves call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import polars as pl
+from transformers import PreTrainedTokenizerBase
+
+from salmon import batching, checked, ppo, reward_model, sft, training
+from salmon.assumptions import Assumptions
+from salmon.config import PolicyPrompt, RewardTraining, Training
+from salmon.configuration import Config
+from salmon.encoding import prompt_text, read_preamble, read_template, shared_tokens, tokenize
+from salmon.judging import Judge, Pair
+from salmon.principles import draw_principles, read_judged, read_weighted
+from salmon.randomness import rng
+from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
+from salmon.text import cut_at_markers, join_instruction
+
+SHOWN_STEPS = 16
+"""PPO steps on which lengths of reward texts and passes are counted; tokens of queries are counted on all."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes, all of its jobs together.
+
+    Attributes:
+        rows: prompts, pairs, records trained on (each as often as it is), or rollouts.
+        tokens: that the model reads, without padding, in one pass over all rows.
+        answers: tokens that are sampled.
+        scored: tokens that the reward model reads, in RL.
+        length: of a text, on average, in tokens.
+        longest: of a text, at most.
+        steps: of the optimiser's outer loop; 0 where nothing is trained.
+        passes: of a rank, over all rows, with gradients; or batches, where nothing is trained.
+        forward_passes: of a rank without gradients, of one model.
+        counted: whether rows and lengths are a table's; otherwise the configuration assumes them.
+    """
+
+    rows: int
+    tokens: int
+    answers: int = 0
+    scored: int = 0
+    length: float = 0.0
+    longest: int = 0
+    steps: int = 0
+    passes: int = 0
+    forward_passes: int = 0
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts the stages of one run.
+
+    Attributes:
+        config: of the run.
+        assumed: section `plan`.
+        tokenizer: of the models; None where it is not at hand: then a token is assumed to have four characters.
+    """
+
+    config: Config
+    assumed: Assumptions
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def sampling(self, prompts: Path, responses: Path, batch_size: int) -> Work:
+        """Responses to prompts.
+
+        Args:
+            prompts: table, which need not be there.
+            responses: likewise; where it is, its lengths are those.
+            batch_size: rows at a time of all ranks of all jobs.
+        """
+        prompt, settings = self.config.policy_prompt, self.config.sampling
+        lengths, counted = self._queries(prompts, prompt, "prompts")
+        longest = self._shared(prompt) + settings.max_length
+        fitting = [length for length in lengths if length < longest]
+        answers = sum(min(self.assumed.response_tokens, longest - length) for length in fitting)
+        if responses.is_file():
+            found = checked.read(responses, RESPONSES).select("response_tokens").collect()
+            answers = int(found["response_tokens"].sum())
+        return Work(
+            rows=len(fitting),
+            tokens=sum(fitting),
+            answers=answers,
+            length=(sum(fitting) + answers) / max(1, len(fitting)),
+            longest=longest,
+            passes=-(-len(fitting) // batch_size),
+            counted=counted,
+        )
+
+    def judging(self, prompts: Path, responses: Sequence[Path], batch_size: int) -> Work:
+        """Both orders of each pair of responses under each principle, what they have in common computed once.
+
+        Args:
+            prompts: table, for the number of pairs where there are no responses yet.
+            responses: both tables, which need not be there.
+            batch_size: pairs at a time of all ranks of all jobs.
+        """
+        settings = self.config.judge
+        principles = read_judged(settings.principles)
+        if all(path.is_file() for path in responses) and self.tokenizer:
+            template = read_template(self.tokenizer, settings.template, settings, "judge.format")
+            judge = Judge(
+                None,  # type: ignore[arg-type]  # it only encodes
+                self.tokenizer,
+                template=template,
+                principles=principles,
+                max_length=settings.max_length,
+                device="cpu",
+            )
+            pairs = [judge.encode(pair) for pair in self._pairs(*responses)]
+            orders = [order for pair in pairs if pair for order in (pair.order_12, pair.order_21)]
+            lengths = [packed(order) for order in orders]
+            rows, counted = len(orders) // 2, True
+        else:
+            rows, counted = self._rows(prompts, PROMPTS.columns, "prompts")
+            texts = [principle.dimension + principle.definition for principle in principles]
+            head = self._count(Path(settings.template).read_text(encoding="utf-8")) + self.assumed.instruction_tokens
+            head = min(head + 2 * self.assumed.response_tokens, settings.max_length)
+            lengths = [head + sum(map(self._count, texts))] * 2 * rows
+            counted = False
+        return Work(
+            rows=rows,
+            tokens=sum(lengths),
+            length=fmean(lengths or [0]),
+            longest=max(lengths, default=settings.max_length),
+            passes=2 * -(-rows // batch_size),
+            counted=counted,
+        )
+
+    def sft(self, examples: Path, budget: int, ranks: int) -> Work:
+        """Instructions with answers."""
+        settings = self.config.sft
+        if examples.is_file() and self.tokenizer:
+            columns = ("example_id", "prompt_id", "instruction", "input", "output", "is_whole")
+            table = checked.read(examples, SFT_EXAMPLES, columns).sort("example_id").collect()
+            texts = ((join_instruction(row[2], row[3]), row[4], row[5]) for row in table.iter_rows())
+            found = sft.encode(self.tokenizer, texts, self.config.policy_prompt, settings.max_length)
+            usable = [(place, example) for place, example in enumerate(found) if example]
+            rows = table[[place for place, _ in usable]].select("prompt_id")
+            lengths, counted = [len(example.tokens) for _, example in usable], True
+        else:
+            number, _ = self._rows(examples, SFT_EXAMPLES.columns, "sft_data")
+            each = self._shared(self.config.policy_prompt) + self.assumed.instruction_tokens
+            lengths = [min(each + self.assumed.response_tokens, settings.max_length)] * number
+            rows, counted = _made_up(number), False
+        return _trained(settings, rows, lengths, lengths, "SFT", budget, ranks, counted)
+
+    def reward(self, records: Path, stage: str, judged: int, budget: int, ranks: int) -> Work:
+        """The reward model's training or pre-training.
+
+        Args:
+            records: table, which need not be there.
+            stage: `pmp` or `reward_model`.
+            judged: pairs that are judged, of which the records are made.
+            budget: tokens per pass.
+            ranks: of the job.
+        """
+        settings: RewardTraining = getattr(self.config, stage)
+        if records.is_file() and self.tokenizer:
+            table, _ = reward_model.read_records(records)
+            template = read_template(self.tokenizer, settings.template, self.config.scoring, "scoring.format")
+            of_texts: list[int] = []
+            for part in table.iter_slices(512):
+                texts = reward_model.record_tokens(self.tokenizer, template, part, settings, stage)
+                of_texts += map(len, texts)
+            rows, counted = table.select("prompt_id"), True
+        else:
+            passes = self.config.aggregation.passes
+            number = self.assumed.rows["pmp_data"] if stage == "pmp" else passes * judged
+            shown = 0 if stage == "pmp" else 1 / self.config.aggregation.geometric_p
+            each = self._count(Path(settings.template).read_text(encoding="utf-8"))
+            each += min(self.assumed.instruction_tokens, settings.query_length)
+            each += min(self.assumed.response_tokens, settings.response_length) + int(shown * self._principle())
+            of_texts = [min(each, settings.max_length)] * 2 * number
+            rows, counted = _made_up(number), False
+        sums = [one + other for one, other in zip(of_texts[::2], of_texts[1::2], strict=True)]
+        rectangles = [2 * max(pair) for pair in zip(of_texts[::2], of_texts[1::2], strict=True)]
+        return _trained(settings, rows, sums, rectangles, reward_model.NAME, budget, ranks, counted, texts=2)
+
+    def rl(self, prompts: Path, responses: Path, budget: int, forward_budget: int, ranks: int) -> Work:
+        """PPO: rollouts, their measuring, scoring and updating.
+
+        Args:
+            prompts: table of RL prompts, which need not be there.
+            responses: of the initial policy; where it is there, rollouts are taken to be as long as these.
+            budget: tokens per pass with gradients.
+            forward_budget: without.
+            ranks: of the job.
+        """
+        settings, prompt = self.config.ppo, self.config.policy_prompt
+        lengths, counted = self._queries(prompts, prompt, "rl_prompts")
+        fits = [row for row, length in enumerate(lengths) if length <= settings.query_length]
+        table = checked.read(prompts, RL_PROMPTS).collect()[fits] if counted else None
+        queries = [lengths[row] for row in fits]
+        steps = ppo.total_steps(len(queries), settings)
+        answer, answer_is_known = self.assumed.response_tokens, False
+        if responses.is_file():
+            found = checked.read(responses, RESPONSES).select("response_tokens").collect()["response_tokens"].mean()
+            answer, answer_is_known = round(float(str(found))) if found else answer, found is not None
+        answer = min(answer, settings.response_length)
+        tokens = shown = scored = measured = updated = 0
+        for step in range(steps):
+            of_step = [queries[row] for row in ppo.rows_of_step(step, len(queries), settings)]
+            tokens += sum(of_step)
+            if step % -(-steps // SHOWN_STEPS):
+                continue
+            shown += 1
+            whole = [length + answer for length in of_step]
+            texts = self._scored(table, step, len(queries), answer)
+            scored += sum(texts)
+            measured += sum(len(batching.passes(each, forward_budget, ranks)) for each in (whole, whole, whole, texts))
+            order = rng("ppo-minibatches", settings.seed, step, 0).permutation(len(whole))
+            for start in range(0, len(order), settings.minibatch_size):
+                part = [whole[place] for place in order[start : start + settings.minibatch_size]]
+                updated += settings.inner_epochs * len(batching.passes(part, budget, ranks))
+        rollouts = steps * settings.rollout_batch_size
+        return Work(
+            rows=rollouts,
+            tokens=tokens,
+            answers=rollouts * answer,
+            scored=round(scored / shown * steps),
+            length=tokens / rollouts + answer,
+            longest=settings.query_length + settings.response_length,
+            steps=steps,
+            passes=round(updated / shown * steps),
+            forward_passes=round(measured / shown * steps),
+            counted=counted and answer_is_known,
+        )
+
+    def _scored(self, table: pl.DataFrame | None, step: int, prompts: int, answer: int) -> list[int]:
+        """Tokens of the reward texts of a step, with responses of `answer` tokens."""
+        settings = self.config.ppo
+        answer = min(answer, settings.reward_response_length)
+        rows = ppo.rows_of_step(step, prompts, settings)
+        if table is None or self.tokenizer is None:
+            each = self._count(Path(settings.template).read_text(encoding="utf-8"))
+            each += settings.principles_per_rollout * self._principle()
+            each += min(self.assumed.instruction_tokens, settings.reward_query_length)
+            return [min(each + answer, settings.reward_max_length)] * len(rows)
+        principles = read_weighted(settings.principles)
+        chosen = table[rows]
+        template = read_template(self.tokenizer, settings.template, self.config.scoring, "scoring.format")
+        drawn = [
+            draw_principles(principles, question_type, settings, rng("ppo-principles", settings.seed, step, place))
+            for place, question_type in enumerate(chosen["question_type"])
+        ]
+        texts = reward_model.reward_text_tokens(
+            self.tokenizer,
+            template,
+            [join_instruction(*row) for row in chosen.select("instruction", "input").iter_rows()],
+            [""] * len(chosen),
+            [[principle.definition for principle in each] for each in drawn],
+            query_length=settings.reward_query_length,
+            response_length=settings.reward_response_length,
+            max_length=settings.reward_max_length,
+            keys="ppo.reward_",
+        )
+        return [min(len(text) + answer, settings.reward_max_length) for text in texts]
+
+    def _pairs(self, first: Path, second: Path) -> list[Pair]:
+        """The pairs that are judged."""
+        settings = self.config.judge
+        tables = [checked.read(path, RESPONSES).sort("prompt_id").collect() for path in (first, second)]
+        pairs = []
+        for one, other in zip(*(table.iter_rows(named=True) for table in tables), strict=True):
+            outputs = [cut_at_markers(row["response"], settings.turn_markers) for row in (one, other)]
+            too_long = PROMPT_TOO_LONG in (one["finish_reason"], other["finish_reason"])
+            if not too_long and min(map(len, outputs)) >= settings.min_characters:
+                pairs.append(Pair(one["prompt_id"], join_instruction(one["instruction"], one["input"]), *outputs))
+        return pairs
+
+    def _queries(self, prompts: Path, prompt: PolicyPrompt, name: str) -> tuple[list[int], bool]:
+        """Tokens of each prompt as the policy reads it; and whether they were counted."""
+        if not (prompts.is_file() and self.tokenizer):
+            each = self._shared(prompt) + self.assumed.instruction_tokens
+            return [each] * self.assumed.rows[name], False
+        preamble, lengths = read_preamble(prompt), []
+        table = pl.scan_parquet(prompts).select("instruction", "input").collect()
+        for part in table.iter_slices(4096):
+            texts = [prompt_text(self.tokenizer, join_instruction(*row), prompt, preamble) for row in part.iter_rows()]
+            lengths += map(len, tokenize(self.tokenizer, texts, add_special_tokens=not prompt.is_chat))
+        return lengths, True
+
+    def _rows(self, table: Path, _: object, name: str) -> tuple[int, bool]:
+        """Rows of a table, or those that are assumed."""
+        if not table.is_file():
+            return self.assumed.rows[name], False
+        return int(pl.scan_parquet(table).select(pl.len()).collect().item()), True
+
+    def _shared(self, prompt: PolicyPrompt) -> int:
+        """Tokens that all prompts of the policy begin with."""
+        if self.tokenizer:
+            return shared_tokens(self.tokenizer, prompt, read_preamble(prompt))
+        return self._count(read_preamble(prompt))
+
+    def _principle(self) -> int:
+        """Tokens of a principle's sentence."""
+        sentences = [principle.definition for principle in read_judged(self.config.judge.principles)]
+        return round(fmean(map(self._count, sentences)))
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(tokenize(self.tokenizer, [text])[0]) if self.tokenizer else -(-len(text) // 4)
+
+
+def packed(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens of prompts that begin alike, the beginning counted once (`margins`)."""
+    head = 0
+    shortest = min(map(len, prompts))
+    while head < shortest and len({prompt[head] for prompt in prompts}) == 1:
+        head += 1
+    return head + sum(len(prompt) - head for prompt in prompts)
+
+
+def _made_up(rows: int) -> pl.DataFrame:
+    """Rows of nothing but an id."""
+    return pl.DataFrame({"prompt_id": [str(row) for row in range(rows)]}, schema={"prompt_id": pl.String()})
+
+
+def _trained(
+    settings: Training,
+    rows: pl.DataFrame,
+    lengths: Sequence[int],
+    rectangles: Sequence[int],
+    name: str,
+    budget: int,
+    ranks: int,
+    counted: bool,
+    texts: int = 1,
+) -> Work:
+    """What a training computes: the split, the order and the passes are those of `training`.
+
+    Args:
+        settings: of the stage.
+        rows: `prompt_id` of each.
+        lengths: tokens of each, without padding.
+        rectangles: with.
+        name: of the draws.
+        budget: tokens per pass.
+        ranks: of the job.
+        counted: whether the lengths are a table's.
+        texts: of a row.
+    """
+    train, held = training.split(rows.with_row_index("place"), settings.eval_examples, settings.seed, name)
+    places = train["place"].to_list()
+    order = training.training_order(len(places), settings.batch_size, settings.epochs, settings.seed, name)
+    padded = [rectangles[place] for place in places]
+    _, passes = training.micro_batches(order, padded, settings.batch_size, budget, ranks) if order else ([], 0)
+    steps = len(order) // settings.batch_size
+    tokens = sum(lengths[places[row]] for row in order)
+    held_tokens = sum(lengths[place] for place in held["place"])
+    return Work(
+        rows=len(order),
+        tokens=tokens,
+        scored=held_tokens,
+        length=tokens / max(1, texts * len(order)),
+        longest=settings.max_length,
+        steps=steps,
+        passes=steps * passes,
+        counted=counted,
+    )
