@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference clean
+.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference docs-cost clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -118,6 +118,9 @@ envs: $(INSTALLED)
 
 docs-reference: $(INSTALLED)
 	python docs/write_reference.py
+
+docs-cost: $(INSTALLED)
+	python docs/write_cost.py
 
 $(INSTALLED): $(filter-out envs/vllm%,$(wildcard envs/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }

@@ -61,6 +61,18 @@ def warn_of_equal_policies():
         )
 
 
+def warn_of_lost_resources():
+    """Say that Snakemake does not merge the command line's resources with a profile's."""
+    named = [name for name in ("--set-resources", "--profile") if any(word.startswith(name) for word in sys.argv)]
+    if len(named) == 2:
+        logger.warning(
+            "--set-resources of the command line takes the place of all that the profile sets: other rules lose their "
+            "GPUs and batch sizes. Set them in a copy of the profile's folder instead."
+        )
+
+
+if workflow.is_main_process:
+    warn_of_lost_resources()
 if workflow.is_main_process and not any(word.endswith("verify") for word in sys.argv):
     warn_of_stale_results()
     warn_of_equal_policies()

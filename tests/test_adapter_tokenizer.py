@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 from salmon import identity, tokenizers
 from salmon.config import Model
@@ -169,3 +170,10 @@ def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path
     ]
     assert given == ["adapter" if own else None] * 3
     assert ("adapter/chat_template.jinja" in done.stdout) == own
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Of some architectures' configurations, transformers makes a tokenizer without a single token."""
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no vocabulary.*tokenizer\.json"):
+        load(tmp_path, None)

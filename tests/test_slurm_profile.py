@@ -189,3 +189,37 @@ def test_several_nodes_need_slurm(nodes: str) -> None:
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{nodes} nodes need SLURM" in done.stderr
+
+
+def test_plan_counts_with_the_hardware_of_the_profile(tmp_path: Path) -> None:
+    """Numbers and words of the site's file alike."""
+    site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
+    site |= {"reward_model_tokens_per_pass": 1, "policy_deepspeed": None, "gpus_per_node": 4, "policy_nodes": 2}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    line = ["--profile", "profiles/slurm", "--executor", "local", "--cores", "1", "--nolock", "--quiet", "all"]
+    line += ["--retries", "0", "--configfile", "demo/config.yaml", "--config", "plan={gpu: a10g}"]
+    line += [f"pathvars={{results: {tmp_path}/results, logs: {tmp_path}/logs}}", "--", "plan"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *line],
+        cwd=ROOT,
+        env=os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 GB, 70 TFLOPS, 600 GB/s" in done.stdout
+    tables = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.splitlines() if row.startswith("|")
+    ]
+    counts = {row[0]: row for row in tables if len(row) == 10}
+    assert {name: counts[name][7] for name in ("response0", "preferences", "pmp", "policy")} == {
+        "response0": "1 x 4",
+        "preferences": "2 x 4",
+        "pmp": "1 x 4",
+        "policy": "1 x 8",
+    }
+    passes, steps = (int(counts["reward_model"][column].replace(",", "")) for column in (6, 5))
+    assert passes == 32 // 4 * steps > 0  # a pair per pass and GPU
+    assert not (tmp_path / "results").exists()

@@ -241,6 +241,10 @@ def test_hardware_reruns_nothing_and_settings_do(tmp_path: Path) -> None:
     """Changing a resource leaves params alone; the resources of a job are not among its params."""
     text = snakemake("-n", "-p", *elsewhere(tmp_path), "--set-resources", "train_policy:tokens_per_pass=777").stdout
     assert "--tokens-per-pass 777" in text
+    done = snakemake(
+        "-n", *elsewhere(tmp_path), "--profile", "profiles/local", "--set-resources", "train_policy:ranks=2"
+    )
+    assert "takes the place of all that the profile sets" in done.stdout + done.stderr
     params = (ROOT / "rules" / "policy.smk").read_text()
     assert "tokens_per_pass" not in params.split("params:")[1].split("shell:")[0]
 

@@ -73,8 +73,11 @@ def _load(model: Model, name: str, revision: str | None, named: str) -> Any:
     with reading(f"the tokenizer of {name}", advice):
         check_depth(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
-        tokenizer("a")  # some settings are looked at only now
-        return tokenizer
+        found = tokenizer("a", add_special_tokens=False).input_ids  # some settings are looked at only now
+    if not found:
+        # transformers makes such a tokenizer of nothing where a folder has none.
+        raise UserError(f"the tokenizer of {name} has no vocabulary: its files, such as tokenizer.json, are missing")
+    return tokenizer
 
 
 def _with_adapter(model: Model, adapter: str, base: Any) -> Any:

@@ -26,6 +26,9 @@ from salmon.text import cut_at_markers, join_instruction
 SHOWN_STEPS = 16
 """PPO steps on which lengths of reward texts and passes are counted; tokens of queries are counted on all."""
 
+OF_A_CHAT = 20
+"""Tokens that a chat template adds to an instruction, where there is no tokenizer to ask."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -198,6 +201,8 @@ class Counter:
         """
         settings, prompt = self.config.ppo, self.config.policy_prompt
         lengths, counted = self._queries(prompts, prompt, "rl_prompts")
+        if not counted:  # prompts that are used are short enough
+            lengths = [min(length, settings.query_length) for length in lengths]
         fits = [row for row, length in enumerate(lengths) if length <= settings.query_length]
         table = checked.read(prompts, RL_PROMPTS).collect()[fits] if counted else None
         queries = [lengths[row] for row in fits]
@@ -300,7 +305,7 @@ class Counter:
         """Tokens that all prompts of the policy begin with."""
         if self.tokenizer:
             return shared_tokens(self.tokenizer, prompt, read_preamble(prompt))
-        return self._count(read_preamble(prompt))
+        return OF_A_CHAT if prompt.is_chat else self._count(read_preamble(prompt))
 
     def _principle(self) -> int:
         """Tokens of a principle's sentence."""
