@@ -265,6 +265,15 @@ def test_an_answer_without_a_verdict_counts_as_none(tmp_path: Path, server: Serv
     assert json.loads((tmp_path / "verdicts.manifest.json").read_text())["counts"]["unreadable"] == 1
 
 
+def test_a_judge_that_names_hardly_a_verdict_is_told(tmp_path: Path, server: Server) -> None:
+    """One equal answer is a tie that nobody was asked for, and one verdict is not enough."""
+    verdicts = iter(["A"])
+    server.judge = lambda a, b: next(verdicts, "I prefer A")
+    with pytest.raises(UserError, match=r"9 of 10 answers of .* have no line such as `Verdict: A`"):
+        run(arguments(tmp_path, server, max_requests=1))
+    assert not (tmp_path / "verdicts.parquet").exists()
+
+
 FILTER = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
 
 
@@ -273,6 +282,8 @@ FILTER = {"choices": [{"message": {"content": None}, "finish_reason": "content_f
     [
         ((400, {}, b'{"error": {"code": "content_filter", "message": "secret instruction"}}'), "content_filter"),
         ((200, {}, json.dumps(FILTER).encode()), "content_filter"),
+        ((200, {}, json.dumps(FILTER).replace("null", '""').encode()), "content_filter"),
+        ((200, {}, json.dumps(FILTER).replace("null", '"Verdict: A"').encode()), "content_filter"),
         ((400, {}, b'{"error": {"code": "context_length_exceeded"}}'), "context_length_exceeded"),
         ((413, {}, b"secret instruction"), "413"),
         ((200, {}, b"secret instruction"), "no_completion"),

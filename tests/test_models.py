@@ -342,3 +342,18 @@ def test_texts_are_read_whole_where_a_cache_gives_something_else(
     ends = reward_model._score_ends
     monkeypatch.setattr(reward_model, "_score_ends", lambda *given: ends(*given) + 0.1)
     torch.testing.assert_close(reward_model.score_alike(model, groups, 8, "cpu"), expected)
+
+
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """They would count as wrong answers. A whole text, and the end of one whose beginning is computed already."""
+    zoo.build("llama", tmp_path)
+    model = models.new_reward_model(
+        Model(base=str(tmp_path), quantization="none", dtype="float32"), LORA, "cpu", seed=0
+    ).eval()
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[8] = torch.inf
+    with pytest.raises(UserError, match=r"scores are not finite; .*model\.dtype"):
+        reward_model.score(model, [[1, 5], [1, 8]], 1, "cpu")
+    with pytest.raises(UserError, match="scores are not finite"):
+        reward_model.score_alike(model, [[[1, 5, 6], [1, 5, 7]], [[1, 5, 6], [1, 5, 8]]], 1, "cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_tasks
@@ -202,6 +203,17 @@ def test_what_cannot_be_asked_is_told(
     evaluation = Evaluation(tasks=[task], tasks_folder=own, tasks_data={"hhh": LOCAL["hhh"]})
     with pytest.raises(UserError, match=said):
         evaluate_tasks.main(arguments(short, tmp_path / "tasks", policy_prompt=prompt, evaluation=evaluation))
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Of log likelihoods that are none, lm-eval takes the first choice, which is the right one everywhere."""
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"truthfulqa_local .* are not finite; .*model\.dtype"):
+        evaluate_tasks.main(arguments(broken, tmp_path / "tasks"))
+    assert not (tmp_path / "tasks").exists()
 
 
 def test_cut_texts_are_counted(short: Path, own: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

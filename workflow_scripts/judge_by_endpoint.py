@@ -71,10 +71,11 @@ def main(arguments: Arguments) -> None:
     found, reasons = Counter(rows["preferred"].to_list()), Counter(refused.values())
     counts = {"comparisons": len(wanted), "unreadable": found[None] - len(refused), "refused": len(refused)}
     counts |= {f"refused: {reason}": number for reason, number in sorted(reasons.items())}
-    if counts["unreadable"] == len(wanted):
+    answered = 2 * sum(pair.policy != pair.initial for pair in pairs.values()) - len(refused)
+    if counts["unreadable"] > answered / 2:
         raise UserError(
-            f"no answer of {settings.model} has a line such as `Verdict: A`: mend evaluation.judge_endpoint.template, "
-            "or allow more tokens in evaluation.judge_endpoint.options"
+            f"{counts['unreadable']} of {answered} answers of {settings.model} have no line such as `Verdict: A`: mend "
+            "evaluation.judge_endpoint.template, or allow more tokens in evaluation.judge_endpoint.options"
         )
     log.info("%s", ", ".join(f"{name or 'no verdict'} {number}" for name, number in found.most_common()))
     if refused:

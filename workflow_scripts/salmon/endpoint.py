@@ -154,10 +154,10 @@ class Endpoint:
                 what = f"could not be reached, or did not answer within {self.settings.timeout:g} s ({kind})"
             else:
                 if response.status_code == httpx2.codes.OK:
+                    if _is_filtered(response):  # whatever text there is: it is not the whole answer
+                        raise Refused(FILTERED, f"{self.address} filters its answers; take another judge")
                     if (answer := _content(response)) is not None:
                         return answer
-                    if _is_filtered(response):
-                        raise Refused(FILTERED, f"{self.address} filters its answers; take another judge")
                     is_there, what = True, "answered with something that is no chat completion"
                 elif response.status_code in AGAIN:
                     what = f"answered {response.status_code}{_in_brackets(_code(response))}"
@@ -235,7 +235,7 @@ def _in_brackets(code: str) -> str:
 
 
 def _is_filtered(response: httpx2.Response) -> bool:
-    """Whether a chat completion has no text because of a filter, or because the model refuses in a field of its own."""
+    """Whether a filter has cut a chat completion, or the model refuses in a field of its own."""
     try:
         choice = response.json()["choices"][0]
         return choice.get("finish_reason") == FILTERED or bool(choice["message"].get("refusal"))

@@ -246,7 +246,7 @@ def score(
             chosen = order[start : start + batch_size]
             batch = collate([token_lists[index] for index in chosen])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            rewards[chosen] = model(**batch).logits[:, 0].float().cpu()
+            rewards[chosen] = _finite(model(**batch).logits[:, 0])
             meter.advance(len(chosen))
     model.train(was_training)
     return rewards
@@ -310,8 +310,17 @@ def _score_ends(
             past_key_values=cache,
             use_cache=True,
         )
-        rewards[chosen] = output.logits[:, 0].float().cpu()
+        rewards[chosen] = _finite(output.logits[:, 0])
     return rewards
+
+
+def _finite(rewards: torch.Tensor) -> torch.Tensor:
+    """The same in float32 on the CPU; what is not a number would count as a wrong answer."""
+    if not rewards.isfinite().all():
+        raise UserError(
+            "the reward model's scores are not finite; float16 overflows: set model.dtype to bfloat16 or float32"
+        )
+    return rewards.float().cpu()
 
 
 def _of_like_lengths(lengths: Sequence[int], size: int) -> list[list[int]]:

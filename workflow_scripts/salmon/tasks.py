@@ -6,7 +6,7 @@ So quantisation, adapter and tokenizer are the run's, and the numbers those that
 import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -122,6 +122,7 @@ class Benchmarks:
             ) from error
         if cut := _CUT.number - before:
             log.warning("%s: %d texts were longer than the model reads, and were cut on their left", task, cut)
+        check_finite(task, found["samples"])
         return metrics(found["results"], found["samples"], found.get("group_subtasks", {}), self.evaluation.seed)
 
 
@@ -186,6 +187,30 @@ def metrics(
                 one: Metric = {"value": whole, "stderr": error, "low": low, "high": high, "number": number}
                 found.setdefault(task, {})[named] = one
     return found
+
+
+def check_finite(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse answers whose log likelihoods are not numbers: lm-eval would take the first choice for the model's.
+
+    Args:
+        task: whose they are.
+        samples: as `metrics` takes them.
+    """
+
+    def numbers(part: Any) -> Iterator[float]:
+        if isinstance(part, float):
+            yield part
+        elif isinstance(part, list | tuple):
+            for each in part:
+                yield from numbers(each)
+
+    if any(
+        not math.isfinite(number) for items in samples.values() for item in items for number in numbers(item["resps"])
+    ):
+        raise UserError(
+            f"the task {task} (evaluation.tasks): the model's log likelihoods are not finite; float16 overflows: set "
+            "model.dtype to bfloat16 or float32"
+        )
 
 
 def _leaves(task: str, parts: Mapping[str, Sequence[str]]) -> list[str]:
