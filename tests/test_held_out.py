@@ -13,9 +13,10 @@ import yaml
 
 import clean_evaluation_pairs
 import clean_evaluation_prompts
+import clean_pmp_data
 from salmon import configuration, plan
 from salmon.artifacts import manifest_path, write_table
-from salmon.config import Evaluation, PolicyPrompt, TaskPrompt
+from salmon.config import Evaluation, PmpData, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
@@ -87,6 +88,34 @@ def test_no_pair_of_pmp_measures_a_reward_model(tmp_path: Path) -> None:
     clean_evaluation_pairs.main(clean_evaluation_pairs.Arguments(**given, pmp_data=pmp_data))
     assert set(pl.read_parquet(output)["instruction"]) == {"Why is it cold?", "Why is it dry?"}
     assert counts_of(output) == {"own: rows": 3, "own: kept": 2, "own: trained on by PMP": 1}
+
+
+def test_no_dialogue_of_pmp_measures_a_reward_model_at_another_depth(tmp_path: Path) -> None:
+    """The deeper query quotes the answer that was preferred in the shallower one."""
+    first, second = "\n\nHuman: Why is it warm?", "\n\nAssistant: The sun.\n\nHuman: And at night?"
+    rows = [
+        {"chosen": f"{first}\n\nAssistant: The sun.", "rejected": f"{first}\n\nAssistant: No idea."},
+        {"chosen": f"{first}{second}\n\nAssistant: The sea.", "rejected": f"{first}{second}\n\nAssistant: No."},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+    ]
+
+    def records_of(name: str, some: list[dict[str, str]]) -> pl.DataFrame:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        source = {"format": "hh_rlhf", "path": str(tmp_path / f"{name}.jsonl")}
+        pmp = PmpData.model_validate({"sources": {"hh": source}})
+        clean_pmp_data.main(clean_pmp_data.Arguments(output=tmp_path / f"{name}.parquet", pmp_data=pmp))
+        return pl.read_parquet(tmp_path / f"{name}.parquet").sort(pl.col("instruction").str.len_chars())
+
+    short, *dialogue = records_of("all", rows)["prompt_id"]
+    assert dialogue[0] == dialogue[1] != short
+
+    records_of("shallow", rows[:1])
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    evaluation = Evaluation(pairs={"own": {"format": "hh_rlhf", "path": str(tmp_path / "own.jsonl")}})
+    output = tmp_path / "pairs.parquet"
+    given = {"output": output, "evaluation": evaluation, "pmp_data": [tmp_path / "shallow.parquet"]}
+    clean_evaluation_pairs.main(clean_evaluation_pairs.Arguments(**given))
+    assert counts_of(output) == {"own: rows": 2, "own: kept": 1, "own: trained on by PMP": 1}
 
 
 def test_what_all_runs_train_on_is_left_out() -> None:

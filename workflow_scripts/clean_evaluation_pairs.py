@@ -24,7 +24,7 @@ class Arguments(script.Arguments):
 
     output: Path = Field(description="pairs (parquet); the manifest is written beside them")
     evaluation: Evaluation = Field(description="section of the configuration")
-    pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose queries are left out")
+    pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose dialogues are left out")
 
 
 def queries(path: Path) -> list[str]:
@@ -36,7 +36,7 @@ def main(arguments: Arguments) -> None:
     """Read the sources and write the table."""
     settings, counts = arguments.evaluation, Counter[str]()
     with artifacts.scratch(arguments.output) as folder:
-        trained = {fold(query) for path in arguments.pmp_data for query in queries(path)}
+        trained = {fold(preference_data.opening(query)) for path in arguments.pmp_data for query in queries(path)}
         records = preference_data.comparison_records(
             settings.pairs, settings.min_score_ratio, settings.seed, counts, trained
         )

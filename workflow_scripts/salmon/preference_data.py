@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from salmon.config import PairSource
-from salmon.formats import PAIR_FORMATS, Comparison, Located, Skipped
+from salmon.formats import ASSISTANT_TURN, PAIR_FORMATS, Comparison, Located, Skipped
 from salmon.randomness import digest, seed_of
 from salmon.script import progress
 from salmon.sources import read_source
@@ -64,6 +64,15 @@ def _complete(comparison: Comparison, min_score_ratio: float) -> Comparison | Sk
     )
 
 
+def opening(query: str) -> str:
+    """Where a dialogue begins, up to the assistant's first turn; a post, or a question alone, is whole.
+
+    A data set has one dialogue at several depths. The deeper query quotes the answer that was preferred in the
+    shallower one, so that they are held out together.
+    """
+    return query.partition(ASSISTANT_TURN)[0]
+
+
 def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
     """A row of `EVALUATION_PAIRS`, and of `PMP_RECORDS` with one column more; its outputs in an order drawn by hash."""
     record_id = digest(name, *comparison[:3])
@@ -72,7 +81,7 @@ def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
     output_1, output_2 = outputs if first else outputs[::-1]
     return {
         "record_id": record_id,
-        "prompt_id": digest(name, comparison.query),
+        "prompt_id": digest(name, opening(comparison.query)),
         "source": name,
         "instruction": comparison.query,
         "input": "",
@@ -174,7 +183,7 @@ def comparison_records(
         min_score_ratio: see `extract`.
         seed: of the draws, and of the order of outputs.
         counts: gains the numbers of rows, by source and reason (`name: reason`).
-        trained: queries, folded (`text.fold`), whose comparisons are left out.
+        trained: openings of queries, folded (`text.fold`), whose comparisons are left out.
 
     Under a limit, a source gives its records of smallest hash, whatever the order of its rows.
     """
@@ -188,9 +197,9 @@ def comparison_records(
 
 
 def _without(trained: Collection[str], comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
-    """The comparisons whose query was not trained on."""
+    """The comparisons whose dialogue was not trained on, at any depth."""
     for comparison in comparisons:
-        if trained and fold(comparison.query) in trained:
+        if trained and fold(opening(comparison.query)) in trained:
             counts[TRAINED] += 1
         else:
             yield comparison

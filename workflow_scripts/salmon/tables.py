@@ -265,7 +265,7 @@ PMP_RECORDS = _records(
     ),
     _READ_PAIRS,
     record_id="hash of source, query and outputs",
-    prompt_id="hash of source and query, which several records may share",
+    prompt_id="hash of source and of where the dialogue begins, which several records may share",
     instruction="the query: a post, or a dialogue up to the answer",
     input="always empty",
     preference="which output the person preferred, 1 or 2",
