@@ -100,6 +100,7 @@ def scorers_input(wildcards):
     return {
         "reward_models": [in_results(PLAN.path(run, "reward_model")) for run in owners],
         "principles": [RUNS[run].judge.principles for run in owners],
+        "rl_principles": [file for scorer in PLAN.scorers() for file in scorer["rl_principles"]],
         "templates": [RUNS[run].reward_model.template for run in owners],
         "model": [file for run in owners for file in base_model(run)],
     }

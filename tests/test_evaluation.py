@@ -19,7 +19,7 @@ import draw_reward_model
 import evaluate_policies
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
-from salmon import checked, configuration, evaluation, figures, intervals, plan
+from salmon import checked, configuration, evaluation, figures, intervals, plan, principles
 from salmon.artifacts import write_table
 from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
@@ -568,6 +568,13 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
         for path in ("runs/default/evaluation/scores.parquet", "evaluation/initial_scores.parquet")
     )
     assert scores.keys() == old.keys()
+    raw = merge(
+        yaml.safe_load((ROOT / "config.yaml").read_text()), yaml.safe_load((small_run / "config.yaml").read_text())
+    )
+    of_rl = raw["runs"]["default"].get("ppo", {}).get("principles") or raw["ppo"]["principles"]
+    shown = principles.to_measure(ROOT / raw["judge"]["principles"], raw["aggregation"]["dimensions"], [ROOT / of_rl])
+    assert {(name, negated) for _, name, negated, _ in scores} == shown.keys()
+    assert {one.definition for one in principles.read_weighted(ROOT / of_rl)} <= set(shown.values())
     counts = json.loads((results / "runs/default/evaluation/scores.manifest.json").read_text())["counts"]
     assert set(counts) == {"scores", "default: instructions cut", "default: outputs cut"}
     for name, ways in found["wins"]["default"].items():

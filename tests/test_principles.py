@@ -271,3 +271,21 @@ def test_check_names_what_does_not_fit() -> None:
     (gone,) = check(["Concise"], 3, "gone.json")
     assert gone.startswith("ppo.principles: ")
     assert "gone.json" in gone
+
+
+def test_answers_are_scored_by_what_every_run_was_trained_by() -> None:
+    """Each sentence once, whatever its name; the reward model's own come first, plain and negated."""
+    folder = FILES
+    files = [folder / f"{name}.json" for name in ("rl", "rl_harmless", "rl_honest", "rl_non_evasive")]
+    dimensions = ["Concise", "Comprehensive"]
+    found = principles.to_measure(folder / "judge.json", dimensions, files)
+    own = {one.dimension: one for one in principles.read_judged(folder / "judge.json")}
+    assert [*found][:4] == [(name, negated) for name in dimensions for negated in (False, True)]
+    assert found["Concise", True] == own["Concise"].negative_definition
+    assert len(set(found.values())) == len(found)
+    for file in files:
+        assert {one.definition for one in principles.read_weighted(file)} <= set(found.values())
+    assert all(name.endswith(")") and "(RL" in name for name, _ in [*found][4:])
+    assert principles.to_measure(folder / "judge.json", dimensions, []).keys() == {*[*found][:4]}
+    with pytest.raises(UserError, match="no principle Loud, which is to be shown"):
+        principles.to_measure(folder / "judge.json", ["Loud"], [])

@@ -1,4 +1,7 @@
-"""Scores of a policy's answers by every reward model of the runs, under each principle alone, plain and negated."""
+"""Scores of a policy's answers by every reward model of the runs, under each principle alone, plain and negated.
+
+The principles are those that the reward model was trained with, and those that policies were, as RL words them.
+"""
 
 import logging
 from functools import partial
@@ -10,7 +13,6 @@ from pydantic import BaseModel, Field
 
 from salmon import artifacts, checked, distributed, encoding, models, principles, provenance, reward_model, script
 from salmon.config import Model, RewardModel, Scoring
-from salmon.errors import UserError
 from salmon.tables import ANSWERS, SCORES
 from salmon.text import join_instruction
 from salmon.tokenizers import load_tokenizer
@@ -25,6 +27,7 @@ class Scorer(BaseModel):
     folder: Path = Field(description="of the reward model")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
     dimensions: list[str] = Field(description="names of the principles that it was trained with")
+    rl_principles: list[Path] = Field([], description="JSON lists of the principles that the policies are trained by")
     model: Model = Field(description="section of the configuration, without an adapter")
     tokenizer: Model = Field(description="model whose tokenizer is used")
     scoring: Scoring = Field(description="section of the configuration")
@@ -47,33 +50,30 @@ def main(arguments: Arguments) -> None:
     instructions = [join_instruction(*row) for row in answers.select("instruction", "input").iter_rows()]
     parts, counts = [], dict[str, int]()
     for scorer in arguments.scorers:
-        judged = {one.dimension: one for one in principles.read_judged(scorer.principles)}
-        if unknown := [name for name in scorer.dimensions if name not in judged]:
-            raise UserError(f"{scorer.principles} has no principle {unknown[0]}, which is to be shown; name its file")
+        sentences = principles.to_measure(scorer.principles, scorer.dimensions, scorer.rl_principles)
         tokenizer, settings = load_tokenizer(scorer.tokenizer), scorer.settings
         template = encoding.read_template(tokenizer, settings.template, scorer.scoring, "scoring.format")
         model = models.load_reward_model(scorer.model, scorer.folder, device, trainable=False)
         cut: dict[str, set[int]] = {}  # under any principle
-        ways = [(name, negated) for name in scorer.dimensions for negated in (False, True)]
         texts = [
             reward_model.reward_text_tokens(
                 tokenizer,
                 template,
                 instructions,
                 answers["response"].to_list(),
-                [[judged[name].negative_definition if negated else judged[name].definition]] * len(answers),
+                [[sentence]] * len(answers),
                 query_length=settings.query_length,
                 response_length=settings.response_length,
                 max_length=settings.max_length,
                 keys="reward_model.",
                 cut=cut,
             )
-            for name, negated in ways
+            for sentence in sentences.values()
         ]
         groups = [list(group) for group in zip(*texts, strict=True)]  # of each answer, which begin alike
         score = partial(reward_model.score_alike, model, batch_size=arguments.batch_size, device=device)
         scores = distributed.over_ranks(groups, score).double().numpy()
-        for (name, negated), column in zip(ways, scores.T, strict=True):
+        for (name, negated), column in zip(sentences, scores.T, strict=True):
             log.info("%s, %s%s: mean %.3f", scorer.name, name, ", negated" * negated, np.mean(column))
             parts.append(
                 answers.select(

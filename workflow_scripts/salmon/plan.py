@@ -533,6 +533,7 @@ class Plan:
     def scorers(self) -> list[dict[str, Any]]:
         """Every reward model of the runs, with the fields of `score_answers.Scorer`."""
         found = []
+        trained_by = [config.ppo.principles for config in self.runs.values() if config.ppo.principles_per_rollout]
         for run, config in self.runs.items():
             if self.owner(run, "reward_model") == run:
                 found.append(
@@ -541,6 +542,7 @@ class Plan:
                         "folder": self.path(run, "reward_model"),
                         "principles": config.judge.principles,
                         "dimensions": config.aggregation.dimensions,
+                        "rl_principles": list(dict.fromkeys(trained_by)),
                         "model": config.model.without_adapter(),
                         "tokenizer": self.tokenizer(run),
                         "scoring": config.scoring,

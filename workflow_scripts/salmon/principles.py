@@ -63,6 +63,37 @@ def read_judged(path: str | Path) -> list[JudgedPrinciple]:
     return principles
 
 
+def to_measure(judged: str | Path, dimensions: Sequence[str], rl: Sequence[str | Path]) -> dict[tuple[str, bool], str]:
+    """The sentences that answers are scored by: the reward model's own, plain and negated, and then those of RL.
+
+    Where RL words a principle as the reward model does, that is one. A sentence of RL is called after its principle and
+    ` (RL)`, with the file's name as well where files word it differently.
+
+    Args:
+        judged: file of the principles that the reward model was trained with.
+        dimensions: their names.
+        rl: files of those that policies are trained by.
+
+    Returns:
+        Name, and whether it is the negation -> sentence.
+    """
+    known = {one.dimension: one for one in read_judged(judged)}
+    if unknown := [name for name in dimensions if name not in known]:
+        raise UserError(f"{judged} has no principle {unknown[0]}, which is to be shown; name its file")
+    found = {
+        (name, negated): known[name].negative_definition if negated else known[name].definition
+        for name in dimensions
+        for negated in (False, True)
+    }
+    for file in rl:
+        for one in read_weighted(file):
+            if one.definition not in found.values():
+                name = f"{one.dimension} (RL)"
+                name = name if (name, False) not in found else f"{one.dimension} (RL, {Path(file).stem})"
+                found[name, False] = one.definition
+    return found
+
+
 def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
     """Principles `{dimension, definition, weight}`, in the order of the file; all of them have a weight, or none has.
 

@@ -446,7 +446,7 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
     plain = {}
     for scorer in scorers:
         settings: RewardModel = scorer["settings"]
-        inputs += _files(scorer["folder"], scorer["principles"], settings.template)
+        inputs += _files(scorer["folder"], scorer["principles"], *scorer["rl_principles"], settings.template)
         inputs += _model(scorer["tokenizer"], "tokenizer") + _model(scorer["model"])
         read = ("template", "max_length", "query_length", "response_length")
         sections = {"model": scorer["model"].deciding(), "scoring": scorer["scoring"].deciding()}

@@ -152,7 +152,7 @@ SCORES = Table(
     ("reward_model", "dimension", "opposite", "prompt_id"),
     {
         "reward_model": Column(_STRING, "the first run that has it"),
-        "dimension": Column(_STRING, "name of the principle"),
+        "dimension": Column(_STRING, "name of the principle; ` (RL)` behind it: as `ppo.principles` words it"),
         "opposite": Column(_BOOL, "whether its negative definition is shown"),
         "prompt_id": _PROMPT["prompt_id"],
         "score": Column(_REAL, "the reward"),
