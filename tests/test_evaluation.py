@@ -90,6 +90,9 @@ def test_no_interval_has_the_width_of_nothing() -> None:
     assert intervals.share([], [], 0)["value"] is None
     won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: no plain share
     assert intervals.share(won, names, 0) == intervals.estimate(won, names, 0)
+    # Of four decided prompts, all won, one in eight would look so by chance.
+    rare = intervals.share([1.0] * 4 + [0.5] * 28, names[:32], 0)
+    assert rare["low"] < 0.5 < rare["high"]
 
 
 def test_wilsons_interval_holds_what_it_says() -> None:
@@ -434,17 +437,18 @@ def test_probabilities_of_a_calibrated_model_come_true() -> None:
 def test_clean_labels_are_those_of_the_judge(tmp_path: Path) -> None:
     """Not reversed by noise; and where the mean of both orders decided, of those that agree."""
     rows = [("r0", "p0", "Concise", False), ("r1", "p0", "Ethical", True), ("r2", "p1", "Concise", False)]
-    rows += [("r3", "p1", None, False)]
+    rows += [("r3", "p1", None, False), ("r4", "p2", None, False)]  # a rule's, and the sum's
     filled = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1, "swapped": False}
     filled |= {"dimensions": NAMES, "negated": [False] * 2, "definitions": NAMES, "scores": [1.0] * 2}
     table = pl.DataFrame(
         [
             {**filled, "record_id": record, "prompt_id": prompt, "deciding": name, "flipped": flipped}
+            | {"rule": "language" if record == "r3" else None}
             for record, prompt, name, flipped in rows
         ],
         schema=PRINCIPLE_RECORDS.schema,
     )
-    counts = {"settings": {}, "inputs": {}, "counts": {"records": 4}}
+    counts = {"settings": {}, "inputs": {}, "counts": {"records": 5}}
     write_table(table, tmp_path / "records.parquet", PRINCIPLE_RECORDS, counts)
     judged = [("p0", "Concise", 1.0, 2.0), ("p0", "Ethical", 1.0, 1.0), ("p1", "Concise", 3.0, -1.0)]
     judged += [("p1", "Ethical", 1.0, -1.0)]
@@ -456,8 +460,8 @@ def test_clean_labels_are_those_of_the_judge(tmp_path: Path) -> None:
     of_both = clean_records(tmp_path / "records.parquet", tmp_path / "preferences.parquet", held)
     assert of_all is not None
     assert of_both is not None
-    assert of_all.tolist() == [True, True, False, True]
-    assert of_both.tolist() == [True, False, False, True]
+    assert of_all.tolist() == [True, True, True, False, True]
+    assert of_both.tolist() == [False, True, False, False, True]
 
 
 def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: Path) -> None:

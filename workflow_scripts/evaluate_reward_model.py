@@ -173,7 +173,7 @@ def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> n
     """
     if "flipped" not in tables.schema_of(path):
         return None
-    noise = checked.read(path, PRINCIPLE_RECORDS, ("record_id", "flipped")).collect()
+    noise = checked.read(path, PRINCIPLE_RECORDS, ("record_id", "flipped", "rule")).collect()
     rows = held.join(noise, on="record_id", how="left", maintain_order="left")
     clean: npt.NDArray[np.bool_] = ~rows["flipped"].to_numpy()
     if preferences:
@@ -186,7 +186,8 @@ def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> n
             maintain_order="left",
         )
         agree = (pl.col("s12") > 0) & (pl.col("s21") > 0) | (pl.col("s12") < 0) & (pl.col("s21") < 0)
-        clean &= here.select(agree.fill_null(pl.col("deciding").is_null())).to_series().to_numpy()
+        # Where the sum of all principles decided, no two orders of one verdict are there that could agree.
+        clean &= here.select(agree.fill_null(pl.col("rule").is_not_null())).to_series().to_numpy()
     return clean
 
 

@@ -23,8 +23,8 @@ LEVEL = 0.95
 FEW = 10  # prompts; of less, a bootstrap's interval is too narrow, and of one it has no width
 INTERVALS = (
     f"A mean's is a bootstrap's that draws whole prompts, and a mean of less than {FEW} prompts has none. A share of "
-    "prompts, without halves, has Wilson's interval, as has every share that is 0 or 1, or of less than "
-    f"{FEW} prompts."
+    "prompts without halves has Wilson's interval, as has every share that is 0 or 1, or of which less than "
+    f"{FEW} prompts are decided: that is wider than it need be."
 )
 """What intervals are, for reports."""
 Estimate = dict[str, float | int | None]
@@ -59,8 +59,8 @@ def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
     """Share of some rows for which something holds.
 
     Its interval is Wilson's where each group is one row that is 1 or 0. It is also Wilson's, of as many rows as there
-    are groups, where there are less than `FEW` or all rows are alike: too wide rather than too narrow. Else it is the
-    bootstrap's (`estimate`).
+    are groups, where less than `FEW` groups have a row that is decided (no half), or all rows are alike: too wide
+    rather than too narrow. Else it is the bootstrap's (`estimate`).
 
     Args:
         values: of the rows, [N]: 1, 0, or in between for what is undecided; NaN where a row has none.
@@ -71,7 +71,9 @@ def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
     known = ~np.isnan(column)
     rows, number = column[known], len({group for group, is_known in zip(groups, known, strict=True) if is_known})
     plain = number == len(rows) and np.isin(rows, (0, 1)).all()
-    if number and (plain or number < FEW or (rows == rows[0]).all()):
+    # Of four wins and nothing but halves besides, a bootstrap would be sure.
+    decided = len({group for group, is_one in zip(groups, known & (column != 0.5), strict=True) if is_one})
+    if number and (plain or decided < FEW or (rows == rows[0]).all()):
         low, high = wilson(float(rows.mean()), number)
         return {"value": float(rows.mean()), "low": low, "high": high, "number": len(rows)}
     return estimate(values, groups, seed)
