@@ -114,9 +114,10 @@ def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
             right.append(float((row["s12"] > 0) == first))
     found = next(line for line in text.splitlines() if line.startswith("| Concise | ")).split(" | ")
     assert found[1] == write_readme.shown(judge["principles"]["Concise"]["agree"])
-    assert found[4] == str(len(sure))
-    assert found[5].startswith(f"{sum(right) / len(right):.2f} (") if right else not found[5]
-    assert found[6].startswith(write_readme.shown(intervals.share(mean_right, sure, 0)))
+    sure_right = f"{sum(right) / len(right):.2f} (" if right else ""
+    assert found[4].startswith(sure_right)
+    assert found[4].endswith(f") of {len(right)}" if right else "")
+    assert found[5].startswith(f"{write_readme.shown(intervals.share(mean_right, sure, 0))} of {len(sure)}")
     lists = [line.split(" | ")[2] for line in text.splitlines() if line.startswith("| default | ")]
     answers = pl.read_parquet(results / "runs/default/evaluation/answers.parquet")["response"]
     having = [

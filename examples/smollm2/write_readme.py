@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from pydantic import Field
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,10 @@ def numbers(results: Path) -> str:
     parts += ["Answers that score higher than the initial policy's, by the reward model:", markdown(wins(policies))]
     parts += ["Answers that score higher than the control run's, by the reward model:"]
     parts += [markdown(wins(policies, CONTROL))]
+    parts += [f"All of {policies['behaviour'][policies['names'][0]]['words']['number']} answers."]
     parts += ["Answers that the judge prefers to the initial policy's:", markdown(judge_wins(policies))]
+    if policies.get("versus"):
+        parts += ["Answers that the judge prefers to the control run's:", markdown(judge_wins(policies, CONTROL))]
     if benchmarks := tasks_table(results, policies["names"]):
         parts += ["### Benchmarks", markdown(benchmarks)]
     return "\n\n".join(parts) + "\n"
@@ -96,6 +100,11 @@ def shown(one: Mapping[str, Any] | None, kind: str = "{:.2f}") -> str:
     return f"{kind} ({kind} to {kind})".format(one["value"], one["low"], one["high"])
 
 
+def counted(one: Mapping[str, Any]) -> str:
+    """The same with the number of rows."""
+    return f"{shown(one)} of {one['number']}" if one["number"] else ""
+
+
 def made_by(results: Path) -> str:
     """When, where, from which commit."""
     manifest = read(results / "evaluation/policies/manifest.json")
@@ -103,9 +112,11 @@ def made_by(results: Path) -> str:
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].partition(": ")[2] if named else platform.processor()
     commit = (manifest["git_commit"] or "unknown")[:7]
+    dtype = read(results / "evaluation/initial_answers.manifest.json")["settings"]["model"]["dtype"]
+    device = f"with {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "without a GPU"
     return (
-        f"Measured on {day}, on {os.cpu_count()} cores ({processor}) without a GPU, in float32, at commit {commit}. "
-        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt)."
+        f"Measured on {day}, on {os.cpu_count()} cores ({processor}) {device}, in {dtype}, at commit {commit}. "
+        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt); `of`: how many rows."
     )
 
 
@@ -184,9 +195,8 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
         "both orders agree",
         "position bias",
         "program",
-        "pairs",
-        "right, orders agree",
-        "by the mean",
+        "right where the orders agree",
+        "right by the mean",
     ]
     pairs = pl.read_parquet(results / "preferences/preferences.parquet")
     for index in (0, 1):
@@ -198,12 +208,12 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
     for name, measured in judge["principles"].items():
         row = [name, shown(measured["agree"]), shown(measured["bias"])]
         what, program = PROGRAMS.get(name, ("", None))
-        rows.append([*row, what, *(of_program(pairs.filter(dimension=name), program) if program else [""] * 3)])
+        rows.append([*row, what, *(of_program(pairs.filter(dimension=name), program) if program else [""] * 2)])
     return columns, rows
 
 
 def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> list[str]:
-    """Number of pairs with a clear difference, and how often the judge is right about them."""
+    """How often the judge is right about pairs with a clear difference: where its orders agree, and by their mean."""
     texts = pairs.select("instruction", "response0", "response1").iter_rows()
     sign = np.asarray([program(*row) for row in texts], dtype=float)
     s12, s21 = (pairs[name].to_numpy() * sign for name in ("s12", "s21"))
@@ -211,13 +221,13 @@ def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> 
     agreed = np.where(known & (s12 * s21 > 0), s12 > 0, np.nan)
     mean = np.where(known, evaluation.correct(s12 + s21), np.nan)
     measured = [intervals.share(values, groups, 0) for values in (agreed, mean)]
-    return [str(int(known.sum())), *map(shown, measured)]
+    return [counted(one) for one in measured]
 
 
 def labelled_table(judge: Mapping[str, Any]) -> Table:
     """The judge against people."""
     rows = [
-        [source, name, shown(one["agree"]), shown(one["right"]), shown(one["mean_right"])]
+        [source, name, counted(one["agree"]), shown(one["right"]), shown(one["mean_right"])]
         for source, principles in judge.get("labelled", {}).items()
         for name, one in principles.items()
     ]
@@ -233,15 +243,15 @@ def reward_table(results: Path) -> Table:
     rows = [
         [
             "held out of its own training",
-            *(shown(found["held_out"]["accuracy"]) for found in stages.values()),
+            *(counted(found["held_out"]["accuracy"]) for found in stages.values()),
         ]
     ]
     people = {stage: found["people"]["all"] for stage, found in stages.items()}
-    rows += [[f"people, {source}", *(shown(found[source]) for found in people.values())] for source in people["pmp"]]
+    rows += [[f"people, {source}", *(counted(found[source]) for found in people.values())] for source in people["pmp"]]
     held = stages["reward_model"]["held_out"]
     for name, ways in held["deciding"].items():
-        rows += [[f"{name} decided, {way}", "", shown(ways[way])] for way in ("plain", "negated", "turned")]
-    rows += [[f"{name} reversed: changes its mind", "", shown(one)] for name, one in held["flips"].items()]
+        rows += [[f"{name} decided, {way}", "", counted(ways[way])] for way in ("plain", "negated", "turned")]
+    rows += [[f"{name} reversed: changes its mind", "", counted(one)] for name, one in held["flips"].items()]
     return ["right", "after PMP", "after the judge's records"], rows
 
 
@@ -267,16 +277,20 @@ def wins(policies: Mapping[str, Any], against: str | None = None) -> Table:
         [name + ", negated" * (way == "negated"), *(shown(ways[way][run].get(against or initial)) for run in runs)]
         for model in policies["wins"].values()
         for name, ways in model.items()
-        for way in ("plain", "negated")
+        for way in ways
     ]
     return ["principle", *runs], rows
 
 
-def judge_wins(policies: Mapping[str, Any]) -> Table:
-    """Principles x runs by the judge."""
+def judge_wins(policies: Mapping[str, Any], against: str | None = None) -> Table:
+    """Principles x runs by the judge: against the initial policy, or against one of the runs."""
     initial, *runs = policies["names"]
-    rows = [[name, *(shown(found[run][initial]) for run in runs)] for name, found in policies["judge"].items()]
-    return ["principle", *runs], rows
+    runs = [run for run in runs if run != against]
+    found = policies["versus" if against else "judge"]
+    return ["principle", *runs], [
+        [name, *(shown(of_runs.get(run, {}).get(against or initial)) for run in runs)]
+        for name, of_runs in found.items()
+    ]
 
 
 def tasks_table(results: Path, names: Sequence[str]) -> Table | None:
@@ -291,7 +305,7 @@ def tasks_table(results: Path, names: Sequence[str]) -> Table | None:
         for task, metrics in found[0].items()
         for metric, one in metrics.items()
     ]
-    return ["task", "questions", *names], rows
+    return ["task", "items", *names], rows
 
 
 if __name__ == "__main__":
