@@ -162,8 +162,10 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
     yield from _table((*head, "GPU hours", "hours per job"), [_counts(one) for one in found])
     left = [one for one in found if not one.is_there]
     yield ""
-    yield f"What is not done takes {_range(sum(one.gpu_hours[end] for one in left) for end in (0, 1))} GPU hours."
-    yield "The evaluation and jobs without a GPU are not counted."
+    hours = _range(sum(one.gpu_hours[end] for one in left) for end in (0, 1))
+    stays = sum(one.cost.disk for one in left)
+    yield f"What is not done takes {hours} GPU hours, and leaves {_size(stays)} GB of models."
+    yield "The evaluation, jobs without a GPU and tables are not counted."
     yield ""
     yield from _table(("stage", "run", "GB of a GPU", "of which", "GB of disk"), [_sizes(one) for one in found])
     yield ""
