@@ -8,9 +8,10 @@ from pydantic import Field, field_validator
 from salmon.config import Count, OneOf, Positive, Section, Tokens
 
 Range = tuple[Positive, Positive]
+TableName = Literal["sft_data", "prompts", "pmp_data", "rl_prompts"]
 
 
-ROWS = {"sft_data": 288_000, "prompts": 10_000, "pmp_data": 300_000, "rl_prompts": 100_000}
+ROWS: dict[TableName, int] = {"sft_data": 288_000, "prompts": 10_000, "pmp_data": 300_000, "rl_prompts": 100_000}
 """About as many as the paper's data have."""
 
 
@@ -63,14 +64,14 @@ class Assumptions(Section):
     )
     instruction_tokens: Tokens = Field(40, description="of a prompt, without what all prompts have in common")
     response_tokens: Tokens = Field(200, description="of a response")
-    rows: dict[Literal["sft_data", "prompts", "pmp_data", "rl_prompts"], Count] = Field(
+    rows: dict[TableName, Count] = Field(
         ROWS,
         description="of tables that are not there yet",
     )
 
     @field_validator("rows")
     @classmethod
-    def _all_tables(cls, rows: dict[str, int]) -> dict[str, int]:
+    def _all_tables(cls, rows: dict[TableName, int]) -> dict[TableName, int]:
         """Those that are not named have the numbers of the paper's data."""
         return ROWS | rows
 

@@ -225,7 +225,9 @@ def training(
         held = shape.arithmetic(work.scored, work.length) / ranks
         time.passes("held out", held, work.scored / ranks / hardware.tokens_per_pass)
         phases = {"updating": (again if recomputed else kept) + logits}
-        found = Cost(time.seconds, time.parts, memory, phases, recomputed, **_disk(shape.lora, 1))
+        found = Cost(
+            time.seconds, time.parts, memory, phases, recomputed, disk=_disk(shape.lora), passing=_passing(shape.lora)
+        )
         return _judged(found, assumed, {"updating": "tokens_per_pass"}, config)
 
     return _choose(hardware, cost)
@@ -270,7 +272,15 @@ def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardw
         if not engine:
             phases["sampling"] = _cache(shape, at_once, work.longest)
         names = {"sampling": "sampling_batch_size", "updating": "tokens_per_pass"}
-        found = Cost(time.seconds, time.parts, memory, phases, recomputed, **_disk(shape.lora, 2))
+        found = Cost(
+            time.seconds,
+            time.parts,
+            memory,
+            phases,
+            recomputed,
+            disk=_disk(shape.lora),
+            passing=2 * _passing(shape.lora),
+        )
         return _judged(found, assumed, names | {"measuring": "tokens_per_forward_pass"}, config)
 
     return _choose(hardware, cost)
@@ -319,9 +329,14 @@ def _cache(shape: Shape, rows: int, length: int) -> float:
     return rows * length * shape.cache * (1 + 1 / shape.layers) + 4 * FLOAT32 * rows * shape.vocabulary
 
 
-def _disk(lora: int, trained: int) -> dict[str, float]:
-    """What a training leaves: its adapter, in float32; and its newest two checkpoints, while it is under way."""
-    return {"disk": FLOAT32 * lora, "passing": 2.0 * TRAINED * lora * trained}
+def _disk(lora: int) -> float:
+    """Bytes that a training leaves: its adapter, in float32."""
+    return FLOAT32 * lora
+
+
+def _passing(lora: int) -> float:
+    """Bytes of two checkpoints of an adapter, of which the older one goes when the newer one is whole."""
+    return 2.0 * TRAINED * lora
 
 
 def _judged(cost: Cost, assumed: Assumptions, names: Mapping[str, str], config: Config) -> Cost:

@@ -9,7 +9,7 @@ from salmon import cost, shape
 from salmon.assumptions import Assumptions
 from salmon.config import Model
 from salmon.configuration import Config
-from salmon.cost import Cost, Hardware
+from salmon.cost import Cost, Hardware, Range
 from salmon.errors import UserError
 from salmon.plan import ON_GPUS, Name, Plan, is_imported, judge_model
 from salmon.shape import Shape
@@ -43,7 +43,7 @@ class Priced:
     cost: Cost
 
     @property
-    def gpu_hours(self) -> cost.Range:
+    def gpu_hours(self) -> Range:
         """Of all jobs, the optimist's last."""
         slow, fast = (self.hardware.jobs * self.hardware.gpus * seconds / 3600 for seconds in self.cost.seconds)
         return slow, fast

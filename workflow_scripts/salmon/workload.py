@@ -13,14 +13,14 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from salmon import batching, checked, ppo, reward_model, sft, training
-from salmon.assumptions import Assumptions
+from salmon.assumptions import Assumptions, TableName
 from salmon.config import PolicyPrompt, RewardTraining, Training
 from salmon.configuration import Config
 from salmon.encoding import prompt_text, read_preamble, read_template, shared_tokens, tokenize
 from salmon.judging import Judge, Pair
 from salmon.principles import draw_principles, read_judged, read_weighted
 from salmon.randomness import rng
-from salmon.tables import PROMPT_TOO_LONG, PROMPTS, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
+from salmon.tables import PROMPT_TOO_LONG, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
 from salmon.text import cut_at_markers, join_instruction
 
 SHOWN_STEPS = 16
@@ -124,7 +124,7 @@ class Counter:
             lengths = [packed(order) for order in orders]
             rows, counted = len(orders) // 2, True
         else:
-            rows, counted = self._rows(prompts, PROMPTS.columns, "prompts")
+            rows, counted = self._rows(prompts, "prompts")
             texts = [principle.dimension + principle.definition for principle in principles]
             head = self._count(Path(settings.template).read_text(encoding="utf-8")) + self.assumed.instruction_tokens
             head = min(head + 2 * self.assumed.response_tokens, settings.max_length)
@@ -151,7 +151,7 @@ class Counter:
             rows = table[[place for place, _ in usable]].select("prompt_id")
             lengths, counted = [len(example.tokens) for _, example in usable], True
         else:
-            number, _ = self._rows(examples, SFT_EXAMPLES.columns, "sft_data")
+            number, _ = self._rows(examples, "sft_data")
             each = self._shared(self.config.policy_prompt) + self.assumed.instruction_tokens
             lengths = [min(each + self.assumed.response_tokens, settings.max_length)] * number
             rows, counted = _made_up(number), False
@@ -283,19 +283,20 @@ class Counter:
                 pairs.append(Pair(one["prompt_id"], join_instruction(one["instruction"], one["input"]), *outputs))
         return pairs
 
-    def _queries(self, prompts: Path, prompt: PolicyPrompt, name: str) -> tuple[list[int], bool]:
+    def _queries(self, prompts: Path, prompt: PolicyPrompt, name: TableName) -> tuple[list[int], bool]:
         """Tokens of each prompt as the policy reads it; and whether they were counted."""
         if not (prompts.is_file() and self.tokenizer):
             each = self._shared(prompt) + self.assumed.instruction_tokens
             return [each] * self.assumed.rows[name], False
-        preamble, lengths = read_preamble(prompt), []
+        preamble = read_preamble(prompt)
+        lengths: list[int] = []
         table = pl.scan_parquet(prompts).select("instruction", "input").collect()
         for part in table.iter_slices(4096):
             texts = [prompt_text(self.tokenizer, join_instruction(*row), prompt, preamble) for row in part.iter_rows()]
             lengths += map(len, tokenize(self.tokenizer, texts, add_special_tokens=not prompt.is_chat))
         return lengths, True
 
-    def _rows(self, table: Path, _: object, name: str) -> tuple[int, bool]:
+    def _rows(self, table: Path, name: TableName) -> tuple[int, bool]:
         """Rows of a table, or those that are assumed."""
         if not table.is_file():
             return self.assumed.rows[name], False
