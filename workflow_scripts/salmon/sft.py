@@ -163,19 +163,18 @@ def encode(
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Examples padded on their right to the longest of them.
+    """Examples padded on their right to the longest of them, without a mask: no token reads what follows it.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, int64 [B, T]. The labels of prompt and padding are `IGNORED`.
+        `input_ids` and `labels`, int64 [B, T]. The labels of prompt and padding are `IGNORED`.
     """
     width = max(len(example.tokens) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for row, (tokens, prompt, *_) in enumerate(examples):
         ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        mask[row, : len(tokens)] = 1
         labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
