@@ -84,8 +84,9 @@ def test_the_funnel_adds_up_to_the_manifests_and_to_the_rows_of_the_tables(small
     assert len(found) == len(rows)
     checked = 0
     for name, title in figures.TITLES.items():
-        path = results / configuration.ARTIFACTS[name]
-        path = results / "runs" / "default" / configuration.ARTIFACTS[name] if name == "answers" else path
+        if name == "run_judgements":  # of several runs, and here is one
+            continue
+        path = results / ("runs/default" if name in plan.OWN else "") / configuration.ARTIFACTS[name]
         counts, table = json.loads(manifest_path(path).read_text())["counts"], pl.read_parquet(path)
         mine = {source: numbers for (stage, source), numbers in found.items() if stage == title}
         for numbers in mine.values():
@@ -94,13 +95,19 @@ def test_the_funnel_adds_up_to_the_manifests_and_to_the_rows_of_the_tables(small
                 int(reason.rsplit(" ", 1)[1].replace(",", "")) for reason in numbers["why"].split(", ") if reason
             ]
             assert came == kept + left_out == kept + sum(reasons)
+        for source, numbers in mine.items():
+            for reason in filter(None, numbers["why"].split(", ")):
+                said, number = reason.rsplit(" ", 1)
+                names = [f"{source}: {said}", said, said.replace(" ", "_"), f"skipped_{said.replace(' ', '_')}"]
+                names += [f"pairs_{said.replace(' ', '_')}"]
+                assert int(number.replace(",", "")) in [counts[key] for key in names if key in counts], reason
         kept = {source: int(numbers["kept"].replace(",", "")) for source, numbers in mine.items()}
         came = {source: int(numbers["rows"].replace(",", "")) for source, numbers in mine.items()}
         if "source" in table.columns and len(mine) > 1:
             assert kept == dict(table["source"].value_counts().iter_rows())
             assert came == {source: counts[f"{source}: rows"] for source in mine}
             assert {f"{source}: kept": number for source, number in kept.items()}.items() <= counts.items()
-        elif name == "preferences":
+        elif name in figures.JUDGED:
             assert (came, kept) == ({"": counts["pairs"]}, {"": table["prompt_id"].n_unique()})
         elif name == "reward_data":
             judged = pl.read_parquet(results / "preferences" / "preferences.parquet")["prompt_id"].n_unique()

@@ -92,8 +92,12 @@ TITLES = {
     "evaluation_pairs": "evaluation pairs",
     "initial_answers": "initial policy's answers",
     "answers": "policy's answers",
+    "judged_pairs": "people's pairs, judged",
+    "answer_judgements": "answers judged beside the initial policy's",
+    "run_judgements": "answers judged beside another run's",
 }
 """Tables in whose manifests rows are counted, in the order in which they are made."""
+JUDGED = ("preferences", "judged_pairs", "answer_judgements", "run_judgements")
 
 
 def steps(name: str, run: str, counts: Mapping[str, int]) -> Iterator[Step]:
@@ -113,7 +117,7 @@ def steps(name: str, run: str, counts: Mapping[str, int]) -> Iterator[Step]:
     if name in ("response0", "response1"):
         too_long = counts.get("prompt_too_long", 0)
         yield step("", counts["rows"] - too_long, {"prompt too long": too_long}, counts["rows"])
-    elif name == "preferences":
+    elif name in JUDGED:
         left_out = {reason: counts[reason] for reason in ("prompt_too_long", "too_short", "no_room")}
         yield step("", counts["judged"], left_out, counts["pairs"])
     elif name == "reward_data":

@@ -103,6 +103,7 @@ OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
 COUNTED: tuple[Name, ...] = (
     *("sft_data", "prompts", "response0", "response1", "preferences", "reward_data", "pmp_data", "rl_prompts"),
     *("evaluation_prompts", "evaluation_pairs", "initial_answers", "answers"),
+    *("judged_pairs", "answer_judgements", "run_judgements"),
 )
 """Tables in whose manifests rows are counted on their way from raw data to records."""
 DRAWN: dict[Name, tuple[Name, ...]] = {
