@@ -71,6 +71,6 @@ rule plan:
     conda:
         "envs/model.yaml"
     params:
-        resources=json.dumps({name: hardware(name) for name in sorted({*plan.ON_GPUS.values()})}),
+        resources=lambda wildcards: json.dumps({name: hardware(name) for name in sorted({*plan.ON_GPUS.values()})}),
     shell:
         f'python {SCRIPTS}/plan.py --configuration "${VARIABLE}"' " --resources {params.resources:q} 2>&1 | tee {log:q}"

@@ -330,9 +330,10 @@ def pmp_model(wildcards):
 
 
 def hardware(name):
-    """The resources of a rule that a profile or the rule itself sets to a number or a word."""
+    """The resources of a rule that a profile or the rule itself sets to a number or a word; a module may lack the rule."""
     found = {}
-    for key, resource in workflow.get_rule(name).resources.items():
+    proxy = getattr(rules, name, None)
+    for key, resource in proxy.rule.resources.items() if proxy else ():
         value = resource.raw if isinstance(resource, Resource) else resource
         if isinstance(value, str):
             with suppress(ValueError, SyntaxError):  # of a profile, it is Python

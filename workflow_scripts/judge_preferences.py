@@ -140,8 +140,8 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
         if len(alone):
             raise UserError(
                 f"{here} and {there} are not of the same prompts: {len(alone)} of the first are not in the second, or "
-                f"with another text, such as prompt_id {min(alone)}; build both again from one table of prompts, and give runs "
-                "whose answers are compared (evaluation.against) the same ppo.query_length"
+                f"with another text, such as prompt_id {min(alone)}; build both again from one table of prompts, and "
+                "give runs whose answers are compared (evaluation.against) the same ppo.query_length"
             )
     partners = second.select("prompt_id", response_1="response", finish_reason_1="finish_reason")
     mine = shards.rows_of(first, arguments.shard, arguments.judge.shards)

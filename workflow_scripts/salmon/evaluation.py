@@ -524,8 +524,11 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()), ""]
 
     def lines_of(principles: Mapping[str, Any], cells: Callable[[Any], Sequence[str]]) -> dict[str, Sequence[str]]:
-        ways = [(name, way) for name in principles for way in ("plain", "negated")]
-        return {name + ", negated" * (way == "negated"): cells(principles[name][way]) for name, way in ways}
+        return {
+            name + ", negated" * (way == "negated"): cells(measured)
+            for name, ways in principles.items()
+            for way, measured in ways.items()
+        }
 
     lines = ["# Policies", "", f"Means with {LEVEL:.0%} intervals. {INTERVALS}", "", "## How they answer", ""]
     quantities = list(next(iter(found["behaviour"].values())))

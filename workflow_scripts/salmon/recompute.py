@@ -2,10 +2,12 @@
 
 Recomputing costs another forward pass, up to a third more time per step. What autograd keeps is measured on the model
 itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is 0 but for eager attention, which keeps
-its probabilities; c is what does not depend on the text, such as experts' weights with their adapters.
+its probabilities; c is what does not depend on the text, such as experts' weights with their adapters. Recurrent layers
+compute in chunks, up to which shorter texts are filled: where c is large, longer passes are measured.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -19,8 +21,9 @@ from salmon import distributed
 log = logging.getLogger(__name__)
 
 Setting = Literal["auto"] | bool
-SHORT = 32
-"""Tokens of the shortest pass that is measured; the others have two and four times as many."""
+SHORT, CHUNK = 32, 256
+"""Tokens of the shortest pass that is measured, and of models that compute in chunks; the others have two and four
+times as many."""
 MARGIN = 1.3
 """What is needed besides, as a factor of what is kept: intermediate results, and memory in pieces."""
 TRAINED = 12
@@ -56,9 +59,12 @@ def is_wanted(
     if sharded:
         return True
     parameters = [*parameters]
-    kept = graph_bytes(forward, parameters, longest, max(tokens, longest), device)
+    try:
+        kept = graph_bytes(forward, parameters, longest, max(tokens, longest), device)
+    except torch.OutOfMemoryError:  # not even of a short text
+        kept = math.inf
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    needed, free = int(MARGIN * kept) + TRAINED * trained + besides, free_bytes(device)
+    needed, free = MARGIN * kept + TRAINED * trained + besides, free_bytes(device)
     lacks = distributed.any_true([needed > free], device)[0]
     log.info(
         "a pass of %d tokens keeps %.2f GB of activations; %.2f GB in all, and %.2f GB are free: they are %s",
@@ -72,16 +78,39 @@ def is_wanted(
 
 
 def graph_bytes(
-    forward: Callable[[Tensor], Any], parameters: Iterable[nn.Parameter], length: int, tokens: int, device: torch.device
+    forward: Callable[[Tensor], Any],
+    parameters: Iterable[nn.Parameter],
+    length: int,
+    tokens: int,
+    device: torch.device,
+    short: int = SHORT,
 ) -> float:
-    """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, by those of short ones."""
+    """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, by those of short ones.
+
+    Args:
+        forward: a pass of the model over token ids [1, T], with gradients.
+        parameters: all of the model.
+        length: of a row.
+        tokens: of the pass.
+        device: of the model.
+        short: tokens of the shortest pass that is measured.
+    """
     weights = {_place(parameter) for parameter in parameters}
-    one, two, four = (_kept(forward, weights, times * SHORT, device) for times in (1, 2, 4))
-    # with S = SHORT: one = c + a S + b S^2, two = c + 2 a S + 4 b S^2, four = c + 4 a S + 16 b S^2
-    quadratic = max(0.0, (four - 3 * two + 2 * one) / (6 * SHORT**2))
-    linear = (four - two) / (2 * SHORT) - 6 * quadratic * SHORT
-    constant = one - linear * SHORT - quadratic * SHORT**2
-    return max(0.0, constant) + (linear + quadratic * length) * tokens
+    constant, linear, quadratic = _parabola(forward, weights, short, device)
+    if short < CHUNK and constant > 0.1 * linear * short:
+        constant, linear, quadratic = _parabola(forward, weights, CHUNK, device)
+    return constant + (linear + quadratic * length) * tokens
+
+
+def _parabola(
+    forward: Callable[[Tensor], Any], weights: set[int], short: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Bytes that are kept: in any case, per token, and per token and token of its row."""
+    one, two, four = (_kept(forward, weights, times * short, device) for times in (1, 2, 4))
+    # with S = short: one = c + a S + b S^2, two = c + 2 a S + 4 b S^2, four = c + 4 a S + 16 b S^2
+    quadratic = max(0.0, (four - 3 * two + 2 * one) / (6 * short**2))
+    linear = (four - two) / (2 * short) - 6 * quadratic * short
+    return max(0.0, one - linear * short - quadratic * short**2), linear, quadratic
 
 
 def free_bytes(device: torch.device) -> int:
