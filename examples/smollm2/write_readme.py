@@ -277,7 +277,7 @@ def wins(policies: Mapping[str, Any], against: str | None = None) -> Table:
         [name + ", negated" * (way == "negated"), *(shown(ways[way][run].get(against or initial)) for run in runs)]
         for model in policies["wins"].values()
         for name, ways in model.items()
-        for way in ways
+        for way in sorted(ways, reverse=True)  # plain, then negated
     ]
     return ["principle", *runs], rows
 

@@ -515,7 +515,7 @@ def policies(found: Mapping[str, Any]) -> Part:
 def _by_principle(principles: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Principles, plain and negated, with what was measured by policy."""
     for name, ways in principles.items():
-        for way, values in ways.items():
+        for way, values in sorted(ways.items(), reverse=True):  # plain, then negated
             yield (name if way == "plain" else f"{name}, negated"), values
 
 
