@@ -115,11 +115,11 @@ def costs(config: configuration.Config, measured: shape.Shape) -> Iterator[Cost]
     nowhere, assumed = Path("/nonexistent"), Assumptions()
     counter = Counter(config, assumed, None)
     passes = {"tokens_per_pass": 4096, "tokens_per_forward_pass": 8192}
-    sampled = counter.sampling(nowhere, nowhere, 64)
+    sampled = counter.sampling(nowhere, nowhere, nowhere, 64)
     yield cost.sampling(config, measured, assumed, sampled, Hardware(batch_size=64))
-    judged = counter.judging(nowhere, [nowhere], 8)
+    judged = counter.judging(nowhere, (nowhere, nowhere), 8)
     yield cost.judging(config, measured, assumed, judged, Hardware(batch_size=8))
-    trained = counter.reward(nowhere, "reward_model", judged.rows, 4096, 1)
+    trained = counter.reward(nowhere, "reward_model", nowhere, judged.rows, 4096, 1)
     yield cost.training(config, measured, assumed, trained, Hardware(recompute=True, tokens_per_pass=4096))
     learned = counter.rl(nowhere, nowhere, 4096, 8192, 8)
     options: list[dict[str, Any]] = [{}, {"ranks": 8, "zero": 2}, {"ranks": 8, "zero": 3}]

@@ -46,6 +46,20 @@ def test_what_a_pass_keeps(policy: Any, tokens: int) -> None:
     assert found < 1.02 * kept  # tables of positions are there once per row of those that are tried, not of a batch
 
 
+@pytest.mark.parametrize("kind", ["granite_hybrid", "falcon_h1", "qwen3_5", "lfm2"])
+def test_what_a_pass_of_recurrent_layers_keeps(kind: str, tmp_path: Path) -> None:
+    """They compute in chunks, up to which shorter texts are filled."""
+    zoo.build(kind, tmp_path)
+    settings = Model(base=str(tmp_path), quantization="none", dtype="float32")
+    policy = models.new_policy(settings, Lora(r=4), "cpu", 0)
+
+    def forward(ids: torch.Tensor) -> None:
+        policy.get_base_model().base_model(input_ids=ids, use_cache=False)
+
+    found = recompute.graph_bytes(forward, policy.parameters(), 1000, 1000, CPU)
+    assert found == pytest.approx(kept_by_autograd(policy, 1000), rel=0.06)
+
+
 @pytest.mark.parametrize("tokens", [100, 350])
 def test_memory_decides(policy: Any, tokens: int) -> None:
     """What is free lies just below, then just above what is needed: for the costliest rows that the budget allows."""

@@ -59,6 +59,12 @@ class Assumptions(Section):
         (40.0, 10.0),
         description="microseconds until the next kernel is launched, which models of few parameters wait for",
     )
+    step: Range = Field(
+        (70.0, 10.0), description="milliseconds of a step of sampling beside the model, without an engine"
+    )
+    interconnect: Range = Field(
+        (25.0, 200.0), description="GB per second that a GPU gets from others, whose weights ZeRO-3 waits for"
+    )
     useful: Range = Field(
         (0.55, 0.85), description="share of the steps of sampling slots that give a token; the rest waits for others"
     )

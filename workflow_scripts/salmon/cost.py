@@ -5,11 +5,12 @@ Times are ranges: each pass takes as long as its arithmetic or, where that is le
 makes. Both were compared with what was measured on an H100 (`tests/test_cost.py`, benchmarks/gpu-h100.json).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from salmon.assumptions import Assumptions
+from salmon.checkpoints import KEPT
 from salmon.configuration import Config
 from salmon.likelihood import LOGITS, PER_LOGIT
 from salmon.recompute import MARGIN, TRAINED
@@ -32,6 +33,23 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
+class EngineHardware:
+    """What an engine has of the GPUs: options of `vllm_server.Hardware`.
+
+    Attributes:
+        memory: share of a GPU's.
+        tensor_parallel: GPUs that hold one model.
+        rows: responses at once.
+        is_here: whether it runs on the job's GPUs, and not at an address.
+    """
+
+    memory: float = 0.9
+    tensor_parallel: int = 1
+    rows: int = 256
+    is_here: bool = True
+
+
+@dataclass(frozen=True)
 class Hardware:
     """The resources of a rule, as far as they decide time and memory.
 
@@ -45,7 +63,7 @@ class Hardware:
         recompute: whether activations are; `auto`: where they do not fit.
         zero: stage of DeepSpeed's sharding; 0: none.
         together: whether all GPUs of a job hold one model.
-        engine_memory: share of the GPU's memory that an engine takes; 0 without one.
+        engine: None where our own loop samples.
     """
 
     jobs: int = 1
@@ -57,7 +75,7 @@ class Hardware:
     recompute: bool | Literal["auto"] = "auto"
     zero: int = 0
     together: bool = False
-    engine_memory: float = 0.0
+    engine: EngineHardware | None = None
 
     @property
     def gpus(self) -> int:
@@ -65,9 +83,14 @@ class Hardware:
         return self.nodes * self.ranks
 
     @property
+    def divided(self) -> int:
+        """GPUs that hold one model while sampling and judging."""
+        return self.gpus if self.together else self.engine.tensor_parallel if self.engine else 1
+
+    @property
     def working(self) -> int:
-        """Ranks of all jobs that compute different rows."""
-        return self.jobs * (1 if self.together else self.gpus)
+        """Models of all jobs, which compute different rows."""
+        return max(1, self.jobs * self.gpus // self.divided)
 
 
 @dataclass(frozen=True)
@@ -77,19 +100,19 @@ class Cost:
     Attributes:
         seconds: of one of its jobs, the pessimist's first.
         parts: the same of its parts.
-        memory: bytes of a GPU by what they are for; those of parts that come one after another are in `phases`.
-        phases: bytes on top of `memory`, by phase; the largest counts.
+        memory: bytes of a GPU by what they are for, throughout.
+        phases: bytes on top of `memory`, by phase; they come one after another, and the largest counts.
         recomputed: whether activations are computed again, which `auto` decides by the memory.
         fits: whether the GPU has as much.
-        advice: where it does not: what to change.
+        advice: where it does not, or would be refused: what to change.
         disk: bytes that the stage leaves.
         passing: bytes of checkpoints until it has ended.
     """
 
-    seconds: Range
-    parts: Mapping[str, Range]
-    memory: Mapping[str, float]
-    phases: Mapping[str, float]
+    seconds: Range = (0.0, 0.0)
+    parts: Mapping[str, Range] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
     recomputed: bool = False
     fits: bool = True
     advice: str = ""
@@ -97,20 +120,32 @@ class Cost:
     passing: float = 0.0
 
     @property
+    def fixed(self) -> float:
+        """Bytes of a GPU throughout."""
+        return RESERVED + sum(self.memory.values())
+
+    @property
     def peak(self) -> float:
-        """Bytes of a GPU."""
-        return RESERVED + sum(self.memory.values()) + max(self.phases.values(), default=0.0)
+        """Bytes of a GPU at most."""
+        return self.fixed + max(self.phases.values(), default=0.0)
 
 
 @dataclass
 class _Time:
-    """Adds up seconds of one rank."""
+    """Adds up seconds of one rank.
+
+    Attributes:
+        shape: of the model.
+        assumed: section `plan`.
+        is_4_bit: whether weights are unpacked.
+        gathered: bytes of weights that a rank gets from others for each use (ZeRO-3).
+        parts: seconds by part, the pessimist's first.
+    """
 
     shape: Shape
     assumed: Assumptions
     is_4_bit: bool
-    slow: float = 0.0
-    fast: float = 0.0
+    gathered: float = 0.0
     parts: dict[str, Range] = field(default_factory=dict)
 
     def passes(self, name: str, arithmetic: float, number: float, uses: int = 1) -> None:
@@ -123,144 +158,170 @@ class _Time:
             uses: how often a pass goes through the layers: forward, backward (whose kernels are twice as many), again.
         """
         card, found = self.assumed.card, []
-        for share, bandwidth, launch in self._ends():
-            seconds = arithmetic / (card.tflops * 1e12 * share)
+        for end in self._ends():
             kernels = (uses + (uses > 1)) * self.shape.modules * KERNELS * (IN_4_BITS if self.is_4_bit else 1)
-            seconds = max(seconds, number * kernels * launch)
+            seconds = max(arithmetic / (card.tflops * 1e12 * end.arithmetic), number * kernels * end.launch)
             if self.is_4_bit:
-                seconds += number * uses * self.shape.linear * UNPACKING / (card.bandwidth * 1e9 * bandwidth)
-            found.append(seconds)
+                seconds += number * uses * self.shape.linear * UNPACKING / (card.bandwidth * 1e9 * end.bandwidth)
+            found.append(seconds + number * uses * self.gathered / end.interconnect)
         self._add(name, found)
 
-    def sampling(self, name: str, steps: Range, rows: int, length: float, *, engine: bool) -> None:
+    def sampling(self, name: str, steps: Sequence[float], rows: int, length: float, hardware: Hardware) -> None:
         """Steps that give each slot a token.
 
         Args:
             name: of the part.
             steps: of a rank, the pessimist's first.
             rows: slots.
-            length: of a text, half of which a token finds in the cache on average, and its prompt.
-            engine: whether an engine samples, whose kernels are launched together.
+            length: of a text, prompt included, which a token finds in the cache.
+            hardware: where.
         """
         shape, card, found = self.shape, self.assumed.card, []
-        # A matrix product with 4-bit weights reads them as they are for few rows, and unpacks them for many.
-        reads = shape.weights("nf4" if self.is_4_bit else "none")
-        many = shape.linear * UNPACKING + (shape.others + shape.experts) * shape.itemsize if self.is_4_bit else reads
+        # An engine has 16-bit weights. A matrix product with 4-bit ones reads them as they are for few rows, and
+        # unpacks them for many.
+        few = shape.weights("nf4" if self.is_4_bit and not hardware.engine else "none")
+        many = shape.linear * UNPACKING + (shape.others + shape.experts) * shape.itemsize if self.is_4_bit else few
         cache = rows * length * shape.cache
-        for number, read, (share, bandwidth, launch) in zip(steps, (many, reads), self._ends(), strict=True):
-            moved = (read + cache) / (card.bandwidth * 1e9 * bandwidth)
-            computed = shape.arithmetic(rows, length, answers=rows) / (card.tflops * 1e12 * share)
-            launched = 0 if engine else shape.modules * KERNELS * launch
-            found.append(number * max(moved, computed, launched))
+        for number, read, end in zip(steps, (few if hardware.engine else many, few), self._ends(), strict=True):
+            moved = (read + cache) / hardware.divided / (card.bandwidth * 1e9 * end.bandwidth)
+            computed = shape.arithmetic(rows, length, answers=rows) / hardware.divided
+            seconds = max(moved, computed / (card.tflops * 1e12 * end.arithmetic))
+            if not hardware.engine:  # which launches all kernels of a step together
+                seconds = max(seconds, shape.modules * KERNELS * end.launch) + end.step
+            found.append(number * (seconds + self.gathered / end.interconnect))
         self._add(name, found)
 
-    def _ends(self) -> list[tuple[float, float, float]]:
+    def _ends(self) -> tuple["_End", "_End"]:
         """The pessimist's numbers, and the optimist's."""
-        assumed = self.assumed
-        launches = sorted(assumed.launch, reverse=True)
-        shares = zip(sorted(assumed.arithmetic), sorted(assumed.bandwidth), launches, strict=True)
-        return [(share, bandwidth, launch * 1e-6) for share, bandwidth, launch in shares]
+        one = self.assumed
+        slow, fast = (
+            _End(share, bandwidth, 1e-6 * launch, 1e-3 * step, 1e9 * interconnect)
+            for share, bandwidth, launch, step, interconnect in zip(
+                sorted(one.arithmetic),
+                sorted(one.bandwidth),
+                sorted(one.launch, reverse=True),
+                sorted(one.step, reverse=True),
+                sorted(one.interconnect),
+                strict=True,
+            )
+        )
+        return slow, fast
 
-    def _add(self, name: str, seconds: list[float]) -> None:
-        self.slow, self.fast = self.slow + seconds[0], self.fast + seconds[1]
-        before = self.parts.get(name, (0.0, 0.0))
-        self.parts[name] = (before[0] + seconds[0], before[1] + seconds[1])
+    def _add(self, name: str, seconds: Sequence[float]) -> None:
+        slow, fast = self.parts.get(name, (0.0, 0.0))
+        self.parts[name] = (slow + seconds[0], fast + seconds[1])
 
     @property
     def seconds(self) -> Range:
         """In all."""
-        return self.slow, self.fast
+        slow, fast = (sum(part[end] for part in self.parts.values()) for end in (0, 1))
+        return slow, fast
+
+
+@dataclass(frozen=True)
+class _End:
+    """Assumptions at one end of their ranges: shares, seconds, bytes per second."""
+
+    arithmetic: float
+    bandwidth: float
+    launch: float
+    step: float
+    interconnect: float
 
 
 def sampling(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
     """Response0 or response1."""
-    model = config.model
-    time, engine = _time(config, shape, assumed), hardware.engine_memory > 0
-    rows, answers = work.rows / hardware.working, work.answers / hardware.working
-    at_once = max(1, min(hardware.batch_size, round(rows)))
-    divided = hardware.gpus if hardware.together else 1
-    time.passes("prompts", shape.arithmetic(work.tokens / hardware.working, work.length) / divided, rows / at_once)
-    steps = tuple(answers / at_once / share for share in sorted(assumed.useful))
-    time.sampling("answers", (steps[0], steps[1]), at_once, work.length, engine=engine)
-    memory = {"weights": shape.weights(model.quantization) / divided}
-    if model.adapter:
-        memory["adapters"] = shape.lora * FLOAT32 / divided
-    phases = {"sampling": _cache(shape, at_once, work.longest) / divided}
-    if engine:
-        memory, phases = {"engine": hardware.engine_memory * assumed.card.memory * 1e9}, {}
-    return _judged(Cost(time.seconds, time.parts, memory, phases), assumed, {"sampling": "batch_size"}, config)
+
+    def price(hardware: Hardware) -> Cost:
+        time = _time(config, shape, assumed)
+        rows, answers = work.rows / hardware.working, work.answers / hardware.working
+        at_once = max(1, min(slots(hardware), round(rows)))
+        prompts = shape.arithmetic(work.tokens / hardware.working, work.length) / hardware.divided
+        time.passes("prompts", prompts, rows / at_once)
+        steps = [answers / at_once / share for share in sorted(assumed.useful)]
+        time.sampling("answers", steps, at_once, work.length, hardware)
+        if hardware.engine:
+            return Cost(time.seconds, time.parts, _of_engine(shape, assumed, hardware, config), {})
+        memory = {"weights": shape.weights(config.model.quantization) / hardware.divided}
+        if config.model.adapter:
+            memory["adapters"] = shape.lora * FLOAT32 / hardware.divided
+        phases = {"reading": at_once * work.prompt * _working(shape) / hardware.divided}
+        phases["sampling"] = _cache(shape, at_once, work.longest) / hardware.divided
+        return Cost(time.seconds, time.parts, memory, phases)
+
+    return _advised(price, hardware, assumed, config, {"batch_size": ("reading", "sampling")})
 
 
 def judging(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
     """The judging of all pairs."""
-    time = _time(config, shape, assumed)
-    divided = hardware.gpus if hardware.together else 1
-    share = work.tokens / hardware.working
-    time.passes("pairs", shape.arithmetic(share, work.length) / divided, work.passes)
-    memory = {"weights": shape.weights(config.model.quantization) / divided}
-    if config.model.adapter:
-        memory["adapters"] = shape.lora * FLOAT32 / divided
-    tokens = hardware.batch_size * max(work.longest, 1)
-    phases = {"judging": tokens * (_working(shape) + shape.cache) / divided + tokens * work.longest * shape.itemsize}
-    return _judged(Cost(time.seconds, time.parts, memory, phases), assumed, {"judging": "batch_size"}, config)
+
+    def price(hardware: Hardware) -> Cost:
+        time = _time(config, shape, assumed)
+        share = shape.arithmetic(work.tokens / hardware.working, work.length) / hardware.divided
+        time.passes("pairs", share, work.passes)
+        memory = {"weights": shape.weights(config.model.quantization) / hardware.divided}
+        if config.model.adapter:
+            memory["adapters"] = shape.lora * FLOAT32 / hardware.divided
+        tokens = hardware.batch_size * work.longest
+        mask = tokens * work.longest * shape.itemsize
+        phases = {"judging": tokens * (_working(shape) + shape.cache) / hardware.divided + mask}
+        return Cost(time.seconds, time.parts, memory, phases)
+
+    return _advised(price, hardware, assumed, config, {"batch_size": ("judging",)})
 
 
 def training(
     config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware, *, is_sft: bool = False
 ) -> Cost:
     """SFT, pre-training or training of the reward model."""
-    ranks = hardware.working
-    memory = {"weights": _weights(config, shape, hardware), **_trained(shape.lora, 1, hardware)}
-    tokens = max(hardware.tokens_per_pass, work.longest if is_sft else 2 * work.longest)
-    logits = tokens * shape.vocabulary * PER_LOGIT if is_sft else 0
-    kept, again = _activations(shape, tokens, work.longest)
 
-    def cost(recomputed: bool) -> Cost:
-        time = _time(config, shape, assumed)
+    def price(hardware: Hardware, recomputed: bool) -> Cost:
+        ranks = hardware.working
+        memory = {"weights": _weights(config, shape, hardware), **_trained(shape.lora, 1, hardware)}
+        tokens = max(hardware.tokens_per_pass, work.longest if is_sft else 2 * work.longest)
+        logits = tokens * shape.vocabulary * PER_LOGIT if is_sft else 0
+        kept, again = _activations(shape, shape.autocast, tokens, work.longest)
+        kept += MARGIN * FLOAT32 * shape.lora  # adapters as autocast has them
+        time = _time(config, shape, assumed, hardware)
         answers = work.tokens if is_sft else 0
         once = shape.arithmetic(work.tokens, work.length, answers=answers, backward=True)
-        if recomputed:
-            once += shape.arithmetic(work.tokens, work.length)
+        once += shape.arithmetic(work.tokens, work.length) * recomputed
         time.passes("updating", once / ranks, work.passes, uses=3 if recomputed else 2)
         held = shape.arithmetic(work.scored, work.length) / ranks
         time.passes("held out", held, work.scored / ranks / hardware.tokens_per_pass)
-        phases = {"updating": (again if recomputed else kept) + logits}
-        found = Cost(
-            time.seconds, time.parts, memory, phases, recomputed, disk=_disk(shape.lora), passing=_passing(shape.lora)
-        )
-        return _judged(found, assumed, {"updating": "tokens_per_pass"}, config)
+        phases = {"updating": (again if recomputed else kept) + logits, **_loading(config, shape, hardware)}
+        passing = _passing(shape.lora, hardware)
+        return Cost(time.seconds, time.parts, memory, phases, recomputed, disk=_disk(shape.lora), passing=passing)
 
-    return _choose(hardware, cost)
+    return _advised(_chosen(price, assumed), hardware, assumed, config, {"tokens_per_pass": ("updating",)})
 
 
 def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
     """PPO of one run."""
-    ppo, model, ranks = config.ppo, config.model, hardware.gpus
-    engine = ppo.engine == "vllm"
-    adapters = (4 if model.adapter else 3) * shape.lora * FLOAT32
-    memory = {"weights": _weights(config, shape, hardware), "adapters": adapters - 2 * shape.lora * FLOAT32}
-    memory |= _trained(shape.lora, 2, hardware)
-    if engine:
-        memory["engine"] = hardware.engine_memory * assumed.card.memory * 1e9
-    rows = work.rows / work.steps / ranks
-    at_once = max(1, min(hardware.batch_size, round(rows)))
-    longest = max(work.longest, ppo.reward_max_length)
-    kept, again = _activations(shape, max(hardware.tokens_per_pass, work.longest), work.longest)
-    logits = min(LOGITS, hardware.tokens_per_pass * shape.vocabulary) * PER_LOGIT
-    passed = max(hardware.tokens_per_forward_pass, longest) * _working(shape)
-    tokens, answer = work.tokens + work.answers, work.answers / work.rows
+    ppo, model = config.ppo, config.model
 
-    def cost(recomputed: bool) -> Cost:
-        time = _time(config, shape, assumed)
-        prompts = shape.arithmetic(work.tokens, work.length) / ranks
-        time.passes("sampling", prompts, work.steps * rows / at_once)
+    def price(hardware: Hardware, recomputed: bool) -> Cost:
+        ranks = hardware.gpus
+        adapters = (2 if model.adapter else 1) * shape.lora * FLOAT32  # reward model, and reference
+        memory = {"weights": _weights(config, shape, hardware), "adapters": adapters}
+        memory |= _trained(shape.lora, 2, hardware)
+        memory |= _of_engine(shape, assumed, hardware, config)
+        rows = work.rows / work.steps / ranks
+        at_once = max(1, min(slots(hardware), round(rows)))
+        longest = max(work.longest, ppo.reward_max_length)
+        kept, again = _activations(shape, shape.graph, max(hardware.tokens_per_pass, work.longest), work.longest)
+        logits = min(LOGITS, hardware.tokens_per_pass * shape.vocabulary) * PER_LOGIT
+        passed = max(hardware.tokens_per_forward_pass, longest) * _working(shape)
+        tokens, answer = work.tokens + work.answers, work.answers / work.rows
+        time = _time(config, shape, assumed, hardware)
+        time.passes("sampling", shape.arithmetic(work.tokens, work.length) / ranks, work.steps * rows / at_once)
         # Where all rows of a step are sampled at once, the step ends with the longest of them.
         waited = work.steps * ppo.response_length, work.steps * min(2 * answer, ppo.response_length)
         shares = sorted(assumed.useful)
         steps = [
             max(work.answers / ranks / at_once / share, least) for share, least in zip(shares, waited, strict=True)
         ]
-        time.sampling("sampling", (steps[0], steps[1]), at_once, work.length, engine=engine)
+        time.sampling("sampling", steps, at_once, work.length, hardware)
         measured = 3 * shape.arithmetic(tokens, work.length) + 2 * shape.arithmetic(0, 0, answers=work.answers)
         measured += shape.arithmetic(work.scored, work.scored / work.rows)
         time.passes("measuring", measured / ranks, work.forward_passes)
@@ -269,39 +330,61 @@ def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardw
         updated += 2 * shape.arithmetic(tokens, work.length) * recomputed
         time.passes("updating", ppo.inner_epochs * updated / ranks, 2 * work.passes, uses=3 if recomputed else 2)
         phases = {"measuring": passed + logits, "updating": (again if recomputed else kept) + logits}
-        if not engine:
-            phases["sampling"] = _cache(shape, at_once, work.longest)
-        names = {"sampling": "sampling_batch_size", "updating": "tokens_per_pass"}
-        found = Cost(
-            time.seconds,
-            time.parts,
-            memory,
-            phases,
-            recomputed,
-            disk=_disk(shape.lora),
-            passing=2 * _passing(shape.lora),
-        )
-        return _judged(found, assumed, names | {"measuring": "tokens_per_forward_pass"}, config)
+        phases |= _loading(config, shape, hardware)
+        if not hardware.engine:
+            reading = at_once * ppo.query_length * _working(shape)
+            phases["sampling"] = max(reading, _cache(shape, at_once, work.longest))
+        passing = 2 * _passing(shape.lora, hardware)
+        return Cost(time.seconds, time.parts, memory, phases, recomputed, disk=_disk(shape.lora), passing=passing)
 
-    return _choose(hardware, cost)
+    names = {"batch_size": ("sampling",), "tokens_per_pass": ("updating",), "tokens_per_forward_pass": ("measuring",)}
+    return _advised(_chosen(price, assumed), hardware, assumed, config, names)
 
 
-def _time(config: Config, shape: Shape, assumed: Assumptions) -> _Time:
-    return _Time(shape, assumed, config.model.quantization == "nf4")
+def _time(config: Config, shape: Shape, assumed: Assumptions, hardware: Hardware | None = None) -> _Time:
+    gathered = shape.weights(config.model.quantization) if hardware and hardware.zero == 3 else 0.0
+    return _Time(shape, assumed, config.model.quantization == "nf4", gathered)
 
 
-def _choose(hardware: Hardware, cost: Callable[[bool], Cost]) -> Cost:
+def slots(hardware: Hardware) -> int:
+    """Rows that are sampled at once."""
+    return hardware.engine.rows if hardware.engine else hardware.batch_size
+
+
+def _of_engine(shape: Shape, assumed: Assumptions, hardware: Hardware, config: Config) -> dict[str, float]:
+    """Bytes that an engine takes of a GPU: its share, or more where 16-bit weights and a cache do not fit into that."""
+    engine = hardware.engine
+    if engine is None or not engine.is_here:
+        return {}
+    length = config.sampling.max_length
+    least = shape.weights("none") / engine.tensor_parallel + shape.cache * length
+    return {"engine": max(engine.memory * assumed.card.memory * 1e9, least)}
+
+
+def _chosen(price: Callable[[Hardware, bool], Cost], assumed: Assumptions) -> Callable[[Hardware], Cost]:
     """With or without recomputed activations, as the resource says, or as `recompute.is_wanted` would."""
-    if hardware.recompute != "auto":
-        return cost(hardware.recompute)
-    kept = cost(False)
-    return cost(True) if hardware.zero == 3 or not kept.fits else kept
+
+    def chosen(hardware: Hardware) -> Cost:
+        if hardware.recompute != "auto":
+            return price(hardware, hardware.recompute)
+        kept = price(hardware, False)
+        fits = kept.fixed + kept.phases["updating"] <= assumed.card.memory * 1e9
+        return kept if fits and hardware.zero != 3 else price(hardware, True)
+
+    return chosen
 
 
 def _weights(config: Config, shape: Shape, hardware: Hardware) -> float:
     """Bytes of the base model's weights; ZeRO-3 divides them, and gathers one layer's at a time."""
     whole = shape.weights(config.model.quantization)
     return whole / hardware.gpus + whole / shape.layers if hardware.zero == 3 else whole
+
+
+def _loading(config: Config, shape: Shape, hardware: Hardware) -> dict[str, float]:
+    """Bytes on top while 4-bit weights are loaded, which ZeRO-3 divides only then."""
+    if hardware.zero != 3 or config.model.quantization == "none":
+        return {}
+    return {"loading": shape.weights("nf4") - _weights(config, shape, hardware)}
 
 
 def _trained(lora: int, adapters: int, hardware: Hardware) -> dict[str, float]:
@@ -311,16 +394,21 @@ def _trained(lora: int, adapters: int, hardware: Hardware) -> dict[str, float]:
     return {"trained adapters": FLOAT32 * parameters, "gradients and moments": states * parameters}
 
 
-def _activations(shape: Shape, tokens: int, length: int) -> tuple[float, float]:
+def _activations(shape: Shape, graph: tuple[float, float] | None, tokens: int, length: int) -> tuple[float, float]:
     """Bytes that a pass keeps for its backward pass; and where they are computed again, layer by layer."""
-    linear, quadratic = shape.graph or (34 * shape.layers * shape.width * shape.itemsize, 0.0)  # or by a Llama's
-    graph = MARGIN * (linear + quadratic * length) * tokens
-    return graph, shape.layers * shape.width * shape.itemsize * tokens + graph / shape.layers
+    linear, quadratic = graph or (_like_a_llama(shape), 0.0)
+    kept = MARGIN * (linear + quadratic * length) * tokens
+    return kept, shape.layers * shape.width * shape.itemsize * tokens + kept / shape.layers
+
+
+def _like_a_llama(shape: Shape) -> float:
+    """Bytes that autograd keeps of a token, where they are not known."""
+    return 34.0 * shape.layers * shape.width * shape.itemsize
 
 
 def _working(shape: Shape) -> float:
     """Bytes per token of a pass that keeps nothing: some results of one layer."""
-    linear, _ = shape.graph or (34 * shape.layers * shape.width * shape.itemsize, 0.0)
+    linear, _ = shape.graph or (_like_a_llama(shape), 0.0)
     return linear / shape.layers
 
 
@@ -334,23 +422,83 @@ def _disk(lora: int) -> float:
     return FLOAT32 * lora
 
 
-def _passing(lora: int) -> float:
-    """Bytes of two checkpoints of an adapter, of which the older one goes when the newer one is whole."""
-    return 2.0 * TRAINED * lora
+def _passing(lora: int, hardware: Hardware) -> float:
+    """Bytes of an adapter's checkpoints: those that are kept, and the one that is written before the oldest goes."""
+    return (KEPT + 1.0) * (TRAINED + FLOAT32 * (hardware.zero > 0)) * lora
 
 
-def _judged(cost: Cost, assumed: Assumptions, names: Mapping[str, str], config: Config) -> Cost:
-    """The same with what to change where it does not fit."""
+def _advised(
+    price: Callable[[Hardware], Cost],
+    hardware: Hardware,
+    assumed: Assumptions,
+    config: Config,
+    names: Mapping[str, Sequence[str]],
+) -> Cost:
+    """The cost with this hardware and, where it does not fit, what to change: found by trying.
+
+    Args:
+        price: of any hardware.
+        hardware: the profile's.
+        assumed: section `plan`.
+        config: of the run.
+        names: resource -> the phases that it makes smaller.
+    """
     free = assumed.card.memory * 1e9
+    cost = price(hardware)
+    if hardware.together and config.model.quantization != "none":
+        return replace(
+            cost, fits=False, advice="tensor_parallel divides 16-bit weights only: set model.quantization to none"
+        )
     if cost.peak <= free:
         return cost
-    fixed = RESERVED + sum(cost.memory.values())
-    largest = max(cost.phases, key=lambda name: cost.phases[name], default="")
-    if fixed + 0.05 * cost.phases.get(largest, 0.0) < free and largest:
-        share = (free - fixed) / cost.phases[largest]
-        advice = f"lower {names[largest]} to {share:.0%} of what it is"
-    elif config.model.quantization == "none":
-        advice = "set model.quantization to nf4, share the weights (zero3.json, tensor_parallel), or take larger GPUs"
-    else:
-        advice = "take larger GPUs, or model.quantization none with shared weights (zero3.json, tensor_parallel)"
-    return replace(cost, fits=False, advice=advice)
+    is_training = "tokens_per_pass" in names
+    others: list[tuple[str, Hardware]] = [("", hardware)]
+    if is_training and hardware.recompute is False:
+        others.append(("set gradient_checkpointing to auto", replace(hardware, recompute="auto")))
+    if is_training and hardware.zero < 3 and hardware.gpus > 1:
+        others.append(("share the weights by zero3.json", replace(hardware, zero=3, recompute="auto")))
+    if not is_training and config.model.quantization == "none" and hardware.gpus > 1 and not hardware.together:
+        others.append(("set tensor_parallel", replace(hardware, together=True)))
+    for said, other in others:
+        found, changes = _smaller(price, other, free, names)
+        if price(found).peak <= free:
+            return replace(cost, fits=False, advice=", and ".join(filter(None, [said, *changes])))
+    quantise = "" if config.model.quantization == "nf4" else "set model.quantization to nf4, or "
+    more = "" if hardware.gpus > 1 and is_training else "share the model among several GPUs (docs/slurm.md), or "
+    return replace(cost, fits=False, advice=f"{quantise}{more}take larger GPUs")
+
+
+def _smaller(
+    price: Callable[[Hardware], Cost], hardware: Hardware, free: float, names: Mapping[str, Sequence[str]]
+) -> tuple[Hardware, list[str]]:
+    """The hardware with each resource at the largest value at which its phases fit, and what was changed."""
+    said = []
+    for resource, phases in names.items():
+        low, high = 1, int(getattr(hardware, resource))
+        if _fits(price, hardware, resource, high, phases, free) or not _fits(
+            price, hardware, resource, 1, phases, free
+        ):
+            continue
+        while high - low > max(1, low // 64):
+            middle = (low + high) // 2
+            low, high = (middle, high) if _fits(price, hardware, resource, middle, phases, free) else (low, middle)
+        hardware = _with(hardware, resource, low)
+        said.append(f"lower {'sampling_' * (resource == 'batch_size' and len(names) > 1)}{resource} to {low}")
+    return hardware, said
+
+
+def _with(hardware: Hardware, resource: str, value: int) -> Hardware:
+    return replace(hardware, **{resource: value})  # type: ignore[arg-type]
+
+
+def _fits(
+    price: Callable[[Hardware], Cost],
+    hardware: Hardware,
+    resource: str,
+    value: int,
+    phases: Sequence[str],
+    free: float,
+) -> bool:
+    """Whether some phases fit with a value of a resource."""
+    found = price(_with(hardware, resource, value))
+    return found.fixed + max((found.phases.get(phase, 0.0) for phase in phases), default=0.0) <= free

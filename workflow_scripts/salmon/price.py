@@ -1,15 +1,17 @@
 """What a configuration's runs cost with the hardware of a profile: the stages, each with its work and its cost."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from salmon import cost, shape
 from salmon.assumptions import Assumptions
+from salmon.border import read_json
 from salmon.config import Model
 from salmon.configuration import Config
-from salmon.cost import Cost, Hardware, Range
+from salmon.cost import Cost, EngineHardware, Hardware, Range
 from salmon.errors import UserError
 from salmon.plan import ON_GPUS, Name, Plan, is_imported, judge_model
 from salmon.shape import Shape
@@ -60,7 +62,7 @@ def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
         UserError: where a base model's configuration cannot be read, or the profile lacks a rule.
     """
     shapes: dict[str, Shape] = {}
-    counters: dict[str, Counter] = {}
+    tokenizers: dict[str, Any] = {}
     works: dict[str, Work] = {}
     for name, rule in ON_GPUS.items():
         for run, config in plan.runs.items():
@@ -68,16 +70,23 @@ def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
             if path in works or path not in plan.wanted() or is_imported(config, name):
                 continue
             model = judge_model(config) if name == "preferences" else config.model
+            # The judge has a tokenizer of its own where it is another model.
+            reads = plan.tokenizer(run) if model == config.model else model
             key = repr((model.model_dump(exclude={"adapter", "adapter_revision"}), config.lora))
             if key not in shapes:
                 shapes[key] = shape.measure(model.without_adapter(), config.lora)
-            if key not in counters:
-                counters[key] = Counter(config, config.plan, _tokenizer(plan.tokenizer(run)))
-            counter = Counter(config, config.plan, counters[key].tokenizer)
+            if repr(reads) not in tokenizers:
+                tokenizers[repr(reads)] = _tokenizer(reads)
             hardware = _hardware(name, config, resources.get(rule, {}))
-            works[path] = work = _work(plan, run, name, counter, hardware, works)
-            judged = config.model_copy(update={"model": model})
-            found = _cost(name, judged, shapes[key], config.plan, work, hardware)
+            counter = Counter(config, config.plan, tokenizers[repr(reads)])
+            try:
+                works[path] = work = _work(plan, run, name, counter, hardware, works)
+                found = _cost(
+                    name, config.model_copy(update={"model": model}), shapes[key], config.plan, work, hardware
+                )
+            except UserError as error:  # which the stage would say, too
+                works[path] = work = Work(rows=0, tokens=0)
+                found = Cost(fits=False, advice=str(error))
             yield Priced(name, run, path, Path(path).exists(), work, hardware, found)
 
 
@@ -93,24 +102,41 @@ def _hardware(name: Name, config: Config, resources: Mapping[str, Any]) -> Hardw
     """The resources of a rule as numbers."""
     shards = {"response0": config.sampling.shards, "response1": config.sampling.shards}
     shards["preferences"] = config.judge.shards
-    by_engine = (name == "policy" and config.ppo.engine == "vllm") or (
-        name in ("response0", "response1") and config.sampling.engine == "vllm"
-    )
-    words = str(resources.get("engine", "")).split()
-    memory = float(words[words.index("--engine.memory") + 1]) if "--engine.memory" in words else 0.5
-    recompute = str(resources.get("gradient_checkpointing", "auto")).lower()
-    deepspeed = str(resources.get("deepspeed") or "null")
+    sampled = {"response0": config.sampling.engine, "response1": config.sampling.engine, "policy": config.ppo.engine}
     return Hardware(
         jobs=shards.get(name, 1),
         nodes=int(resources.get("nodes", 1)),
         ranks=int(resources.get("ranks", 1)),
-        batch_size=256 if by_engine else int(resources.get("sampling_batch_size", resources.get("batch_size", 1))),
+        batch_size=int(resources.get("sampling_batch_size", resources.get("batch_size", 1))),
         tokens_per_pass=int(resources.get("tokens_per_pass", 2048)),
         tokens_per_forward_pass=int(resources.get("tokens_per_forward_pass", 8192)),
-        recompute="auto" if recompute == "auto" else recompute == "true",
-        zero=0 if deepspeed == "null" else 3 if "zero3" in deepspeed else 2,
-        together=str(resources.get("tensor_parallel", "false")).lower() == "true",
-        engine_memory=memory if by_engine else 0.0,
+        recompute=_recompute(str(resources.get("gradient_checkpointing", "auto")).lower()),
+        zero=_zero(str(resources.get("deepspeed") or "null")),
+        together=str(resources.get("tensor_parallel", "false")).lower() == "true" and sampled.get(name) != "vllm",
+        engine=_engine(str(resources.get("engine", ""))) if sampled.get(name) == "vllm" else None,
+    )
+
+
+def _recompute(setting: str) -> bool | Literal["auto"]:
+    return "auto" if setting == "auto" else setting == "true"
+
+
+def _zero(file: str) -> int:
+    """Stage of a file of DeepSpeed's settings, 0 without one."""
+    if file == "null":
+        return 0
+    found = read_json(file, "", "it has to be a DeepSpeed configuration in JSON")
+    return int(found.get("zero_optimization", {}).get("stage", 0))
+
+
+def _engine(words: str) -> EngineHardware:
+    """The options of an engine that matter here."""
+    options = dict(re.findall(r"--engine\.([\w-]+)[ =](\S+)", words))
+    return EngineHardware(
+        memory=float(options.get("memory", 0.9)),
+        tensor_parallel=int(options.get("tensor-parallel", 1)),
+        rows=int(options.get("max-rows", 256)),
+        is_here="url" not in options,
     )
 
 
@@ -124,15 +150,17 @@ def _work(plan: Plan, run: str, name: Name, counter: Counter, hardware: Hardware
         case "sft":
             return counter.sft(table("sft_data"), hardware.tokens_per_pass, hardware.gpus)
         case "response0" | "response1":
-            return counter.sampling(table("prompts"), table(name), hardware.batch_size * hardware.working)
+            at_once = cost.slots(hardware) * hardware.working
+            return counter.sampling(table("prompts"), table(name), table("response0"), at_once)
         case "preferences":
-            both = [table("response0"), table("response1")]
+            both = (table("response0"), table("response1"))
             return counter.judging(table("prompts"), both, hardware.batch_size * hardware.working)
         case "pmp" | "reward_model":
             records = table("pmp_data" if name == "pmp" else "reward_data")
             judged = works.get(plan.path(run, "preferences"))
             pairs = judged.rows if judged else counter.assumed.rows["prompts"]
-            return counter.reward(records, name, pairs, hardware.tokens_per_pass, hardware.gpus)
+            budget = hardware.tokens_per_pass
+            return counter.reward(records, name, table("response0"), pairs, budget, hardware.gpus)
     budgets = hardware.tokens_per_pass, hardware.tokens_per_forward_pass
     return counter.rl(table("rl_prompts"), table("response0"), *budgets, hardware.gpus)
 
@@ -173,8 +201,9 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
     yield "checkpoints, until the stage has ended."
     for one in left:
         if not one.cost.fits:
+            what = f"does not fit into {card.memory:g} GB" if one.work.rows else "would be refused"
             yield ""
-            yield f"**{one.name} of {one.run} does not fit into {card.memory:g} GB**: {one.cost.advice}."
+            yield f"**{one.name} of {one.run} {what}**: {one.cost.advice}."
 
 
 def _counts(one: Priced) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import TaskType
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +52,7 @@ class Shape:
         cache: bytes that a token leaves in the cache while sampling.
         graph: bytes that autograd keeps of a token's pass through all layers, adapter included, and what comes on top
             per token of its text, which is 0 but for eager attention; None: not known.
+        autocast: the same under autocast, as in the trainings but RL's: adapters compute in `model.dtype`.
         itemsize: bytes of a number in `model.dtype`.
     """
 
@@ -68,6 +69,7 @@ class Shape:
     lora: int
     cache: float
     graph: tuple[float, float] | None
+    autocast: tuple[float, float] | None
     itemsize: int
 
     def weights(self, quantization: str) -> float:
@@ -142,6 +144,7 @@ def measure(model: Model, lora: Lora) -> Shape:
             lora=sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad),
             cache=_cache(base),
             graph=_graph(base),
+            autocast=_graph(_in(adapted, dtype).get_base_model()),
             itemsize=dtype.itemsize,
         )
 
@@ -176,20 +179,23 @@ def _graph(base: PreTrainedModel) -> tuple[float, float] | None:
     parameters = [*base.parameters()]
 
     def of_texts(length: int) -> float:
-        return (
-            recompute.graph_bytes(
-                lambda ids: base.base_model(input_ids=ids, use_cache=False), parameters, length, length, ids_on
-            )
-            / length
-        )
+        forward, device = lambda ids: base.base_model(input_ids=ids, use_cache=False), torch.device("meta")
+        return recompute.graph_bytes(forward, parameters, length, length, device, recompute.CHUNK) / length
 
-    ids_on = torch.device("meta")
     try:
         short, long = of_texts(1000), of_texts(2000)
     except Exception as error:  # likewise
         log.debug("graph: %s", error)
         return None
     return 2 * short - long, (long - short) / 1000
+
+
+def _in(adapted: PeftModel, dtype: torch.dtype) -> PeftModel:
+    """The same model with its adapter in another type."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 class _Attention(torch.autograd.Function):

@@ -4,7 +4,7 @@ Of a table that is not there yet, the section `plan` says how many rows it may h
 rest, such as splits, steps and passes, is worked out by the functions that the stages themselves call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from salmon.assumptions import Assumptions, TableName
 from salmon.config import PolicyPrompt, RewardTraining, Training
 from salmon.configuration import Config
 from salmon.encoding import prompt_text, read_preamble, read_template, shared_tokens, tokenize
+from salmon.errors import UserError
 from salmon.judging import Judge, Pair
 from salmon.principles import draw_principles, read_judged, read_weighted
 from salmon.randomness import rng
@@ -41,6 +42,7 @@ class Work:
         scored: tokens that the reward model reads, in RL.
         length: of a text, on average, in tokens.
         longest: of a text, at most.
+        prompt: of what is read before the first token is sampled, at most.
         steps: of the optimiser's outer loop; 0 where nothing is trained.
         passes: of a rank, over all rows, with gradients; or batches, where nothing is trained.
         forward_passes: of a rank without gradients, of one model.
@@ -53,6 +55,7 @@ class Work:
     scored: int = 0
     length: float = 0.0
     longest: int = 0
+    prompt: int = 0
     steps: int = 0
     passes: int = 0
     forward_passes: int = 0
@@ -73,19 +76,21 @@ class Counter:
     assumed: Assumptions
     tokenizer: PreTrainedTokenizerBase | None
 
-    def sampling(self, prompts: Path, responses: Path, batch_size: int) -> Work:
+    def sampling(self, prompts: Path, responses: Path, before: Path, batch_size: int) -> Work:
         """Responses to prompts.
 
         Args:
             prompts: table, which need not be there.
             responses: likewise; where it is, its lengths are those.
+            before: of another sampling, whose mean length is taken where there are no responses yet.
             batch_size: rows at a time of all ranks of all jobs.
         """
         prompt, settings = self.config.policy_prompt, self.config.sampling
         lengths, counted = self._queries(prompts, prompt, "prompts")
         longest = self._shared(prompt) + settings.max_length
         fitting = [length for length in lengths if length < longest]
-        answers = sum(min(self.assumed.response_tokens, longest - length) for length in fitting)
+        each, known = self._answer(responses, before)
+        answers = sum(min(each, longest - length) for length in fitting)
         if responses.is_file():
             found = checked.read(responses, RESPONSES).select("response_tokens").collect()
             answers = int(found["response_tokens"].sum())
@@ -95,11 +100,12 @@ class Counter:
             answers=answers,
             length=(sum(fitting) + answers) / max(1, len(fitting)),
             longest=longest,
+            prompt=max(fitting, default=0) if counted else longest // 2,
             passes=-(-len(fitting) // batch_size),
-            counted=counted,
+            counted=counted and known,
         )
 
-    def judging(self, prompts: Path, responses: Sequence[Path], batch_size: int) -> Work:
+    def judging(self, prompts: Path, responses: tuple[Path, Path], batch_size: int) -> Work:
         """Both orders of each pair of responses under each principle, what they have in common computed once.
 
         Args:
@@ -109,7 +115,10 @@ class Counter:
         """
         settings = self.config.judge
         principles = read_judged(settings.principles)
-        if all(path.is_file() for path in responses) and self.tokenizer:
+        lengths: list[int] = []
+        counted = all(path.is_file() for path in responses) and self.tokenizer is not None
+        tails = [self._count(principle.dimension + principle.definition) for principle in principles]
+        if counted and self.tokenizer:
             template = read_template(self.tokenizer, settings.template, settings, "judge.format")
             judge = Judge(
                 None,  # type: ignore[arg-type]  # it only encodes
@@ -119,23 +128,21 @@ class Counter:
                 max_length=settings.max_length,
                 device="cpu",
             )
-            pairs = [judge.encode(pair) for pair in self._pairs(*responses)]
-            orders = [order for pair in pairs if pair for order in (pair.order_12, pair.order_21)]
-            lengths = [packed(order) for order in orders]
-            rows, counted = len(orders) // 2, True
+            for pair in self._pairs(*responses):
+                if prompts_of := judge.encode(pair):
+                    lengths += [packed(prompts_of.order_12), packed(prompts_of.order_21)]
         else:
-            rows, counted = self._rows(prompts, "prompts")
-            texts = [principle.dimension + principle.definition for principle in principles]
+            rows, _ = self._rows(prompts, "prompts")
             head = self._count(Path(settings.template).read_text(encoding="utf-8")) + self.assumed.instruction_tokens
-            head = min(head + 2 * self.assumed.response_tokens, settings.max_length)
-            lengths = [head + sum(map(self._count, texts))] * 2 * rows
-            counted = False
+            head = min(head + 2 * self._answer(*responses)[0], settings.max_length)
+            lengths = [head + sum(tails)] * 2 * rows
+        pairs = len(lengths) // 2
         return Work(
-            rows=rows,
+            rows=pairs,
             tokens=sum(lengths),
             length=fmean(lengths or [0]),
-            longest=max(lengths, default=settings.max_length),
-            passes=2 * -(-rows // batch_size),
+            longest=settings.max_length + sum(sorted(tails)[:-1]),
+            passes=2 * -(-pairs // batch_size),
             counted=counted,
         )
 
@@ -157,12 +164,13 @@ class Counter:
             rows, counted = _made_up(number), False
         return _trained(settings, rows, lengths, lengths, "SFT", budget, ranks, counted)
 
-    def reward(self, records: Path, stage: str, judged: int, budget: int, ranks: int) -> Work:
+    def reward(self, records: Path, stage: str, responses: Path, judged: int, budget: int, ranks: int) -> Work:
         """The reward model's training or pre-training.
 
         Args:
             records: table, which need not be there.
             stage: `pmp` or `reward_model`.
+            responses: likewise, for the lengths of outputs where there are no records.
             judged: pairs that are judged, of which the records are made.
             budget: tokens per pass.
             ranks: of the job.
@@ -177,12 +185,14 @@ class Counter:
                 of_texts += map(len, texts)
             rows, counted = table.select("prompt_id"), True
         else:
-            passes = self.config.aggregation.passes
-            number = self.assumed.rows["pmp_data"] if stage == "pmp" else passes * judged
+            number = self.config.aggregation.passes * judged
+            if stage == "pmp":
+                number, _ = self._rows(records, "pmp_data")
             shown = 0 if stage == "pmp" else 1 / self.config.aggregation.geometric_p
             each = self._count(Path(settings.template).read_text(encoding="utf-8"))
             each += min(self.assumed.instruction_tokens, settings.query_length)
-            each += min(self.assumed.response_tokens, settings.response_length) + int(shown * self._principle())
+            answer = self.assumed.response_tokens if stage == "pmp" else self._answer(responses)[0]
+            each += min(answer, settings.response_length) + int(shown * self._principle())
             of_texts = [min(each, settings.max_length)] * 2 * number
             rows, counted = _made_up(number), False
         sums = [one + other for one, other in zip(of_texts[::2], of_texts[1::2], strict=True)]
@@ -206,11 +216,10 @@ class Counter:
         fits = [row for row, length in enumerate(lengths) if length <= settings.query_length]
         table = checked.read(prompts, RL_PROMPTS).collect()[fits] if counted else None
         queries = [lengths[row] for row in fits]
+        if settings.rollout_batch_size % ranks:
+            raise UserError(f"ppo.rollout_batch_size {settings.rollout_batch_size} is not a multiple of {ranks} GPUs")
         steps = ppo.total_steps(len(queries), settings)
-        answer, answer_is_known = self.assumed.response_tokens, False
-        if responses.is_file():
-            found = checked.read(responses, RESPONSES).select("response_tokens").collect()["response_tokens"].mean()
-            answer, answer_is_known = round(float(str(found))) if found else answer, found is not None
+        answer, answer_is_known = self._answer(responses)
         answer = min(answer, settings.response_length)
         tokens = shown = scored = measured = updated = 0
         for step in range(steps):
@@ -271,23 +280,29 @@ class Counter:
         )
         return [min(len(text) + answer, settings.reward_max_length) for text in texts]
 
-    def _pairs(self, first: Path, second: Path) -> list[Pair]:
+    def _answer(self, *responses: Path) -> tuple[int, bool]:
+        """Tokens of a response, by the first table that is there and says it; and whether one does."""
+        for path in filter(Path.is_file, responses):
+            found = checked.read(path, RESPONSES).select("response_tokens").collect()["response_tokens"].drop_nulls()
+            if len(found):
+                return round(fmean(found)), True
+        return self.assumed.response_tokens, False
+
+    def _pairs(self, first: Path, second: Path) -> Iterator[Pair]:
         """The pairs that are judged."""
-        settings = self.config.judge
-        tables = [checked.read(path, RESPONSES).sort("prompt_id").collect() for path in (first, second)]
-        pairs = []
-        for one, other in zip(*(table.iter_rows(named=True) for table in tables), strict=True):
-            outputs = [cut_at_markers(row["response"], settings.turn_markers) for row in (one, other)]
-            too_long = PROMPT_TOO_LONG in (one["finish_reason"], other["finish_reason"])
+        settings, columns = self.config.judge, ("prompt_id", "response", "finish_reason")
+        one, other = checked.read(first, RESPONSES), checked.read(second, RESPONSES).select(columns)
+        for row in one.join(other, on="prompt_id", suffix="_1").collect().iter_rows(named=True):
+            outputs = [cut_at_markers(row[name], settings.turn_markers) for name in ("response", "response_1")]
+            too_long = PROMPT_TOO_LONG in (row["finish_reason"], row["finish_reason_1"])
             if not too_long and min(map(len, outputs)) >= settings.min_characters:
-                pairs.append(Pair(one["prompt_id"], join_instruction(one["instruction"], one["input"]), *outputs))
-        return pairs
+                yield Pair(row["prompt_id"], join_instruction(row["instruction"], row["input"]), *outputs)
 
     def _queries(self, prompts: Path, prompt: PolicyPrompt, name: TableName) -> tuple[list[int], bool]:
         """Tokens of each prompt as the policy reads it; and whether they were counted."""
         if not (prompts.is_file() and self.tokenizer):
             each = self._shared(prompt) + self.assumed.instruction_tokens
-            return [each] * self.assumed.rows[name], False
+            return [each] * self._rows(prompts, name)[0], False
         preamble = read_preamble(prompt)
         lengths: list[int] = []
         table = pl.scan_parquet(prompts).select("instruction", "input").collect()
@@ -356,12 +371,16 @@ def _trained(
         counted: whether the lengths are a table's.
         texts: of a row.
     """
+    if settings.batch_size % ranks:
+        raise UserError(f"a batch_size of {settings.batch_size} is not a multiple of the {ranks} processes that train")
     train, held = training.split(rows.with_row_index("place"), settings.eval_examples, settings.seed, name)
     places = train["place"].to_list()
     order = training.training_order(len(places), settings.batch_size, settings.epochs, settings.seed, name)
     padded = [rectangles[place] for place in places]
     _, passes = training.micro_batches(order, padded, settings.batch_size, budget, ranks) if order else ([], 0)
     steps = len(order) // settings.batch_size
+    if not steps:
+        raise UserError(f"{len(rows)} rows do not fill a step of {settings.batch_size}, beside those held out")
     tokens = sum(lengths[places[row]] for row in order)
     held_tokens = sum(lengths[place] for place in held["place"])
     return Work(
