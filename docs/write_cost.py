@@ -1,11 +1,15 @@
 """Write the tables of docs/cost.md, by `snakemake plan` itself, and that of docs/slurm.md: `make docs-cost`.
 
+    python docs/write_cost.py [--demo results/demo]
+
 The models' configurations are written out here, so that nothing is downloaded; without their tokenizers a token counts
 as four characters of templates, and lengths of texts are those that the section `plan` assumes.
 """
 
+import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,16 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from salmon import configuration, cost, shape  # noqa: E402
+from salmon import configuration, cost, price, shape  # noqa: E402
 from salmon.assumptions import Assumptions  # noqa: E402
 from salmon.config import Model  # noqa: E402
 from salmon.cost import Cost, Hardware  # noqa: E402
+from salmon.plan import Plan  # noqa: E402
 from salmon.workload import Counter  # noqa: E402
 
 MODELS: dict[str, PreTrainedConfig] = {
@@ -128,13 +134,65 @@ def costs(config: configuration.Config, measured: shape.Shape) -> Iterator[Cost]
         yield cost.policy(config, measured, assumed, learned, hardware)
 
 
+def priced(results: Path) -> dict[tuple[str, str], price.Priced]:
+    """The stages of the demo's configuration, with tables in a folder."""
+    raw = configuration.read([ROOT / "config.yaml", ROOT / "demo" / "config.yaml"])
+    raw = configuration.merge(raw, {"pathvars": {"results": str(results)}})
+    plan = Plan(configuration.load(raw, ROOT))
+    return {(one.name, one.run): one for one in price.stages(plan, {})}
+
+
+def beside(results: Path, folder: Path) -> Iterator[str]:
+    """Rows of the demo's run beside what is foretold from its prompts and people's pairs alone."""
+    for table in ("prompts", "reward_data/pmp.parquet", "reward_data/pmp.manifest.json", "data"):
+        (folder / table).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (results / table).is_dir() else shutil.copy
+        copy(results / table, folder / table)
+    before, after = priced(folder), priced(results)
+    yield "| stage | run | what | foretold | with all tables | the run's own record |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    sizes = [0.0, 0.0, 0.0]
+    for (name, run), one in after.items():
+        foretold = before[name, run]
+        found: list[tuple[str, float, float, float]] = []
+        if name.startswith("response"):
+            table = pl.read_parquet(one.path)
+            found.append(("tokens read", foretold.work.tokens, one.work.tokens, table["prompt_tokens"].sum()))
+            found.append(("tokens sampled", foretold.work.answers, one.work.answers, table["response_tokens"].sum()))
+        elif name == "preferences":
+            judged = json.loads(Path(one.path).with_suffix(".manifest.json").read_text())["counts"]["judged"]
+            found.append(("pairs", foretold.work.rows, one.work.rows, judged))
+        elif name == "policy":
+            lines = [json.loads(line) for line in (Path(one.path) / "metrics.jsonl").read_text().splitlines()]
+            each = one.work.rows // one.work.steps
+            for what, key, counted in (("read", "query_tokens", "tokens"), ("sampled", "response_tokens", "answers")):
+                number = round(each * sum(line[key] for line in lines))
+                found.append((f"tokens {what}", getattr(foretold.work, counted), getattr(one.work, counted), number))
+        else:
+            counts = json.loads((Path(one.path) / "manifest.json").read_text())["counts"]
+            found.append(("tokens", foretold.work.tokens, one.work.tokens, counts["tokens"]))
+            found.append(("steps", foretold.work.steps, one.work.steps, counts["steps"]))
+        for what, *numbers in found:
+            yield f"| {name} | {run} | {what} | {' | '.join(f'{number:,.0f}' for number in numbers)} |"
+        if one.cost.disk:
+            actual = sum(file.stat().st_size for file in Path(one.path).rglob("*") if file.is_file())
+            sizes = [size + more for size, more in zip(sizes, (foretold.cost.disk, one.cost.disk, actual), strict=True)]
+    shown = " | ".join(f"{size / 1e6:.2f} MB" for size in sizes)
+    yield f"| all | all | models on disk | {shown} |"
+
+
 def main() -> None:
     """Write the tables between their marks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--demo", type=Path, help="results of the demo; without them, its table is left as it is")
+    results = parser.parse_args().demo
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for name, config in MODELS.items():
             config.save_pretrained(folder / name)
         found = {name: plan(folder, name) for name in EXAMPLES} | {"fits": "\n".join(fits(folder))}
+        if results:
+            found["demo"] = "\n".join(beside(results.resolve(), folder / "demo"))
     for file in (ROOT / "docs" / "cost.md", ROOT / "docs" / "slurm.md"):
         text = file.read_text(encoding="utf-8")
         for name, table in found.items():
