@@ -43,7 +43,7 @@ EXPECTED = {
     "evaluate_demo": ONE,
 }
 PAPER = ("policies", "sft", "demo_policy")
-DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml")
+DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml", "--forceall")  # also where the demo has run
 
 
 class Resources(dict[str, Any]):

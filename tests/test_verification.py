@@ -134,6 +134,7 @@ STALE = {
     **{f"reward_model.{key}": named("models/reward_model") | MODEL_MEASURED for key in SPLIT},
     "rl_prompts": named("rl.parquet"),
     "ppo": named(POLICY),
+    "ppo.principles": named(POLICY) | SCORED,  # answers are scored by them, too
     "ppo.template": RL,
     "ppo.temperature": named(POLICY) | ANSWERED,
     "ppo.query_length": RL | ANSWERED,
@@ -154,6 +155,7 @@ STALE = {
     "evaluation.mt_bench_tokens": DIALOGUES,
     **{f"evaluation.{key}": TASKED for key in ("tasks_format", *provenance.TASKS)},
     "report": set(),
+    "plan": set(),
 }
 
 
@@ -252,6 +254,8 @@ VALUES: dict[str, Any] = {
     "rl_prompts.length_bonus": {"general": 0.5},
     "rl_prompts.min_tokens": 3,
     "evaluation.against": "default",
+    **{f"plan.{key}": [0.25, 0.75] for key in ("arithmetic", "bandwidth", "launch", "step", "interconnect", "useful")},
+    "plan.rows": {"prompts": 5},
     "evaluation.tasks_format": "chat",
     "evaluation.tasks_data": {"hhh": str(ROOT / "tests" / "data" / "truthfulqa")},
     "evaluation.judge_pairs.*.principles": ["Concise"],
@@ -323,6 +327,8 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
         base = {"reward_model": {"path": "owner/other"}}
     if key.endswith("template_variables"):
         base = {section: CHAT[section]}
+    if key.startswith("plan.gpu."):
+        base = {"plan": {"gpu": {"memory": 24, "tflops": 70, "bandwidth": 600}}}
     expected = STALE[max((begin for begin in STALE if f"{key}.".startswith(f"{begin}.")), key=len)]
     if FREE in KEYS[key].metadata:
         expected = set()
@@ -409,7 +415,7 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
     runs = load(copy, ppo={"principles": str(moved)})
     assert look(runs) == set()
     moved.write_text(moved.read_text().replace("1", "2", 1))
-    assert paths(look(runs)) == {POLICY}
+    assert paths(look(runs)) == {POLICY} | SCORED
 
 
 def test_a_policy_whose_run_has_another_reward_model_by_now(copy: Path) -> None:

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from salmon.config import Count, OneOf, Positive, Section, Tokens
+from salmon.config import OneOf, Positive, Section, Tokens
 
-Range = tuple[Positive, Positive]
+_End = Annotated[float, Field(gt=0, le=1e12)]
+Range = tuple[_End, _End]
 TableName = Literal["sft_data", "prompts", "pmp_data", "rl_prompts"]
 
 
@@ -70,7 +71,7 @@ class Assumptions(Section):
     )
     instruction_tokens: Tokens = Field(40, description="of a prompt, without what all prompts have in common")
     response_tokens: Tokens = Field(200, description="of a response")
-    rows: dict[TableName, Count] = Field(
+    rows: dict[TableName, Annotated[int, Field(ge=1, le=10**12)]] = Field(
         ROWS,
         description="of tables that are not there yet",
     )
