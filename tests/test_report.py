@@ -73,6 +73,19 @@ def read(small_run: Path, file: str) -> Any:
     return json.loads((small_run / "results" / file).read_text())
 
 
+def cell(one: dict[str, Any], digits: int = 2) -> str:
+    """A number with its interval, as a table shows it."""
+    if one["value"] is None:
+        return ""
+    value = f"{one['value']:.{digits}f}"
+    return value if one["low"] is None else f"{value} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+
+
+def cells(page: Reader, table: int) -> list[list[str]]:
+    """The rows of a table without its head, as texts."""
+    return [[text.strip() for text in row] for row in page.tables[table][1:]]
+
+
 # ---- Tables, on the small run
 
 
@@ -141,6 +154,14 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
             ways = [held_out["deciding"][name][way]["value"] for way in ("plain", "negated", "turned")]
             assert row[1:5] == [*ways, held_out["flips"][name]["value"]]
         assert page.keys[0][-1][1] == held_out["accuracy"]["value"]
+        for name, *texts in cells(page, 0)[:-1]:
+            ways = [held_out["deciding"][name][way] for way in ("plain", "negated", "turned")]
+            assert texts[:4] == [cell(one) for one in (*ways, held_out["flips"][name])]
+            error = held_out["deciding"][name]["calibration"]["error"]
+            assert texts[4] == ("" if error is None else f"{error:.2f}")
+        for way, *texts in cells(page, 1):
+            sources = found["people"]["all" if way == "all principles" else way]
+            assert texts == [cell(sources[name]) for name in sorted(sources)]
         people = dict(zip((row[0] for row in page.tables[1][1:]), page.keys[1][1:], strict=True))
         for way, sources in found["people"].items():
             expected = [sources[name]["value"] for name in sorted(sources)]
@@ -158,6 +179,19 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
     for (label, *_), row in zip(page.tables[1][1:], page.keys[1][1:], strict=True):
         name, _, negated = label.partition(", ")
         assert row[1:] == [wins[name][negated or "plain"]["default"][plan.INITIAL]["value"]]
+    for label, *texts in cells(page, 1):
+        name, _, negated = label.partition(", ")
+        assert texts == [cell(wins[name][negated or "plain"]["default"][plan.INITIAL])]
+    assert len(page.tables[1]) == 1 + sum(map(len, wins.values()))
+    for label, *texts in cells(page, 2):
+        name, _, negated = label.partition(", ")
+        means = found["scores"]["default"][name][negated or "plain"]
+        assert texts == [cell(means[policy]) for policy in (plan.INITIAL, "default")]
+    assert len(page.tables[2]) == len(page.tables[1])
+    for name, *texts in cells(page, 3):
+        assert texts == [cell(found["judge"][name]["default"][plan.INITIAL])]
+    for name, *texts in cells(page, 0):
+        assert texts == [cell(one) for one in found["behaviour"][name].values()]
     for (name, *_), row in zip(page.tables[3][1:], page.keys[3][1:], strict=True):
         assert row[1:] == [found["judge"][name]["default"][plan.INITIAL]["value"]]
     page = shown(small_run, "tasks")
@@ -166,6 +200,8 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
     assert page.tables[0][0] == ["task", "metric", plan.INITIAL, "default"]
     for (task, metric, *_), row in zip(page.tables[0][1:], page.keys[0][1:], strict=True):
         assert row[2:] == [one[task][metric]["value"] for one in asked]
+    for task, metric, *texts in cells(page, 0):
+        assert texts == [cell(one[task][metric], 3) for one in asked]
     assert len(page.tables[0]) == 1 + sum(map(len, asked[0].values()))
 
 
