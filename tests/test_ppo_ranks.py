@@ -133,10 +133,11 @@ def test_a_rank_of_zero3_that_has_nothing_to_do(world: World, tmp_path: Path) ->
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(world: World, tmp_path: Path) -> None:
-    """NF4 and bfloat16, as the paper's run: two ranks with shards of the model, and two that hold it whole."""
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_sharding_of_a_four_bit_model_trains_as_two_whole_ones(world: World, tmp_path: Path, sharding: str) -> None:
+    """NF4 and bfloat16, as the paper's run: two ranks with shards of states or model, and two that hold it whole."""
     model = world.model.model_copy(update={"quantization": "nf4", "dtype": "bfloat16"})
-    for name, more in (("whole", {}), ("shards", {"deepspeed": ROOT / "profiles/deepspeed/zero3.json"})):
+    for name, more in (("whole", {}), ("shards", {"deepspeed": ROOT / f"profiles/deepspeed/{sharding}.json"})):
         # One update: in bfloat16 the second would already be another one in its last bits.
         only = {"max_steps": 1, "warmup_steps": 0, "inner_epochs": 1, "minibatch_size": world.ppo().rollout_batch_size}
         arguments = world.arguments(tmp_path / name, {"model": model.model_dump_json(), **more}, **only)
