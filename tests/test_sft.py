@@ -355,10 +355,10 @@ def first_batch(trained) -> dict[str, Any]:
     arguments = train_sft.Arguments(**trained["arguments"])
     base = arguments.model.without_adapter()
     rows, examples, _ = train_sft.read_examples(arguments, load_tokenizer(base))
-    parts = training.split(rows, arguments.sft.eval_examples, arguments.sft.seed, train_sft.NAME)
+    parts = training.split(rows, arguments.sft.eval_examples, arguments.sft.seed, sft.NAME)
     train, held = ([examples[place] for place in part["place"]] for part in parts)
     settings = arguments.sft
-    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, train_sft.NAME)
+    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, sft.NAME)
     model = models.new_policy(base, arguments.lora, "cpu", settings.seed).double()
     return {"arguments": arguments, "first": [train[index] for index in order[:8]], "held": held, "model": model}
 

@@ -22,7 +22,6 @@ from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
 log = logging.getLogger("salmon.train_sft")
-NAME = "SFT"  # of the draws: the split and the order of the examples
 
 
 class Arguments(training.Arguments):
@@ -56,10 +55,10 @@ def main(arguments: Arguments) -> None:
         log.warning("%s", left_out)
     train, held = (
         [examples[place] for place in part["place"]]
-        for part in training.split(rows, settings.eval_examples, settings.seed, NAME)
+        for part in training.split(rows, settings.eval_examples, settings.seed, sft.NAME)
     )
     lengths = [len(example.tokens) for example in train]
-    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, NAME)
+    order = training.training_order(len(train), settings.batch_size, settings.epochs, settings.seed, sft.NAME)
     counts |= training.count_rows(order, len(train), len(held), arguments, arguments.examples, left_out)
     counts["tokens"] = sum(lengths[index] for index in order)
     counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)

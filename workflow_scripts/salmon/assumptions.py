@@ -1,6 +1,5 @@
 """What `plan` assumes where nothing is known yet: the section `plan` of the configuration. It changes no result."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -24,23 +23,16 @@ class Gpu(Section):
     bandwidth: Positive = Field(description="of its memory, GB per second")
 
 
-@dataclass(frozen=True)
-class _Gpu:
-    memory: float
-    tflops: float
-    bandwidth: float
-
-
 GPUS = {
-    "rtx3090": _Gpu(24, 71, 936),
-    "rtx4090": _Gpu(24, 165, 1008),
-    "a10g": _Gpu(24, 70, 600),
-    "l40s": _Gpu(48, 362, 864),
-    "a100_40gb": _Gpu(40, 312, 1555),
-    "a100_80gb": _Gpu(80, 312, 2039),
-    "h100": _Gpu(80, 989, 3352),
-    "h200": _Gpu(141, 989, 4800),
-    "b200": _Gpu(180, 2250, 7700),
+    "rtx3090": Gpu(memory=24, tflops=71, bandwidth=936),
+    "rtx4090": Gpu(memory=24, tflops=165, bandwidth=1008),
+    "a10g": Gpu(memory=24, tflops=70, bandwidth=600),
+    "l40s": Gpu(memory=48, tflops=362, bandwidth=864),
+    "a100_40gb": Gpu(memory=40, tflops=312, bandwidth=1555),
+    "a100_80gb": Gpu(memory=80, tflops=312, bandwidth=2039),
+    "h100": Gpu(memory=80, tflops=989, bandwidth=3352),
+    "h200": Gpu(memory=141, tflops=989, bandwidth=4800),
+    "b200": Gpu(memory=180, tflops=2250, bandwidth=7700),
 }
 """NVIDIA's data sheets; rtx: with sums in float32."""
 
@@ -83,6 +75,6 @@ class Assumptions(Section):
         return ROWS | rows
 
     @property
-    def card(self) -> Gpu | _Gpu:
+    def card(self) -> Gpu:
         """The GPU's numbers."""
         return GPUS[self.gpu] if isinstance(self.gpu, str) else self.gpu

@@ -18,7 +18,6 @@ from salmon.shape import Shape
 from salmon.workload import Work
 
 Range = tuple[float, float]
-Stage = Literal["sft", "response0", "response1", "preferences", "pmp", "reward_model", "policy"]
 
 KERNELS = 14
 """Kernels per linear layer with LoRA in a forward pass, all else included: a 7B has 3,162 for 224 layers, a 1B 1,546

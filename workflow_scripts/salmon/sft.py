@@ -37,6 +37,7 @@ from salmon.encoding import (
 from salmon.errors import UserError
 from salmon.text import cut_at_markers
 
+NAME = "SFT"  # of the draws: the split and the order of the examples
 IGNORED = -100
 """The label of a token that is not trained on, in torch and transformers."""
 _QUESTION, _ANSWER = "Is it so?", "So."

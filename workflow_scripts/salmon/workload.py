@@ -19,6 +19,7 @@ from salmon.configuration import Config
 from salmon.encoding import prompt_text, read_preamble, read_template, shared_tokens, tokenize
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair
+from salmon.margins import common_prefix
 from salmon.principles import draw_principles, read_judged, read_weighted
 from salmon.randomness import rng
 from salmon.tables import PROMPT_TOO_LONG, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
@@ -162,7 +163,7 @@ class Counter:
             each = self._shared(self.config.policy_prompt) + self.assumed.instruction_tokens
             lengths = [min(each + self.assumed.response_tokens, settings.max_length)] * number
             rows, counted = _made_up(number), False
-        return _trained(settings, rows, lengths, lengths, "SFT", budget, ranks, counted)
+        return _trained(settings, rows, lengths, lengths, sft.NAME, budget, ranks, counted)
 
     def reward(self, records: Path, stage: str, responses: Path, judged: int, budget: int, ranks: int) -> Work:
         """The reward model's training or pre-training.
@@ -333,12 +334,9 @@ class Counter:
         return len(tokenize(self.tokenizer, [text])[0]) if self.tokenizer else -(-len(text) // 4)
 
 
-def packed(prompts: Sequence[Sequence[int]]) -> int:
+def packed(prompts: Sequence[list[int]]) -> int:
     """Tokens of prompts that begin alike, the beginning counted once (`margins`)."""
-    head = 0
-    shortest = min(map(len, prompts))
-    while head < shortest and len({prompt[head] for prompt in prompts}) == 1:
-        head += 1
+    head = common_prefix(prompts)
     return head + sum(len(prompt) - head for prompt in prompts)
 
 
