@@ -125,7 +125,7 @@ envs: $(INSTALLED)
 # The documentation as a site, which needs no network. A broken link is an error.
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
-	python -m mkdocs build --quiet
+	python -m mkdocs build
 	@echo "Open site/index.html in a browser."
 
 # The same on http://127.0.0.1:8000, built again whenever a page changes.
