@@ -198,7 +198,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/configuration.md": configuration,
     "docs/tables.md": table_page,
     "docs/running.md": partial(with_targets, "docs/running.md"),
-    "README.md": partial(with_targets, "README.md"),
 }
 
 
