@@ -203,7 +203,9 @@ def test_a_run_with_another_base_model_does_not_keep_the_adapter_of_the_first(ra
     changed = set_key(set_key(raw, "model.adapter", "a/b"), "model.revision", "0123abc")
     with pytest.raises(UserError) as error:
         load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None}}), ROOT)
-    check_lines(str(error.value), ["runs.mine.model.base: another model", "set runs.mine.model.adapter, to null"])
+    check_lines(
+        str(error.value), ["runs.mine.model.base: differs from the default", "set runs.mine.model.adapter, to null"]
+    )
     run = load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None, "adapter": None}}), ROOT)
     assert run["mine"].model.adapter is None
 

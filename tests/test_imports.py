@@ -104,7 +104,10 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
         ({"aggregation": {"path": "owner/records"}}, "aggregation.path: owner/records is not a local file"),
         ({"aggregation": {"path": "/nowhere/records.json"}}, "aggregation.path: /nowhere/records.json does not exist"),
         ({"reward_model": {"path": "./nowhere"}}, "reward_model.path: ./nowhere does not exist"),
-        ({"reward_model": {"revision": "abc"}}, "reward_model.revision: only a reward_model.path on the hub has one"),
+        (
+            {"reward_model": {"revision": "abc"}},
+            "reward_model.revision: only a reward_model.path on the hub has a revision",
+        ),
         (
             {"judge": {"model": {"base": "a/b", "adapter": "sft"}}},
             "judge.model.adapter: `sft` is only for model.adapter",

@@ -388,7 +388,10 @@ class Sampling(Section):
     seeds: tuple[Seed, Seed] = Field((42, 43), description="seeds of response0 and response1")
     temperature: float = Field(0.7, ge=0, le=1000, description="sampling temperature; 0 takes the most probable token")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="tokens are drawn from the most probable ones whose probabilities sum to this"
+        1.0,
+        gt=0,
+        le=1,
+        description="sum of probabilities; tokens are drawn from the fewest, most probable ones that reach it",
     )
     max_length: Tokens = Field(
         768,
@@ -685,7 +688,7 @@ class Evaluation(Section):
     tasks_format: Literal["policy", "text", "chat"] = Field(
         "policy",
         description="`text`: questions as documents, which the model continues; `chat`: as turns of the tokenizer's "
-        "chat template; `policy`: as turns where policy_prompt.template is `chat`",
+        "chat template; `policy`: as turns if policy_prompt.template is `chat`, else as documents",
     )
     tasks_data: dict[str, ReadyFile] = Field(
         {}, description="local copies of tasks' data: `hhh`, a folder, and `truthfulqa`, a file (docs/evaluation.md)"

@@ -141,7 +141,7 @@ class Target:
 
 TARGETS = {
     "sft_data": Target(ARTIFACTS["sft_data"], "`clean_sft_data`, instructions with answers"),
-    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy where `model.adapter` is `sft`"),
+    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy if `model.adapter` is `sft`"),
     "prompts": Target(ARTIFACTS["prompts"], "`clean_prompts`, from OASST1"),
     "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, split into shards"),
     "response1": Target(ARTIFACTS["response1"], "the same with a different seed"),
@@ -433,7 +433,8 @@ def check_templates(config: Config, root: Path) -> list[str]:
                 + ", ".join(f"{{{slot}}}" for slot in needed)
             )
         if extra := sorted(slots - set(needed)):
-            lines.append(f"{key}: {path} has slots that are not filled:  " + ", ".join(f"{{{slot}}}" for slot in extra))
+            unfilled = ", ".join(f"{{{slot}}}" for slot in extra)
+            lines.append(f"{key}: {path} has slots that nothing fills: {unfilled}; remove them")
     return lines
 
 
