@@ -80,7 +80,7 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("aggregation.dimensions", ["Concise", "Brave"], ["aggregation.dimensions", "Brave", "judge.json", "Creative"]),
         ("ppo.principles_per_rollout", 20, ["ppo.principles_per_rollout", "20", "14"]),
         ("judge.template", "prompts/templates/policy.txt", ["judge.template", "{OutputA}", "{Definition}"]),
-        ("pmp.template", "prompts/templates/reward_model.txt", ["pmp.template", "{Dimensions}", "not filled"]),
+        ("pmp.template", "prompts/templates/reward_model.txt", ["pmp.template", "{Dimensions}", "nothing fills"]),
         ("reward_model.template", "nowhere.txt", ["reward_model.template", "nowhere.txt", "No such file"]),
         ("judge.principles", "nowhere.json", ["judge.principles", "nowhere.json"]),
         ("model.base", "./models/mine", ["model.base", "./models/mine", "does not exist"]),
