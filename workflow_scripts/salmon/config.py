@@ -391,7 +391,7 @@ class Sampling(Section):
         1.0,
         gt=0,
         le=1,
-        description="sum of probabilities; tokens are drawn from the fewest, most probable ones that reach it",
+        description="tokens are drawn from the smallest set of most probable ones whose probabilities reach this sum",
     )
     max_length: Tokens = Field(
         768,
@@ -451,9 +451,9 @@ class Judge(Scored):
     )
     model: Model | None = Field(None, description="null: the initial policy judges, as in the paper; or a section")
     template: str = Field(
-        description="template file with {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
+        description="template file with the slots {UserInstruction} {OutputA} {OutputB} {Dimension} {Definition}"
     )
-    principles: str = Field(description="JSON file: a list of dimension, definition, negative_definition")
+    principles: str = Field(description="JSON file with a list of objects: dimension, definition, negative_definition")
     max_length: Tokens = Field(
         1536, description="largest number of tokens of a prompt; in longer prompts, the responses are shortened"
     )
@@ -468,7 +468,7 @@ class Judge(Scored):
 
 
 class Aggregation(Section):
-    """How judgements become reward-model records (paper section 3.2, reference step 2)."""
+    """How judgements become reward-model records (paper section 3.2)."""
 
     path: ReadyTable | None = Field(
         None,
@@ -491,7 +491,8 @@ class Aggregation(Section):
         "paper; `mean`: the mean of both orders counts, which cancels out the judge's position bias",
     )
     decision: Literal["dominant", "sum"] = Field(
-        "dominant", description="score that decides a pair: the largest |score| of the principles shown, or their sum"
+        "dominant",
+        description="`dominant`: the largest |score| of the principles shown decides a pair; `sum`: their sum decides",
     )
     refusal_phrase: str = Field(
         "As an AI language model",
@@ -574,14 +575,14 @@ class Sft(Training):
 class RewardTraining(Training):
     """One stage of reward-model training."""
 
-    template: str = Field(description="template file with {Output} {Input} and, for principles, {Dimensions}")
+    template: str = Field(description="template file with the slots {Output} {Input} and, for principles, {Dimensions}")
     query_length: Tokens = Field(description="largest number of tokens of the instruction, which is cut on its left")
     response_length: Tokens = Field(description="largest number of tokens of the response, which is cut on its right")
     eval_examples: int = Field(
         500,
         ge=0,
-        description="number of pairs held out for evaluation, by whole prompts; the paper trains on all pairs, as with "
-        "0, and evaluates on 500 human preferences from another data set",
+        description="number of pairs held out for evaluation, by whole prompts; the paper holds none out, "
+        "and evaluates on 500 human preferences from another data set",
     )
 
     @model_validator(mode="after")
@@ -622,7 +623,8 @@ class JudgeEndpoint(Section):
         description="name of the environment variable that holds the API key, if one is needed",
     )
     template: str = Field(
-        "prompts/templates/endpoint.txt", description="template file with {UserInstruction} {OutputA} {OutputB}"
+        "prompts/templates/endpoint.txt",
+        description="template file with the slots {UserInstruction} {OutputA} {OutputB}",
     )
     options: dict[str, str | int | float | bool] = Field(
         {"temperature": 0, "max_tokens": 1024}, description="fields of a request besides model and messages"
@@ -741,7 +743,7 @@ class PpoTexts(Section):
 class Ppo(PpoTexts):
     """RL against the principle-following reward model (paper section 3.4)."""
 
-    principles: str = Field(description="JSON file: a list of dimension, definition, weight")
+    principles: str = Field(description="JSON file with a list of objects: dimension, definition, weight")
     principles_per_rollout: int = Field(
         3,
         ge=0,
