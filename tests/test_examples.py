@@ -10,7 +10,7 @@ import yaml
 
 from examples.smollm2 import write_readme
 from salmon import intervals
-from tests.test_workflow import elsewhere, jobs, snakemake
+from tests.test_workflow import PARENTS, elsewhere, jobs, snakemake
 from tests.zoo import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,26 @@ def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
     counts = jobs(run.stdout + run.stderr)
     wanted = {"train_pmp": 1, "train_reward_model": 1, "train_policy": 4, "evaluate_judge": 1, "evaluate_policies": 1}
     assert {name: counts.get(name) for name in wanted} == wanted
+
+
+def test_a_principle_of_ones_own_is_one_more_run_of_the_demo(tmp_path: Path) -> None:
+    """Dry: the demo's own reward model, and one policy that is shown the principle; the page shows both files."""
+    overlay = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "examples/own_principle/config.yaml")
+    run = snakemake("-n", str(tmp_path / "runs/curious/policy"), *overlay, *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    assert {*counts} == {*PARENTS, "make_demo_data"}
+    assert (counts["train_reward_model"], counts["train_policy"]) == (1, 1)
+    page = (ROOT / "docs" / "your_principles.md").read_text()
+    principle = (EXAMPLES / "own_principle" / "curious.json").read_text()
+    assert principle in page
+    shown = re.findall(r"```yaml\n(runs:\n.*?)```", page, re.S)
+    assert yaml.safe_load((EXAMPLES / "own_principle" / "config.yaml").read_text()) == yaml.safe_load(shown[0])
+    # A word that the demo's world lacks would be letters to its model.
+    vocabulary = {token for token, _ in json.loads((ROOT / "demo/model/tokenizer.json").read_text())["model"]["vocab"]}
+    (entry,) = json.loads(principle)
+    first, *words = re.findall(r"\w+", entry["definition"])
+    assert {first, *(f"\u0120{word}" for word in words)} <= vocabulary
 
 
 @pytest.mark.parametrize(
