@@ -82,17 +82,3 @@ def test_a_renamed_message_is_noticed(tmp_path: Path) -> None:
     assert not says(code, "is not valid … the")
     assert not says(code, "is late … valid")  # of two texts
     assert not says(rules, "no run …; listen")
-
-
-def test_links_and_their_headings_are_there() -> None:
-    """Of the pages for people who begin."""
-    for name in ("your_principles.md", "troubleshooting.md", "faq.md"):
-        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^):]+)\)", text):
-            file, _, heading = link.partition("#")
-            target = (ROOT / "docs" / (file or name)).resolve()
-            assert target.exists(), f"{name}: {link}"
-            if heading:
-                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
-                slugs = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
-                assert heading in slugs, f"{name}: {link}"
