@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ log = logging.getLogger("salmon.write_readme")
 
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
 TIMES = (
-    "Minutes per rule, summed over its jobs. Two jobs ran in parallel where possible. Of a killed job only the last "
+    "Minutes per rule, summed over its jobs. Two jobs ran in parallel where possible. Of a killed job only the last\n"
     "attempt counts; of PPO, the steps of all attempts count."
 )
 CLEAR = 1.25  # an answer with this many times the words of the other is clearly longer
@@ -120,9 +121,10 @@ def made_by(results: Path) -> str:
     commit = (manifest["git_commit"] or "unknown")[:7]
     dtype = read(results / "evaluation/initial_answers.manifest.json")["settings"]["model"]["dtype"]
     device = f"with {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "without a GPU"
-    return (
+    return textwrap.fill(
         f"Measured on {day}, on {os.cpu_count()} cores ({processor}) {device}, in {dtype}, at commit {commit}. "
-        f"Brackets contain {intervals.LEVEL:.0%} intervals (by prompt); `of` precedes the number of rows."
+        f"Brackets contain {intervals.LEVEL:.0%} intervals (by prompt); `of` precedes the number of rows.",
+        120,
     )
 
 
