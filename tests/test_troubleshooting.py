@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 VARIABLE = "…"
-ELSEWHERE = {"PyTorch", "SLURM"}  # whose messages are in no Python file
+ELSEWHERE = {"Python", "PyTorch", "SLURM"}  # whose messages are in no Python file
 MESSAGE = re.compile(r"<!-- from: (.+?) -->\n```text\n(.+?)\n```", re.S)
 
 
