@@ -174,7 +174,7 @@ def run_name(wildcards):
     """Name of the run that a job belongs to."""
     name = wildcards.get("run") or wildcards.get("home", "")[len("runs/") : -1] or "default"
     if name not in RUNS:
-        raise WorkflowError(f"there is no run {name} in the configuration; use one of {', '.join(RUNS)}")
+        raise WorkflowError(f"there is no run {name} in the configuration; its runs are: {', '.join(RUNS)}")
     return name
 
 

@@ -506,7 +506,7 @@ def check_paths(config: Config, root: Path) -> list[str]:
         for name, source in getattr(getattr(config, section), key).items():
             named += [(f"{section}.{key}.{name}.path", path) for path in source.paths]
     return [
-        f"{key}: {path} does not exist (it is read as a local path; a hub id has the form owner/name)"
+        f"{key}: {path} does not exist (local file or folder; a hub id has the form owner/name)"
         for key, path in named
         if path
         and path != SFT
