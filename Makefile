@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference docs-cost docs-pictures clean
+.PHONY: install hooks demo demo-seeds report playground example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs docs-serve docs-reference docs-cost docs-pictures clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -29,6 +29,11 @@ REPORT = results/demo/report.html
 report: $(INSTALLED)
 	snakemake --profile $(PROFILE) $(OPTIONS) --report $(REPORT)
 
+# A page on this machine: ask the policies, see what the reward model and the judge make of the answers.
+RESULTS = results/demo
+playground: $(INSTALLED)
+	python playground/app.py --results $(RESULTS)
+
 # The demo three times, with other data and other draws; then one table of all.
 SEEDS = 1 2
 demo-seeds: demo
@@ -36,10 +41,11 @@ demo-seeds: demo
 		--config seed=$(seed) "pathvars={results: results/demo-$(seed)}" &&) true
 	python demo/summary.py results/demo $(SEEDS:%=results/demo-%) --check
 
-# Bounds for one seed, looser than those of the table (demo/report.py).
+# Bounds for one seed, looser than those of the table (demo/report.py); and the playground on its results.
 check-demo: demo
 	python demo/summary.py results/demo --check
 	snakemake --profile profiles/demo verify
+	python -m pytest tests/playground -s
 
 test: lint unit check-demo
 
@@ -48,7 +54,7 @@ lint: $(INSTALLED)
 
 # Tests that run beside each other: the tests of a file one after another in one process.
 WORKERS = 2
-ELSEWHERE = --ignore tests/slurm --ignore tests/real --ignore tests/vllm
+ELSEWHERE = --ignore tests/slurm --ignore tests/real --ignore tests/vllm --ignore tests/playground
 unit: $(INSTALLED)
 	python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ELSEWHERE) -m "not ranks"
 
@@ -116,6 +122,16 @@ graph: $(INSTALLED)
 envs: $(INSTALLED)
 	python envs/write_conda.py
 
+# The documentation as a site, which needs no network. A broken link is an error.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	python -m mkdocs build
+	@echo "Open site/index.html in a browser."
+
+# The same on http://127.0.0.1:8000, built again whenever a page changes.
+docs-serve: $(INSTALLED)
+	python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 docs-reference: $(INSTALLED)
 	python docs/write_reference.py
 
@@ -130,7 +146,7 @@ $(INSTALLED): $(filter-out envs/vllm%,$(wildcard envs/*.txt))
 	@echo "creating $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel numpy
-	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/evaluation.txt -r envs/workflow.txt -r envs/dev.txt
+	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/evaluation.txt -r envs/playground.txt -r envs/workflow.txt -r envs/dev.txt -r envs/docs.txt
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r envs/deepspeed.txt
 	touch $@
 

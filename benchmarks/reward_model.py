@@ -10,8 +10,8 @@ recomputes activations.
 
 The authors' way pads every text to the limit, and computes logits of which nothing is used. TRL (1.16) pads to the
 longest text of a pass, of as many pairs as the authors' way, in the order of the data; it is given tokens, so that its
-tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Each way runs in a
-process of its own, in turn, `rounds` times: medians.
+tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Rows between these show
+what each change contributes. Each way runs in a process of its own, in turn, `rounds` times: medians.
 """
 
 import argparse
@@ -43,7 +43,13 @@ from salmon.work import WorkFolder  # noqa: E402
 MAX_LENGTH, QUERY, RESPONSE, FRAME = 1280, 128, 768, 200
 PAIRS_PER_PASS = 2
 TOKENS_PER_PASS = 2048  # as in profiles/cpu: larger passes are slower on a CPU
-WAYS = {"authors": "the authors' way", "trl": "TRL's RewardTrainer", "salmon": "the product"}
+WAYS = {
+    "authors": "the authors' way",
+    "no_logits": "the same without logits",
+    "masked": "passes by length, with a mask",
+    "salmon": "passes by length, without a mask: the product",
+    "trl": "TRL's RewardTrainer",
+}
 Pairs = list[tuple[list[int], list[int]]]
 """Tokens of the preferred text, and of the other."""
 
@@ -65,8 +71,8 @@ def draw(pairs: int) -> Pairs:
     return found
 
 
-def authors(folder: Path, pairs: Pairs, size: int, _: Path) -> float:
-    """Seconds of all steps, padded to the limit, with logits that are multiplied by 0."""
+def authors(folder: Path, pairs: Pairs, size: int, _: Path, *, logits: bool = True) -> float:
+    """Seconds of all steps, padded to the limit, with logits that are multiplied by 0, or without them."""
     base = Model(base=str(folder / "base"), quantization="none", dtype="float32")
     model = models.new_reward_model(base, LORA, "cpu", 0)
     scoring = model.get_base_model()
@@ -81,9 +87,10 @@ def authors(folder: Path, pairs: Pairs, size: int, _: Path) -> float:
             for row, text in enumerate(rows):
                 tokens[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
             states = scoring.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = scoring.get_output_embeddings()(states)
             last = states[torch.arange(len(rows)), mask.sum(1) - 1]
-            rewards = scoring.score(last)[:, 0] + 0.0 * logits.mean((1, 2))
+            rewards = scoring.score(last)[:, 0]
+            if logits:
+                rewards = rewards + 0.0 * scoring.get_output_embeddings()(states).mean((1, 2))
             loss = reward_model.bradley_terry_loss(rewards[::2], rewards[1::2]).sum() / size
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -125,7 +132,7 @@ def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
     return time.perf_counter() - began
 
 
-def salmon(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
+def salmon(folder: Path, pairs: Pairs, size: int, output: Path, *, masked: bool = False) -> float:
     """Seconds of `training.train`; texts are tokens already, as TRL's."""
     arguments = train_reward_model.Arguments(
         records=folder / "none",
@@ -152,6 +159,9 @@ def salmon(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
     work.open("benchmark", "")
     settings = training.trainer_arguments(arguments, work.path, len(pairs) // size, passes, torch.device("cpu"))
     model = train_reward_model.load_model(arguments, torch.device("cpu"))
+    if masked:
+        decoder = model.get_base_model().base_model
+        decoder.register_forward_pre_hook(with_mask, with_kwargs=True)
 
     def batch(chosen: list[int]) -> training.Batch:
         texts = [text for place in chosen for text in pairs[place]]
@@ -163,13 +173,21 @@ def salmon(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
     return time.perf_counter() - began
 
 
+def with_mask(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the decoder with a mask of what is not padding (0, which `draw` draws nowhere)."""
+    return positional, {**named, "attention_mask": (named["input_ids"] != 0).long()}
+
+
 def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
     """One way in this process: prints seconds per step and peak."""
     torch.set_num_threads(arguments.threads)
     if arguments.trl:
         sys.path.append(str(arguments.trl))
     pairs = draw(arguments.pairs * arguments.steps)
-    ways: dict[str, Any] = {"authors": authors, "trl": trl, "salmon": salmon}
+    ways: dict[str, Any] = {
+        **{"authors": authors, "no_logits": partial(authors, logits=False), "trl": trl},
+        **{"masked": partial(salmon, masked=True), "salmon": salmon},
+    }
     with tempfile.TemporaryDirectory() as output:
         seconds = ways[way](folder, pairs, arguments.pairs, Path(output))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

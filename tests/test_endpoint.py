@@ -151,7 +151,10 @@ def test_a_judge_that_goes_by_position_is_seen(tmp_path: Path, server: Server) -
     assert set(found.select("policy_first", "preferred").rows()) == {(True, "policy"), (False, "initial")}
 
 
-def test_dialogues_of_mt_bench_are_judged_whole(tmp_path: Path, server: Server) -> None:
+def test_dialogues_of_mt_bench_are_judged_whole(
+    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     rows = [{"question_id": 81, "category": "math", "turns": ["First?", "Second?"]}]
     (tmp_path / "question.jsonl").write_text(json.dumps(rows[0]))
     questions = mt_bench.read_questions(tmp_path / "question.jsonl")
@@ -163,6 +166,7 @@ def test_dialogues_of_mt_bench_are_judged_whole(tmp_path: Path, server: Server) 
     given |= {"answers": None, "initial_answers": None}
     found = run({**given, "mt_bench": tmp_path / "mine", "initial_mt_bench": tmp_path / "initial"})
     assert found.rows() == [("mt_bench", "81", first, "policy", None) for first in (False, True)]
+    assert "mt_bench: the policy's answer is preferred in a share of 1.00 (0.21 to 1.00) of 1" in caplog.text
     text = next(body["messages"][0]["content"] for body in server.asked)
     parts = ["First?", "assistant A", "one", "Second?", "two", "assistant B", "one", "Second?", "two"]
     places = [text.index(parts[0])]

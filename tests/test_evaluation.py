@@ -405,6 +405,9 @@ def test_numbers_of_held_out_records() -> None:
     assert (concise["plain"]["value"], concise["negated"]["value"]) == (1.0, None)
     assert (ethical["plain"]["value"], ethical["negated"]["value"]) == (None, 0.0)
     assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
+    # In the first record output 1 is preferred, and output 2 where Concise alone is reversed.
+    errors = {"plain": 1 - 1 / (1 + np.exp(-1)), "negated": None, "turned": 1 / (1 + np.exp(1))}
+    assert concise["calibration_error"] == pytest.approx(errors)
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
     low, high = intervals.wilson(0.5, 1)  # both of one prompt

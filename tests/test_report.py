@@ -153,6 +153,8 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
         for (name, *_), row in zip(page.tables[0][1:-1], page.keys[0][1:-1], strict=True):
             ways = [held_out["deciding"][name][way]["value"] for way in ("plain", "negated", "turned")]
             assert row[1:5] == [*ways, held_out["flips"][name]["value"]]
+            errors = held_out["deciding"][name]["calibration_error"]
+            assert row[6:9] == [errors[way] for way in ("plain", "negated", "turned")]
         assert page.keys[0][-1][1] == held_out["accuracy"]["value"]
         for name, *texts in cells(page, 0)[:-1]:
             ways = [held_out["deciding"][name][way] for way in ("plain", "negated", "turned")]
@@ -278,7 +280,9 @@ def many(principles: Sequence[str] = PRINCIPLES, runs: Sequence[str] = RUNS) -> 
         },
     }
     deciding = {
-        p: {w: estimate() for w in ("plain", "negated", "turned")} | {"calibration": calibration} for p in principles
+        p: {w: estimate() for w in ("plain", "negated", "turned")}
+        | {"calibration": calibration, "calibration_error": {"plain": 0.1, "negated": 0.2, "turned": None}}
+        for p in principles
     }
     reward = {
         "held_out": {

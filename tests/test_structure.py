@@ -55,7 +55,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_an_import_that_points_upwards_fails_lint(tmp_path: Path, file: str | None, line: str, named: str) -> None:
-    for name in ("workflow_scripts/salmon", "demo"):
+    for name in ("workflow_scripts/salmon", "demo", "playground"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("model", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     if file:
@@ -70,7 +70,7 @@ def test_the_contract_of_the_library_names_every_script() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (library,) = (contract for contract in contracts if contract["id"] == "library")
     scripts = {path.stem for path in SCRIPTS.glob("*.py")}
-    assert set(library["forbidden_modules"]) == {"snakemake", "demo", *scripts}
+    assert set(library["forbidden_modules"]) == {"snakemake", "demo", "playground", *scripts}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -217,7 +217,7 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
 # ---- Errors name what the user can set
 
 # Of a model's file, of DeepSpeed's; and files.
-OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "tokenizer.json", "models.md", "benchmarks.md"}
+OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "tokenizer.json", "models.md", "evaluation.md"}
 
 
 def texts(node: ast.AST) -> Iterator[str]:

@@ -208,8 +208,9 @@ def agreement(
         how many texts were then cut.
     """
     ways = {"all": [plain for plain, _ in shown.values()]}
-    for name, (plain, negated) in shown.items() if len(shown) > 1 else ():
-        ways |= {name: [plain], f"{name}, negated": [negated]}
+    for name, (plain, negated) in shown.items():
+        # A single principle is all of them.
+        ways |= {**({name: [plain]} if len(shown) > 1 else {}), f"{name}, negated": [negated]}
     margins, counts = reader.margins_under(pairs, ways)
     found = {way: evaluation.agreement(pairs, margins[way], seed) for way in ways}
     for way, by_source in found.items():

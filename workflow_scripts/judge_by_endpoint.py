@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from salmon import artifacts, checked, endpoint, mt_bench, provenance, script, templates
+from salmon import artifacts, checked, endpoint, evaluation, mt_bench, provenance, script, templates
 from salmon.config import Evaluation
 from salmon.endpoint import Comparison, Endpoint, Refused
 from salmon.errors import UserError
@@ -78,6 +78,11 @@ def main(arguments: Arguments) -> None:
             "evaluation.judge_endpoint.template, or allow more tokens in evaluation.judge_endpoint.options"
         )
     log.info("%s", ", ".join(f"{name or 'no verdict'} {number}" for name, number in found.most_common()))
+    for kind, one in evaluation.verdict_wins(rows, arguments.evaluation.seed).items():
+        won = one["won"]
+        if won["value"] is not None:
+            shares = (won["value"], won["low"], won["high"], won["number"])
+            log.info("%s: the policy's answer is preferred in a share of %.2f (%.2f to %.2f) of %d", kind, *shares)
     if refused:
         log.warning("refused: %s", ", ".join(f"{reason} {number}" for reason, number in reasons.most_common()))
     with work.finish(origin.manifest(inputs, counts | {"verdicts": len(rows)})) as file:

@@ -173,8 +173,9 @@ def held_out(
 
     Returns:
         `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
-        `plain` and `negated`, the accuracy where it is shown so, `calibration` of both, and `turned`: where it alone is
-        reversed, how often the reward model prefers the other output of the record. `flips`: for each principle shown,
+        `plain` and `negated`, the accuracy where it is shown so, and `turned`: where it alone is reversed, how often
+        the reward model prefers the other output of the record; `calibration` of the first two together, and
+        `calibration_error` of each of the three. `flips`: for each principle shown,
         how often the reward model changes its mind when that one is reversed. Where it is known, `clean`, of all and
         of each principle that decided: the accuracy on records whose labels have no noise.
     """
@@ -197,6 +198,9 @@ def held_out(
     def calibrated(rows: Sequence[int]) -> dict[str, Any]:
         return calibration(margins[rows], [labels[row] for row in rows])
 
+    def calibrated_reversed(rows: npt.NDArray[np.intp]) -> dict[str, Any]:
+        return calibration(turned_margins[rows], [3 - labels[row] for row in of[rows]])
+
     def of_clean(rows: Sequence[int]) -> dict[str, Estimate]:
         return {} if clean is None else {"clean": of_rows(right, [row for row in rows if clean[row]], groups)}
 
@@ -210,6 +214,10 @@ def held_out(
                 **{way: of_rows(right, rows, groups) for way, rows in ways.items()},
                 **of_clean(sorted([*ways["plain"], *ways["negated"]])),
                 "calibration": calibrated(sorted([*ways["plain"], *ways["negated"]])),
+                "calibration_error": {
+                    **{way: calibrated(rows)["error"] for way, rows in ways.items()},
+                    "turned": calibrated_reversed(np.flatnonzero((names == name) & is_deciding))["error"],
+                },
                 "turned": of_rows(other, np.flatnonzero((names == name) & is_deciding), variant_groups),
             }
             for name, ways in sorted(decided.items())

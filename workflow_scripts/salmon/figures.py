@@ -298,17 +298,20 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         drawing.legend(drawn, left)
         _calibration(right, held_out["calibration"], deciding)
         pictures["accuracy"] = drawn
-        columns = ["principle", *(f"{label}" for label in WAYS.values()), "changes its mind", "calibration error"]
+        columns = ["principle", *WAYS.values(), "changes its mind", "calibration error"]
+        columns += [f"calibration error, {label}" for label in WAYS.values()]
         rows: list[list[Cell]] = [
             [
                 name,
                 *(deciding[name][way] for way in WAYS),
                 held_out["flips"].get(name),
                 (deciding[name].get("calibration") or {}).get("error"),
+                *(deciding[name].get("calibration_error", {}).get(way) for way in WAYS),
             ]
             for name in names
         ]
-        rows.append(["all records", held_out["accuracy"], None, None, None, held_out["calibration"]["error"]])
+        none = [None] * len(WAYS)
+        rows.append(["all records", held_out["accuracy"], *none, held_out["calibration"]["error"], *none])
         note = (
             "How often the preferred output has the higher reward, where the deciding principle is shown as it is and "
             "where it is negated; how often the other output has, when it alone is reversed; and how often the higher "

@@ -12,7 +12,7 @@ import logging
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 FinishReason = Literal["eos", "stop", "length"]
 Ranks = Literal["apart", "together", "lockstep"]
+Watch = Callable[[Sequence[int], Sequence[int]], None]
+"""Is told, at each call of the model, which rows have drawn a token, and which token each has drawn."""
 
 REFILL = 0.25
 """Share of the slots that has to be free before the next prompts are read. Reading costs a call of the model for
@@ -75,8 +77,9 @@ def generate(
     device: torch.device | str,
     ranks: Ranks = "apart",
     refill: float = REFILL,
+    watch: Watch | None = None,
 ) -> list[Generation]:
-    """Sample one response a prompt, `batch_size` at a time; rows that end make room for the next prompts.
+    """Sample one response per prompt, `batch_size` at a time; rows that end make room for the next prompts.
 
     The longest prompts come first: too little memory shows at once, and those that follow need no room of their own.
     Newcomers read their prompts together, in a call of the model of their own, and join the others with their caches.
@@ -100,9 +103,10 @@ def generate(
             equally often, because its weights are gathered from all at each call (ZeRO-3).
         refill: newcomers join as soon as this share of the `batch_size` is free; at 1 only when all rows have ended,
             as for a model whose caches cannot be joined.
+        watch: is told of tokens as they are drawn; what it raises ends the sampling.
 
     Returns:
-        One generation a prompt, in their order.
+        One generation per prompt, in their order.
 
     Raises:
         UserError: where the model's logits are not finite.
@@ -129,7 +133,9 @@ def generate(
             continue
         drawn = sample_tokens(logits, uniforms, temperature, top_p)
         drawn = distributed.from_main(drawn) if ranks == "together" else drawn
-        keep = responses.add(part.rows, drawn.tolist())
+        keep = responses.add(part.rows, tokens := drawn.tolist())
+        if watch:
+            watch(part.rows, tokens)
         if waiting.refills and part is not running:
             if caches.can_join(part.cache):
                 caches.make_room(part.cache)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from salmon.generation import REFILL, Generation, Ranks, generate, replay, tokens_of_beginning, without_thinking
+from salmon.generation import REFILL, Generation, Ranks, Watch, generate, replay, tokens_of_beginning, without_thinking
 
 __all__ = [
     "Generation",
@@ -78,6 +78,7 @@ class TransformersSampler:
         ranks: how the ranks work together (see `generate`).
         refill: share of the batch that has to be free before the next prompts are read; 1 for one batch after another.
         model: what is sampled from until the first `sync`.
+        watch: is told of tokens as they are drawn (see `generate`).
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TransformersSampler:
         ranks: Ranks = "apart",
         refill: float = REFILL,
         model: nn.Module | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
@@ -96,6 +98,7 @@ class TransformersSampler:
         self.ranks = ranks
         self.refill = refill
         self.model = model
+        self.watch = watch
 
     def sync(self, policy: nn.Module) -> None:
         """See `Sampler`; the policy's weights are used where they are."""
@@ -127,4 +130,5 @@ class TransformersSampler:
             device=self.device,
             ranks=self.ranks,
             refill=self.refill,
+            watch=self.watch,
         )

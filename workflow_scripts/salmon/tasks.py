@@ -103,7 +103,7 @@ class Benchmarks:
         if unsafe := sorted(name for name, one in loaded.items() if getattr(one, "UNSAFE_CODE", False)):
             raise UserError(
                 f"the task {unsafe[0]} (evaluation.tasks) runs code that the model writes, which is not done here: "
-                "take it out, and ask it by lm-eval's own command line where nothing can be harmed (docs/benchmarks.md)"
+                "take it out, and ask it by lm-eval's own command line where nothing can be harmed (docs/evaluation.md)"
             )
         before = _CUT.number
         try:
