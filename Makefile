@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report playground example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs docs-serve docs-reference docs-cost clean
+.PHONY: install hooks demo demo-seeds report playground example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs docs-serve docs-reference docs-cost docs-pictures clean
 
 # The longest run starts first, so that two cores finish at about the same time.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -138,6 +138,9 @@ docs-reference: $(INSTALLED)
 
 docs-cost: $(INSTALLED)
 	python docs/write_cost.py
+
+docs-pictures: $(INSTALLED)
+	python docs/draw.py
 
 $(INSTALLED): $(filter-out envs/vllm%,$(wildcard envs/*.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
