@@ -608,7 +608,7 @@ BROKEN = {
     ),
     "not a number": (
         broken_preferences(lambda t: t.with_columns(at("p005", "s21", float("nan")))),
-        "preferences.*p005, Clear.*not both finite",
+        "preferences.*p005, Clear.*must both be finite",
     ),
     "constant": (broken_constant, "Kind has the same score for all 60 pairs"),
     "no preference at all": (

@@ -165,7 +165,7 @@ def test_an_adapter_that_shares_a_base_with_no_other_is_refused_first(llama: Pat
     given = dataclasses.replace(sections(llama), model=settings(llama, adapter=str(tmp_path / "a")))
     models.load_initial_policy(given.model, "cpu")
     report = checking.check_model(given, ["rl"], torch.device("cpu"))
-    assert f"RL cannot put adapter {tmp_path / 'a'} and" in report.refusals["rl"]
+    assert f"RL cannot load adapter {tmp_path / 'a'} and" in report.refusals["rl"]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has(llama: Path, tmp_path: Path) -> None:

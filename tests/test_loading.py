@@ -219,7 +219,7 @@ def test_a_damaged_adapter_is_refused_in_a_sentence(
         (tmp_path / "a" / file).write_text(contents)
     if file.endswith(".bin"):
         (tmp_path / "a" / ADAPTER).unlink()
-    with pytest.raises(UserError, match=rf"(?s)adapter .*{said}.*it has to be a PEFT folder"):
+    with pytest.raises(UserError, match=rf"(?s)adapter .*{said}.*it must be a PEFT folder"):
         models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
 
 

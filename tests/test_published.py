@@ -142,7 +142,7 @@ def test_a_pickle_with_a_payload_is_refused_and_does_not_run(
 ) -> None:
     folder = publish_reward_model(standard, tmp_path / "theirs")
     saved_by_torch(folder / file, tmp_path / "payload-ran")
-    with pytest.raises(UserError, match="a pickle is read only where it holds tensors and nothing else") as told:
+    with pytest.raises(UserError, match="a pickle is read only if it holds nothing but tensors") as told:
         bring_in(folder, settings(tiny_model), tmp_path / "ours")
     assert "weights_only" not in str(told.value)  # which torch advises to turn off
     assert not (tmp_path / "payload-ran").exists()
