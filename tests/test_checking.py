@@ -143,7 +143,7 @@ def test_large_weights_that_are_no_layers_are_not_left_without_lora(llama: Path)
         ),
         ({"ppo": {"reward_max_length": 1025}}, "rl", r"ppo\.reward_max_length is 1025, but the model reads 1024"),
         ({"ppo": {"response_length": 625}}, "rl", r"ppo\.query_length \+ ppo\.response_length is 1025, but the model"),
-        ({"ppo": {"query_length": 20}}, "rl", r"ppo\.query_length is 20, of which policy_prompt\.template takes"),
+        ({"ppo": {"query_length": 20}}, "rl", r"ppo\.query_length is 20, and policy_prompt\.template takes"),
     ],
 )
 def test_what_a_later_stage_would_find_is_found_first(llama: Path, more: Any, part: Any, said: str) -> None:
@@ -176,7 +176,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has(llama: Path, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "m")
     chat = PolicyPrompt(template="chat", stop=["<|im_end|>"])
     said = (
-        r"the tokenizer has \d+ tokens and the model embeddings of \d+; prompts hold the token '<\|im_(start|end)\|>'"
+        r"the tokenizer has \d+ tokens and the model \d+ embeddings; prompts contain the token '<\|im_(start|end)\|>'"
     )
     report = checking.check_model(
         sections(tmp_path / "m", policy_prompt=chat, scoring=Scoring(format="chat")), ALL, torch.device("cpu")

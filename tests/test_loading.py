@@ -43,10 +43,10 @@ ROOT = Path(__file__).parents[1]
         ("no output layer", "1 are missing .lm_head.weight"),
         ("no layer", "are missing .*layers.1"),
         ("a layer more", "are missing .*layers.3"),
-        ("a layer fewer", "fit nothing in it .*layers.2"),
+        ("a layer fewer", "have no place in it .*layers.2"),
         ("another shape", "norm.weight|shape|ignore_mismatched"),
         ("cut off", "cannot be read"),
-        ("pickle", "safetensors only, since a pickle may run code"),
+        ("pickle", "safetensors only, because a pickle may run code"),
     ],
 )
 def test_a_base_model_that_is_not_whole_is_refused(llama: Path, tmp_path: Path, how: str, said: str) -> None:

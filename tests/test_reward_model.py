@@ -619,7 +619,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         (lambda table: pl.concat([table, table]), "2 rows of record_id 0000-0"),
         (
             lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))),
-            "are not of the same principles, the first is record 0000-0",
+            "do not match; the first is record 0000-0",
         ),
         (
             lambda table: table.with_columns(
