@@ -222,7 +222,10 @@ def test_responses_that_do_not_fit(tmp_path: Path, change: Callable[[Rows], Rows
         (last_line(lambda row: row | {"relative_score": [1.0]}), "has 1 numbers"),
         (last_line(lambda row: row | {"relative_score": [float("nan"), 1.0]}), "column relative_score"),
         (last_line(lambda row: row | {"relative_score": [1, 1], "prompt_preference": 2}), "contradicts relative_score"),
-        (lambda rows: [*rows, rows[0] | {"relative_score": [9, 9], "prompt_preference": 1}], "judged .* before"),
+        (
+            lambda rows: [*rows, rows[0] | {"relative_score": [9, 9], "prompt_preference": 1}],
+            "two different judgements under",
+        ),
         (lambda rows: [{"instruction": "x"}], "1 bad rows; judge.path reads JSON lines of .*example_idx"),
     ],
 )

@@ -148,7 +148,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither responses nor judgements"):
         gather([paths[1], paths[0], paths[2]], output)
     artifacts.manifest_path(paths[2]).unlink()
-    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* be built again"):
+    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* are built again"):
         gather(paths, output)
     assert not output.exists()
 

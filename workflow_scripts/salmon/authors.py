@@ -126,7 +126,7 @@ def _rows(path: str, schema: Any, what: str, key: str, counts: Counter[str]) -> 
     """
     if not is_local(path) or Path(path).expanduser().is_dir():
         raise UserError(f"{key}: {path} must be a local file: {what}")
-    advice = f"{key} reads {what}; name such a file, or fetch it again if it is truncated"
+    advice = f"{key} reads {what}; name such a file, or fetch it again if it was cut off"
     yield from read_source(Source(format="authors", path=path), schema, counts, advice)
 
 
@@ -157,7 +157,7 @@ def read_pairs(paths: Sequence[str], key: str) -> Pairs:
     if len(first) != len(second):
         raise UserError(
             f"{key}: {paths[0]} has {len(first)} rows and {paths[1]} {len(second)}: their prompts differ, or one file "
-            "is truncated; name two complete response files of the same run"
+            "is cut off; name two complete response files of the same run"
         )
     for one, other in zip(first, second, strict=True):
         if one.prompt_id != other.prompt_id:

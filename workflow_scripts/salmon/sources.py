@@ -97,7 +97,7 @@ def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any
         return "\n".join([*lines, f"{number} bad rows; {advice}"])
     lines.append(
         f"{number} bad rows, but max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
-        f"needs {needed}: fix the rows (fetch the file again if it is truncated), set the format that it has, or raise "
+        f"needs {needed}: fix the rows (fetch the file again if it was cut off), set the format that it has, or raise "
         "max_bad_rows to leave them out"
     )
     return "\n".join(lines)
@@ -170,7 +170,7 @@ def _read_file(path: Path, schema: Any, advice: str) -> Iterator[Located]:
         else:
             yield from _read_json(path)
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{path} is damaged or truncated (gzip); fetch it again") from None
+        raise UserError(f"{path} is damaged or cut off (gzip); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
 
@@ -200,7 +200,7 @@ def _read_parquet(path: Path, schema: Any, advice: str) -> Iterator[Located]:
                     yield f"{path}, row {number}", row
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(
-            f"{path} is damaged, truncated or not Parquet (after row {number}: {type(error).__name__}); fetch it again"
+            f"{path} is damaged, cut off or not Parquet (after row {number}: {type(error).__name__}); fetch it again"
         ) from None
 
 
