@@ -115,7 +115,7 @@ def test_a_refusal_leaves_its_report_beside(llama: Path, tmp_path: Path) -> None
     arguments = check_model.Arguments(
         output=output, model=settings(llama), judge=sections(llama, judge_length=1025).judge, parts=["judging"]
     )
-    with pytest.raises(UserError, match=r"reads 1024 .* The whole report is in .*check\.refused"):
+    with pytest.raises(UserError, match=r"reads 1024 .* The full report is in .*check\.refused"):
         check_model.main(arguments)
     assert not output.exists()
     assert "## judging: refused" in (tmp_path / "check.refused" / "report.md").read_text()

@@ -348,7 +348,7 @@ def test_a_killed_job_asks_for_the_rest_only(tmp_path: Path, server: Server) -> 
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
     assert SECRET not in done.stderr
     assert "secret" not in done.stderr
-    assert "comparisons are left" in done.stderr
+    assert "comparisons remain" in done.stderr
     assert len(server.times) - before <= 12 - kept
     assert len(server.times) <= 10 + 2  # two were under way
     expected = [

@@ -250,7 +250,7 @@ def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:-50], "cannot be read: .*; copy the reward model again"),
+        (lambda data: data[:-50], "cannot be read: .*; copy or build the reward model again"),
         (lambda w: w | {SCORE: torch.zeros(2, 64)}, r"shape \(2, 64\)"),
         (lambda w: w | {SCORE: torch.zeros(64)}, r"shape \(64,\)"),
         (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, and .* gives 64|size mismatch"),
