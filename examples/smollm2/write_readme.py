@@ -1,6 +1,6 @@
-"""Write what a run of this example measured into README.md, between its two marks: numbers, date and hardware.
+"""Write the measurements of a run of this example into README.md, between its two marks, with date and hardware.
 
-The judge is also held against programs, where a program can tell which of two answers a principle prefers.
+The judge is also compared with programs, if a program can tell which of two answers a principle prefers.
 """
 
 import datetime
@@ -29,27 +29,27 @@ log = logging.getLogger("salmon.write_readme")
 
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
 TIMES = (
-    "Minutes of each rule's jobs, two of which ran side by side where that was possible. Of a job that was killed, the "
-    "last attempt counts; of PPO, the steps of all attempts."
+    "Minutes of each rule's jobs, two of which ran in parallel if possible. For a killed job, the last attempt counts; "
+    "for PPO, the steps of all attempts."
 )
-CLEAR = 1.25  # so many times as many words are a clear difference
+CLEAR = 1.25  # this ratio of the numbers of words is a clear difference
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
 CONTROL = "control"  # the run without principles
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 class Arguments(script.Arguments):
-    """Write what a run of this example measured into its README."""
+    """Write the measurements of a run of this example into its README."""
 
     results: Path = Field(Path("results/smollm2"), description="folder of the results, with an evaluation")
-    output: Path = Field(Path(__file__).with_name("README.md"), description="file that has the two marks")
+    output: Path = Field(Path(__file__).with_name("README.md"), description="file with the two marks")
 
 
 def main(arguments: Arguments) -> None:
     """Collect the numbers, write them between the marks."""
     text = arguments.output.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{arguments.output} needs one line {BEGIN} and one line {END}; what is between is replaced")
+        raise UserError(f"{arguments.output} needs one line {BEGIN} and one line {END}; it replaces the text between")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with artifacts.atomic(arguments.output) as new:
         new.write_text(f"{before}{BEGIN}\n\n{numbers(arguments.results)}\n{END}{after}", encoding="utf-8")
@@ -81,7 +81,7 @@ def read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is not there; build it first: `make example`") from None
+        raise UserError(f"{path} does not exist; build it first: `make example`") from None
 
 
 def markdown(table: Table) -> str:
@@ -106,7 +106,7 @@ def counted(one: Mapping[str, Any]) -> str:
 
 
 def made_by(results: Path) -> str:
-    """When, where, from which commit."""
+    """Date, hardware and commit."""
     manifest = read(results / "evaluation/policies/manifest.json")
     day = datetime.datetime.fromisoformat(manifest["created"]).date().isoformat()
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -116,19 +116,19 @@ def made_by(results: Path) -> str:
     device = f"with {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "without a GPU"
     return (
         f"Measured on {day}, on {os.cpu_count()} cores ({processor}) {device}, in {dtype}, at commit {commit}. "
-        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt); `of`: how many rows."
+        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt); `of`: number of rows."
     )
 
 
 def times(results: Path) -> Table:
-    """Minutes of each stage, over its jobs: of each job's last attempt, and the PPO steps of all."""
+    """Minutes of each stage, summed over its jobs: each job's last attempt, and for PPO the steps of all attempts."""
     spent: dict[str, list[float]] = {}
     for file in sorted((results / "benchmarks").rglob("*.tsv")):
         inner = file.relative_to(results / "benchmarks").parts
         names = [part for part in inner if part not in ("runs", *runs_of(results))]
         rule = names[0].removesuffix(".tsv")
         seconds = pl.read_csv(file, separator="\t")["s"][0]
-        if rule == "train_policy":  # which a kill may have cut in two
+        if rule == "train_policy":  # a kill may have cut it in two
             lines = (results / "runs" / inner[1] / "policy" / "metrics.jsonl").read_text().splitlines()
             steps = (value for line in lines for name, value in json.loads(line).items() if name.startswith("seconds_"))
             seconds = max(seconds, sum(steps))
@@ -157,24 +157,24 @@ def items(text: str) -> int:
 
 
 def shorter(asked: str, first: str, second: str) -> int:
-    """1 where the first is clearly shorter, -1 where the second is, else 0."""
+    """1 if the first is clearly shorter, -1 if the second is, otherwise 0."""
     one, other = words(first), words(second)
     return 0 if max(one, other) < CLEAR * min(one, other) else 1 if one < other else -1
 
 
 def longer(asked: str, first: str, second: str) -> int:
-    """1 where the first is clearly longer, -1 where the second is, else 0."""
+    """1 if the first is clearly longer, -1 if the second is, otherwise 0."""
     return -shorter(asked, first, second)
 
 
 def more_orderly(asked: str, first: str, second: str) -> int:
-    """1 where the first has a list of steps or points and the second has not, -1 the other way round, else 0."""
+    """1 if only the first has a list of steps or points, -1 if only the second has one, otherwise 0."""
     one, other = items(first) >= 3, items(second) >= 3
     return int(one) - int(other)
 
 
 def same_language(asked: str, first: str, second: str) -> int:
-    """1 where the first alone is in the language of what was asked, -1 where the second alone is, else 0."""
+    """1 if only the first is in the language of the instruction, -1 if only the second is, otherwise 0."""
     wanted, one, other = language.detect([asked, first, second])
     return (one == wanted) - (other == wanted) if wanted and one and other else 0
 
@@ -182,20 +182,20 @@ def same_language(asked: str, first: str, second: str) -> int:
 PROGRAMS: dict[str, tuple[str, Callable[[str, str, str], int]]] = {
     "Concise": ("fewer words", shorter),
     "Comprehensive": ("more words", longer),
-    "Methodical": ("a list, the other has none", more_orderly),
-    "Multilingual": ("the language of what was asked", same_language),
+    "Methodical": ("a list in one only", more_orderly),
+    "Multilingual": ("the instruction's language", same_language),
 }
-"""Principle -> what a program looks at, and which answer that prefers (1 the first, -1 the second, 0 neither)."""
+"""Principle -> a program's criterion, and its choice (1 the first answer, -1 the second, 0 neither)."""
 
 
 def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
-    """Per principle: agreement of the orders, bias, and where a program can tell, how often the judge is right."""
+    """Per principle: agreement of the orders, bias and, if a program can tell, how often the judge is right."""
     columns = [
         "principle",
         "both orders agree",
         "position bias",
         "program",
-        "right where the orders agree",
+        "right if the orders agree",
         "right by the mean",
     ]
     pairs = pl.read_parquet(results / "preferences/preferences.parquet")
@@ -213,7 +213,7 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
 
 
 def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> list[str]:
-    """How often the judge is right about pairs with a clear difference: where its orders agree, and by their mean."""
+    """How often the judge is right about pairs with a clear difference: if its orders agree, and by their mean."""
     texts = pairs.select("instruction", "response0", "response1").iter_rows()
     sign = np.asarray([program(*row) for row in texts], dtype=float)
     s12, s21 = (pairs[name].to_numpy() * sign for name in ("s12", "s21"))
@@ -231,7 +231,7 @@ def labelled_table(judge: Mapping[str, Any]) -> Table:
         for source, principles in judge.get("labelled", {}).items()
         for name, one in principles.items()
     ]
-    return ["people's pairs", "principle", "both orders agree", "right (a half where not)", "right by the mean"], rows
+    return ["people's pairs", "principle", "both orders agree", "right (else a half)", "right by the mean"], rows
 
 
 # ---- Reward models and policies
@@ -294,7 +294,7 @@ def judge_wins(policies: Mapping[str, Any], against: str | None = None) -> Table
 
 
 def tasks_table(results: Path, names: Sequence[str]) -> Table | None:
-    """Benchmarks of all policies, where they were asked any."""
+    """Benchmarks of all policies, if there are any."""
     files = [results / "evaluation/initial_tasks/tasks.json"]
     files += [results / f"runs/{name}/evaluation/tasks/tasks.json" for name in names[1:]]
     if not files[0].exists():
