@@ -203,7 +203,7 @@ def main() -> None:
                 calls[name], took = measure(work, way)
                 seconds[name].append(took)
     before = median(seconds[STATIC])
-    columns = ["way", "tokens/s", f"speed beside {STATIC}", "calls of the model", "useful share"]
+    columns = ["way", "tokens/s", f"speed relative to {STATIC}", "calls of the model", "useful share"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in ways:
         took = median(seconds[name])
