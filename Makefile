@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 3000
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install hooks demo demo-seeds report playground example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs-reference docs-cost clean
+.PHONY: install hooks demo demo-seeds report playground example check-demo test lint unit fuzz test-ranks test-real install-vllm test-vllm test-slurm soak breakages envs graph docs docs-serve docs-reference docs-cost clean
 
 # The longest run first, so that two cores end together.
 FIRST = --prioritize $(1)/runs/comprehensive/policy
@@ -122,6 +122,16 @@ graph: $(INSTALLED)
 envs: $(INSTALLED)
 	python envs/write_conda.py
 
+# The documentation as a site, which needs no network. A broken link is an error.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	python -m mkdocs build
+	@echo "Open site/index.html in a browser."
+
+# The same on http://127.0.0.1:8000, built again whenever a page changes.
+docs-serve: $(INSTALLED)
+	python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 docs-reference: $(INSTALLED)
 	python docs/write_reference.py
 
@@ -133,7 +143,7 @@ $(INSTALLED): $(filter-out envs/vllm%,$(wildcard envs/*.txt))
 	@echo "creating $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel numpy
-	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/evaluation.txt -r envs/playground.txt -r envs/workflow.txt -r envs/dev.txt
+	$(PIP) -r envs/data.txt -r envs/model.txt -r envs/evaluation.txt -r envs/playground.txt -r envs/workflow.txt -r envs/dev.txt -r envs/docs.txt
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r envs/deepspeed.txt
 	touch $@
 

@@ -1,9 +1,9 @@
-"""Write the tables of docs/cost.md, by `snakemake plan` itself, and that of docs/slurm.md: `make docs-cost`.
+"""Write the tables of docs/cost.md, with `snakemake plan`, and the table of docs/slurm.md: `make docs-cost`.
 
     python docs/write_cost.py [--demo results/demo]
 
-The models' configurations are written out here, so that nothing is downloaded; without their tokenizers a token counts
-as four characters of templates, and lengths of texts are those that the section `plan` assumes.
+The models' configurations are written out here, so nothing is downloaded. Without their tokenizers, four characters of
+a template count as a token, and lengths of texts are those that the section `plan` assumes.
 """
 
 import argparse
@@ -79,7 +79,7 @@ CARDS = {"llama": "h100", "qwen": "rtx4090"}
 
 
 def plan(folder: Path, name: str) -> str:
-    """What `snakemake plan` says of an example."""
+    """The output of `snakemake plan` for an example."""
     model, profile, more, resources = EXAMPLES[name]
     chosen = ROOT / "profiles" / profile
     if resources:
@@ -103,7 +103,7 @@ def plan(folder: Path, name: str) -> str:
 
 
 def fits(folder: Path) -> Iterator[str]:
-    """Rows of docs/slurm.md: bytes of a GPU by model and sharding."""
+    """Rows of docs/slurm.md: bytes per GPU by model and sharding."""
     yield "| model | weights | sampling | judging | reward model | policy | the same, zero2 on 8 | zero3 on 8 |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in MODELS:
@@ -117,7 +117,7 @@ def fits(folder: Path) -> Iterator[str]:
 
 
 def costs(config: configuration.Config, measured: shape.Shape) -> Iterator[Cost]:
-    """Of the stages, with the batch sizes of profiles/slurm/site.yaml."""
+    """Costs of the stages with the batch sizes of profiles/slurm/site.yaml."""
     nowhere, assumed = Path("/nonexistent"), Assumptions()
     counter = Counter(config, assumed, None)
     passes = {"tokens_per_pass": 4096, "tokens_per_forward_pass": 8192}
@@ -143,13 +143,13 @@ def priced(results: Path) -> dict[tuple[str, str], price.Priced]:
 
 
 def beside(results: Path, folder: Path) -> Iterator[str]:
-    """Rows of the demo's run beside what is foretold from its prompts and people's pairs alone."""
+    """Rows of the demo's run, compared with the estimate from its prompts and people's pairs alone."""
     for table in ("prompts", "reward_data/pmp.parquet", "reward_data/pmp.manifest.json", "data"):
         (folder / table).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (results / table).is_dir() else shutil.copy
         copy(results / table, folder / table)
     before, after = priced(folder), priced(results)
-    yield "| stage | run | what | foretold | with all tables | the run's own record |"
+    yield "| stage | run | quantity | estimate | with all tables | the run's own record |"
     yield "| --- | --- | --- | --- | --- | --- |"
     sizes = [0.0, 0.0, 0.0]
     for (name, run), one in after.items():
@@ -182,7 +182,7 @@ def beside(results: Path, folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the tables between their marks."""
+    """Write each table between its marks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--demo", type=Path, help="results of the demo; without them, its table is left as it is")
     results = parser.parse_args().demo

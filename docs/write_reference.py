@@ -3,12 +3,14 @@
 config.schema.json     the configuration as a JSON schema, for editors
 docs/configuration.md  its keys as tables
 docs/tables.md         the tables' columns
-README.md              the targets, between two marks
+README.md, docs/running.md  the targets, between two marks
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -182,20 +184,20 @@ def table_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme() -> str:
-    """README.md with its table of targets."""
+def with_targets(name: str) -> str:
+    """A document with its table of targets."""
     rows = [f"| `{name}` | `results/{target.artifact}` | {target.meaning} |" for name, target in TARGETS.items()]
     rows = [TARGETS_MARK, "", "| target | artifact | made by |", "| --- | --- | --- |", *rows, "", TARGETS_MARK]
     mark = re.escape(TARGETS_MARK)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
     return re.sub(f"{mark}.*{mark}", lambda _: "\n".join(rows), text, flags=re.DOTALL)
 
 
-PAGES = {
+PAGES: dict[str, Callable[[], str]] = {
     "config.schema.json": schema,
     "docs/configuration.md": configuration,
     "docs/tables.md": table_page,
-    "README.md": readme,
+    "docs/running.md": partial(with_targets, "docs/running.md"),
 }
 
 

@@ -56,7 +56,7 @@ class Page:
         self.by_name = {one.dimension: one for one in self.found.principles}
 
     def ask(
-        self, instruction: str, chosen: list[str], temperature: float, seed: float, tokens: float
+        self, instruction: str, chosen: list[str], temperature: float, seed: float | None, tokens: float
     ) -> Iterator[list[Any]]:
         """Sample the answers of the chosen policies one after another, as they grow."""
         answers: list[Any] = ["" if name in chosen else gr.skip() for name in self.names]
@@ -68,7 +68,7 @@ class Page:
                     continue
                 policy = self.bench.policies[name]
                 for text in self.bench.answers(
-                    policy, instruction, temperature=temperature, seed=int(seed), max_tokens=int(tokens)
+                    policy, instruction, temperature=temperature, seed=int(seed or 0), max_tokens=int(tokens)
                 ):
                     answers[place] = text
                     yield answers
@@ -98,13 +98,14 @@ class Page:
         takes = self.bench.reads_principles(scorer)
         if takes and not shown:
             return tables.note("Tick a principle, or write one of your own.")
-        together = [sentence for _, sentence in shown]
-        rows = [("all of these together", together)] if len(shown) > 1 else []
-        rows = (
-            [*rows, *((label, [sentence]) for label, sentence in shown)] if takes else [("(reads no principles)", [])]
-        )
-        rewards = self.bench.rewards(scorer, instruction, list(given.values()), [sentences for _, sentences in rows])
-        return tables.scores(list(given), [(label, row) for (label, _), row in zip(rows, rewards, strict=True)])
+        if not takes:
+            rows = [("whatever is ticked", "This reward model reads no principles.", list[str]())]
+        else:
+            rows = [(label, sentence, [sentence]) for label, sentence in shown]
+            if len(shown) > 1:
+                rows.insert(0, ("all of these together", "", [sentence for _, sentence in shown]))
+        rewards = self.bench.rewards(scorer, instruction, list(given.values()), [sentences for *_, sentences in rows])
+        return tables.scores(list(given), [(*row[:2], found) for row, found in zip(rows, rewards, strict=True)])
 
     def compare(
         self, first: str, second: str, ticked: list[str], negated: list[str], own: str, instruction: str, *answers: str

@@ -13,6 +13,7 @@ CSS = """
 .salmon td.best {font-weight: 700}
 .salmon td span {display: block; height: .3em; border-radius: .15em; background: #e07a5f; margin: .2em 0 0 auto}
 .salmon td.best span {background: #3d7ea6}
+.salmon small {display: block; font-weight: 400; opacity: .75; max-width: 22em}
 .salmon-note {opacity: .75}
 """
 
@@ -28,10 +29,15 @@ def table(columns: Sequence[str], rows: Iterable[str]) -> str:
     return f'<table class="salmon"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-def scores(names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Rewards of answers (columns) under what is shown (rows), with bars from the lowest of a row to its highest."""
+def scores(names: Sequence[str], rows: Sequence[tuple[str, str, Sequence[float]]]) -> str:
+    """Rewards of answers (columns) under principles (rows), with bars from the lowest of a row to its highest.
 
-    def row(label: str, values: Sequence[float]) -> str:
+    Args:
+        names: of the policies that have answered.
+        rows: label of what is shown, its sentence, and one reward per policy.
+    """
+
+    def row(label: str, sentence: str, values: Sequence[float]) -> str:
         low, high = min(values), max(values)
         cells = []
         for name, value in zip(names, values, strict=True):
@@ -40,7 +46,7 @@ def scores(names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) ->
             bar = f'<span style="width: {width:.0f}%"></span>'
             marks = f'data-shown="{escape(label)}" data-policy="{escape(name)}"'
             cells.append(f"<td{best} {marks}>{value:+.3f}{bar}</td>")
-        return f"<tr><td>{escape(label)}</td>{''.join(cells)}</tr>"
+        return f"<tr><td>{escape(label)}<small>{escape(sentence)}</small></td>{''.join(cells)}</tr>"
 
     explained = note(
         "Rewards of each answer (columns) when the reward model is shown the principle of the row. Only differences "

@@ -75,3 +75,23 @@ def test_conda_environments_have_the_pins_of_the_text_files() -> None:
         assert (ROOT / "envs" / f"{kind}.yaml").read_text() == conda_file(texts), f"run `make envs` ({kind})"
     pin = (ROOT / "envs" / "deepspeed.txt").read_text().splitlines()[-1]
     assert pin in (ROOT / "envs" / "model.post-deploy.sh").read_text()
+
+
+def taken_for_files(text: str) -> list[str]:
+    """Words that Snakemake's `--configfile`, which takes all up to the next option, would read as configurations."""
+    lines = re.findall(r"^snakemake [^#\n]*", re.sub(r"\$\(.*?\)", "", text.replace("\\\n", " ")), re.M)
+    words = [
+        word
+        for line in lines
+        for given in re.findall(r"--configfile((?: +[^-\s]\S*)+)", line)
+        for word in given.split()
+    ]
+    return [word for word in words if not word.endswith((".yaml", ".yml"))]
+
+
+def test_no_command_of_the_documents_reads_a_target_as_a_configuration() -> None:
+    assert taken_for_files(
+        "snakemake --configfile a.yaml \\\n  b.yaml plan # c\nsnakemake --configfile d.yaml -n e"
+    ) == ["plan"]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert {page.name: found for page in pages if (found := taken_for_files(page.read_text()))} == {}

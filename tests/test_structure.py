@@ -217,7 +217,7 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
 # ---- Errors name what the user can set
 
 # Of a model's file, of DeepSpeed's; and files.
-OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "tokenizer.json", "models.md", "benchmarks.md"}
+OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "tokenizer.json", "models.md", "evaluation.md"}
 
 
 def texts(node: ast.AST) -> Iterator[str]:

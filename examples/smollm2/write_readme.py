@@ -1,6 +1,6 @@
-"""Write the measurements of a run of this example into README.md, between its two marks, with date and hardware.
+"""Write the measurements of a run of this example into README.md, between its two marks: numbers, date and hardware.
 
-The judge is also compared with programs, if a program can tell which of two answers a principle prefers.
+The judge is also compared with programs, where a program can tell which of two answers a principle prefers.
 """
 
 import datetime
@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ log = logging.getLogger("salmon.write_readme")
 
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
 TIMES = (
-    "Minutes of each rule's jobs, two of which ran in parallel if possible. For a killed job, the last attempt counts; "
-    "for PPO, the steps of all attempts."
+    "Minutes per rule, summed over its jobs. Two jobs ran in parallel where possible. Of a killed job only the last\n"
+    "attempt counts; of PPO, the steps of all attempts count."
 )
-CLEAR = 1.25  # this ratio of the numbers of words is a clear difference
+CLEAR = 1.25  # an answer with this many times the words of the other is clearly longer
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
 CONTROL = "control"  # the run without principles
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -42,14 +43,16 @@ class Arguments(script.Arguments):
     """Write the measurements of a run of this example into its README."""
 
     results: Path = Field(Path("results/smollm2"), description="folder of the results, with an evaluation")
-    output: Path = Field(Path(__file__).with_name("README.md"), description="file with the two marks")
+    output: Path = Field(Path(__file__).with_name("README.md"), description="file that has the two marks")
 
 
 def main(arguments: Arguments) -> None:
-    """Collect the numbers, write them between the marks."""
+    """Collect the numbers and write them between the marks."""
     text = arguments.output.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{arguments.output} needs one line {BEGIN} and one line {END}; it replaces the text between")
+        raise UserError(
+            f"{arguments.output} needs one line {BEGIN} and one line {END}; the text between them is replaced"
+        )
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with artifacts.atomic(arguments.output) as new:
         new.write_text(f"{before}{BEGIN}\n\n{numbers(arguments.results)}\n{END}{after}", encoding="utf-8")
@@ -64,13 +67,17 @@ def numbers(results: Path) -> str:
     parts += ["### The reward model", markdown(reward_table(results))]
     policies = read(results / "evaluation/policies/policies.json")
     parts += ["### The policies", markdown(behaviour_table(policies, results))]
-    parts += ["Answers that score higher than the initial policy's, by the reward model:", markdown(wins(policies))]
-    parts += ["Answers that score higher than the control run's, by the reward model:"]
+    parts += ["Share of answers that score higher than the initial policy's, by the reward model:"]
+    parts += [markdown(wins(policies))]
+    parts += ["Share of answers that score higher than the control run's, by the reward model:"]
     parts += [markdown(wins(policies, CONTROL))]
-    parts += [f"All of {policies['behaviour'][policies['names'][0]]['words']['number']} answers."]
-    parts += ["Answers that the judge prefers to the initial policy's:", markdown(judge_wins(policies))]
+    parts += [f"All shares are of {policies['behaviour'][policies['names'][0]]['words']['number']} answers."]
+    parts += ["Share of answers that the judge prefers to the initial policy's:", markdown(judge_wins(policies))]
     if policies.get("versus"):
-        parts += ["Answers that the judge prefers to the control run's:", markdown(judge_wins(policies, CONTROL))]
+        parts += [
+            "Share of answers that the judge prefers to the control run's:",
+            markdown(judge_wins(policies, CONTROL)),
+        ]
     if benchmarks := tasks_table(results, policies["names"]):
         parts += ["### Benchmarks", markdown(benchmarks)]
     return "\n\n".join(parts) + "\n"
@@ -106,7 +113,7 @@ def counted(one: Mapping[str, Any]) -> str:
 
 
 def made_by(results: Path) -> str:
-    """Date, hardware and commit."""
+    """Date, hardware and commit of the run."""
     manifest = read(results / "evaluation/policies/manifest.json")
     day = datetime.datetime.fromisoformat(manifest["created"]).date().isoformat()
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -114,14 +121,15 @@ def made_by(results: Path) -> str:
     commit = (manifest["git_commit"] or "unknown")[:7]
     dtype = read(results / "evaluation/initial_answers.manifest.json")["settings"]["model"]["dtype"]
     device = f"with {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "without a GPU"
-    return (
+    return textwrap.fill(
         f"Measured on {day}, on {os.cpu_count()} cores ({processor}) {device}, in {dtype}, at commit {commit}. "
-        f"In brackets: {intervals.LEVEL:.0%} intervals (by prompt); `of`: number of rows."
+        f"Brackets contain {intervals.LEVEL:.0%} intervals (by prompt); `of` precedes the number of rows.",
+        120,
     )
 
 
 def times(results: Path) -> Table:
-    """Minutes of each stage, summed over its jobs: each job's last attempt, and for PPO the steps of all attempts."""
+    """Minutes of each rule, summed over its jobs: each job's last attempt, and the PPO steps of all attempts."""
     spent: dict[str, list[float]] = {}
     for file in sorted((results / "benchmarks").rglob("*.tsv")):
         inner = file.relative_to(results / "benchmarks").parts
@@ -157,24 +165,24 @@ def items(text: str) -> int:
 
 
 def shorter(asked: str, first: str, second: str) -> int:
-    """1 if the first is clearly shorter, -1 if the second is, otherwise 0."""
+    """1 where the first is clearly shorter, -1 where the second is, else 0."""
     one, other = words(first), words(second)
     return 0 if max(one, other) < CLEAR * min(one, other) else 1 if one < other else -1
 
 
 def longer(asked: str, first: str, second: str) -> int:
-    """1 if the first is clearly longer, -1 if the second is, otherwise 0."""
+    """1 where the first is clearly longer, -1 where the second is, else 0."""
     return -shorter(asked, first, second)
 
 
 def more_orderly(asked: str, first: str, second: str) -> int:
-    """1 if only the first has a list of steps or points, -1 if only the second has one, otherwise 0."""
+    """1 where only the first has a list of steps or points, -1 where only the second has one, else 0."""
     one, other = items(first) >= 3, items(second) >= 3
     return int(one) - int(other)
 
 
 def same_language(asked: str, first: str, second: str) -> int:
-    """1 if only the first is in the language of the instruction, -1 if only the second is, otherwise 0."""
+    """1 where only the first is in the language of the question, -1 where only the second is, else 0."""
     wanted, one, other = language.detect([asked, first, second])
     return (one == wanted) - (other == wanted) if wanted and one and other else 0
 
@@ -182,20 +190,20 @@ def same_language(asked: str, first: str, second: str) -> int:
 PROGRAMS: dict[str, tuple[str, Callable[[str, str, str], int]]] = {
     "Concise": ("fewer words", shorter),
     "Comprehensive": ("more words", longer),
-    "Methodical": ("a list in one only", more_orderly),
-    "Multilingual": ("the instruction's language", same_language),
+    "Methodical": ("a list that the other lacks", more_orderly),
+    "Multilingual": ("the language of the question", same_language),
 }
-"""Principle -> a program's criterion, and its choice (1 the first answer, -1 the second, 0 neither)."""
+"""Principle -> what its program looks at, and the program: 1 prefers the first answer, -1 the second, 0 neither."""
 
 
 def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
-    """Per principle: agreement of the orders, bias and, if a program can tell, how often the judge is right."""
+    """Per principle: agreement of the orders, bias, and, where a program can tell, how often the judge is right."""
     columns = [
         "principle",
         "both orders agree",
         "position bias",
         "program",
-        "right if the orders agree",
+        "right where the orders agree",
         "right by the mean",
     ]
     pairs = pl.read_parquet(results / "preferences/preferences.parquet")
@@ -213,7 +221,7 @@ def judge_table(judge: Mapping[str, Any], results: Path) -> Table:
 
 
 def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> list[str]:
-    """How often the judge is right about pairs with a clear difference: if its orders agree, and by their mean."""
+    """How often the judge is right about pairs with a clear difference: where its orders agree, and by their mean."""
     texts = pairs.select("instruction", "response0", "response1").iter_rows()
     sign = np.asarray([program(*row) for row in texts], dtype=float)
     s12, s21 = (pairs[name].to_numpy() * sign for name in ("s12", "s21"))
@@ -225,13 +233,19 @@ def of_program(pairs: pl.DataFrame, program: Callable[[str, str, str], int]) -> 
 
 
 def labelled_table(judge: Mapping[str, Any]) -> Table:
-    """The judge against people."""
+    """The judge compared with people."""
     rows = [
         [source, name, counted(one["agree"]), shown(one["right"]), shown(one["mean_right"])]
         for source, principles in judge.get("labelled", {}).items()
         for name, one in principles.items()
     ]
-    return ["people's pairs", "principle", "both orders agree", "right (else a half)", "right by the mean"], rows
+    return [
+        "people's pairs",
+        "principle",
+        "both orders agree",
+        "right (one half where they disagree)",
+        "right by the mean",
+    ], rows
 
 
 # ---- Reward models and policies
@@ -242,7 +256,7 @@ def reward_table(results: Path) -> Table:
     stages = {stage: read(results / f"evaluation/{stage}/reward_model.json") for stage in ("pmp", "reward_model")}
     rows = [
         [
-            "held out of its own training",
+            "records held out of its training",
             *(counted(found["held_out"]["accuracy"]) for found in stages.values()),
         ]
     ]
@@ -250,13 +264,14 @@ def reward_table(results: Path) -> Table:
     rows += [[f"people, {source}", *(counted(found[source]) for found in people.values())] for source in people["pmp"]]
     held = stages["reward_model"]["held_out"]
     for name, ways in held["deciding"].items():
-        rows += [[f"{name} decided, {way}", "", counted(ways[way])] for way in ("plain", "negated", "turned")]
+        labels = {"plain": "plain", "negated": "negated", "turned": "reversed"}
+        rows += [[f"{name} decided, {labels[way]}", "", counted(ways[way])] for way in labels]
     rows += [[f"{name} reversed: changes its mind", "", counted(one)] for name, one in held["flips"].items()]
-    return ["right", "after PMP", "after the judge's records"], rows
+    return ["measure", "after PMP", "after the judge's records"], rows
 
 
 def behaviour_table(policies: Mapping[str, Any], results: Path) -> Table:
-    """How the policies answer."""
+    """Behaviour of the policies."""
     columns = ["policy", "words", "has a list", "ends by itself", "KL", "distinct pairs of words"]
     rows = []
     for name in policies["names"]:

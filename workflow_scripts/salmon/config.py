@@ -678,7 +678,7 @@ class Evaluation(Section):
         "chat template; `policy`: as turns where policy_prompt.template is `chat`",
     )
     tasks_data: dict[str, ReadyFile] = Field(
-        {}, description="data of tasks that are at hand: `hhh`, a folder, and `truthfulqa`, a file (docs/benchmarks.md)"
+        {}, description="data of tasks that are at hand: `hhh`, a folder, and `truthfulqa`, a file (docs/evaluation.md)"
     )
     tasks_folder: ReadyFile | None = Field(
         None, description="folder of more tasks in lm-eval's YAML, which may run Python code that is beside it"

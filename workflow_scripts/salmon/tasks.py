@@ -103,7 +103,7 @@ class Benchmarks:
         if unsafe := sorted(name for name, one in loaded.items() if getattr(one, "UNSAFE_CODE", False)):
             raise UserError(
                 f"the task {unsafe[0]} (evaluation.tasks) runs code that the model writes, which the workflow does not "
-                "do: remove it, and run it with lm-eval's own command line in a sandbox (docs/benchmarks.md)"
+                "do: remove it, and run it with lm-eval's own command line in a sandbox (docs/evaluation.md)"
             )
         before = _CUT.number
         try:
