@@ -313,9 +313,9 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         none = [None] * len(WAYS)
         rows.append(["all records", held_out["accuracy"], *none, held_out["calibration"]["error"], *none])
         note = (
-            "How often the preferred output has the higher reward, if the deciding principle is shown plain and if it "
-            "is shown negated; how often the other output has it, if only this principle is reversed; and how often "
-            f"the higher reward changes sides when a principle is reversed. {INTERVALS}"
+            "How often the preferred output has the higher reward when the deciding principle is shown plain, and when "
+            "it is shown negated; how often the other output has it when only this principle is reversed; and how "
+            f"often the higher reward changes sides when a principle is reversed. {INTERVALS}"
         )
         if "clean" in held_out:
             columns.append("clean labels")
