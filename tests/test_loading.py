@@ -253,7 +253,7 @@ def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
         (lambda data: data[:-50], "cannot be read: .*; copy or build the reward model again"),
         (lambda w: w | {SCORE: torch.zeros(2, 64)}, r"shape \(2, 64\)"),
         (lambda w: w | {SCORE: torch.zeros(64)}, r"shape \(64,\)"),
-        (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, and .* gives 64|size mismatch"),
+        (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, but .* gives 64|size mismatch"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(llama: Path, tmp_path: Path, change: Any, said: str) -> None:

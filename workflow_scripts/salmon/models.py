@@ -219,7 +219,7 @@ def check_context(model: nn.Module, length: int, key: str) -> None:
     config = getattr(model, "config", None)
     limit = None if config is None else context_limit(config.to_dict())
     if limit is not None and length > limit:
-        raise UserError(f"{key} is {length}, but the model reads at most {limit} tokens; lower the setting")
+        raise UserError(f"{key} is {length}, but the model reads {limit} tokens at most; lower the setting")
 
 
 def _divide(policy: nn.Module, device: torch.device) -> nn.Module:

@@ -270,7 +270,7 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
         )
     limit = context_limit(read_config(model, Path()))
     if limit is not None and longest > limit:
-        raise UserError(f"{key} is {longest}, but the model reads at most {limit} tokens; lower the setting")
+        raise UserError(f"{key} is {longest}, but the model reads {limit} tokens at most; lower the setting")
     if hardware.url:
         yield _connect(hardware, longest)
         return
