@@ -1,16 +1,24 @@
 """The overlays for models that people use: each is a configuration of the whole paper's run, and its kind is tested."""
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 
+from demo import oracles
+from examples.own_principle import score
 from examples.smollm2 import write_readme
-from salmon import intervals
-from tests.test_workflow import elsewhere, jobs, snakemake
+from salmon import intervals, models
+from salmon.config import Lora, Model
+from salmon.tokenizers import load_tokenizer
+from tests.test_workflow import PARENTS, elsewhere, jobs, snakemake
 from tests.zoo import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +65,62 @@ def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
     counts = jobs(run.stdout + run.stderr)
     wanted = {"train_pmp": 1, "train_reward_model": 1, "train_policy": 4, "evaluate_judge": 1, "evaluate_policies": 1}
     assert {name: counts.get(name) for name in wanted} == wanted
+
+
+def test_a_principle_of_ones_own_is_one_more_run_of_the_demo(tmp_path: Path) -> None:
+    """Dry: the demo's own reward model, and one policy that is shown the principle; the page shows both files."""
+    overlay = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "examples/own_principle/config.yaml")
+    run = snakemake("-n", str(tmp_path / "runs/curious/policy"), *overlay, *elsewhere(tmp_path))
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    assert {*counts} == {*PARENTS, "make_demo_data"}
+    assert (counts["train_reward_model"], counts["train_policy"]) == (1, 1)
+    page = (ROOT / "docs" / "your_principles.md").read_text()
+    principle = (EXAMPLES / "own_principle" / "curious.json").read_text()
+    assert principle in page
+    assert all(f"| {sentence} " in page for sentence in score.SENTENCES)
+    shown = re.findall(r"```yaml\n(runs:\n.*?)```", page, re.S)
+    assert yaml.safe_load((EXAMPLES / "own_principle" / "config.yaml").read_text()) == yaml.safe_load(shown[0])
+    # A word that the demo's world lacks would be letters to its model.
+    vocabulary = {token for token, _ in json.loads((ROOT / "demo/model/tokenizer.json").read_text())["model"]["vocab"]}
+    (entry,) = json.loads(principle)
+    first, *words = re.findall(r"\w+", entry["definition"])
+    assert {first, *(f"\u0120{word}" for word in words)} <= vocabulary
+
+
+def test_sentences_are_held_against_the_oracles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward model that counts tokens dislikes what the oracle of conciseness likes, under any sentence."""
+    base = Model(base=str(ROOT / "demo/model"), quantization="none", dtype="float32")
+    models.new_reward_model(base, Lora(r=2), "cpu", 0).save_pretrained(str(tmp_path / "models/reward_model"))
+    sentences = ["The output is short.", "It is long."]
+    read: list[list[str]] = []
+
+    def count_tokens(_: Any, tokens: Any, *__: Any) -> torch.Tensor:
+        tokenizer = load_tokenizer(base)
+        read.append(tokenizer.batch_decode(tokens))
+        return torch.tensor([float(len(text)) for text in tokens])
+
+    monkeypatch.setattr("salmon.reward_model.score", count_tokens)
+    score.main(score.Arguments(sentences=sentences, results=tmp_path, answers=30, threads=1))
+    header, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    assert header == ["sentence", *oracles.ORACLES]
+    assert [row[0] for row in rows] == sentences
+    assert rows[0][1:] == rows[1][1:]
+    assert float(rows[0][header.index("Concise")]) < -0.8
+    assert all(f"- {sentence}\n" in text for sentence, texts in zip(sentences, read, strict=True) for text in texts)
+
+
+def test_correlations_are_pearsons() -> None:
+    rewards, marks = np.array([[1.0, 2.0, 4.0]]), np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+
+    def pearson(one: Any, other: Any) -> float:
+        one, other = one - one.mean(), other - other.mean()
+        return float((one * other).sum() / math.sqrt((one**2).sum() * (other**2).sum()))
+
+    wanted = [[pearson(rewards[0], marks[:, column]) for column in (0, 1)]]
+    assert score.correlations(rewards, marks) == pytest.approx(np.array(wanted))
 
 
 @pytest.mark.parametrize(
