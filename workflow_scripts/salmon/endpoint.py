@@ -176,7 +176,7 @@ class Endpoint:
             raise Refused("no_completion", f"{self.address} {what}: check that it is an OpenAI-compatible endpoint")
         raise UserError(
             f"{self.address} {what}, {self.settings.retries + 1} times in a row: check the server or your quota, or "
-            f"change max_requests, timeout or retries in evaluation.judge_endpoint; {_KEPT}"
+            f"change evaluation.judge_endpoint.max_requests, timeout or retries; {_KEPT}"
         )
 
     def _refusal(self, response: httpx2.Response) -> str:
