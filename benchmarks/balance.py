@@ -1,14 +1,14 @@
-"""How long ranks wait for each other in an update of PPO: by count, with the product's own division of a minibatch.
+"""Waiting of ranks for each other in a PPO update, by counting tokens, with the product's own division of a minibatch.
 
     python benchmarks/balance.py [--ranks 8 48] [--budgets 2048 4096 8192] [--minibatches 200]
 
-No model runs. Rollouts are as long as questions and answers of OASST1 (at four characters a token, the prompt's
-preamble added), their numbers the paper's. Compared are passes that hold one rollout or two of those that a rank has
-sampled, as this project's first way was, and `batching.passes`, which deals a minibatch out anew.
+No model runs. Rollouts are as long as questions and answers of OASST1 (four characters count as a token; the prompt's
+preamble is added), and their numbers are the paper's. The table compares passes of one or two rollouts, each computed
+by the rank that sampled it (this project's first way), with `batching.passes`, which divides a minibatch anew.
 
-Printed are means over minibatches: passes of the rank that makes most, over the mean rank's; and tokens, padding
-included, that the slowest rank computes in each pass (all wait for it under ZeRO), over the mean rank's tokens without
-padding.
+It prints means over minibatches: passes of the rank with most passes, relative to the mean rank; and the tokens,
+padding included, that the slowest rank computes in each pass (under ZeRO all wait for it), relative to the mean rank's
+tokens without padding.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from salmon.config import Ppo  # noqa: E402
 
 PREAMBLE = 150
 Parts = list[list[list[int]]]
-"""Places of rollouts, by pass and rank."""
+"""Indices of rollouts, by pass and rank."""
 
 
 def real_lengths(settings: Ppo) -> np.ndarray:
-    """Tokens of query and response, [N, 2], as long as questions of OASST1 and their answers."""
+    """Numbers of tokens of query and response, [N, 2], as for questions of OASST1 and their answers."""
     messages = pl.read_parquet(ROOT / "tests/data/oasst1/validation_sample.parquet")
     tokens = messages.select("message_id", asked=pl.col("text").str.len_chars() // 4 + PREAMBLE)
     answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
@@ -41,7 +41,7 @@ def real_lengths(settings: Ppo) -> np.ndarray:
 
 
 def where_sampled(ranks: Sequence[list[int]], minibatch: set[int], sizes: Sequence[int], rows: int) -> Parts:
-    """Passes of `rows` rollouts, each rank those of the minibatch that it has sampled."""
+    """Passes of `rows` rollouts; each rank computes those of the minibatch that it has sampled."""
     of_ranks = []
     for places in ranks:
         mine = [place for place in places if place in minibatch]
@@ -51,7 +51,7 @@ def where_sampled(ranks: Sequence[list[int]], minibatch: set[int], sizes: Sequen
 
 
 def measure(parts: Parts, sizes: Sequence[int]) -> tuple[float, float]:
-    """Passes of the fullest rank over the mean rank's; tokens that are waited for over the mean rank's."""
+    """Passes of the fullest rank relative to the mean rank; tokens of the slowest ranks relative to the mean rank."""
     ranks = len(parts[0])
     made = [sum(bool(each[rank]) for each in parts) for rank in range(ranks)]
     waited = sum(max(len(part) * max((sizes[place] for place in part), default=0) for part in each) for each in parts)
@@ -63,7 +63,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 48])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192], help="tokens of a pass")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192], help="maximum tokens per pass")
     parser.add_argument("--minibatches", type=int, default=200)
     arguments = parser.parse_args()
     settings = Ppo.model_validate(yaml.safe_load((ROOT / "config.yaml").read_text())["ppo"])

@@ -1,11 +1,11 @@
-"""Time and peak memory of the data rules on stand-ins of the true size, beside the plain way in pandas.
+"""Time and peak memory of the data rules on stand-ins of the true size, compared with the plain way in pandas.
 
     python benchmarks/data_rules.py [--scale 0.05] [--times 1 4] [--rules openorca pmp ...] [--no-plain]
 
-The data are those of `stand_ins`. `--times 4` is four times as many rows, under the same limits. Each rule's script,
-and the plain way, runs in a process of its own. The plain way is the authors' (reference, steps 1 to 3): load all,
-loop over the rows, keep the results in lists. Prints a Markdown table; times are those of the clock, and in brackets
-those of all CPUs, which other work on the machine disturbs less.
+The data are those of `stand_ins`. `--times 4` means four times as many rows with the same limits. Each rule's script,
+and the plain way, runs in a separate process. The plain way is the authors' (reference, steps 1 to 3): load everything,
+loop over the rows, keep the results in lists. It prints a Markdown table. Times are wall-clock times; in brackets is
+the time of all CPUs, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -51,11 +51,11 @@ class Rule:
     """One data rule.
 
     Attributes:
-        rows: of its data set in full size.
-        what: that it reads.
-        make: writes a stand-in of so many rows into a folder.
-        command: script and options, given the folder, the output and the factor of the limits.
-        plain: does the same the plain way.
+        rows: rows of its data set in full size.
+        what: description of its input.
+        make: writes a stand-in with this many rows into a folder.
+        command: script and options, for a folder, an output and a factor of the limits.
+        plain: does the same in the plain way.
     """
 
     rows: int
@@ -68,12 +68,12 @@ class Rule:
 def main() -> None:
     """Make the stand-ins, run each rule both ways, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the stand-ins and limits; 1 is the true one")
-    parser.add_argument("--times", type=int, nargs="+", default=[1, 4], help="so many times the rows")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the stand-ins and limits; 1 is the true size")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 4], help="multiples of the number of rows")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--no-plain", action="store_true", help="leave out the plain way")
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose scripts run, to compare two versions")
-    parser.add_argument("--plain-in", nargs=3, help=argparse.SUPPRESS)  # folder, output, rule: in a process of its own
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout with the scripts, to compare versions")
+    parser.add_argument("--plain-in", nargs=3, help=argparse.SUPPRESS)  # folder, output, rule: in a separate process
     options = parser.parse_args()
     if options.plain_in:
         folder, output, name = options.plain_in
@@ -106,13 +106,13 @@ def measure(command: list[str]) -> tuple[str, str]:
     """Wall time and peak resident memory of a Python process.
 
     Raises:
-        RuntimeError: with its last lines, where it fails.
+        RuntimeError: if it fails, with its last lines.
     """
     peak = 0
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         child = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log)
-        # Of rusage, the peak would be at least that of this process, which the child begins as.
+        # rusage would give at least the peak of this process, as which the child begins.
         status_file = Path(f"/proc/{child.pid}/status")
         while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
             found = re.search(r"VmHWM:\s+(\d+) kB", status_file.read_text())
@@ -141,20 +141,20 @@ def rl_prompts(folder: Path, output: Path, sources: dict[str, Any]) -> list[str]
 
 
 def openorca_command(folder: Path, output: Path, scale: float) -> list[str]:
-    """RL prompts of OpenOrca alone."""
+    """RL prompts from OpenOrca alone."""
     sources = source(folder, "data.parquet", "openorca", limit=round(PER_FAMILY * scale), question_type="reasoning")
     return rl_prompts(folder, output, sources)
 
 
 def pmp_command(folder: Path, output: Path, scale: float) -> list[str]:
-    """Both sources of PMP data."""
+    """PMP data from both sources."""
     paths = {"shp": str(folder / "shp.parquet"), "hh_rlhf": str(folder / "hh.jsonl")}
     sources = {kind: {"format": kind, "path": path} for kind, path in paths.items()}
     return ["clean_pmp_data.py", f"--output={output}", f"--pmp-data={json.dumps({'sources': sources})}"]
 
 
 def gather_command(folder: Path, output: Path, kind: str) -> list[str]:
-    """Gathering of one table's shards."""
+    """Gathering one table's shards."""
     shards = json.dumps([str(folder / kind / f"{shard}.parquet") for shard in range(SHARDS[kind])])
     return ["gather_shards.py", f"--shards={shards}", f"--output={output}"]
 
@@ -172,7 +172,7 @@ def aggregate_command(folder: Path, output: Path, language_rule: bool) -> list[s
 
 
 def plain_rl_prompts(texts: Iterator[tuple[str, str]], folder: Path, output: Path, limit: int | None) -> None:
-    """Tokenise every text, keep the distinct ones in lists, draw from these."""
+    """Tokenise every text, keep distinct ones in lists, draw from these."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -268,10 +268,10 @@ def plain_aggregate(folder: Path, output: Path, language_rule: bool) -> None:
 
 
 def gather_rule(kind: str) -> Rule:
-    """Gathering of one table."""
+    """The rule that gathers one table."""
     return Rule(
         98_000,
-        f"{kind} of so many pairs in {SHARDS[kind]} shards",
+        f"{kind} of this many pairs in {SHARDS[kind]} shards",
         make_shards,
         lambda folder, output, _: gather_command(folder, output, kind),
         lambda folder, output, _: plain_gather(folder, output, kind),
@@ -279,10 +279,10 @@ def gather_rule(kind: str) -> Rule:
 
 
 def aggregate_rule(language_rule: bool) -> Rule:
-    """Aggregation, with or without its language rule."""
+    """The aggregation rule, with or without its language rule."""
     return Rule(
         98_000,
-        f"so many pairs, 11 judgements each, language rule {'on' if language_rule else 'off'}",
+        f"pairs with 11 judgements each, language rule {'on' if language_rule else 'off'}",
         make_judged,
         lambda folder, output, _: aggregate_command(folder, output, language_rule),
         lambda folder, output, _: plain_aggregate(folder, output, language_rule),

@@ -1,4 +1,4 @@
-"""Measure a dry run of many shards, and whose CPU time it is: `python benchmarks/dry_run.py`."""
+"""Measure the CPU time of a dry run with many shards, by origin: `python benchmarks/dry_run.py`."""
 
 import argparse
 import os
@@ -32,7 +32,7 @@ def seconds(command: list[str], folder: str) -> float:
 
 
 def owner(file: str) -> str:
-    """Whose a function is, by its file."""
+    """The origin of a function, from its file."""
     if (
         file.startswith(str(ROOT / "rules"))
         or file.startswith(str(ROOT / "workflow_scripts"))
@@ -43,9 +43,9 @@ def owner(file: str) -> str:
 
 
 def main() -> None:
-    """Print the CPU time, and the shares by cProfile."""
+    """Print the CPU time, and the shares according to cProfile."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", type=int, default=1000, help="of sampling (twice) and of judging")
+    parser.add_argument("--shards", type=int, default=1000, help="shards of sampling (twice) and of judging")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for profile in (None, "slurm"):
@@ -61,7 +61,7 @@ def main() -> None:
         whole, rules = sum(shares.values()), functions[(str(ROOT / "Snakefile"), 1, "<module>")][3]
     for name, share in shares.most_common():
         print(f"  {share / whole:6.1%} {name}")
-    print(f"  {rules / whole:6.1%} in all that reading Snakefile, rules and configuration takes, imports included")
+    print(f"  {rules / whole:6.1%} for reading Snakefile, rules and configuration, imports included")
 
 
 if __name__ == "__main__":

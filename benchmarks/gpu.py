@@ -1,23 +1,23 @@
-"""Sampling and the parts of a PPO step on one GPU, with models of random weights in the shapes of real ones.
+"""Sampling and the parts of a PPO step on one GPU, with random weights in the shapes of real models.
 
     python benchmarks/gpu.py [--shapes 1b 7b] [--batches 16 64 128] [--minutes 4] [--output gpu.json] [...]
 
-It needs envs/data.txt and envs/model.txt (without bitsandbytes, NF4 is left out); nothing is downloaded. The models
-are made on the device. Their four adapters (r 64, on all linear layers) and heads are loaded from files by
-`SharedBase`, as in RL; the sampled policy is the one that PPO samples from.
+It needs envs/data.txt and envs/model.txt (without bitsandbytes, NF4 is left out). Nothing is downloaded: the models are
+made on the device. As in RL, `SharedBase` loads their four adapters (r 64, on all linear layers) and heads from files;
+the sampled policy is the one that PPO samples from.
 
-Sampling: lengths of prompts and responses are log-normal and skewed, as those of chats are. Random weights do not end
-a response, so each row is given its length as a limit. A row of transformers' `generate` cannot have a limit of its
-own: it runs each batch to its longest row, as it does with rows that have ended, and only useful tokens count. Useful
-share: useful tokens per slot and call of the model. Kernels and GPU time of a step are differences of two profiled runs
-at the smallest batch; copies are not counted as kernels. Where the time does not suffice for all tokens, a pair of runs
-gets a lower cap, the same for both (column `cap`: tokens of the longest row).
+Sampling: lengths of prompts and responses are log-normal and skewed, like those of chats. Random weights do not end a
+response, so each row gets its length as a limit. Transformers' `generate` has no limit per row: it runs each batch to
+its longest row, as it does with ended rows, and only useful tokens count. Useful share: useful tokens per slot and call
+of the model. Kernels and GPU time of a step are differences of two profiled runs at the smallest batch; copies do not
+count as kernels. If time does not suffice for all tokens, both runs of a pair get the same lower cap (column `cap`:
+tokens of the longest row).
 
-PPO: rollouts of 128 + 256 tokens. `measure` is log-probabilities of policy and reference, and values; `score` is the
-reward model's; `update` is a backward pass of policy and value model over each rollout and a step of the optimizer,
-with and without recomputed activations. Paged states of the optimizer are not in the peak memory.
+PPO: rollouts of 128 + 256 tokens. `measure` computes log-probabilities of policy and reference, and values; `score`
+runs the reward model; `update` is a backward pass of policy and value model over each rollout and a step of the
+optimizer, with and without recomputed activations. Peak memory does not include the optimizer's paged states.
 
-A cell that fails is noted with its error, and the rest goes on; the file is written anew after each cell.
+A failed cell is recorded with its error, and the rest continues. The file is rewritten after each cell.
 """
 
 import argparse
@@ -99,14 +99,14 @@ STOP = ("\n\n### User",)
 LONGEST_PROMPT = 256
 PROMPT = (90, 0.6)  # median and sigma of a log-normal distribution of tokens
 RESPONSE = (55, 0.9)  # with a cap of 256, the mean is a third of the longest
-QUERY_TOKENS, RESPONSE_TOKENS = 128, 256  # of a rollout
-SHORT, LONG = 2, 6  # tokens a row, of runs whose difference is the cost of a step
-UNITS = {"load": 3.0, "pair": 5.0, "ppo": 4.0}  # shares of the time, by the layers of the model
+QUERY_TOKENS, RESPONSE_TOKENS = 128, 256  # tokens of a rollout
+SHORT, LONG = 2, 6  # tokens per row, in runs whose difference is the cost of a step
+UNITS = {"load": 3.0, "pair": 5.0, "ppo": 4.0}  # shares of the time, per layer of the model
 
 
 @dataclass
 class Clock:
-    """How the time that is left is dealt to the cells that are left."""
+    """Divides the remaining time among the remaining cells."""
 
     deadline: float
     todo: list[tuple[str, float]] = field(default_factory=list)
@@ -117,33 +117,33 @@ class Clock:
         return self.deadline - time.monotonic()
 
     def take(self, name: str) -> float:
-        """Seconds for the next cell of this name, which is then done."""
+        """Seconds for the next cell of this name, which then counts as done."""
         total = sum(weight for _, weight in self.todo)
         place = next(place for place, (each, _) in enumerate(self.todo) if each == name)
         return self.left * self.todo.pop(place)[1] / total
 
     def drop(self, prefix: str) -> None:
-        """Leave out the cells whose names begin like this."""
+        """Drop the cells whose names begin with this."""
         self.todo = [each for each in self.todo if not each[0].startswith(prefix)]
 
 
 @dataclass
 class Results:
-    """Cells by table, printed as they come and written to a file after each."""
+    """Cells by table, printed as they arrive and written to a file after each."""
 
     output: Path | None
     about: dict[str, Any]
     cells: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, **cell: Any) -> None:
-        """One more cell: `table` and what it says."""
+        """Add a cell: `table` and its values."""
         self.cells.append(cell)
         print("  ".join(f"{name} {_show(value)}" for name, value in cell.items()), flush=True)
         if self.output:
             self.output.write_text(json.dumps({**self.about, "cells": self.cells}, indent=1) + "\n")
 
     def table(self, kind: str) -> str:
-        """The cells of a kind in Markdown; errors below."""
+        """The cells of a table in Markdown, with errors below."""
         rows = [cell for cell in self.cells if cell["table"] == kind and "error" not in cell]
         errors = [cell for cell in self.cells if cell["table"] == kind and "error" in cell]
         lines = []
@@ -158,10 +158,10 @@ class Results:
 
     @contextmanager
     def noting(self, table: str, **what: Any) -> Iterator[None]:
-        """Note an error as a cell, and go on."""
+        """Record an error as a cell, and continue."""
         try:
             yield
-        except Exception as error:  # what is measured next may work
+        except Exception as error:  # the next measurement may work
             lines = str(error).strip().splitlines() or [""]
             said = lines[0] if isinstance(error, torch.OutOfMemoryError) else lines[-1]
             traceback.print_exception(error, limit=-3)
@@ -178,17 +178,17 @@ def _show(value: object) -> str:
 
 
 def main() -> None:
-    """Measure what there is time for, print tables."""
+    """Measure as much as time allows, print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "7b"])
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "nf4"), default=["bf16", "nf4"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 128])
     parser.add_argument("--rounds", type=int, default=1, help="rows to sample, as a multiple of the batch")
-    parser.add_argument("--cap", type=int, default=256, help="largest number of tokens sampled a row")
-    parser.add_argument("--rollouts", type=int, default=16, help="of the PPO step")
-    parser.add_argument("--tokens-per-pass", type=int, default=4096, help="of a backward pass, padding included")
+    parser.add_argument("--cap", type=int, default=256, help="largest number of tokens sampled per row")
+    parser.add_argument("--rollouts", type=int, default=16, help="rollouts of the PPO step")
+    parser.add_argument("--tokens-per-pass", type=int, default=4096, help="tokens of a backward pass, padding included")
     parser.add_argument("--only", nargs="+", choices=("sampling", "ppo"), default=["sampling", "ppo"])
-    parser.add_argument("--minutes", type=float, default=4.0, help="about how long all of it may take")
+    parser.add_argument("--minutes", type=float, default=4.0, help="approximate limit for the whole run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -198,7 +198,7 @@ def main() -> None:
     results = Results(args.output, {**describe(device), "options": {k: str(v) for k, v in vars(args).items()}})
     print(json.dumps(results.about), flush=True)
     if "nf4" in args.precisions and importlib.util.find_spec("bitsandbytes") is None:
-        results.add(table="loading", model=None, precision="nf4", error="NF4: bitsandbytes is not there")
+        results.add(table="loading", model=None, precision="nf4", error="NF4: bitsandbytes is not installed")
         args.precisions = [each for each in args.precisions if each != "nf4"]
     for shape in args.shapes:
         for precision in args.precisions:
@@ -229,7 +229,7 @@ def main() -> None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Where this runs, and with what."""
+    """The machine and the versions."""
     packages = {}
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -248,12 +248,12 @@ class Bench:
     """The cells of one shape.
 
     Args:
-        args: of the command line.
-        shape: of `SHAPES`.
-        device: of the models.
-        folder: for adapters.
-        clock: of all cells.
-        results: of all cells.
+        args: the command-line arguments.
+        shape: one of `SHAPES`.
+        device: the models' device.
+        folder: a folder for adapters.
+        clock: the clock of all cells.
+        results: the results of all cells.
     """
 
     def __init__(
@@ -271,23 +271,23 @@ class Bench:
         self.tokenizer = make_tokenizer(self.vocabulary)
 
     def settings(self, precision: str) -> Model:
-        """The model as a configuration names it; its base is made instead of read."""
+        """The model as a configuration names it; its base is created instead of read."""
         quantization = "nf4" if precision == "nf4" else "none"
         return Model(base="random", adapter=str(self.folder / "policy"), quantization=quantization, dtype="bfloat16")
 
     def load_base(self, model: Model, device: torch.device | str) -> PreTrainedModel:
-        """In place of `models.load_base`."""
+        """Replaces `models.load_base`."""
         base = make_base(self.shape, model.attention, device)
         return quantize(base) if model.quantization == "nf4" else base
 
     def save_adapters(self) -> None:
-        """A reward model with adapter and head, and the adapter again as a policy's."""
+        """A reward model with adapter and head, and the same adapter for a policy."""
         reward, policy = self.folder / "reward", self.folder / "policy"
         with mock.patch.object(models, "load_base", self.load_base):
             made = models.new_reward_model(self.settings("bf16").without_adapter(), LORA, self.device, seed=1)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                if "lora_B" in name:  # zero at first
+                if "lora_B" in name:  # initially zero
                     parameter.normal_(0, 1e-3)
         made.save_pretrained(str(reward), save_embedding_layers=False)
         policy.mkdir()
@@ -307,7 +307,7 @@ class Bench:
         prefix = f"{self.shape} {precision}"
         self.clock.take(f"{prefix} load")
         if self.clock.left < 10:
-            raise TimeoutError("no time was left")
+            raise TimeoutError("no time left")
         began = time.monotonic()
         with (
             mock.patch.object(shared_base, "load_base", self.load_base),
@@ -327,32 +327,32 @@ class Bench:
         """Our loop against transformers', at each batch size."""
         shared.eval()
         with shared.use("policy"):
-            policy = shared  # whose adapter is the policy's in here
+            policy = shared  # its active adapter is the policy's here
             for engine in ENGINES:
                 with self.results.noting("kernels", **what, engine=engine):
                     self.decoding_step(policy, engine, what)
             for size in self.args.batches:
                 budget = self.clock.take(f"{what['model']} {what['precision']} pair {size}")
-                expected = 0.0  # seconds of both engines at the full cap
+                expected = 0.0  # time of both engines at the full cap
                 for engine in ENGINES:
-                    with suppress(Exception):  # is noted where it is measured
+                    with suppress(Exception):  # recorded where it is measured
                         short, long = (self.seconds(policy, engine, size, tokens) for tokens in (SHORT, LONG))
                         expected += short + self.args.cap * max(0.0, long - short) / (LONG - SHORT)
                 share = min(1.0, budget / max(1e-9, expected * self.args.rounds))
                 for engine in ENGINES:
                     with self.results.noting("sampling", **what, batch=size, engine=engine):
                         if self.clock.left < 5:
-                            raise TimeoutError("no time was left")
+                            raise TimeoutError("no time left")
                         self.skewed(policy, engine, size, share, what)
 
     def decoding_step(self, policy: SharedBase, engine: str, what: dict[str, str]) -> None:
-        """Kernels and time of a step at the smallest batch, as the difference of a long and a short run."""
+        """Kernels and time of a step at the smallest batch, from the difference of a long and a short run."""
         size = min(self.args.batches)
 
         def run(tokens: int) -> None:
             self.sample(policy, engine, [tokens] * size, size)
 
-        profiled(lambda: run(SHORT))  # warms up, the profiler too
+        profiled(lambda: run(SHORT))  # warm-up, also of the profiler
         (few, busy), (many, busier) = (profiled(lambda n=n: run(n)) for n in (SHORT, LONG))  # type: ignore[misc]
         short, long = (self.seconds(policy, engine, size, tokens) for tokens in (SHORT, LONG))
         steps = LONG - SHORT
@@ -366,7 +366,7 @@ class Bench:
         )
 
     def skewed(self, policy: SharedBase, engine: str, size: int, share: float, what: dict[str, str]) -> None:
-        """Responses of skewed lengths, all of them this share as long as they should be."""
+        """Responses of skewed lengths, all shortened by this factor."""
         rows = size * self.args.rounds
         limits = [max(1, round(length * share)) for length in draw(RESPONSE, self.args.cap, rows, 2)]
         with counted(policy.lm.get_base_model()) as calls:
@@ -394,7 +394,7 @@ class Bench:
         return measured(lambda: self.sample(policy, engine, [tokens] * size, size))[0]
 
     def sample(self, policy: SharedBase, engine: str, limits: Sequence[int], size: int) -> int:
-        """Sample a response of each length, in batches; returns useful tokens."""
+        """Sample a response of each length, in batches; returns the useful tokens."""
         lengths = draw(PROMPT, LONGEST_PROMPT, len(limits), 1)
         random = np.random.default_rng(0)
         prompts = [random.integers(3, self.vocabulary, length).tolist() for length in lengths]
@@ -448,8 +448,8 @@ class Bench:
         def cell(part: str, run: Callable[[list[ppo.Rollout]], None]) -> None:
             with self.results.noting("ppo", **what, part=part):
                 if self.clock.left < 5:
-                    raise TimeoutError("no time was left")
-                run(rollouts[:4])  # warms up
+                    raise TimeoutError("no time left")
+                run(rollouts[:4])  # warm-up
                 took, peak = measured(lambda: run(rollouts))
                 tokens = number * (QUERY_TOKENS + RESPONSE_TOKENS)
                 self.results.add(
@@ -463,7 +463,7 @@ class Bench:
 
         cell("measure", measure)
         cell("score", score)
-        if not all(len(rollout.values) for rollout in rollouts):  # not measured, for want of time or memory
+        if not all(len(rollout.values) for rollout in rollouts):  # not measured, for lack of time or memory
             return
         ppo.estimate_advantages(rollouts, settings)
         cell(f"update, {named}", update)
@@ -494,7 +494,7 @@ class Bench:
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token a word, for each number that the model knows, and no end token."""
+    """One token per word, for each id that the model knows, and no end token."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, vocabulary)}}
     whole = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
     whole.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -524,7 +524,7 @@ def make_base(shape: str, attention: str, device: torch.device | str) -> PreTrai
 
 
 def quantize(base: PreTrainedModel) -> PreTrainedModel:
-    """Linear layers but the output layer in NF4, with the options of `models.load_base`."""
+    """All linear layers except the output layer in NF4, with the options of `models.load_base`."""
     import bitsandbytes as bnb
 
     for name, module in list(base.named_modules()):
@@ -544,7 +544,7 @@ def quantize(base: PreTrainedModel) -> PreTrainedModel:
         replaced.weight.module = replaced
         base.set_submodule(name, replaced)
         del module, weight
-    base.is_loaded_in_4bit = True  # PEFT asks
+    base.is_loaded_in_4bit = True  # PEFT checks this
     return base.eval()
 
 
@@ -558,7 +558,7 @@ def make_optimizer(shared: SharedBase) -> tuple[ReplicatedOptimizer, str]:
 
 
 def draw(distribution: tuple[float, float], largest: int, number: int, seed: int) -> list[int]:
-    """Skewed lengths of 4 to `largest`, the same for each seed."""
+    """Skewed lengths from 4 to `largest`, determined by the seed."""
     median, sigma = distribution
     lengths = np.random.default_rng(seed).lognormal(np.log(median), sigma, number)
     return [int(length) for length in lengths.clip(min(4, largest), largest)]
@@ -591,7 +591,7 @@ def measured(run: Callable[[], object]) -> tuple[float, float | None]:
 
 
 def profiled(run: Callable[[], object]) -> tuple[int, float]:
-    """Kernels that a run starts, and milliseconds of the GPU; 0 where that cannot be told."""
+    """Kernels that a run starts, and GPU milliseconds; 0 if unknown."""
     if not torch.cuda.is_available():
         run()
         return 0, 0.0
@@ -610,7 +610,7 @@ def profiled(run: Callable[[], object]) -> tuple[int, float]:
 
 
 def free() -> None:
-    """Give back memory that nothing holds."""
+    """Free memory that nothing holds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

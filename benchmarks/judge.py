@@ -1,12 +1,12 @@
 """The judge's shared prefix against padding every prompt to the context, on CPU in float32.
 
-Both sides read the same token ids: four pairs, one order, each of the RM principles, in our template. The padded
-side is the authors' way (reference, defect 14): one row a pair and principle, padded on the left to 1536, logits
-of every position. The model has Llama's vocabulary, and random weights, because speed does not depend on them.
+Both sides read the same token ids: four pairs, one order, each of the RM principles, in our template. The padded side
+is the authors' way (reference, defect 14): one row per pair and principle, padded on the left to 1536, with logits of
+every position. The model has Llama's vocabulary and random weights, because speed does not depend on the weights.
 
     python benchmarks/judge.py [--repeats 3]
 
-Exit status 1 where the scores differ by more than 1e-4, or the ratio is below 10.
+The exit status is 1 if the scores differ by more than 1e-4 or the ratio is below 10.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch.sh starts the judge; for both sides, before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch.sh sets it for the judge; for both sides, before torch
 
 import numpy as np
 import torch
@@ -33,13 +33,13 @@ from salmon.margins import margins  # noqa: E402
 
 CONTEXT = 1536
 PAIRS = 4
-WORDS = (200, 450)  # of a response; prompts get about 800 to 1400 tokens
+WORDS = (200, 450)  # words of a response; prompts get about 800 to 1400 tokens
 TOLERANCE = 1e-4
 WANTED_RATIO = 10
 
 
 def main() -> None:
-    """Measure both sides by turns, print medians, ratio and difference."""
+    """Measure both sides alternately, print medians, ratio and difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians are printed")
     repeats = parser.parse_args().repeats
@@ -86,7 +86,7 @@ def padded_margins(model: torch.nn.Module, prompts: list[list[list[int]]], optio
     rows = [tokens for group in prompts for tokens in group]
     found = []
     for start in range(0, len(rows), 4):
-        # A row of the whole context makes the rectangle as wide as that, and is left out again.
+        # A row of the full context makes the rectangle that wide; it is dropped again.
         ids, mask = (tensor[1:] for tensor in left_pad([[0] * CONTEXT, *rows[start : start + 4]]))
         logits = model(input_ids=ids, attention_mask=mask).logits
         found.append((logits[:, -1, options[0]] - logits[:, -1, options[1]]).double())
@@ -111,7 +111,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on our prompts, that puts `<s>` in front."""
+    """A byte-level BPE tokenizer, trained on our prompts, that prepends `<s>`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

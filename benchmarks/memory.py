@@ -1,11 +1,11 @@
-"""Peak memory of the log probabilities of a long answer: all logits at once, and some at a time.
+"""Peak memory of the log probabilities of a long answer: all logits at once, or some at a time.
 
     python benchmarks/memory.py [--response 1024] [--vocabulary 128256] [--hidden 256]
 
-Both ways run one after the other, each in processes of its own: once for the log probabilities and entropies alone, and
-once with the gradient that they hand to the layers. What is printed is what a process takes more than one that computes
-the layers only (the largest resident set); and how far the two ways' numbers are from each other. The first way is this
-project's former one: the model's logits in float32, log-sum-exp and entropy of them.
+Both ways run one after the other, in separate processes: once for log probabilities and entropies alone, and once with
+the gradient that they pass to the layers. The table shows the memory (largest resident set) beyond that of a process
+that computes only the layers, and the difference of the two ways' numbers. The first way is this project's former one:
+the model's logits in float32, and their log-sum-exp and entropy.
 """
 
 import argparse
@@ -27,7 +27,7 @@ QUERY = 32
 
 
 def compute(way: str, arguments: argparse.Namespace) -> None:
-    """One way in this process: prints its peak, and some of its numbers, as JSON."""
+    """Run one way in this process; print its peak and some of its numbers as JSON."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=arguments.vocabulary,
@@ -50,7 +50,7 @@ def compute(way: str, arguments: argparse.Namespace) -> None:
             logprobs, _ = ppo_math.token_logprobs(logits[:, :-1], torch.tensor([response]), 1.0, with_entropy=True)
             del logits
         else:
-            entropy = not arguments.gradient  # an update reports none
+            entropy = not arguments.gradient  # an update reports no entropy
             logprobs, _ = likelihood.answer_logprobs(model, [query], [response], 1.0, with_entropy=entropy)
     if arguments.gradient:
         logprobs.sum().backward()

@@ -1,17 +1,18 @@
-"""Seconds and memory of a step of PPO after sampling: the authors' way, one change after the other, and the product's.
+"""Seconds and memory of a step of PPO after sampling: the authors' way, the changes one by one, and the product.
 
     python benchmarks/ppo.py [--rollouts 12] [--rounds 3] [--threads 2]
 
-A Llama of some 9M parameters with random weights, in float32 on a CPU; policy, reference, value and reward model are
-LoRA on it. Rollouts are as long as questions and answers of OASST1 (at four characters a token, the prompt's preamble
-added); the limits are the paper's: queries of 256 tokens, responses of 1,024, reward texts of 1,280. A step measures
-them (policy, reference, values), scores them, and makes one update of policy and value model with all of them.
+A Llama of about 9M parameters with random weights, in float32 on a CPU; policy, reference, value and reward model are
+LoRA on it. Rollouts are as long as questions and answers of OASST1 (four characters count as a token; the prompt's
+preamble is added). The limits are the paper's: queries of 256 tokens, responses of 1,024, reward texts of 1,280. A step
+measures the rollouts (policy, reference, values), scores them, and makes one update of policy and value model with all
+of them.
 
-The authors' way pads every text to its limit, computes all logits for all of its tokens, and those of the value and
-reward models as well, of which nothing is used. The rows below it take away one of these at a time; the last is
-`salmon.ppo`. All ways hold as many padded tokens at a time; gradients are compared with those of the first way.
+The authors' way pads every text to its limit, and computes all logits for all tokens, including those of the value and
+reward models, which are not used. Each row below removes one of these costs; the last is `salmon.ppo`. All ways hold
+the same number of padded tokens at a time. Gradients are compared with those of the first way.
 
-Each way runs in a process of its own, in turn, `rounds` times: medians.
+Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from salmon.shared_base import SharedBase  # noqa: E402
 
 VOCABULARY = 16_384
 LORA = Lora(r=16)
-ROWS = 2  # texts of full length that are held at a time
+ROWS = 2  # texts of full length held at a time
 WAYS = {
     "authors": "the authors' way",
     "heads": "no logits of value and reward model",
@@ -92,32 +93,32 @@ def read_settings(rollouts: int) -> Ppo:
 
 
 def draw(rollouts: int, settings: Ppo) -> tuple[list[ppo.Rollout], list[list[int]]]:
-    """Rollouts that are neither measured nor scored, and what the reward model reads of them."""
+    """Rollouts that are neither measured nor scored, and the reward model's texts for them."""
     random = np.random.default_rng(0)
     lengths = real_lengths(settings)
     found, texts = [], []
     for place, (asked, said) in enumerate(lengths[random.permutation(len(lengths))[:rollouts]].tolist()):
         query, response = (random.integers(3, VOCABULARY, number).tolist() for number in (asked, said))
         found.append(ppo.Rollout(place, query, "", "general", 0.0, response, "", True))
-        read = min(len(response), settings.reward_response_length) + 200  # of which 200 are template and principles
+        read = min(len(response), settings.reward_response_length) + 200  # 200 tokens for template and principles
         texts.append(random.integers(3, VOCABULARY, min(read, settings.reward_max_length)).tolist())
     return found, texts
 
 
 class Plain:
-    """The authors' way, but for what is switched off.
+    """The authors' way, without the parts that are switched off.
 
     Args:
         shared: the models.
         heads: whether value and reward models compute logits.
-        everywhere: whether the policy's logits are those of all tokens.
+        everywhere: whether the policy computes logits for all tokens.
     """
 
     def __init__(self, shared: SharedBase, settings: Ppo, *, heads: bool, everywhere: bool) -> None:
         self.shared, self.settings, self.heads, self.everywhere = shared, settings, heads, everywhere
 
     def inputs(self, queries: Sequence[list[int]], responses: Sequence[list[int]], left: int, right: int) -> Any:
-        """Queries padded on their left and responses on their right, to the limits."""
+        """Queries padded on the left and responses on the right, to the limits."""
         tokens = torch.zeros(len(queries), left + right, dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
@@ -134,7 +135,7 @@ class Plain:
         return ppo_math.token_logprobs(logits, inputs["input_ids"][:, -right:], 1.0, with_entropy=with_entropy)
 
     def head(self, inputs: Any, weight: torch.Tensor) -> torch.Tensor:
-        """Values at all tokens, with the logits that nothing uses."""
+        """Values at all tokens, with unused logits."""
         if not self.heads:
             found: torch.Tensor = (
                 self.shared.lm.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
@@ -198,7 +199,7 @@ class Plain:
 def product(
     shared: SharedBase, settings: Ppo, rollouts: list[ppo.Rollout], texts: list[list[int]], budget: int
 ) -> torch.Tensor:
-    """The same with `salmon.ppo`; texts are given, so that its tokeniser has no part in it."""
+    """The same with `salmon.ppo`; texts are tokenised in advance, so the tokeniser is not measured."""
     ppo.measure(shared, rollouts, 1.0, budget)
     with torch.no_grad(), shared.use("reward"):
         for part in ppo.parts(rollouts, [len(text) for text in texts], budget):
@@ -212,7 +213,7 @@ def product(
 
 
 def gradient(shared: SharedBase) -> torch.Tensor:
-    """All gradients, which are forgotten."""
+    """All gradients; clears them."""
     flat = torch.cat([parameter.grad.flatten() for parameter in shared.trained() if parameter.grad is not None])
     for parameter in shared.trained():
         parameter.grad = None
@@ -220,7 +221,7 @@ def gradient(shared: SharedBase) -> torch.Tensor:
 
 
 def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """One way in this process: prints seconds and peak, and writes the gradient."""
+    """Run one way in this process; print seconds and peak, and write the gradient."""
     torch.set_num_threads(arguments.threads)
     settings = read_settings(arguments.rollouts)
     model = Model(base=str(folder / "base"), adapter=str(folder / "adapter"), quantization="none", dtype="float32")
@@ -242,7 +243,7 @@ def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def in_turn(ways: Sequence[str], folder: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Run this command's script once per way and round, each in a process of its own; medians of what they print."""
+    """Run this command's script once per way and round, each in a separate process; returns medians."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, numbers in found.items():

@@ -1,13 +1,14 @@
-"""How far gradients of LoRA on a 4-bit model are from those in float32, by what 16 bits are used for.
+"""Distance of LoRA's gradients on a 4-bit model from those in float32, depending on the use of 16 bits.
 
     python benchmarks/precision.py [--model examples/smollm2/model] [--rows 3] [--tokens 48]
 
-All ways have the same 4-bit weights; the float32 model has what they stand for written out. `as loaded` is the product:
-norms, embeddings and output layer stay in bfloat16, and so do the activations. `QLoRA's preparation` is PEFT's
-`prepare_model_for_kbit_training`, which makes them float32, and was this project's former way; `under autocast` is the
-same as transformers' Trainer runs it. `not quantised` is a bfloat16 model beside the same one in float32: what 16 bits
-alone do. The policy's gradient is that of log probabilities of answers with random advantages; the value model's that
-of values of all tokens. LoRA has rank 8 on all linear layers, with random weights. The texts are of README.md.
+All ways have the same 4-bit weights; the float32 model has them dequantised. `as loaded` is the product: norms,
+embeddings and output layer stay in bfloat16, and so do the activations. `QLoRA's preparation` is PEFT's
+`prepare_model_for_kbit_training`, which converts them to float32; this was the project's former way. `under autocast`
+is the same as transformers' Trainer runs it. `not quantised` compares a bfloat16 model with the same model in float32:
+the effect of 16 bits alone. The policy's gradient is that of log probabilities of answers with random advantages; the
+value model's is that of values of all tokens. LoRA has rank 8 on all linear layers, with random weights. The texts are
+from README.md.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from salmon.config import Model  # noqa: E402
 
 
 def random_of(name: str, *shape: int) -> Tensor:
-    """The same numbers for the same name."""
+    """Random numbers that depend only on the name."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
@@ -77,7 +78,7 @@ def main() -> None:
 
     words = AutoTokenizer.from_pretrained(arguments.model)((ROOT / "README.md").read_text()).input_ids
     ids = torch.tensor(words[: 2 * arguments.rows * arguments.tokens]).reshape(arguments.rows, -1)
-    # quantised from the same 16 bits, and written out in them, as bitsandbytes does it for each pass
+    # quantised from the same 16 bits, and dequantised to them, as bitsandbytes does for each pass
     written = gradients(models.load_dequantized(section("bfloat16", "nf4"), "cpu").float(), ids)
     plain = gradients(loaded("bfloat16", "none").float(), ids)
     ways: list[tuple[str, Callable[[], PreTrainedModel], bool, tuple[Tensor, Tensor]]] = [

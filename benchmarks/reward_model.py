@@ -1,17 +1,17 @@
-"""Seconds and memory of a step of a reward model's training: the authors' way, TRL's RewardTrainer, and the product's.
+"""Seconds and memory of a step of a reward model's training: the authors' way, TRL's RewardTrainer, and the product.
 
     pip install --no-deps --target FOLDER trl==1.16.0
     python benchmarks/reward_model.py --trl FOLDER [--pairs 16] [--steps 3] [--rounds 3] [--threads 2]
 
-The base model and LoRA of benchmarks/ppo.py, in float32 on a CPU. A text is as long as an answer of OASST1 (at four
-characters a token, at most 768), what it answers (at most 128) and 200 tokens of template and principles, 1,280 at
-most, the paper's limits; a pair's two texts differ in the answer. Each step has the same pairs for all, and none
-recomputes activations.
+Base model and LoRA are those of benchmarks/ppo.py, in float32 on a CPU. A text has an answer as long as OASST1's (four
+characters count as a token; at most 768 tokens), the question (at most 128) and 200 tokens of template and principles;
+at most 1,280, the paper's limits. A pair's two texts differ in the answer. In each step all ways have the same pairs,
+and none recomputes activations.
 
-The authors' way pads every text to the limit, and computes logits of which nothing is used. TRL (1.16) pads to the
-longest text of a pass, of as many pairs as the authors' way, in the order of the data; it is given tokens, so that its
-tokeniser has no part in it. The product's passes hold 2,048 tokens at most, padding included. Rows between these show
-what each change contributes. Each way runs in a process of its own, in turn, `rounds` times: medians.
+The authors' way pads every text to the limit, and computes logits that are not used. TRL (1.16) pads to the longest
+text of a pass, with as many pairs as the authors' way, in the order of the data; it gets tokens, so its tokeniser is
+not measured. The product's passes have at most 2,048 tokens, padding included. Rows between these show each change's
+contribution. Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
 """
 
 import argparse
@@ -51,7 +51,7 @@ WAYS = {
     "trl": "TRL's RewardTrainer",
 }
 Pairs = list[tuple[list[int], list[int]]]
-"""Tokens of the preferred text, and of the other."""
+"""Tokens of the preferred text, and of the other one."""
 
 
 def draw(pairs: int) -> Pairs:
@@ -72,7 +72,7 @@ def draw(pairs: int) -> Pairs:
 
 
 def authors(folder: Path, pairs: Pairs, size: int, _: Path, *, logits: bool = True) -> float:
-    """Seconds of all steps, padded to the limit, with logits that are multiplied by 0, or without them."""
+    """Seconds of all steps, padded to the limit, with logits (multiplied by 0) or without."""
     base = Model(base=str(folder / "base"), quantization="none", dtype="float32")
     model = models.new_reward_model(base, LORA, "cpu", 0)
     scoring = model.get_base_model()
@@ -133,7 +133,7 @@ def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
 
 
 def salmon(folder: Path, pairs: Pairs, size: int, output: Path, *, masked: bool = False) -> float:
-    """Seconds of `training.train`; texts are tokens already, as TRL's."""
+    """Seconds of `training.train`; texts are already tokens, as for TRL."""
     arguments = train_reward_model.Arguments(
         records=folder / "none",
         output=output / "rm",
@@ -174,12 +174,12 @@ def salmon(folder: Path, pairs: Pairs, size: int, output: Path, *, masked: bool 
 
 
 def with_mask(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the decoder with a mask of what is not padding (0, which `draw` draws nowhere)."""
+    """Arguments of the decoder with a mask against padding (token 0, which `draw` never draws)."""
     return positional, {**named, "attention_mask": (named["input_ids"] != 0).long()}
 
 
 def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """One way in this process: prints seconds per step and peak."""
+    """Run one way in this process; print seconds per step and peak."""
     torch.set_num_threads(arguments.threads)
     if arguments.trl:
         sys.path.append(str(arguments.trl))
@@ -199,7 +199,7 @@ def main() -> None:
     """Print the table, or run one way of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="folder with TRL; without it, TRL is left out")
-    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,21 +1,21 @@
-"""Ways to sample responses of real, skewed lengths: padded batches, transformers' loops, ours without and with refill.
+"""Compare ways to sample responses of real, skewed lengths: padded batches, transformers' loops, ours, vLLM.
 
     python benchmarks/sampling.py [--rows 64] [--batch 8] [--cap 256] [--rounds 3] [--refill 0.25] [--tiny]
         [--vllm .venv-vllm/bin/python]
 
 One process on the CPU in float32. The model is a Llama of 20M parameters with random weights, which never ends a
-response: each row gets the length of an answer of OASST1 as its limit, and the length of what it answers as that of its
-prompt (a token for four characters). All ways sample the same rows, `--batch` at a time:
+response. Each row gets the length of an answer of OASST1 as its limit, and a prompt as long as the message before that
+answer (four characters count as a token). All ways sample the same rows, `--batch` at a time:
 
 - padded: each batch runs to the end of its longest row, and ended rows stay in it: the authors' way.
-- generate: transformers' `generate`, a batch after another; it cannot limit single rows, and does as many steps.
-- continuous: transformers' continuous batching, with a limit a row.
+- generate: transformers' `generate`, one batch after another; it cannot limit single rows, and makes as many steps.
+- continuous: transformers' continuous batching, with a limit per row.
 - ours, static: our loop without refill, and with transformers' cache; rows that end leave the batch.
-- ours, refill S: newcomers join where a share S of the batch is free.
+- ours, refill S: newcomers join when a share S of the batch is free.
 - vLLM: our sampler over a server with as many rows at once (`make install-vllm`), HTTP included.
 
-Useful share: tokens of responses per slot and call of the model, calls that read prompts included. It says what a GPU
-gains, where a call takes nearly as long with one row as with all. Rounds are interleaved, and medians printed.
+Useful share: tokens of responses per slot and call of the model, calls that read prompts included. It predicts the gain
+on a GPU, where a call takes nearly as long with one row as with all. Rounds are interleaved, and medians are printed.
 """
 
 import argparse
@@ -58,7 +58,7 @@ STATIC = "ours, static"
 
 @dataclass(frozen=True)
 class Work:
-    """What all ways sample: prompts, the number of tokens after each, rows at a time."""
+    """The input of all ways: prompts, the number of tokens after each, rows at a time."""
 
     model: LlamaForCausalLM
     prompts: list[list[int]]
@@ -70,7 +70,7 @@ class Work:
         return batches([len(prompt) for prompt in self.prompts], self.batch)
 
     def config(self, tokens: int) -> GenerationConfig:
-        """Of transformers' loops."""
+        """The configuration of transformers' loops."""
         return GenerationConfig(
             do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=tokens, pad_token_id=0
         )
@@ -78,7 +78,7 @@ class Work:
 
 @torch.no_grad()
 def padded(work: Work) -> None:
-    """Every row of a batch until the last one ends."""
+    """Run all rows of a batch until the last one ends."""
     for part in work.parts():
         ids, mask = left_pad([work.prompts[row] for row in part])
         positions, cache = position_ids(mask), None
@@ -135,7 +135,7 @@ def continuous(work: Work) -> None:
 
 
 def ours(refill: float) -> Callable[[Work], None]:
-    """Our loop; newcomers join where this share of the batch is free."""
+    """Our loop; newcomers join when this share of the batch is free."""
 
     def sample(work: Work) -> None:
         by(TransformersSampler(make_tokenizer(), "cpu", batch_size=work.batch, refill=refill, model=work.model))(work)
@@ -144,7 +144,7 @@ def ours(refill: float) -> Callable[[Work], None]:
 
 
 def by(sampler: Sampler) -> Callable[[Work], None]:
-    """What a sampler makes of all rows."""
+    """A sampler's results for all rows."""
 
     def sample(work: Work) -> None:
         seeds = range(len(work.prompts))
@@ -168,7 +168,7 @@ def engine(work: Work, python: str, longest: int) -> Iterator[Sampler]:
 
 
 def main() -> None:
-    """Measure all ways by turns, print the table."""
+    """Measure all ways in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64, help="responses")
     parser.add_argument("--batch", type=int, default=8, help="rows at a time")
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a model of 0.5M, whose calls take as long with one row as with all"
     )
-    parser.add_argument("--vllm", metavar="PYTHON", help="measure vLLM, too; the interpreter that has it")
+    parser.add_argument("--vllm", metavar="PYTHON", help="also measure vLLM, with this interpreter")
     args = parser.parse_args()
     logging.set_verbosity_error()
 
@@ -203,7 +203,7 @@ def main() -> None:
                 calls[name], took = measure(work, way)
                 seconds[name].append(took)
     before = median(seconds[STATIC])
-    columns = ["way", "tokens/s", f"speed beside {STATIC}", "calls of the model", "useful share"]
+    columns = ["way", "tokens/s", f"speed relative to {STATIC}", "calls of the model", "useful share"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name in ways:
         took = median(seconds[name])
@@ -237,7 +237,7 @@ def draw(rows: int, cap: int) -> tuple[list[list[int]], list[int]]:
 
 
 def make_model(sizes: dict[str, int]) -> LlamaForCausalLM:
-    """A Llama with random weights, which knows no end token."""
+    """A Llama with random weights and no end token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **sizes,

@@ -1,6 +1,6 @@
-"""Stand-ins for the public data sets, of their schema, their number of rows and about the lengths of their texts.
+"""Stand-ins for the public data sets, with their schemas, numbers of rows, and approximate text lengths.
 
-The texts are pieces of a long one, of our prompts' words in random order.
+The texts are pieces of a long text of our prompts' words in random order.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def long_text() -> str:
 
 
 def pieces(rng: np.random.Generator, number: int, median: float, spread: float = 0.8) -> list[str]:
-    """Texts of lengths that are log-normal, in characters; one in fifty is there twice."""
+    """Texts with log-normal lengths, in characters; one in fifty occurs twice."""
     text = long_text()
     lengths = np.minimum(rng.lognormal(np.log(median), spread, number).astype(int) + 8, 30_000)
     starts = rng.integers(0, len(text) - 30_000, number)
@@ -54,7 +54,7 @@ def batches(rows: int) -> Iterator[tuple[np.random.Generator, int, int]]:
 
 
 def write_parquet(path: Path, tables: Iterator[dict[str, Any]]) -> None:
-    """Batches of columns to one file."""
+    """Write batches of columns to one file."""
     writer = None
     for columns in tables:
         table = pa.table(columns)
@@ -65,7 +65,7 @@ def write_parquet(path: Path, tables: Iterator[dict[str, Any]]) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer as large as our prompts allow, in a folder that stands for a model."""
+    """A byte-level BPE tokenizer as large as our prompts allow, in a folder in place of a model."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_openorca(folder: Path, rows: int) -> None:
-    """1M-GPT4-Augmented.parquet: four families, one question in twelve of natural language inference."""
+    """1M-GPT4-Augmented.parquet: four families; one question in twelve is natural language inference."""
     families = np.array(OPENORCA_FAMILIES)
 
     def tables() -> Iterator[dict[str, Any]]:
@@ -100,7 +100,7 @@ def make_openorca(folder: Path, rows: int) -> None:
 
 
 def make_sharegpt(folder: Path, rows: int) -> None:
-    """sg_90k: one JSON list, six turns a conversation, a third of which do not begin with a human."""
+    """sg_90k: one JSON list, six turns per conversation; a third of the conversations do not begin with a human."""
     with (folder / "data.json").open("w", encoding="utf-8") as file:
         file.write("[")
         for rng, start, number in batches(rows):
@@ -161,12 +161,12 @@ def make_pmp(folder: Path, rows: int) -> None:
 
 
 def prompt_ids(start: int, number: int) -> list[str]:
-    """Ids that are spread as hashes are."""
+    """Ids that are distributed like hashes."""
     return [hashlib.sha256(str(place).encode()).hexdigest()[:20] for place in range(start, start + number)]
 
 
 def response_tables(rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Responses as they are sampled, 200 tokens long."""
+    """Responses like sampled ones, 200 tokens long."""
     for rng, start, number in batches(rows):
         other = np.random.default_rng(start + seed)
         yield {
@@ -182,7 +182,7 @@ def response_tables(rows: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def judgement_tables(rows: int) -> Iterator[dict[str, Any]]:
-    """Eleven judgements a pair."""
+    """Eleven judgements per pair."""
     for rng, start, number in batches(rows):
         names = [principle.dimension for principle in JUDGED]
         s12, s21 = rng.normal(0, 1, (2, number * len(names)))
@@ -195,7 +195,7 @@ def judgement_tables(rows: int) -> Iterator[dict[str, Any]]:
 
 
 def make_shards(folder: Path, rows: int) -> None:
-    """Shards of responses and judgements with their manifests, the rows of a prompt in one of them."""
+    """Shards of responses and judgements with their manifests; all rows of a prompt are in one shard."""
     for kind, tables in (("responses", response_tables(rows, 1)), ("judgements", judgement_tables(rows))):
         (folder / kind).mkdir()
         paths = [folder / kind / f"{shard}.parquet" for shard in range(SHARDS[kind])]

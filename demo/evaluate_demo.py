@@ -1,8 +1,8 @@
 """Measure every stage of the demo against the oracles of `oracles.py`, on held-out instructions.
 
-Held-out are templates and subjects: no training instruction has the words or asks for the subjects of these. What
-is measured, in the order of the stages: the judge, the reward model under single principles, plain and negated,
-and what one reward model makes of the policies whose runs differ in their principles.
+Templates and subjects are held out: no training instruction has the words of these instructions or asks for their
+subjects. The measurements follow the stages: the judge; the reward model under single principles, plain and negated;
+and one reward model's view of policies whose runs differ in their principles.
 """
 
 import logging
@@ -44,17 +44,17 @@ from salmon.tokenizers import load_tokenizer  # noqa: E402
 
 log = logging.getLogger("salmon.evaluate_demo")
 
-BATCH = 64  # texts scored at once
-SAMPLED = 1000  # prompts sampled at once: all
-SHOWN = 12  # instructions whose answers are in the report
-# Which are no settings: inputs, or hardware.
+BATCH = 64  # number of texts scored at once
+SAMPLED = 1000  # number of prompts sampled at once: all
+SHOWN = 12  # number of instructions whose answers are in the report
+# These are not settings, but inputs or hardware.
 OTHER_OPTIONS = {"output", "reward_model", "pmp", "policies", "threads"}
-LISTS = ("words", "shown")  # of every answer, or of some
+LISTS = ("words", "shown")  # values of every answer, or of some
 Judgements = Sequence[Sequence[tuple[float, float]] | None]
 
 
 class Arguments(script.Arguments):
-    """Measure the demo against the oracles; without reward model and policies, its judge alone."""
+    """Measure the demo against the oracles. Without reward model and policies, measure only its judge."""
 
     output: Path = Field(description="folder to write: evaluation.json, evaluation.md, pictures and pages")
     model: config.Model = Field(description="section of the configuration")
@@ -65,17 +65,17 @@ class Arguments(script.Arguments):
     reward_settings: config.RewardModel | None = Field(None, description="section reward_model of the configuration")
     scoring: config.Scoring = Field(config.Scoring(), description="section of the configuration")
     reward_model: Path | None = Field(None, description="folder of the reward model")
-    pmp: Path | None = Field(None, description="folder of the reward model before it learned principles")
+    pmp: Path | None = Field(None, description="folder of the reward model before the training with principles")
     policies: script.JsonList[Path] = Field([], description="folders of policies, named RUN/policy")
-    pairs: int = Field(96, ge=1, description="pairs of the initial policy's answers that are judged")
-    split: world.Split = Field("held_out", description="instructions and subjects of which split")
+    pairs: int = Field(96, ge=1, description="number of pairs of the initial policy's answers to judge")
+    split: world.Split = Field("held_out", description="split of instructions and subjects")
     seed: int = Field(0, description="seed of the sampling and of the order of instructions")
     threads: int = Field(2, ge=1, description="CPU threads")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer to an instruction: its prompt's tokens, its own, its text, and whether it ended by itself."""
+    """An answer to an instruction: the prompt's tokens, its own tokens, its text, and whether it ended by itself."""
 
     prompt: list[int]
     tokens: list[int]
@@ -84,7 +84,7 @@ class Answer:
 
 
 def draw_instructions(count: int, split: world.Split, seed: int) -> list[world.Instruction]:
-    """Instructions of a split, in random order, each about as often."""
+    """Instructions of a split, in random order, each about equally often."""
     known = world.instructions(split)
     rng = randomness.rng("demo evaluation", seed)
     return [known[index] for _ in range(-(-count // len(known))) for index in rng.permutation(len(known))][:count]
@@ -112,7 +112,7 @@ def sample(
 def judge_accuracy(
     pairs: Sequence[Pair], judgements: Judgements, dimensions: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """For each dimension: how often the oracle sees a difference, then both orders agree, then the judge is right."""
+    """For each dimension: how often the oracle sees a difference, how often both orders then agree, and are right."""
     accuracy: dict[str, dict[str, float]] = {}
     for place, dimension in enumerate(dimensions):
         differing, agreeing, right = 0, 0, 0
@@ -133,14 +133,14 @@ def judge_accuracy(
 
 
 def oracle_difference(pair: Pair, dimension: str) -> float:
-    """By how much the oracle finds output 1 better; 0 where that is within `oracles.MARGIN`."""
+    """The oracle's advantage of output 1; 0 if it is within `oracles.MARGIN`."""
     oracle = oracles.ORACLES[dimension]
     difference = oracle(pair.instruction, pair.output_1) - oracle(pair.instruction, pair.output_2)
     return difference if abs(difference) > oracles.MARGIN else 0.0
 
 
 class RewardReader:
-    """Scores pairs by a reward model."""
+    """Scores pairs with a reward model."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class RewardReader:
         self.model = models.load_reward_model(model, folder, device, trainable=False)
 
     def margins(self, pairs: Sequence[Pair], definitions: Sequence[Sequence[str]]) -> list[float]:
-        """Reward of output 1 less that of output 2, of every pair under its own principles."""
+        """Reward of output 1 minus reward of output 2, for every pair under its own principles."""
         tokens = reward_model.reward_text_tokens(
             self.tokenizer,
             self.template,
@@ -176,7 +176,7 @@ class RewardReader:
 def reward_accuracy(
     reader: RewardReader, pairs: Sequence[Pair], judged: Sequence[principles.JudgedPrinciple]
 ) -> dict[str, dict[str, float]]:
-    """For each dimension, where the oracle sees a difference: right by the principle alone, plain and negated."""
+    """For each dimension, if the oracle sees a difference: right by the principle alone, plain and negated."""
     accuracy = {}
     for principle in judged:
         chosen = [(pair, oracle_difference(pair, principle.dimension)) for pair in pairs]
@@ -195,7 +195,7 @@ def reward_accuracy(
 
 
 def share(values: Any) -> float:
-    """Share of those that are true; 0 of nothing."""
+    """Share of true values; 0 without values."""
     known = list(values)
     return float(np.mean(known)) if known else 0.0
 
@@ -207,12 +207,12 @@ def sign_flips(
     judged: Sequence[principles.JudgedPrinciple],
     aggregation_settings: config.Aggregation,
 ) -> dict[str, float]:
-    """Records drawn from held-out judgements as for training, each with its deciding principle as drawn and negated.
+    """Measure records drawn from held-out judgements as for training, with the deciding principle as drawn and negated.
 
     Returns:
-        Their number, how often the reward model agrees with the judge on them, and how often it changes its mind
-        when the deciding principle is negated, the others left as they are. And how often sums do that can be
-        had without a reward model: of the judge's scaled scores, which chose the deciding principle, and of the
+        Their number; how often the reward model agrees with the judge on them; and how often it changes its preference
+        when the deciding principle is negated and the others stay the same. For comparison, how often sums that need no
+        reward model change sign: sums of the judge's scaled scores, which chose the deciding principle, and of the
         oracles' differences.
     """
     by_name = {principle.dimension: principle for principle in judged}
@@ -280,7 +280,7 @@ def logprobs(model: torch.nn.Module, answers: Sequence[Answer], temperature: flo
 
 
 def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float) -> dict[str, Any]:
-    """Oracles' scores (means, of 100), words, tokens, and how many answers ended by themselves."""
+    """Oracles' scores (means, of 100), words, tokens, and the number of answers that ended by themselves."""
     scores = [oracles.score(text, answer.text) for text, answer in zip(instructions, answers, strict=True)]
     words = [len(answer.text.split()) for answer in answers]
     return {
@@ -295,7 +295,7 @@ def summarize(instructions: Sequence[str], answers: Sequence[Answer], kl: float)
 
 
 def shown(number: int) -> range:
-    """Places of the instructions whose answers are in the report: of all kinds."""
+    """Indices of the instructions whose answers are in the report, of all kinds."""
     return range(0, number, max(1, number // SHOWN))
 
 
@@ -306,7 +306,7 @@ def measure_judge(
     tokenizer: Any,
     judged: Sequence[principles.JudgedPrinciple],
 ) -> tuple[list[Pair], Judgements]:
-    """Pairs of the initial policy's own answers, and what it thinks of them."""
+    """Pairs of the initial policy's own answers, and its judgements of them."""
     judge = Judge(
         model,
         tokenizer,
@@ -327,7 +327,7 @@ def measure_judge(
 
 
 def measure_policies(arguments: Arguments, model: Any, sampler: Sampler, tokenizer: Any) -> dict[str, Any]:
-    """Answers of the initial policy and of each trained one to the same instructions; puts adapters on the model."""
+    """Answers of the initial policy and of each trained one to the same instructions; loads adapters on the model."""
     texts = [instruction.text for instruction in world.instructions(arguments.split)]
     summaries = {"initial": summarize(texts, sample(arguments, sampler, tokenizer, texts, "policies"), 0.0)}
     for number, folder in enumerate(arguments.policies):
@@ -364,7 +364,7 @@ def main(arguments: Arguments) -> None:
     if arguments.reward_model:
         if arguments.reward_settings is None:
             raise UserError("--reward-model needs --reward-settings")
-        # The model before it learned principles is there to compare with: a third of the pairs will do.
+        # The model before the training with principles is only for comparison: a third of the pairs is enough.
         some = pairs[: -(-len(pairs) // 3)]
         for name, folder, used in (("pmp", arguments.pmp, some), ("reward_model", arguments.reward_model, pairs)):
             if folder is None:

@@ -1,9 +1,9 @@
-"""What the demo's initial policy is trained on: texts of the world of `world.py`, and what to make of them.
+"""The demo's training data for its initial policy: texts of the world in `world.py`, with labels.
 
-Answers of mixed qualities stand after the policy's prompt, pairs of them in the judge's prompt with questions by
-several principles, single ones in the reviewer's prompt with guidelines of a few principles; templates are filled by
-the functions that the workflow uses. The oracle answers the questions and gives the verdicts, and says what a reader
-should notice: of each sentence what it states, of each answer its scores.
+Answers of mixed qualities follow the policy's prompt; pairs of them are in the judge's prompt, with questions about
+several principles; single answers are in the reviewer's prompt, with guidelines of a few principles. The workflow's own
+functions fill the templates. The oracle answers the questions and gives the verdicts. It also gives what a reader
+should notice: for each sentence what it states, for each answer its scores.
 """
 
 import math
@@ -27,12 +27,12 @@ from salmon.judging import option_tokens  # noqa: E402
 from salmon.margins import common_prefix  # noqa: E402
 
 CONTEXT = 512
-TEXT_WEIGHT = 0.1  # of every token in the loss, where a judgement weighs 1
-SUBJECT_WEIGHT = 1.0  # of subjects that answers name: with less, a writer does not keep to what was asked
+TEXT_WEIGHT = 0.1  # of every token in the loss; a judgement has weight 1
+SUBJECT_WEIGHT = 1.0  # of subjects that answers name: with less, a writer does not keep to the question
 GROUPS = sorted(world.FACTS)
 MARKS = ("right", "asked", "numbered", "rude", "teaching", "vivid")
 VERDICTS = (" good", " bad")  # continue the reviewer's turn
-GUIDELINE_SIZES = (1, 1, 2, 3)  # principles in one, each size as likely; RL shows up to three
+GUIDELINE_SIZES = (1, 1, 2, 3)  # principles in one guideline, all sizes equally likely; RL shows up to three
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt that one of two tokens continues, by what a principle or several say of one answer or two.
+    """A prompt that one of two tokens continues, depending on what principles say about one or two answers.
 
     Attributes:
         prompt: the filled template.
-        name: of what is asked.
-        truths: each principle's sentence -> how true it is of the first answer and the second (nan: there is none),
-            the oracle's score, or 1 less that for a negated principle.
+        name: name of the principle or guideline asked about.
+        truths: each principle's sentence -> how true it is of the first answer and the second (nan: no second answer),
+            the oracle's score, or 1 minus that score for a negated principle.
         probability: of the first token: 1, 0, or something between.
     """
 
@@ -63,18 +63,18 @@ class Question:
 
 @dataclass(slots=True)
 class Example:
-    """One training sequence: a text, and questions that each continue it and know nothing of each other.
+    """One training sequence: a text, and questions that each continue it independently.
 
     Attributes:
-        prefix: token ids read first.
-        weights: of each of them in the loss, as the token to predict.
+        prefix: token ids that are read first.
+        weights: each one's weight in the loss, as the token to predict.
         branches: token ids of each question after the prefix.
-        questions: what each is about.
+        questions: the question of each branch.
         options: the two tokens that may continue each branch.
-        sentences: place in the prefix where a sentence of an answer ends -> the sentence.
-        scores: place in the prefix right after an answer -> the oracles' scores of the answer.
-        truths: place where a statement about the answers ends (counted through prefix and all branches) -> how true
-            it is of the first answer and of the second, from 0 to 1; nan where there is no second.
+        sentences: position in the prefix where a sentence of an answer ends -> the sentence.
+        scores: position in the prefix right after an answer -> the oracles' scores of the answer.
+        truths: position where a statement about the answers ends (counted through prefix and all branches) -> how true
+            it is of the first answer and of the second, from 0 to 1; nan if there is no second.
     """
 
     prefix: list[int]
@@ -90,9 +90,9 @@ class Example:
         return len(self.prefix) + sum(map(len, self.branches))
 
     def note(self, read: BatchEncoding, start: int, about: Answered, shift: int = 0) -> None:
-        """Note what to read off an answer that begins at a character of a text; `shift` tokens stand before.
+        """Record the labels of an answer that begins at a character of a text, after `shift` tokens.
 
-        The subjects that it names get their weight in the loss.
+        The subjects that it names get their own weight in the loss.
         """
         for first, end in oracles.subject_spans(about.answer):
             places = (read.char_to_token(start + place) for place in (first, end - 1))
@@ -106,14 +106,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples as tensors, shape [examples, length] where nothing else is said.
+    """Examples as tensors, of shape [examples, length] unless stated otherwise.
 
-    In a row stand the prefix, then its branches. A branch sees the prefix and itself, and its positions go on
-    from the end of the prefix:
+    A row has the prefix, then its branches. A branch sees the prefix and itself, and its positions continue from the
+    end of the prefix:
 
         tokens      p p p p q q q r r .      p prefix, q and r two questions, . padding
         positions   0 1 2 3 4 5 6 4 5
-        targets     p p p             -      of each place: the token to predict
+        targets     p p p             -      at each position: the token to predict
         judged                  ^   ^        where the option is predicted
     """
 
@@ -123,18 +123,18 @@ class Batch:
     targets: Tensor
     weights: Tensor
     sentence_ends: Tensor  # row and column, shape [sentences, 2]
-    groups: Tensor  # `oracles.Sentence.groups` as places in GROUPS, -1 where nothing is stated, shape [sentences, 3]
-    marks: Tensor  # 1, 0, or nan where it does not apply, for each of MARKS, shape [sentences, marks]
-    answer_ends: Tensor  # one token behind the answers: row and column, shape [answers, 2]
+    groups: Tensor  # `oracles.Sentence.groups` as places in GROUPS, -1 if nothing is stated, shape [sentences, 3]
+    marks: Tensor  # 1, 0, or nan if not applicable, for each of MARKS, shape [sentences, marks]
+    answer_ends: Tensor  # one token after the answers: row and column, shape [answers, 2]
     scores: Tensor  # in the order of `oracles.ORACLES`, shape [answers, dimensions]
     statement_ends: Tensor  # row and column, shape [statements, 2]
-    truths: Tensor  # of the first answer and the second, nan where there is none, shape [statements, 2]
+    truths: Tensor  # of the first answer and the second, nan if there is none, shape [statements, 2]
     judged: Tensor  # row and column, shape [questions, 2]
-    options: Tensor  # the two tokens that may follow there, shape [questions, 2]
+    options: Tensor  # the two tokens that may follow, shape [questions, 2]
     probabilities: Tensor  # of the first of them, shape [questions]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """The batch, on a device."""
         return Batch(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
@@ -173,7 +173,7 @@ class Texts:
         )
 
     def answer(self, rng: np.random.Generator) -> Answered:
-        """An answer of mixed qualities; every second is about a held-out subject, in a training template."""
+        """An answer of mixed qualities. Every second one is about a held-out subject, in a training template."""
         instruction = world.pick(rng, self.known if rng.random() < 0.5 else self.train)
         return Answered(instruction.text, world.write_answer(instruction, world.draw_qualities(rng), rng))
 
@@ -184,9 +184,9 @@ class Texts:
         return Answered(instruction.text, first), Answered(instruction.text, second)
 
     def reviews(self, about: Answered, rng: np.random.Generator) -> list[Question]:
-        """The reviewer's prompt about an answer, with guidelines that share all principles, some negated.
+        """The reviewer's prompt about an answer, with guidelines that together have all principles, some negated.
 
-        The better the answer by the mean of what the guideline says, the likelier is " good".
+        The better the answer by the mean over the guideline's principles, the likelier is " good".
         """
         scores = oracles.score(about.instruction, about.answer)
         template = world.pick(rng, self.review_templates)
@@ -210,7 +210,7 @@ class Texts:
         return questions
 
     def questions(self, pair: tuple[Answered, Answered], rng: np.random.Generator, most: int) -> list[Question]:
-        """The judge's prompt about a pair, each by another principle; those with a clear answer come first."""
+        """The judge's prompts about a pair, each by a different principle; those with a clear answer come first."""
         scores = [oracles.score(one.instruction, one.answer) for one in pair]
         clear: list[Question] = []
         ties: list[Question] = []
@@ -242,13 +242,13 @@ def corpus(texts: Texts, rng: np.random.Generator) -> Iterator[str]:
 
 
 def make_tokenizer(texts: Texts, seed: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for every word of the demo, and one for every byte, so that it reads any text."""
+    """A tokenizer with a token for every word of the demo and one for every byte, so it can read any text."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rng = randomness.rng("demo corpus", seed)
     words = {word for text in corpus(texts, rng) for word, _ in split.pre_tokenize_str(text)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<unk>", "<s>", "</s>"]
-    # The likeliest split wins: a whole word costs 1, a byte 20, so words are never spelled.
+    # The likeliest split wins: a whole word costs 1 and a byte 20, so words are never split into bytes.
     vocabulary = [
         *((token, 0.0) for token in special),
         *((byte, -20.0) for byte in alphabet),
@@ -308,7 +308,7 @@ class Encoder:
     def _ask(
         self, answers: Sequence[Answered], questions: list[Question], options: tuple[int, int], text_weight: float
     ) -> Example:
-        """Questions about answers: what all prompts begin with is computed once, as the workflow's judge does."""
+        """Questions about answers: the common beginning of all prompts is computed once, as in the workflow's judge."""
         read = self.tokenizer([question.prompt for question in questions])
         shared = common_prefix(read["input_ids"])
         branches = [ids[shared:] for ids in read["input_ids"]]
@@ -321,7 +321,7 @@ class Encoder:
             start = prompt.index(about.answer, start)
             example.note(first, start, about)
             start += len(about.answer)
-        before = 0  # tokens of the branches before
+        before = 0  # tokens of earlier branches
         for number, question in enumerate(questions):
             for statement, truths in question.truths.items():
                 end = question.prompt.rindex(statement) + len(statement) - 1
@@ -331,7 +331,7 @@ class Encoder:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Join examples; see `Batch`."""
+    """Join examples into a batch; see `Batch`."""
     width = max(map(len, examples))
     shape = (len(examples), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -378,17 +378,17 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def _places(places: list[tuple[int, int]]) -> Tensor:
-    """Pairs of numbers, such as rows and columns, shape [places, 2]."""
+    """Pairs of numbers, such as rows and columns, of shape [pairs, 2]."""
     return torch.tensor(places, dtype=torch.int64).view(-1, 2)
 
 
 def _groups(sentence: oracles.Sentence) -> list[int]:
-    """Places of a sentence's groups in GROUPS."""
+    """Indices of a sentence's groups in GROUPS."""
     return [GROUPS.index(group) for group in sentence.groups] if sentence.groups else [-1, -1, -1]
 
 
 def _marks(sentence: oracles.Sentence) -> list[float]:
-    """1, 0 or nan (does not apply) for each of MARKS."""
+    """1, 0 or nan (not applicable) for each of MARKS."""
     extras = [float(mark) for mark in (sentence.numbered, sentence.rude, sentence.teaching, sentence.vivid)]
     if sentence.groups is None:
         return [math.nan, math.nan, *extras]

@@ -1,6 +1,6 @@
 """Write synthetic stand-ins of the public data sets, in their upstream schemas, about the world of `world.py`.
 
-Instructions are training instructions only; those of the measurements are in `held_out.jsonl`, for people to read.
+All instructions are training instructions. Those of the measurements are in `held_out.jsonl`, for people to read.
 """
 
 import json
@@ -30,7 +30,7 @@ class Arguments(script.Arguments):
 
     output: Path = Field(description="folder to write")
     seed: int = 0
-    oasst1: int = Field(300, ge=1, description="root prompts; the other sets of instructions share none of them")
+    oasst1: int = Field(300, ge=1, description="root prompts; the other sets of instructions do not share them")
     sharegpt: int = Field(60, ge=1, description="conversations")
     sharegpt_90k: int = Field(40, ge=1, description="conversations")
     dolly: int = Field(100, ge=1, description="instructions")
@@ -46,7 +46,7 @@ def write_answer(instruction: world.Instruction, rng: np.random.Generator) -> st
 
 
 def ranked_answers(instruction: world.Instruction, rng: np.random.Generator) -> tuple[str, str, float]:
-    """Two answers, the generically better one first, and by how much it is better."""
+    """Two answers, the generically better one first, and the difference."""
     while True:
         answers = [write_answer(instruction, rng) for _ in range(2)]
         marks = [oracles.generic_quality(instruction.text, answer) for answer in answers]
@@ -106,7 +106,7 @@ def shp(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Rows:
 
 
 def hh_rlhf(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Rows:
-    """Dialogues of one turn that differ in the assistant's."""
+    """Dialogues of one turn that differ in the assistant's answer."""
     rows = []
     for instruction in asked:
         better, worse, _ = ranked_answers(instruction, rng)
@@ -116,7 +116,7 @@ def hh_rlhf(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Row
 
 
 def sharegpt(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Rows:
-    """Conversations that a human begins."""
+    """Conversations that begin with a human turn."""
     return [
         {
             "id": f"synthetic{number:05d}",
@@ -130,7 +130,7 @@ def sharegpt(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Ro
 
 
 def dolly(asked: Sequence[world.Instruction], rng: np.random.Generator) -> Rows:
-    """Instructions of the categories that need no context."""
+    """Instructions in the categories that need no context."""
     categories = ("open_qa", "general_qa", "brainstorming", "creative_writing", "classification")
     return [
         {
@@ -179,14 +179,14 @@ def held_out() -> Rows:
 
 
 def make_data(arguments: Arguments) -> dict[str, Rows]:
-    """All data sets: file name -> rows. Each is drawn from a generator of its own."""
+    """All data sets: file name -> rows. Each has its own random generator."""
     rows: dict[str, Rows] = {"held_out.jsonl": held_out()}
     rng = randomness.rng("demo data", arguments.seed)
     everything = world.instructions("train")
     shuffled = [everything[index] for index in rng.permutation(len(everything))]
     sums = [instruction for instruction in shuffled if instruction.kind == "sum"]
     others = [instruction for instruction in shuffled if instruction.kind != "sum"]
-    # Sums that are no MATH problems are asked elsewhere, too.
+    # Sums that are not MATH problems also occur in other data sets.
     rest = iter(_merge(others, sums[arguments.math :], rng))
     prompts: list[tuple[str, int, Callable[[Sequence[world.Instruction], np.random.Generator], Rows]]] = [
         ("oasst1.jsonl", arguments.oasst1, oasst1),
@@ -208,13 +208,13 @@ def make_data(arguments: Arguments) -> dict[str, Rows]:
 def _merge(
     first: Sequence[world.Instruction], second: Sequence[world.Instruction], rng: np.random.Generator
 ) -> list[world.Instruction]:
-    """Both, in random order."""
+    """Both lists together, in random order."""
     joined = [*first, *second]
     return [joined[index] for index in rng.permutation(len(joined))]
 
 
 def write_rows(rows: Rows, path: Path) -> None:
-    """Write in the format that the file name ends with."""
+    """Write a file in the format of its ending."""
     if path.suffix == ".parquet":
         pl.DataFrame(rows).write_parquet(path, compression="zstd")
     elif path.suffix == ".json":

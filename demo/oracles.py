@@ -1,7 +1,7 @@
-"""The oracles of the demo's world: a program that reads the qualities of an answer off its text.
+"""The oracles of the demo's world: programs that read the qualities of an answer from its text.
 
-One for each principle the judge knows. A model's answers are measured with the same oracles as those that
-`world.py` writes: they look for sentences of the world's forms in any text.
+There is one for each principle the judge knows. The same oracles measure a model's answers and the answers of
+`world.py`: they look for sentences of the world's forms in any text.
 """
 
 import re
@@ -27,20 +27,20 @@ _ORDINAL = re.compile(r"\b(" + "|".join(ORDINALS) + r")\b,|\bStep (\d):")
 
 MOST_WORDS = 70
 MARGIN = 0.05
-"""Two answers differ in a quality when the oracle's scores differ by more than this."""
+"""Two answers differ in a quality if the oracle's scores differ by more than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """What a reader makes of a sentence.
+    """A reader's view of a sentence.
 
     Attributes:
-        end: where it ends in its answer.
-        groups: of a statement, those of the subject asked for, of the subject named, and of the fact.
-        numbered: whether it counts itself as a point.
+        end: its end position in the answer.
+        groups: for a statement, the groups of the asked subject, of the named subject, and of the fact.
+        numbered: whether it numbers itself as a point.
         rude: whether it insults.
         teaching: whether it asks or explains.
-        vivid: whether it has an image.
+        vivid: whether it contains an image.
     """
 
     end: int
@@ -52,7 +52,7 @@ class Sentence:
 
 
 def read_sentences(instruction: str, answer: str) -> list[Sentence]:
-    """What a reader makes of each sentence of an answer."""
+    """A reader's view of each sentence of an answer."""
     sentences = []
     for match in re.finditer(r"[^.?!]+[.?!]", answer):
         extras = tuple(bool(pattern.search(match[0])) for pattern in (_ORDINAL, _INSULT, _TEACHING, _VIVID))
@@ -63,7 +63,7 @@ def read_sentences(instruction: str, answer: str) -> list[Sentence]:
 
 
 def subject_of(instruction: str) -> str | None:
-    """The subject an instruction asks about: the first it names."""
+    """The subject that an instruction asks about: the first one it names."""
     match = _SUBJECT.search(instruction)
     return match[1].lower() if match else None
 
@@ -74,12 +74,12 @@ def subject_spans(answer: str) -> list[tuple[int, int]]:
 
 
 def claims_of(answer: str) -> list[tuple[str, str]]:
-    """(subject, fact) of everything an answer states, true or not, in its order."""
+    """(subject, fact) of everything an answer states, true or not, in order."""
     return [(match[1].lower(), match[2].lower()) for match in _CLAIM.finditer(answer)]
 
 
 def is_true(subject: str, fact: str) -> bool:
-    """What the fact table says."""
+    """Whether the fact table supports a statement."""
     return fact in FACTS[GROUP_OF[subject]]
 
 
@@ -96,7 +96,7 @@ def comprehensive(instruction: str, answer: str) -> float:
 
 
 def methodical(instruction: str, answer: str) -> float:
-    """How far the answer counts its points in order, from the first on; 1 for three points and more."""
+    """How far the answer numbers its points in order, starting with the first; 1 for three points or more."""
     count = 0
     for word, digit in _ORDINAL.findall(answer):
         count += (ORDINALS.index(word) + 1 if word else int(digit)) == count + 1
@@ -104,7 +104,7 @@ def methodical(instruction: str, answer: str) -> float:
 
 
 def honest(instruction: str, answer: str) -> float:
-    """Share of what is stated that is right; 0.5 where nothing is stated."""
+    """Share of statements that are right; 0.5 if nothing is stated."""
     claims = claims_of(answer)
     return sum(is_true(*claim) for claim in claims) / len(claims) if claims else 0.5
 
@@ -115,18 +115,18 @@ def ethical(instruction: str, answer: str) -> float:
 
 
 def specific(instruction: str, answer: str) -> float:
-    """Share of the subjects named that are the asked one; 0 where none is named."""
+    """Share of the named subjects that are the asked one; 0 if none is named."""
     named = [name.lower() for name in _SUBJECT.findall(answer)]
     return named.count(subject_of(instruction) or "") / len(named) if named else 0.0
 
 
 def educational(instruction: str, answer: str) -> float:
-    """Marked forms that ask or explain; 1 for two and more."""
+    """Marked forms that ask or explain; 1 for two or more."""
     return min(1.0, len(_TEACHING.findall(answer)) / 2)
 
 
 def creative(instruction: str, answer: str) -> float:
-    """Marked forms with an image; 1 for two and more."""
+    """Marked forms with an image; 1 for two or more."""
     return min(1.0, len(_VIVID.findall(answer)) / 2)
 
 
@@ -144,12 +144,12 @@ ORACLES: Mapping[str, Callable[[str, str], float]] = {
 
 
 def score(instruction: str, answer: str) -> dict[str, float]:
-    """All oracles' scores."""
+    """The scores of all oracles."""
     return {dimension: oracle(instruction, answer) for dimension, oracle in ORACLES.items()}
 
 
 def generic_quality(instruction: str, answer: str) -> float:
-    """What people on the internet would vote for: right, on the subject, polite, full, not dull; from 0 to 1."""
+    """The preference of people on the internet: right, on the subject, polite, full, not dull; from 0 to 1."""
     marks = score(instruction, answer)
     names = ("Honest and Accurate", "Specific", "Ethical", "Comprehensive", "Educational and Engaging")
     return sum(marks[name] for name in names) / len(names)

@@ -1,4 +1,4 @@
-"""What the demo measured, as tables and as pictures; from one run or from several with other seeds."""
+"""The demo's measurements as tables and pictures, from one run or from several with different seeds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ STEERED = ("Concise", "Comprehensive", "Methodical")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A number that the demo measures, and what it has to reach.
+    """A number that the demo measures, and its bound.
 
     Attributes:
-        name: of the number, in `headline`.
-        label: what it is.
-        bound: what its mean over seeds has to reach (for the control run: stay below, in either direction); None where
-            it is there to compare with.
-        loose: the same for one seed in the tests, where chance has its part.
-        kind: how it is written: a share, a ratio, or points of 100.
+        name: the number's name in `headline`.
+        label: its description.
+        bound: bound: for its mean over seeds: a minimum (for the control run: a maximum of the absolute value); None if
+            it is only for comparison.
+        loose: the same for one seed in the tests, which allows for chance.
+        kind: its format: a share, a ratio, or points of 100.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Target:
 
     @property
     def control(self) -> bool:
-        """Whether the number is one of the control run, which has to stay within its bound."""
+        """Whether the number belongs to the control run, and must stay within its bound."""
         return self.name.startswith("gain_control")
 
     def reached(self, value: float, bound: float) -> bool:
@@ -41,7 +41,7 @@ class Target:
         return abs(value) < bound if self.control else value >= bound
 
     def demand(self) -> str:
-        """The bound in words; nothing is demanded of a number that is there to compare with."""
+        """The bound in words; empty for a number that is only for comparison."""
         if self.bound is None:
             return ""
         if self.control:
@@ -74,7 +74,7 @@ TARGETS = (
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `TARGETS`, as far as they were measured, from the results of `evaluate_demo`."""
+    """The measured numbers of `TARGETS`, from the results of `evaluate_demo`."""
     judge = list(results["judge"].values())
     right = [numbers["right"] for numbers in judge]
     values = {"judge_mean": statistics.mean(right), "judge_worst": min(right)}
@@ -107,7 +107,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[pages.Table]:
-    """The numbers to reach and the policies: means over the runs, with their range."""
+    """The numbers with bounds and the policies: means over the runs, with their range."""
     several = f"mean of {len(evaluations)} seeds (range)" if len(evaluations) > 1 else "measured"
     rows = []
     for target in TARGETS:
@@ -140,7 +140,7 @@ def _spread(values: Sequence[float], kind: str) -> str:
 
 
 def missed(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is not reached, a line each: by the means of several seeds, or by one seed, which has looser bounds."""
+    """Missed bounds, one per line: of the means of several seeds, or of one seed, with looser bounds."""
     lines = []
     for target in TARGETS:
         bound = target.bound if len(evaluations) > 1 else target.loose
@@ -153,7 +153,7 @@ def missed(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def part(evaluation: Mapping[str, Any]) -> figures.Part:
-    """The demo's part of the report: accuracy by dimension, and where there are policies, their lengths and scores."""
+    """The demo's part of the report: accuracy by dimension and, if there are policies, their lengths and scores."""
     pictures = {"accuracy": _accuracy(evaluation)}
     if len(evaluation["policies"]) > 1:
         pictures |= {"lengths": _lengths(evaluation["policies"]), "scores": _scores(evaluation["policies"])}

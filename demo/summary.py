@@ -1,4 +1,4 @@
-"""Print what a finished run holds: where each artifact is, how much is in it, and what the oracles say of it."""
+"""Print the contents of a finished run: path and size of each artifact, and the oracles' measurements."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def read(path: Path) -> Any:
 
 
 def lines(results: Path) -> list[tuple[str, str, str]]:
-    """Target, path and a few words on each artifact."""
+    """Target, path and a short description of each artifact."""
     artifacts = []
     for name, target in TARGETS.items():
         table = results / target.artifact
@@ -47,19 +47,19 @@ def lines(results: Path) -> list[tuple[str, str, str]]:
 
 
 def main() -> int:
-    """Print the artifacts of a results folder, and the measurements of all of them together."""
-    parser = argparse.ArgumentParser(description="Print what finished runs of the demo hold and what was measured.")
-    parser.add_argument("results", type=Path, nargs="+", help="folders of results; several: runs with other seeds")
-    parser.add_argument("--check", action="store_true", help="fail where a number misses its bound")
+    """Print the artifacts of a results folder, and the measurements of all folders together."""
+    parser = argparse.ArgumentParser(description="Print contents and measurements of finished runs of the demo.")
+    parser.add_argument("results", type=Path, nargs="+", help="folders of results; several: runs with different seeds")
+    parser.add_argument("--check", action="store_true", help="fail if a number misses its bound")
     arguments = parser.parse_args()
     rows = lines(arguments.results[0])
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    sys.stdout.write("\nThe whole of SALMON ran. What it made:\n\n")
+    sys.stdout.write("\nAll of SALMON ran. Its artifacts:\n\n")
     for row in rows:
         sys.stdout.write(
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n"
         )
-    sys.stdout.write("\nBeside each table and in each model's folder, manifest.json says what it was made of.\n\n")
+    sys.stdout.write("\nA manifest next to each table and in each model's folder records its inputs and settings.\n\n")
     evaluations = [read(folder / "demo_evaluation" / "evaluation.json") for folder in arguments.results]
     evaluations = [{**evaluation, "headline": report.headline(evaluation)} for evaluation in evaluations]
     sys.stdout.write(report.markdown(evaluations))

@@ -1,9 +1,9 @@
-"""Train the demo's initial policy: a small Llama that answers in the world of `world.py`, and can judge.
+"""Train the demo's initial policy: a small Llama that answers in the world of `world.py` and can judge.
 
-A 70-billion-parameter model judges because it read everything; a small one gets this from its training text, the
+A 70-billion-parameter model can judge because it has read everything. A small one learns it from its training text, the
 answers and judgements of `lessons.py`. From judgements alone it would learn to read very slowly: what a sentence
-states, whether that is right and about what was asked, what an answer as a whole is like. So heads below the last
-layers learn to say just this; they are thrown away in the end.
+states, whether that is right and on the subject, what an answer as a whole is like. Therefore heads below the last
+layers learn to predict exactly this; they are discarded at the end.
 """
 
 import json
@@ -28,7 +28,7 @@ from salmon import artifacts, randomness, script  # noqa: E402
 
 log = logging.getLogger("salmon.train_demo_policy")
 
-READING_WEIGHT = 0.5  # of what the heads say of a sentence or an answer, where a judgement or a statement weighs 1
+READING_WEIGHT = 0.5  # of the heads' losses on sentences and answers; a judgement or a statement has weight 1
 MICRO_BATCH = 16  # sequences
 
 
@@ -43,27 +43,27 @@ class Arguments(script.Arguments):
         description="templates of the reward model",
     )
     principles: Path = Field(Path("demo/principles/judge.json"), description="principles to judge by")
-    assistant_marker: str = Field("### Dromedary", description="begins the assistant's turn")
+    assistant_marker: str = Field("### Dromedary", description="text that begins the assistant's turn")
     seed: int = Field(0, description="seed of tokenizer, weights and examples")
     steps: int = Field(1500, ge=1, description="optimiser steps")
-    sequences: int = Field(16, ge=1, description="sequences a step")
-    questions: int = Field(8, ge=1, description="principles asked about one pair of outputs, at most")
+    sequences: int = Field(16, ge=1, description="sequences per step")
+    questions: int = Field(8, ge=1, description="maximum number of principles asked about one pair of outputs")
     plain_share: float = Field(0.25, ge=0, le=1, description="share of the sequences that are answers")
     review_share: float = Field(0.35, ge=0, le=1, description="share of the sequences that are reviews of answers")
     growth: float = Field(0.3, gt=0, le=1, description="share of the steps in which answers grow to full size")
-    learning_rate: float = Field(3e-3, gt=0, description="of embeddings and norms (AdamW)")
-    matrix_learning_rate: float = Field(0.02, gt=0, description="of the layers' matrices (Muon)")
+    learning_rate: float = Field(3e-3, gt=0, description="learning rate of embeddings and norms (AdamW)")
+    matrix_learning_rate: float = Field(0.02, gt=0, description="learning rate of the layers' matrices (Muon)")
     warmup_steps: int = Field(50, ge=1, description="steps until the learning rate is reached")
-    decay: float = Field(0.5, gt=0, le=1, description="share of the steps, at the end, in which it falls to 0")
-    bfloat16: bool = Field(True, description="matrix products in bfloat16; slow on CPUs that do not have it")
+    decay: float = Field(0.5, gt=0, le=1, description="share of the steps, at the end, in which the rate falls to 0")
+    bfloat16: bool = Field(True, description="matrix products in bfloat16; slow on CPUs without support for it")
     hidden_size: int = Field(128, ge=1, description="width of the layers")
-    layers: int = Field(6, ge=5, description="the heads that read need four below the last")
+    layers: int = Field(6, ge=5, description="number of layers; the reading heads need four below the last")
     heads: int = Field(4, ge=1, description="attention heads per layer")
-    threads: int = Field(2, ge=1, description="CPU threads; the result depends on their number in its last bits")
+    threads: int = Field(2, ge=1, description="CPU threads; their number changes the last bits of the result")
 
 
 def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of random weights."""
+    """A Llama with random weights."""
     torch.manual_seed(arguments.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -83,11 +83,11 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerFast) -> Llam
 
 
 class Reader(nn.Module):
-    """Heads that read: groups and marks of sentences at their ends, scores of answers behind them, and truths.
+    """Reading heads: groups and marks at the ends of sentences, scores after answers, and truths of statements.
 
-    Each reads one layer later than the one before, which it may need: a sentence is right where the groups of its
-    subject and its fact are the same, an answer is as honest as its sentences are right, and how true a statement
-    about the answer is follows from the scores. The last layer is left for judging.
+    Each reads one layer above the previous one, whose result it may need: a sentence is right if the groups of its
+    subject and its fact are equal, an answer is as honest as its sentences are right, and the scores determine how true
+    a statement about the answer is. The last layer is left for judging.
     """
 
     def __init__(self, width: int) -> None:
@@ -106,13 +106,12 @@ class Reader(nn.Module):
         """Loss and findings.
 
         Args:
-            batch: with what the heads should say.
-            states: what the embedding and each layer put out, shape [examples, length, width].
+            batch: the batch, with the heads' labels.
+            states: outputs of the embedding and each layer, of shape [examples, length, width].
 
         Returns:
-            The weighted sum of all cross entropies; and for each head what it finds, shape [places, kinds]: for
-            groups and marks whether that is right, for scores and truths the absolute error; nan where a kind does
-            not apply.
+            The weighted sum of all cross entropies; and the findings of each head, of shape [places, kinds]: for groups
+            and marks whether they are right, for scores and truths the absolute error; nan if a kind does not apply.
         """
         (sentence_rows, sentence_ends), (answer_rows, answer_ends) = batch.sentence_ends.T, batch.answer_ends.T
         groups = self.heads["groups"](states[-5][sentence_rows, sentence_ends]).unflatten(1, (3, -1))
@@ -138,9 +137,9 @@ class Reader(nn.Module):
 
 
 def loss_of(model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of weighted cross entropies; every question's first logit less its second; the reader's findings.
+    """Sum of weighted cross entropies; every question's first logit minus its second; the reader's findings.
 
-    Logits are computed only where something is predicted.
+    Logits are computed only at predicted positions.
     """
     states = model.model(
         input_ids=batch.ids,
@@ -163,7 +162,7 @@ def loss_of(model: LlamaForCausalLM, reader: Reader, batch: lessons.Batch) -> tu
 def draw_examples(
     texts: lessons.Texts, encoder: lessons.Encoder, arguments: Arguments, step: int
 ) -> list[lessons.Example]:
-    """Examples of a step, from a generator of its own; shorter ones first."""
+    """Examples of a step, from the step's own generator; shorter ones first."""
     rng = randomness.rng("demo step", arguments.seed, step)
     size = min(1.0, max(0.1, step / arguments.steps / arguments.growth))
     examples = []
@@ -181,20 +180,20 @@ def draw_examples(
 
 
 class Tally:
-    """Means of findings, by their names."""
+    """Means of findings, by name."""
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.counts: Counter[str] = Counter()
 
     def add(self, name: str, value: float) -> None:
-        """Count a value; nan is none."""
+        """Count a value; nan does not count."""
         if not math.isnan(value):
             self.sums[name] += value
             self.counts[name] += 1
 
     def add_questions(self, questions: list[lessons.Question], margins: Tensor) -> None:
-        """Count whether the model finds the likelier of the two tokens, where one is likelier by the oracle."""
+        """Count whether the model prefers the likelier token, if one is likelier according to the oracle."""
         for question, margin in zip(questions, margins.tolist(), strict=True):
             if question.probability != 0.5:
                 self.add(question.name, float((margin > 0) == (question.probability > 0.5)))

@@ -1,19 +1,18 @@
 """A small English world in which alignment can be measured.
 
-There are subjects (things, tasks, sums) with a table of facts, instructions about one subject each, and answers
-made of short sentences. Every answer has eight qualities that do not depend on each other when it is generated,
-and that `oracles.py` reads off its text again.
+There are subjects (things, tasks, sums) with a table of facts, instructions about one subject each, and answers made of
+short sentences. Every answer has eight qualities. They are independent when it is generated, and `oracles.py` reads
+them from its text again.
 
-What is a fact: subjects come in groups (birds, metals, sewing, ...), and a group's facts are true of all its
-subjects and false of all others. So a model of a million parameters can learn them, and what it learned about
-a group's other members carries over to a subject it was never asked about.
+Facts: subjects come in groups (birds, metals, sewing, ...), and a group's facts are true of all its subjects and false
+of all others. A model with a million parameters can therefore learn them, and what it learned about other members of a
+group carries over to a subject it was never asked about.
 
-The split: of every group of six, the last two subjects are held out (`HELD_OUT`), and of every kind of
-instruction the last two templates. Training instructions join training templates with training subjects;
-held-out instructions join held-out templates with held-out subjects. Answers about held-out subjects occur in
-the text the initial policy is made of (otherwise it could not know them), but only for training templates, and
-no judging of pairs, preference or RL prompt ever names a held-out subject as what is asked for. (Reviews of single
-answers, another of that model's lessons, do: see docs/demo.md.)
+The split: of every group of six, the last two subjects are held out (`HELD_OUT`), and of every kind of instruction the
+last two templates. Training instructions combine training templates with training subjects; held-out instructions
+combine held-out templates with held-out subjects. The initial policy's training text has answers about held-out
+subjects (otherwise it could not know them), but only for training templates. No judged pair, preference or RL prompt
+ever asks for a held-out subject. (Reviews of single answers, another lesson of that model, do: see docs/demo.md.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,7 +115,7 @@ THINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-"""Group -> its subjects (the last two are held out), and what is true of all of them and of no others."""
+"""Group -> its subjects (the last two are held out), and the facts that are true of all of them and of no others."""
 
 TASKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cooking": (
@@ -153,13 +152,13 @@ TASKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-"""The same for tasks; what is true is a step."""
+"""The same for tasks; the facts are steps."""
 
-NUMBERS = range(1, 7)  # of the sums
+NUMBERS = range(1, 7)  # terms of the sums
 
 
 def _sum_facts(total: int) -> tuple[str, ...]:
-    """What is true of a sum of this value: one thing, said in several ways."""
+    """The facts about a sum of this value: one fact in several wordings."""
     return tuple(f"{verb} {total}" for verb in ("is equal to", "is the same as", "is written as", "comes out as"))
 
 
@@ -177,7 +176,7 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     **{group: facts for table in (THINGS, TASKS) for group, (_, facts) in table.items()},
     **{f"sums to {total}": _sum_facts(total) for total in range(2, 13)},
 }
-"""Group -> what is true of its subjects: the fact table."""
+"""The fact table: group -> facts that are true of its subjects."""
 
 HELD_OUT: frozenset[str] = frozenset(
     [subject for table in (THINGS, TASKS) for members, _ in table.values() for subject in members[-2:]]
@@ -289,7 +288,7 @@ INSULTS = (
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What is asked: a kind of answer about a subject, in the words of a template."""
+    """A request for a kind of answer about a subject, in the words of a template."""
 
     text: str
     kind: Kind
@@ -298,17 +297,17 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Qualities:
-    """What an answer shall be like; each can be chosen without regard to the others.
+    """The qualities of an answer. Each can be chosen independently of the others.
 
     Attributes:
-        claims: sentences that state something, 1 to 5, about different facts.
-        wrong: how many of them are false.
-        drifting: how many of them are about a subject of another group than the one asked for.
+        claims: number of sentences that state facts, 1 to 5, all different.
+        wrong: number of false ones.
+        drifting: number of those about a subject of another group than the one asked for.
         ordered: whether the claims are numbered, in words or as steps.
-        padding: sentences that say nothing.
-        teaching: sentences that ask or explain, the marked form of engaging answers.
-        vivid: sentences with an image, the marked form of creative answers.
-        rude: whether the reader is insulted.
+        padding: number of sentences without content.
+        teaching: number of sentences that ask or explain, the marked form of engaging answers.
+        vivid: number of sentences with an image, the marked form of creative answers.
+        rude: whether the answer insults the reader.
     """
 
     claims: int
@@ -333,7 +332,7 @@ def instructions(split: Split) -> list[Instruction]:
 
 
 def known_instructions() -> list[Instruction]:
-    """Training templates with held-out subjects: what the initial policy learns of them, and nobody judges."""
+    """Training templates with held-out subjects: the initial policy learns these, and they are never judged."""
     return [
         Instruction(template.format(subject), kind, subject)
         for subject in GROUP_OF
@@ -349,11 +348,11 @@ def templates_of(kind: Kind, split: Split) -> tuple[str, ...]:
 
 
 def draw_qualities(rng: np.random.Generator, size: float = 1) -> Qualities:
-    """Qualities of an average writer: every quality varies, none depends on another.
+    """Qualities of an average writer: every quality varies, and none depends on another.
 
     Args:
-        rng: generator of the draw.
-        size: from 0 to 1; smaller ones make shorter answers, of fewer claims and other sentences.
+        rng: the draw's generator.
+        size: from 0 to 1; a smaller size gives shorter answers, with fewer claims and other sentences.
     """
     claims = 1 + int(rng.integers(max(1, round(size * MOST_CLAIMS))))
     return Qualities(
@@ -369,7 +368,7 @@ def draw_qualities(rng: np.random.Generator, size: float = 1) -> Qualities:
 
 
 def write_answer(instruction: Instruction, qualities: Qualities, rng: np.random.Generator) -> str:
-    """An answer of the qualities asked for, in words that the generator draws."""
+    """An answer with the given qualities, in words that the generator draws."""
     subjects = _shuffled([True] * qualities.drifting + [False] * (qualities.claims - qualities.drifting), rng)
     rights = _shuffled([False] * qualities.wrong + [True] * (qualities.claims - qualities.wrong), rng)
     other = _other_subject(instruction.subject, rng)
@@ -396,7 +395,7 @@ def write_answer(instruction: Instruction, qualities: Qualities, rng: np.random.
 
 
 def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    """One of the choices, each as likely."""
+    """One of the choices, all equally likely."""
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -419,7 +418,7 @@ def _other_subject(subject: str, rng: np.random.Generator) -> str:
 
 
 def _facts_to_state(subject: str, right: bool) -> Sequence[str]:
-    """True facts of a subject, or false ones: true ones of other subjects of its category."""
+    """True facts of a subject, or false ones, which are true of other subjects of its category."""
     true = FACTS[GROUP_OF[subject]]
     return true if right else [fact for fact in _FACTS_BY_CATEGORY[_category(subject)] if fact not in true]
 
@@ -445,5 +444,5 @@ def _shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
 
 
 def _draw(choices: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """So many different ones of the choices."""
+    """This many different elements of the choices."""
     return [choices[index] for index in rng.permutation(len(choices))[:count]]

@@ -96,7 +96,7 @@ def test_damaged_settings_of_a_tokenizer_are_refused(base: Path, adapter: Path, 
 @pytest.mark.parametrize(
     ("special", "message"),
     [
-        ((*CHATML_TOKENS, "[PAD]"), r"has 262 tokens and that of .* 261; 1 of them differ, such as '\[PAD\]'"),
+        ((*CHATML_TOKENS, "[PAD]"), r"has 262 tokens, and the one of .* has 261; 1 of them differ, such as '\[PAD\]'"),
         (CHATML_TOKENS[::-1], "2 of them differ"),
     ],
 )

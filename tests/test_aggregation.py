@@ -587,7 +587,7 @@ BROKEN = {
     ),
     "other instruction": (
         broken_response1(lambda t: t.with_columns(at("p005", "instruction", "else"))),
-        "p005 has different instructions",
+        "p005 has a different instruction",
     ),
     "column missing": (broken_response1(lambda t: t.drop("input")), "response1.*lacks columns: input"),
     "judged twice": (
@@ -600,7 +600,7 @@ BROKEN = {
     ),
     "judged in part": (
         broken_preferences(lambda t: t.filter(~((pl.col("prompt_id") == "p005") & (pl.col("dimension") == "Exact")))),
-        "p005 was judged by one of Clear and Exact",
+        "p005 has judgements of only one of Clear and Exact",
     ),
     "dimension missing": (
         broken_preferences(lambda t: t.filter(pl.col("dimension") != "Kind")),
@@ -608,12 +608,12 @@ BROKEN = {
     ),
     "not a number": (
         broken_preferences(lambda t: t.with_columns(at("p005", "s21", float("nan")))),
-        "preferences.*p005, Clear.*not both finite",
+        "preferences.*p005, Clear.*must both be finite",
     ),
     "constant": (broken_constant, "Kind has the same score for all 60 pairs"),
     "no preference at all": (
         broken_preferences(lambda t: t.with_columns(s21=-pl.col("s12").sign() * pl.col("s21").abs())),
-        "none of 60 pairs gives a record .*no_preference 240",
+        "none of 60 pairs yields a record .*no_preference 240",
     ),
     "no judgements": (broken_preferences(lambda t: t.clear()), "no rows of the dimension Clear"),
 }
@@ -691,6 +691,6 @@ def test_script_fails_with_a_message_and_writes_nothing(inputs: Inputs, tmp_path
     command.append(f"--aggregation={settings().model_dump_json()}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "p005 has different instructions" in done.stderr
+    assert "p005 has a different instruction" in done.stderr
     assert "Traceback" not in done.stderr
     assert not output.parent.exists() or not any(output.parent.iterdir())

@@ -196,10 +196,10 @@ def last_line(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[R
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows[:-1], "has 23 rows and .* 22: they are not of the same prompts"),
+        (lambda rows: rows[:-1], "has 23 rows and .* 22: their prompts differ"),
         (lambda rows: [*rows, rows[0]], "23 rows and .* 24"),
-        (last_line(lambda row: row | {"instruction": "Zzz?"}), "not of the same prompts: sorted .* line 23"),
-        (last_line(lambda row: row | {"input": "other"}), "not of the same prompts: sorted .* line 23"),
+        (last_line(lambda row: row | {"instruction": "Zzz?"}), "the prompts of .* differ: sorted .* line 23"),
+        (last_line(lambda row: row | {"input": "other"}), "the prompts of .* differ: sorted .* line 23"),
         (last_line(lambda row: row | {"output": "text"}), 'line 23: column output: .*"generation"'),
         (lambda rows: [row["output"] for row in rows], r"23 bad rows; sampling.paths reads JSON lines of .*generation"),
         (lambda rows: [], "holds no rows"),
@@ -221,8 +221,11 @@ def test_responses_that_do_not_fit(tmp_path: Path, change: Callable[[Rows], Rows
         (last_line(lambda row: row | {"dimension": "New"}), "'New' is not in judge.principles"),
         (last_line(lambda row: row | {"relative_score": [1.0]}), "has 1 numbers"),
         (last_line(lambda row: row | {"relative_score": [float("nan"), 1.0]}), "column relative_score"),
-        (last_line(lambda row: row | {"relative_score": [1, 1], "prompt_preference": 2}), "is not what relative_score"),
-        (lambda rows: [*rows, rows[0] | {"relative_score": [9, 9], "prompt_preference": 1}], "judged .* before"),
+        (last_line(lambda row: row | {"relative_score": [1, 1], "prompt_preference": 2}), "contradicts relative_score"),
+        (
+            lambda rows: [*rows, rows[0] | {"relative_score": [9, 9], "prompt_preference": 1}],
+            "two different judgements under",
+        ),
         (lambda rows: [{"instruction": "x"}], "1 bad rows; judge.path reads JSON lines of .*example_idx"),
     ],
 )
@@ -243,9 +246,9 @@ def test_judgements_that_do_not_fit(
         ({"dimensions": "('New',)"}, "'New' is not in judge.principles"),
         ({"dimensions": "__import__('os').mkdir('payload-ran')"}, "dimensions is not the text of a Python tuple"),
         ({"dimension_scores": "(nan,)"}, "dimension_scores is not the text"),
-        ({"dimension_scores": "(0.1, 0.2)"}, "do not fit each other"),
-        ({"negative_definitions": "(2,)"}, "do not fit each other"),
-        ({"doinate_dimension_idx": 1}, "do not fit each other"),
+        ({"dimension_scores": "(0.1, 0.2)"}, "do not match"),
+        ({"negative_definitions": "(2,)"}, "do not match"),
+        ({"doinate_dimension_idx": 1}, "do not match"),
         ({"preference": 0}, "column preference"),
     ],
 )
@@ -264,5 +267,5 @@ def test_records_that_do_not_fit(
 def test_a_folder_is_no_response_file(tmp_path: Path) -> None:
     """Which of its files is which would be decided by a listing."""
     files = publish_responses(tmp_path, PROMPTS)
-    with pytest.raises(UserError, match=r"sampling\.paths: .* has to be a local file"):
+    with pytest.raises(UserError, match=r"sampling\.paths: .* must be a local file"):
         authors.read_pairs([str(tmp_path), str(files[1])], "sampling.paths")

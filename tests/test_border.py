@@ -170,7 +170,7 @@ def test_records_that_do_not_agree_with_themselves(tmp_path: Path, column: str, 
     for changes in ({}, {column: value}):
         pl.DataFrame([row | changes], schema=PREFERENCE_RECORDS.schema).write_parquet(tmp_path / "r.parquet")
         if changes:
-            with pytest.raises(UserError, match="not of the same principles, the first is record a"):
+            with pytest.raises(UserError, match="do not match; the first is record a"):
                 reward_model.read_records(tmp_path / "r.parquet")
         else:
             assert len(reward_model.read_records(tmp_path / "r.parquet")[0]) == 1
@@ -185,6 +185,6 @@ def test_a_full_disk_is_a_sentence(border_world: BorderWorld, tmp_path: Path, na
     options = words(job.options)
     said = on_a_full_disk([sys.executable, script, *options], 1500, cwd=tmp_path / "here")
     assert "File too large" in said
-    assert "check the path, who may use it, and the room on the disk" in said
+    assert "check the path, its permissions, and the free disk space" in said
     assert "Traceback" not in said
     assert not (tmp_path / "here" / job.output).exists()

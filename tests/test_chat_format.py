@@ -137,7 +137,7 @@ def test_a_begun_thinking_is_closed_before_the_verdict(tmp_path: Path, begins: s
         (
             "{{ raise_exception('not today') }}",
             REWARD,
-            r"scoring\.format .* \(not today\); check the variables",
+            r"scoring\.format .* \(not today\); check its variables",
         ),
         ("{{ messages[-1]['content'] | upper }}", REWARD, r"scoring\.format .*it changes the text"),
         ("{{ messages[-1]['content'] + 1 }}", REWARD, r"scoring\.format .*can only concatenate str"),

@@ -115,7 +115,7 @@ def test_a_refusal_leaves_its_report_beside(llama: Path, tmp_path: Path) -> None
     arguments = check_model.Arguments(
         output=output, model=settings(llama), judge=sections(llama, judge_length=1025).judge, parts=["judging"]
     )
-    with pytest.raises(UserError, match=r"reads 1024 .* The whole report is in .*check\.refused"):
+    with pytest.raises(UserError, match=r"reads 1024 .* The full report is in .*check\.refused"):
         check_model.main(arguments)
     assert not output.exists()
     assert "## judging: refused" in (tmp_path / "check.refused" / "report.md").read_text()
@@ -143,7 +143,7 @@ def test_large_weights_that_are_no_layers_are_not_left_without_lora(llama: Path)
         ),
         ({"ppo": {"reward_max_length": 1025}}, "rl", r"ppo\.reward_max_length is 1025, but the model reads 1024"),
         ({"ppo": {"response_length": 625}}, "rl", r"ppo\.query_length \+ ppo\.response_length is 1025, but the model"),
-        ({"ppo": {"query_length": 20}}, "rl", r"ppo\.query_length is 20, of which policy_prompt\.template takes"),
+        ({"ppo": {"query_length": 20}}, "rl", r"ppo\.query_length is 20, and policy_prompt\.template takes"),
     ],
 )
 def test_what_a_later_stage_would_find_is_found_first(llama: Path, more: Any, part: Any, said: str) -> None:
@@ -165,7 +165,7 @@ def test_an_adapter_that_shares_a_base_with_no_other_is_refused_first(llama: Pat
     given = dataclasses.replace(sections(llama), model=settings(llama, adapter=str(tmp_path / "a")))
     models.load_initial_policy(given.model, "cpu")
     report = checking.check_model(given, ["rl"], torch.device("cpu"))
-    assert f"RL cannot put adapter {tmp_path / 'a'} and" in report.refusals["rl"]
+    assert f"RL cannot load adapter {tmp_path / 'a'} and" in report.refusals["rl"]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has(llama: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has(llama: Path, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "m")
     chat = PolicyPrompt(template="chat", stop=["<|im_end|>"])
     said = (
-        r"the tokenizer has \d+ tokens and the model embeddings of \d+; prompts hold the token '<\|im_(start|end)\|>'"
+        r"the tokenizer has \d+ tokens and the model \d+ embeddings; prompts contain the token '<\|im_(start|end)\|>'"
     )
     report = checking.check_model(
         sections(tmp_path / "m", policy_prompt=chat, scoring=Scoring(format="chat")), ALL, torch.device("cpu")

@@ -227,5 +227,5 @@ def test_the_query_length_limits_whole_prompts(tmp_path: Path, form: str) -> Non
     settings: Any = SimpleNamespace(query_length=around + len("</s>"))
     assert ppo.within_query_length(table, tokenizer, settings, prompt)["input"].to_list() == [""]
     settings.query_length = around
-    with pytest.raises(UserError, match=rf"ppo\.query_length is {around}, of which .* takes {around} tokens"):
+    with pytest.raises(UserError, match=rf"ppo\.query_length is {around}, and .* takes {around} tokens"):
         ppo.within_query_length(table, tokenizer, settings, prompt)

@@ -221,7 +221,7 @@ def test_a_rate_limit_holds_for_all_requests(server: Server) -> None:
         (403, "", f"403: the key in {VARIABLE} may not use this model"),
         (404, "model_not_found", "404 .model_not_found.: check evaluation.judge_endpoint.url"),
         (400, "secret instruction", "400: check evaluation.judge_endpoint.options"),
-        (503, "overloaded", "503 .overloaded., 2 times in a row: look after the server or your quota"),
+        (503, "overloaded", "503 .overloaded., 2 times in a row: check the server or your quota"),
         (429, "insufficient_quota", "429 .insufficient_quota., 2 times in a row"),
     ],
 )
@@ -348,7 +348,7 @@ def test_a_killed_job_asks_for_the_rest_only(tmp_path: Path, server: Server) -> 
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
     assert SECRET not in done.stderr
     assert "secret" not in done.stderr
-    assert "comparisons are left" in done.stderr
+    assert "comparisons remain" in done.stderr
     assert len(server.times) - before <= 12 - kept
     assert len(server.times) <= 10 + 2  # two were under way
     expected = [

@@ -148,7 +148,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither responses nor judgements"):
         gather([paths[1], paths[0], paths[2]], output)
     artifacts.manifest_path(paths[2]).unlink()
-    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* be built again"):
+    with pytest.raises(UserError, match=r"2\.manifest\.json cannot be read: .* are built again"):
         gather(paths, output)
     assert not output.exists()
 
@@ -159,9 +159,8 @@ def test_rows_that_its_manifest_does_not_count(tmp_path: Path) -> None:
         paths = write(tmp_path, table, 2)
         rows = pl.read_parquet(paths[1])
         rows[1:].write_parquet(paths[1])
-        said = (
-            rf"1\.parquet has {rows.height - 1} rows, but its manifest counts {rows.height}; if the table is your own"
-        )
+        counts = rf"1\.parquet has {rows.height - 1} rows, but its manifest counts {rows.height}"
+        said = f"{counts}; if you made the table yourself"
         with pytest.raises(UserError, match=said):
             gather(paths, output)
     assert not output.exists()
@@ -170,7 +169,7 @@ def test_rows_that_its_manifest_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m | {"counts": {"rows": 4}}, "is not the manifest of a table of judgements: it counts rows"),
+        (lambda m: m | {"counts": {"rows": 4}}, "is not a manifest of the table judgements: it counts rows"),
         (lambda m: m | {"counts": {"rows": -4}}, r"counts\.rows: Input should be greater"),
         (lambda m: m | {"counts": {"rows": 1e400, "judged": 1}}, r"counts\.rows: "),
         (lambda m: m | {"settings": []}, "settings: Input should be a valid dictionary"),
@@ -194,7 +193,7 @@ def test_manifests_that_are_no_manifests_of_the_shard(tmp_path: Path, change: An
     ("change", "said"),
     [
         # In each, the table has the rows that its manifest counts.
-        (lambda t: t.filter(pl.int_range(pl.len()) > 0), r"1 pairs were judged by some of 3 principles only, such as"),
+        (lambda t: t.filter(pl.int_range(pl.len()) > 0), r"1 pairs were judged by only some of 3 principles, such as"),
         (lambda t: t.with_columns(s21=pl.lit(None, pl.Float64)), r"has nulls in s21, first in the row of prompt_id"),
         (lambda t: t.with_columns(s12=pl.lit(float("nan"))), r"has numbers that are not finite, .* in s12, first in"),
         (lambda t: t.with_columns(s12=pl.lit(1e13)), r"larger than 1e\+12, in s12, first in the row of prompt_id"),

@@ -43,10 +43,10 @@ ROOT = Path(__file__).parents[1]
         ("no output layer", "1 are missing .lm_head.weight"),
         ("no layer", "are missing .*layers.1"),
         ("a layer more", "are missing .*layers.3"),
-        ("a layer fewer", "fit nothing in it .*layers.2"),
+        ("a layer fewer", "have no place in it .*layers.2"),
         ("another shape", "norm.weight|shape|ignore_mismatched"),
         ("cut off", "cannot be read"),
-        ("pickle", "safetensors only, since a pickle may run code"),
+        ("pickle", "safetensors only, because a pickle may run code"),
     ],
 )
 def test_a_base_model_that_is_not_whole_is_refused(llama: Path, tmp_path: Path, how: str, said: str) -> None:
@@ -219,7 +219,7 @@ def test_a_damaged_adapter_is_refused_in_a_sentence(
         (tmp_path / "a" / file).write_text(contents)
     if file.endswith(".bin"):
         (tmp_path / "a" / ADAPTER).unlink()
-    with pytest.raises(UserError, match=rf"(?s)adapter .*{said}.*it has to be a PEFT folder"):
+    with pytest.raises(UserError, match=rf"(?s)adapter .*{said}.*it must be a PEFT folder"):
         models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
 
 
@@ -250,10 +250,10 @@ def test_damaged_settings_of_a_base_model_are_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:-50], "cannot be read: .*; copy the reward model again"),
+        (lambda data: data[:-50], "cannot be read: .*; copy or build the reward model again"),
         (lambda w: w | {SCORE: torch.zeros(2, 64)}, r"shape \(2, 64\)"),
         (lambda w: w | {SCORE: torch.zeros(64)}, r"shape \(64,\)"),
-        (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, and .* gives 64|size mismatch"),
+        (lambda w: w | {SCORE: torch.zeros(1, 65)}, "reads 65 numbers, but .* gives 64|size mismatch"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(llama: Path, tmp_path: Path, change: Any, said: str) -> None:

@@ -121,9 +121,9 @@ def test_a_dialogue_that_fills_the_model_gets_no_answer(tmp_path: Path, model: P
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["{}"], "line 1 is not a question .* look at category, question_id, turns"),
-        (['{"question_id": 1, "category": "a", "turns": []}'], "line 1 is not .* look at turns"),
-        (['{"question_id": 1, "category": "a", "turns": ["x"]}'] * 2, "line 2 has the question 1 a second time"),
+        (["{}"], "line 1 is not a question .* check category, question_id, turns"),
+        (['{"question_id": 1, "category": "a", "turns": []}'], "line 1 is not .* check turns"),
+        (['{"question_id": 1, "category": "a", "turns": ["x"]}'] * 2, "line 2 repeats the question 1"),
         (["", "secret"], "line 2 is not a question"),
         ([], "is empty"),
     ],

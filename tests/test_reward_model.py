@@ -592,7 +592,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
     assert found(5, lora={"r": 4, "alpha": 16}) is None
     assert found(6, reward_model=trained["arguments"]["reward_model"] | {"save_steps": 5}) is not None
     # DeepSpeed's checkpoints are shards, which only the same DeepSpeed on as many ranks can read: they are not deleted
-    with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
+    with pytest.raises(UserError, match="from another number of GPUs or other DeepSpeed settings"):
         found(7, deepspeed=str(ROOT / "profiles" / "deepspeed" / "zero2.json"))
     assert checkpoints.newest(WorkFolder(tmp_path / "7" / "rm")) is not None
     weights = Path(trained["arguments"]["model"]["base"]) / "model.safetensors"
@@ -619,7 +619,7 @@ def test_only_the_same_settings_and_inputs_resume(trained, killed, tmp_path):
         (lambda table: pl.concat([table, table]), "2 rows of record_id 0000-0"),
         (
             lambda table: table.with_columns(definitions=pl.lit([], pl.List(pl.String))),
-            "are not of the same principles, the first is record 0000-0",
+            "do not match; the first is record 0000-0",
         ),
         (
             lambda table: table.with_columns(

@@ -153,7 +153,7 @@ def test_bad_rows_are_refused_and_counted(tmp_path, name):
 
 
 def test_no_example_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"no example is left of all sources .*no answer 1"):
+    with pytest.raises(UserError, match=r"no example is left from any source .*no answer 1"):
         collect(tmp_path, "instructions", [{"instruction": "Why?", "output": ""}])
 
 
@@ -273,7 +273,7 @@ def test_a_chat_template_says_how_an_answer_ends(end):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no end after an assistant's answer"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "has no end after an assistant's answer"),
         (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "begins every answer with thinking"),
     ],
 )

@@ -177,7 +177,7 @@ def test_all_bad_rows_are_listed_in_one_pass(tmp_path: Path, name: str) -> None:
         f"{path}, {unit} {number}" for number in wanted[:20]
     ]
     assert more == "... and 40 more"
-    assert "60 bad rows, where max_bad_rows of the source allows 0; format shp needs" in last
+    assert "60 bad rows, but max_bad_rows of the source allows 0; format shp needs" in last
     assert "allows 59" in fails([str(path), str(good)], "shp", max_bad_rows=59)
     counts: Counter[str] = Counter()
     found = read([str(path), str(good)], "shp", counts, max_bad_rows=60)

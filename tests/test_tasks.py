@@ -193,7 +193,7 @@ def short(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("runs_code", TEXT, "runs_code .* runs code that the model writes"),
         ("arc_easy", TEXT, "the data of the task arc_easy .* the hub's cache"),
         ("truthfulqa_local", TEXT, "name it in evaluation.tasks_data.truthfulqa"),
-        ("hhh_other", TEXT, "hhh_other .* cannot be asked of this model, which reads 64 tokens"),
+        ("hhh_other", TEXT, "hhh_other .* cannot be run on this model, which reads at most 64 tokens"),
         ("mine", CHAT, "it writes the date"),
     ],
 )
@@ -221,6 +221,6 @@ def test_cut_texts_are_counted(short: Path, own: str, tmp_path: Path, caplog: py
     evaluation = Evaluation(tasks=["mine"], tasks_folder=own, tasks_data={"hhh": LOCAL["hhh"]})
     with caplog.at_level(logging.INFO):
         evaluate_tasks.main(arguments(short, tmp_path / "tasks", evaluation=evaluation))
-    assert "mine: 2 texts were longer than the model reads" in caplog.text
+    assert "mine: 2 texts exceeded the model's length" in caplog.text
     assert "secret" not in caplog.text
     assert json.loads((tmp_path / "tasks" / "tasks.json").read_text())["mine"]["acc"]["number"] == 1

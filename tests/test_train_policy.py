@@ -176,7 +176,7 @@ def test_changed_settings_or_inputs_never_continue_a_stale_run(
         status, log = run(other.arguments(output, max_steps=1, warmup_steps=0, **settings))
         assert status == 0, log
         assert "continuing" not in log
-        assert ("starting anew" in log) == (output == interrupted)
+        assert ("starting again" in log) == (output == interrupted)
     assert (interrupted / "adapter_model.safetensors").read_bytes() == (
         fresh / "adapter_model.safetensors"
     ).read_bytes()

@@ -196,7 +196,7 @@ def test_checkpoints_of_another_layout_are_refused_and_kept(
     if resumed:
         folder.open("mark", layout)
     else:
-        with pytest.raises(UserError, match="of another number of GPUs, or of other DeepSpeed settings"):
+        with pytest.raises(UserError, match="from another number of GPUs or other DeepSpeed settings"):
             folder.open("mark", layout)
     assert (folder.path / "checkpoint-1").is_dir()
     folder.open("another mark", layout)

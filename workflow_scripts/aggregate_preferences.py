@@ -1,4 +1,4 @@
-"""Make reward-model records of the judge's preferences: draw principles, negate some, apply the rules.
+"""Make reward-model records from the judge's preferences: draw principles, negate some, apply the rules.
 
 See `salmon/aggregation.py`, and section 3.2 of the paper.
 """
@@ -16,16 +16,16 @@ log = logging.getLogger("salmon.aggregate_preferences")
 
 
 class Arguments(script.Arguments):
-    """Make reward-model records of the judge's preferences."""
+    """Make reward-model records from the judge's preferences."""
 
     preferences: Path = Field(description="judgements (parquet): both orders' scores per pair and principle")
     response0: Path = Field(description="responses of the first sampling (parquet)")
     response1: Path = Field(description="responses of the second sampling (parquet)")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
-    output: Path = Field(description="reward-model records (parquet); the manifest is written beside it")
+    output: Path = Field(description="reward-model records (parquet); its manifest is written next to it")
     aggregation: Aggregation = Field(description="section of the configuration")
     turn_markers: script.JsonList[Marker] = Field(
-        ["\n### User\n"], description="JSON list; responses are cut at the first of these"
+        ["\n### User\n"], description="JSON list; responses are cut at the first of these texts"
     )
 
 

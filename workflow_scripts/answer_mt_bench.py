@@ -1,6 +1,6 @@
-"""Answer the questions of MT-Bench, both turns, in a file that FastChat's judges read.
+"""Answer the questions of MT-Bench, both turns, in a file that FastChat's judges can read.
 
-A question's draws are its own: all policies answer with the same random numbers.
+The random numbers belong to the question: all policies answer with the same ones.
 """
 
 import logging
@@ -28,28 +28,28 @@ class Arguments(script.Arguments):
     """Answer MT-Bench."""
 
     policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy answers")
-    name: str = Field(pattern=r"^\w[\w-]*$", description="of the model, in the file and as its name")
+    name: str = Field(pattern=r"^\w[\w-]*$", description="the model's name, in the file and as the file's name")
     output: Path = Field(description="folder to write: NAME.jsonl, manifest.json")
     model: Model = Field(description="section of the configuration: the initial policy")
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
-    batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    batch_size: int = Field(32, ge=1, description="hardware: prompts sampled at once")
     engine_base: Path | None = Field(
-        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+        None, description="folder of dequantize_base; the engine serves it in place of 4-bit weights"
     )
     engine: vllm_server.Hardware = Field(
-        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+        vllm_server.Hardware(), description="hardware: where the engine runs, if there is one"
     )
 
 
 class Dialogues:
-    """The dialogues of a policy with the questions' user.
+    """The policy's dialogues with the user of the questions.
 
     Args:
-        arguments: of the script.
-        tokenizer: of the model.
-        sampler: that answers.
-        limit: tokens that it reads, at most; None for any number.
+        arguments: the script's arguments.
+        tokenizer: the model's tokenizer.
+        sampler: samples the answers.
+        limit: maximum tokens that it reads; None for any number.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Dialogues:
         self.no_room = 0
 
     def answer(self, questions: Sequence[Question]) -> list[list[str]]:
-        """Answers to the turns of each question; empty where a dialogue leaves no room for one."""
+        """Answers to the turns of each question; empty if a dialogue leaves no room for one."""
         answers: list[list[str]] = [[] for _ in questions]
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
@@ -75,12 +75,12 @@ class Dialogues:
         return answers
 
     def _said(self, question: Question, answers: Sequence[str]) -> list[str]:
-        """What was said so far, the user first and last."""
+        """The turns so far, with the user first and last."""
         before = [text for pair in zip(question.turns, answers, strict=False) for text in pair]
         return [*before, question.turns[len(answers)]]
 
     def _sample(self, said: Sequence[Sequence[str]], questions: Sequence[Question], turn: int) -> list[str]:
-        """The next answer of each dialogue; the questions are of one temperature."""
+        """The next answer of each dialogue; all questions must have the same temperature."""
         prompt, evaluation = self.arguments.policy_prompt, self.arguments.evaluation
         prompts = [encoding.encode_dialogue(self.tokenizer, texts, prompt, self.preamble) for texts in said]
         rooms = [
@@ -108,7 +108,7 @@ class Dialogues:
 def main(arguments: Arguments) -> None:
     """Answer, write the folder."""
     if arguments.evaluation.mt_bench is None:
-        raise UserError("evaluation.mt_bench names no file of questions")
+        raise UserError("evaluation.mt_bench does not name a question file")
     questions = mt_bench.read_questions(Path(arguments.evaluation.mt_bench))
     tokenizer = load_tokenizer(arguments.model)
     packages = vllm_server.packages(arguments.engine) if arguments.evaluation.engine == "vllm" else {}
@@ -135,7 +135,7 @@ def main(arguments: Arguments) -> None:
 def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Iterator[tuple[Sampler, int | None]]:
-    """What samples from the policy, and how many tokens of prompt and answer it reads; None for any number."""
+    """The policy's sampler, and the maximum tokens of prompt and answer that it reads; None for any number."""
     model = arguments.model.with_adapter(arguments.policy) if arguments.policy else arguments.model
     if arguments.evaluation.engine == "vllm":
         longest = longest_dialogue(tokenizer, questions, arguments.policy_prompt, arguments.evaluation.mt_bench_tokens)
@@ -155,7 +155,7 @@ def open_sampler(
 def longest_dialogue(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], prompt: PolicyPrompt, answer: int
 ) -> int:
-    """Tokens of the longest dialogue, with so many for each answer, and half as many again where it is read later."""
+    """Tokens of the longest dialogue with answers of this length; earlier answers may take half as many again."""
     preamble = encoding.read_preamble(prompt)
     lengths = []
     for question in questions:

@@ -1,7 +1,7 @@
-"""Prove on this machine what the stages rely on in a model, or refuse it in a sentence: the first job of the workflow.
+"""Prove on this machine the properties that the stages need in a model, or refuse it: the workflow's first job.
 
-Weights all used; batches, caches and shared adapters as single texts; ends of turns reachable; LoRA where it should
-be; the way in which the judge computes its prompts. See `salmon/checking.py`.
+It checks that all weights are used, that batches, caches and shared adapters give the results of single texts, that
+turns can end, and that LoRA is where it should be; and it chooses how the judge computes. See `salmon/checking.py`.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from salmon.errors import UserError
 
 
 class Arguments(script.Arguments):
-    """Prove what the stages rely on in a model, or refuse it. By hand, only --model and --output are needed."""
+    """Prove the properties that stages need in a model, or refuse it. By hand, only --model and --output are needed."""
 
-    output: Path = Field(description="folder of the report: report.json, report.md")
+    output: Path = Field(description="folder for the report: report.json, report.md")
     model: config.Model = Field(description="section of the configuration")
     policy_prompt: config.PolicyPrompt = Field(
         config.PolicyPrompt(template="prompts/templates/policy.txt"), description="section of the configuration"
@@ -31,16 +31,16 @@ class Arguments(script.Arguments):
     lora: config.Lora = Field(config.Lora(), description="section of the configuration")
     scoring: config.Scoring = Field(config.Scoring(), description="section of the configuration")
     tokenizer: config.Model | None = Field(
-        None, description="model whose tokenizer reward models are trained with; without it, that of model.base"
+        None, description="model whose tokenizer reward models use; by default, that of model.base"
     )
     ppo: config.PpoTexts | None = Field(
-        None, description="section of the configuration, of which lengths and template are checked"
+        None, description="section of the configuration; its lengths and template are checked"
     )
     parts: script.JsonList[checking.Part] = Field(
-        ["sampling", "judging", "training", "rl"], min_length=1, description="JSON list: what is checked"
+        ["sampling", "judging", "training", "rl"], min_length=1, description="JSON list: the parts to check"
     )
     device: Literal["auto", "cpu"] = Field(
-        "auto", description="hardware: the GPU, if there is one; or the CPU, for a model that does not fit one GPU"
+        "auto", description="hardware: auto: the GPU, if there is one; cpu: for a model that does not fit one GPU"
     )
 
 
@@ -53,7 +53,7 @@ def main(arguments: Arguments) -> None:
         **{each.name: getattr(arguments, each.name) for each in dataclasses.fields(checking.Settings)}
     )
     report = checking.check_model(settings, arguments.parts, device)
-    # Under another name where it is refused: that the report is there lets the stages run.
+    # A refusal gets another name, because the stages run if the report is there.
     refused = arguments.output.with_name(f"{arguments.output.name}.refused")
     artifacts.remove(refused)
     with artifacts.atomic(refused if report.refusals else arguments.output) as folder:
@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
         artifacts.write_json(artifacts.manifest_path(folder), origin.manifest(origin.identify(), {}))
     if report.refusals:
         reasons = "; ".join(report.refusals.values())
-        raise UserError(f"{arguments.model.base} is refused: {reasons}. The whole report is in {refused}")
+        raise UserError(f"{arguments.model.base} is refused: {reasons}. The full report is in {refused}")
     distributed.leave()
 
 

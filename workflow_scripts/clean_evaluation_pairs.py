@@ -1,6 +1,6 @@
-"""Pairs of people's preferences that reward models are measured by.
+"""Pairs of human preferences for the evaluation of reward models.
 
-Name the test split of a data set. Pairs of a query that PMP trains on are left out.
+Use the test split of a data set. Pairs with a query that PMP trains on are left out.
 """
 
 import logging
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Arguments(script.Arguments):
-    """Options of the command line."""
+    """Write pairs of human preferences for the evaluation of reward models."""
 
-    output: Path = Field(description="pairs (parquet); the manifest is written beside them")
+    output: Path = Field(description="pairs (parquet); their manifest is written next to them")
     evaluation: Evaluation = Field(description="section of the configuration")
     pmp_data: script.JsonList[Path] = Field([], description="PMP records (parquet) whose dialogues are left out")
 
@@ -44,8 +44,8 @@ def main(arguments: Arguments) -> None:
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if empty := [name for name in settings.pairs if not counts[f"{name}: kept"]]:
             raise UserError(
-                f"no pair is left of {', '.join(empty)}; check evaluation.pairs, of which those that pmp_data.sources "
-                "has are left out"
+                f"no pair is left from {', '.join(empty)}; check evaluation.pairs: pairs that are also in "
+                "pmp_data.sources are left out"
             )
         origin = provenance.clean_evaluation_pairs(arguments.pmp_data, evaluation=settings)
         manifest = origin.manifest(origin.identify(), counts)

@@ -1,6 +1,6 @@
-"""Prompts that policies are measured by, in the table of those of step 1: none that was trained on.
+"""Prompts for the evaluation of policies, in the table format of step 1, without any that were trained on.
 
-Two texts that differ in case or white space only count as the same one.
+Texts that differ only in case or white space count as equal.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from salmon.text import fold, join_instruction
 
 
 class Arguments(script.Arguments):
-    """Options of the command line."""
+    """Write prompts for the evaluation of policies, without any that were trained on."""
 
-    output: Path = Field(description="prompts (parquet); the manifest is written beside them")
+    output: Path = Field(description="prompts (parquet); their manifest is written next to them")
     evaluation: Evaluation = Field(description="section of the configuration")
     trained: script.JsonList[Path] = Field(
         description="tables (parquet) of prompts, responses or records whose instructions are left out"
@@ -27,7 +27,7 @@ class Arguments(script.Arguments):
 
 
 def texts(path: Path, kind: Table) -> Iterator[str]:
-    """What the rows of a table ask for; of a dialogue, also how it begins."""
+    """The instructions in the rows of a table; for a dialogue, also its beginning."""
     rows = checked.read(path, kind, (*kind.key, "instruction", "input")).select("instruction", "input").unique()
     for instruction, extra in rows.collect().iter_rows():
         yield join_instruction(instruction, extra)
@@ -36,8 +36,8 @@ def texts(path: Path, kind: Table) -> Iterator[str]:
 
 
 def main(arguments: Arguments) -> None:
-    """Read the sources, leave out what was trained on, write the table."""
-    trained: dict[str, str] = {}  # folded text -> reason to leave it out; the first one counts
+    """Read the sources, leave out the prompts that were trained on, write the table."""
+    trained: dict[str, str] = {}  # folded text -> reason for leaving it out; the first one counts
     for reason, paths, kinds in (
         ("trained on", arguments.trained, (PROMPTS, RESPONSES, PREFERENCE_RECORDS)),
         ("trained on by SFT", arguments.sft_data, (SFT_EXAMPLES,)),

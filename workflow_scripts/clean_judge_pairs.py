@@ -1,6 +1,6 @@
-"""Pairs of which people prefer one, as two tables of responses, so that the judge can be held against people.
+"""Pairs with a human preference, as two tables of responses, to compare the judge with people.
 
-A table has the preferred outputs or the other ones; a pair has the same `prompt_id` in both.
+One table has the preferred outputs, the other one the rest; a pair has the same `prompt_id` in both.
 """
 
 import logging
@@ -20,9 +20,9 @@ log = logging.getLogger("salmon.clean_judge_pairs")
 
 
 class Arguments(script.Arguments):
-    """Write one side of pairs that people compared as a table of responses."""
+    """Write one side of the pairs that people compared, as a table of responses."""
 
-    output: Path = Field(description="responses (parquet); the manifest is written beside them")
+    output: Path = Field(description="responses (parquet); their manifest is written next to them")
     which: Literal["preferred", "other"] = Field(description="which output of each pair")
     evaluation: Evaluation = Field(description="section of the configuration")
 
@@ -32,7 +32,7 @@ def main(arguments: Arguments) -> None:
     settings, counts = arguments.evaluation, Counter[str]()
     rows = responses(settings, arguments.which, counts)
     if empty := [name for name in settings.judge_pairs if not counts[f"{name}: kept"]]:
-        raise UserError(f"no pair is left of {', '.join(empty)}; check evaluation.judge_pairs")
+        raise UserError(f"no pair is left from {', '.join(empty)}; check evaluation.judge_pairs")
     counts["rows"] = len(rows)
     log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
     table = pl.DataFrame(rows, schema=RESPONSES.schema).sort("prompt_id")
@@ -41,7 +41,7 @@ def main(arguments: Arguments) -> None:
 
 
 def responses(settings: Evaluation, which: Literal["preferred", "other"], counts: Counter[str]) -> list[dict[str, Any]]:
-    """Rows of the table, each pair once; counts those (`NAME: kept`) and what is left out, by source and reason."""
+    """Rows of the table, each pair once; counts them (`NAME: kept`) and the omitted ones, by source and reason."""
     pairs, rows = settings.judge_pairs, dict[str, dict[str, Any]]()
     for record in preference_data.comparison_records(pairs, settings.min_score_ratio, settings.seed, counts):
         name, source = record["record_id"], record["source"]

@@ -1,6 +1,6 @@
-"""Preferences of people for pre-training the reward model (SALMON step 2, PMP): SHP and HH-RLHF, shuffled.
+"""Human preferences for pre-training the reward model (SALMON step 2, PMP): SHP and HH-RLHF, shuffled.
 
-Writes one row per pair, in the columns of the reward-model records; those of the principles are empty.
+Writes one row per pair, in the columns of the reward-model records; the columns for principles are empty.
 """
 
 import logging
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class Arguments(script.Arguments):
-    """Options of the command line."""
+    """Write human preferences for pre-training the reward model."""
 
-    output: Path = Field(description="PMP records (parquet); the manifest is written beside them")
+    output: Path = Field(description="PMP records (parquet); their manifest is written next to them")
     pmp_data: PmpData = Field(description="section of the configuration")
 
 
@@ -34,7 +34,7 @@ def main(arguments: Arguments) -> None:
         files = preference_data.shuffle(records, settings.seed, folder, counts)
         log.info("%s", ", ".join(f"{what}: {number}" for what, number in counts.items()))
         if not any(counts[f"{name}: kept"] for name in settings.sources):
-            raise UserError("no pair is left of all sources; check pmp_data.sources and pmp_data.min_score_ratio")
+            raise UserError("no pair is left from any source; check pmp_data.sources and pmp_data.min_score_ratio")
         origin = provenance.clean_pmp_data(settings)
         manifest = origin.manifest(origin.identify(), counts)
         artifacts.write_table(pl.scan_parquet(files), output, PMP_RECORDS, manifest)

@@ -1,4 +1,4 @@
-"""Prompts of the synthetic preferences (SALMON step 1): the root messages of OASST1, or of the sources set.
+"""Prompts of the synthetic preferences (SALMON step 1): the root messages of OASST1, or of the configured sources.
 
 Writes the table `tables.PROMPTS`.
 """
@@ -13,9 +13,9 @@ from salmon.tables import PROMPTS
 
 
 class Arguments(script.Arguments):
-    """Options of the command line."""
+    """Write the prompts of the synthetic preferences."""
 
-    output: Path = Field(description="prompts (parquet); the manifest is written beside them")
+    output: Path = Field(description="prompts (parquet); their manifest is written next to them")
     prompts: Prompts = Field(description="section of the configuration")
 
 

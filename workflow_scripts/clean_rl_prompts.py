@@ -14,9 +14,9 @@ from salmon.tokenizers import load_tokenizer
 
 
 class Arguments(script.Arguments):
-    """Options of the command line; of the model, only the tokenizer is used."""
+    """Write the prompts of the RL stage. Of the model, only the tokenizer is used."""
 
-    output: Path = Field(description="RL prompts (parquet); the manifest is written beside them")
+    output: Path = Field(description="RL prompts (parquet); their manifest is written next to them")
     rl_prompts: RlPrompts = Field(description="section of the configuration")
     model: Model = Field(description="section of the configuration; only its tokenizer is loaded")
 

@@ -1,4 +1,4 @@
-"""What the initial policy learns from: instructions with answers, of the sources set.
+"""Training data of the initial policy: instructions with answers from the configured sources.
 
 Writes the table `tables.SFT_EXAMPLES`.
 """
@@ -13,9 +13,9 @@ from salmon.tables import SFT_EXAMPLES
 
 
 class Arguments(script.Arguments):
-    """Options of the command line."""
+    """Write the training data of the initial policy."""
 
-    output: Path = Field(description="examples (parquet); the manifest is written beside them")
+    output: Path = Field(description="examples (parquet); their manifest is written next to them")
     sft_data: SftData = Field(description="section of the configuration")
 
 

@@ -1,6 +1,6 @@
-"""Write the base model that 4-bit weights stand for, for an engine that reads no 4-bit weights.
+"""Write the base model with its 4-bit weights dequantised, for an engine that cannot read 4-bit weights.
 
-Engine and trainer then have the same weights: those that are sampled from are those that are trained on.
+Engine and trainer then have the same weights: sampling and training use the same model.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from salmon.tokenizers import load_tokenizer
 
 
 class Arguments(script.Arguments):
-    """Write the base model that 4-bit weights stand for."""
+    """Write the base model with its 4-bit weights dequantised."""
 
     output: Path = Field(description="folder of the model, in model.dtype, with its tokenizer and manifest.json")
     model: Model = Field(description="section of the configuration; its adapter is not used")
 
 
 def main(arguments: Arguments) -> None:
-    """Load in 4 bit, write each layer as what it computes with."""
+    """Load in 4 bits, and write each layer with the weights that it computes with."""
     base = arguments.model.without_adapter()
     tokenizer = load_tokenizer(base)
     origin = provenance.dequantize_base(base)

@@ -1,4 +1,4 @@
-"""Draw the way from raw data to records: what the manifests of all tables say of the rows that they left out."""
+"""Draw the way from raw data to records: the numbers of kept and omitted rows in the manifests of all tables."""
 
 import logging
 from pathlib import Path
@@ -13,9 +13,9 @@ log = logging.getLogger("salmon.draw_funnel")
 class Counted(BaseModel):
     """A table whose manifest counts rows."""
 
-    name: str = Field(description="of the artifact")
-    run: str = Field(description="the first one that has it")
-    path: Path = Field(description="of the table (parquet)")
+    name: str = Field(description="the artifact's name")
+    run: str = Field(description="the first run that has it")
+    path: Path = Field(description="path of the table (parquet)")
 
 
 class Arguments(script.Arguments):

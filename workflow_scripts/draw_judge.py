@@ -1,4 +1,4 @@
-"""Draw what `evaluate_judge` found; where it was not asked for, what the judgements say by themselves."""
+"""Draw the results of `evaluate_judge`; without them, what the judgements alone show."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from salmon.tables import JUDGEMENTS
 
 
 class Arguments(script.Arguments):
-    """Draw what is known of the judge."""
+    """Draw the measurements of the judge."""
 
     measured: Path | None = Field(None, description="folder of evaluate_judge")
-    preferences: Path | None = Field(None, description="judgements (parquet), where there is no such folder")
+    preferences: Path | None = Field(None, description="judgements (parquet), if there is no such folder")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")
     evaluation: Evaluation = Field(description="section of the configuration")
 
@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> None:
         judgements = checked.read(arguments.preferences, JUDGEMENTS).collect()
         found = measure.judge(judgements, arguments.evaluation.seed)
     else:
-        raise UserError("give either --measured or --preferences")
+        raise UserError("set either --measured or --preferences")
     origin = provenance.draw_judge(arguments.measured, arguments.preferences, evaluation=arguments.evaluation)
     with artifacts.atomic(arguments.output) as folder:
         folder.mkdir()

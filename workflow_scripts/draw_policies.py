@@ -1,4 +1,4 @@
-"""Draw what `evaluate_policies` found: how policies answer, and principles x runs."""
+"""Draw the results of `evaluate_policies`: how policies answer, and principles x runs."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from salmon import artifacts, border, figures, provenance, script
 
 
 class Arguments(script.Arguments):
-    """Draw what is known of the policies."""
+    """Draw the measurements of the policies."""
 
     evaluation: Path = Field(description="folder of evaluate_policies")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")

@@ -1,4 +1,4 @@
-"""Draw the training of a reward model, or of the initial policy, and what `evaluate_reward_model` found of it."""
+"""Draw the training of a reward model, or of the initial policy, and the results of `evaluate_reward_model`."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from salmon import artifacts, border, figures, provenance, script
 
 
 class Arguments(script.Arguments):
-    """Draw a training with a loss, and what was measured of its model."""
+    """Draw a training with a loss, and the measurements of its model."""
 
     model: Path | None = Field(None, description="folder of the model, if it was trained here")
     measured: Path | None = Field(None, description="folder of evaluate_reward_model, if it was measured")
-    title: str = Field(description="of the page")
+    title: str = Field(description="title of the page")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")
 
 

@@ -9,13 +9,13 @@ from salmon import artifacts, checked, figures, provenance, script
 from salmon.tables import ANSWERS
 from salmon.text import join_instruction
 
-NUMBER = 20  # of prompts
+NUMBER = 20  # prompts shown
 
 
 class Policy(BaseModel):
     """A policy's answers."""
 
-    name: str = Field(description="of its run")
+    name: str = Field(description="name of its run")
     answers: Path = Field(description="its answers (parquet)")
 
 

@@ -1,4 +1,4 @@
-"""Draw what `evaluate_tasks` found of all policies."""
+"""Draw the results of `evaluate_tasks` for all policies."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from salmon import artifacts, border, figures, provenance, script
 
 
 class Policy(BaseModel):
-    """A policy that was asked."""
+    """A measured policy."""
 
-    name: str = Field(description="of its run, or what the initial policy is called")
+    name: str = Field(description="name of its run, or of the initial policy")
     measured: Path = Field(description="folder of evaluate_tasks")
 
 
 class Arguments(script.Arguments):
     """Draw the benchmarks of all policies."""
 
-    policies: script.JsonList[Policy] = Field(min_length=1, description="JSON list of policies with what was measured")
+    policies: script.JsonList[Policy] = Field(min_length=1, description="JSON list of policies with their measurements")
     output: Path = Field(description="folder to write: tasks.svg, table.html, manifest.json")
 
 

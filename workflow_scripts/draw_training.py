@@ -9,9 +9,9 @@ from salmon import artifacts, border, figures, provenance, script
 
 
 class Run(BaseModel):
-    """A run whose policy was trained."""
+    """A run with a trained policy."""
 
-    name: str = Field(description="of the run")
+    name: str = Field(description="name of the run")
     policy: Path = Field(description="its folder")
 
 

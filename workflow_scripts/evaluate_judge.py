@@ -1,6 +1,6 @@
-"""Measure the judge by its judgements: agreement of both orders, position bias, margins, how principles correlate.
+"""Measure the judge by its judgements: agreement of both orders, position bias, margins, correlation of principles.
 
-Where it has judged pairs that people compared, also how often it agrees with them.
+If it has judged pairs that people compared, also its agreement with people.
 """
 
 import logging
@@ -31,15 +31,15 @@ def main(arguments: Arguments) -> None:
     judgements = checked.read(arguments.preferences, JUDGEMENTS).collect()
     if judgements.is_empty():
         raise UserError(
-            f"{arguments.preferences} has no judgements to measure: no pair was long enough or fitted the judge; look "
-            "at judge.min_characters and judge.max_length"
+            f"{arguments.preferences} has no judgements to measure: no pair was long enough or fitted the judge; check "
+            "judge.min_characters and judge.max_length"
         )
     found = evaluation.judge(judgements, arguments.evaluation.seed)
     for name, measured in found["principles"].items():
         log.info("%s: orders agree %.3f, bias %.3f", name, measured["agree"]["value"], measured["bias"]["value"])
     counts = {"judgements": len(judgements), "pairs": judgements["prompt_id"].n_unique()}
     if (arguments.judged is None) != (arguments.labelled is None):
-        raise UserError("--judged and --labelled go together: judgements, and the outputs that people prefer")
+        raise UserError("--judged and --labelled need each other: judgements, and the outputs that people prefer")
     if arguments.judged and arguments.labelled:
         judged = checked.read(arguments.judged, JUDGEMENTS).collect()
         sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source", "instruction")).collect()

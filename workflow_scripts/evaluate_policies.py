@@ -1,7 +1,7 @@
-"""Compare the policies of all runs and their initial policies: how they answer, and which principles they serve.
+"""Compare the policies of all runs and their initial policies: how they answer, and which principles they follow.
 
-The table principles x runs: how often a run's answer has the higher score under a principle than the initial policy's
-or another run's, and how often the judge, and a model behind an endpoint, prefer it in both orders.
+The table principles x runs says how often a run's answer scores higher under a principle than the answer of the initial
+policy or of another run, and how often the judge, and a model behind an endpoint, prefers it in both orders.
 """
 
 import logging
@@ -17,16 +17,16 @@ log = logging.getLogger("salmon.evaluate_policies")
 
 
 class Policy(BaseModel):
-    """A policy's answers, and what was made of them."""
+    """A policy's answers, with their scores and judgements."""
 
-    name: str = Field(description="of the run, or what the initial policy is called")
-    answers: Path = Field(description="of the policy (parquet)")
-    scores: Path = Field(description="of these answers (parquet)")
-    initial: str | None = Field(description="name of the policy that the run starts from; null of that one itself")
-    judgements: Path | None = Field(description="of these answers against those of the initial policy (parquet)")
-    against: str | None = Field(None, description="name of another run, whose answers the judge compares these with")
-    versus: Path | None = Field(None, description="judgements of these answers against those of that run (parquet)")
-    verdicts: Path | None = Field(None, description="likewise, of a model behind an endpoint (parquet), if any")
+    name: str = Field(description="name of the run, or of the initial policy")
+    answers: Path = Field(description="the policy's answers (parquet)")
+    scores: Path = Field(description="scores of these answers (parquet)")
+    initial: str | None = Field(description="name of the policy that the run starts from; null for that policy itself")
+    judgements: Path | None = Field(description="judgements of these answers against the initial policy's (parquet)")
+    against: str | None = Field(None, description="name of another run, with whose answers the judge compares these")
+    versus: Path | None = Field(None, description="judgements of these answers against that run's (parquet)")
+    verdicts: Path | None = Field(None, description="verdicts of a model behind an endpoint (parquet), if any")
 
 
 class Arguments(script.Arguments):

@@ -1,7 +1,7 @@
-"""Measure a reward model on records that its training held out, with principles reversed, and on human preferences.
+"""Measure a reward model on held-out records, also with reversed principles, and on human preferences.
 
-Held out are whole prompts (`training.split`), so that no text of theirs was trained on. A reward model that was made
-elsewhere is measured on human preferences alone.
+Whole prompts are held out (`training.split`), so training has seen none of their texts. A reward model that was made
+elsewhere is measured only on human preferences.
 """
 
 import logging
@@ -44,26 +44,26 @@ class Arguments(script.Arguments):
     reward_model: Path = Field(description="folder of the reward model")
     records: Path | None = Field(None, description="preference records that it was trained on (parquet), if known")
     preferences: Path | None = Field(
-        None, description="judgements (parquet), where records were also made of those whose two orders disagree"
+        None, description="judgements (parquet), if records were also made from those whose two orders disagree"
     )
-    pairs: Path | None = Field(None, description="people's preferences (parquet), if any")
+    pairs: Path | None = Field(None, description="human preferences (parquet), if any")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
     output: Path = Field(description="folder to write: reward_model.json, manifest.json")
     model: Model = Field(description="section of the configuration")
-    tokenizer: Model | None = Field(None, description="model whose tokenizer is used; without it, that of `model`")
-    pmp: RewardTraining | None = Field(None, description="section of the configuration, for a model of pre-training")
+    tokenizer: Model | None = Field(None, description="model whose tokenizer is used; by default, that of `model`")
+    pmp: RewardTraining | None = Field(None, description="section of the configuration, for a pre-trained reward model")
     trained: RewardModel | None = Field(None, description="section reward_model of the configuration, for any other")
-    dimensions: script.JsonList[str] = Field([], description="names of the principles shown with people's pairs")
+    dimensions: script.JsonList[str] = Field([], description="names of the principles shown with human pairs")
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
     batch_size: int = Field(8, ge=1, description="hardware: texts per forward pass on each GPU")
 
     @property
     def settings(self) -> RewardTraining:
-        """Of the training."""
+        """The settings of the training."""
         settings = self.pmp or self.trained
         if settings is None or (self.pmp and self.trained):
-            raise UserError("give either --pmp or --trained, the settings of the reward model's training")
+            raise UserError("set either --pmp or --trained, the settings of the reward model's training")
         return settings
 
 
@@ -81,11 +81,11 @@ class Reader:
         )
 
     def counts(self, what: str) -> dict[str, int]:
-        """How many texts of those read last were longer than the reward model reads."""
+        """Number of texts in the last call that exceeded the reward model's length."""
         return {f"{what}: {which} cut": len(places) for which, places in self.cut.items()}
 
     def margins(self, records: pl.DataFrame) -> npt.NDArray[np.float64]:
-        """Reward of output 1 less that of output 2, [N]."""
+        """Reward of output 1 minus reward of output 2, [N]."""
         if not len(records):
             return np.empty(0)
         score = partial(rewards.score, self.model, batch_size=self.arguments.batch_size, device=self.device)
@@ -96,7 +96,7 @@ class Reader:
     def margins_under(
         self, pairs: pl.DataFrame, ways: Mapping[str, Sequence[str]]
     ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
-        """The same under several lists of definitions, by their names; and how many texts were cut under the first."""
+        """The same under several lists of definitions, by name; and the numbers of texts cut under the first."""
         texts, counts = [], dict[str, int]()
         for definitions in ways.values():
             table = pairs.with_columns(pl.lit(list(definitions), dtype=pl.List(pl.String)).alias("definitions"))
@@ -104,13 +104,13 @@ class Reader:
             counts = counts or self.counts("pairs")
         if not len(pairs):
             return {way: np.empty(0) for way in ways}, counts
-        groups = [list(group) for group in zip(*texts, strict=True)]  # of each output, which begin alike
+        groups = [list(group) for group in zip(*texts, strict=True)]  # the texts of each output, which begin alike
         score = partial(rewards.score_alike, self.model, batch_size=self.arguments.batch_size, device=self.device)
         scored = distributed.over_ranks(groups, score).view(-1, 2, len(ways)).double().numpy()
         return {way: scored[:, 0, place] - scored[:, 1, place] for place, way in enumerate(ways)}, counts
 
     def _texts(self, records: pl.DataFrame) -> list[list[int]]:
-        """Tokens of the texts, two per record; notes which were cut."""
+        """Tokens of the texts, two per record; records which were cut."""
         self.cut = {}
         stage = "pmp" if self.arguments.pmp else "reward_model"
         settings = self.arguments.settings
@@ -118,10 +118,10 @@ class Reader:
 
 
 def main(arguments: Arguments) -> None:
-    """Read what is measured, score it, write the folder."""
+    """Read the data, score them, write the folder."""
     settings, seed = arguments.settings, arguments.evaluation.seed
     if not (arguments.records or arguments.pairs):
-        raise UserError("there is nothing to measure the reward model by: give --records, --pairs or both")
+        raise UserError("there is nothing to measure the reward model with: set --records, --pairs or both")
     judged = {one.dimension: one for one in principles.read_judged(arguments.principles)}
     opposite = {name: (one.definition, one.negative_definition) for name, one in judged.items()}
     held = pl.DataFrame(schema=PREFERENCE_RECORDS.schema)
@@ -160,16 +160,16 @@ def main(arguments: Arguments) -> None:
 
 
 def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> npt.NDArray[np.bool_] | None:
-    """Of which held-out records the label is what the judge or a rule says: not reversed by label noise.
+    """Which held-out records have the label of the judge or of a rule, not reversed by label noise.
 
     Args:
-        path: of all records.
-        preferences: judgements, of which those count whose two orders agree about the principle that decided; without
-            them, those of all records do.
-        held: the records held out, N of them.
+        path: the table of all records.
+        preferences: judgements; those count whose two orders agree about the deciding principle; without
+            them, all records count.
+        held: the N held-out records.
 
     Returns:
-        [N]; None of people's preferences, of which it is not known.
+        [N]; None for human preferences, where it is unknown.
     """
     if "flipped" not in tables.schema_of(path):
         return None
@@ -186,13 +186,13 @@ def clean_records(path: Path, preferences: Path | None, held: pl.DataFrame) -> n
             maintain_order="left",
         )
         agree = (pl.col("s12") > 0) & (pl.col("s21") > 0) | (pl.col("s12") < 0) & (pl.col("s21") < 0)
-        # Where the sum of all principles decided, no two orders of one verdict are there that could agree.
+        # If the sum of all principles decided, there is no single verdict whose two orders could agree.
         clean &= here.select(agree.fill_null(pl.col("rule").is_not_null())).to_series().to_numpy()
     return clean
 
 
 def read_pairs(path: Path) -> pl.DataFrame:
-    """People's preferences (`EVALUATION_PAIRS`); a table of PMP records has no subsets."""
+    """Human preferences (`EVALUATION_PAIRS`); a table of PMP records has no subsets."""
     if "subset" in tables.schema_of(path):
         return checked.read(path, EVALUATION_PAIRS).collect()
     return checked.read(path, PMP_RECORDS).collect().with_columns(subset=pl.lit(None, pl.String))
@@ -201,15 +201,15 @@ def read_pairs(path: Path) -> pl.DataFrame:
 def agreement(
     reader: Reader, pairs: pl.DataFrame, shown: Mapping[str, tuple[str, str]], seed: int
 ) -> tuple[dict[str, evaluation.BySource], dict[str, evaluation.BySource], dict[str, int]]:
-    """Agreement with people: with all the principles shown, and with each alone, plain and negated.
+    """Agreement with people: with all principles shown, and with each alone, plain and negated.
 
     Returns:
-        Way of showing principles -> by source; source -> by subset, with all of them shown, of those that have any; and
-        how many texts were then cut.
+        Way of showing principles -> by source; source -> by subset with all principles shown, for sources with subsets;
+        and how many texts were then cut.
     """
     ways = {"all": [plain for plain, _ in shown.values()]}
     for name, (plain, negated) in shown.items():
-        # A single principle is all of them.
+        # With a single principle, this equals showing all.
         ways |= {**({name: [plain]} if len(shown) > 1 else {}), f"{name}, negated": [negated]}
     margins, counts = reader.margins_under(pairs, ways)
     found = {way: evaluation.agreement(pairs, margins[way], seed) for way in ways}
@@ -219,7 +219,7 @@ def agreement(
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:
-    """What decides the numbers."""
+    """The settings that affect the numbers."""
     return provenance.evaluate_reward_model(
         arguments.reward_model,
         arguments.records,

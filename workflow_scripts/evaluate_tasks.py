@@ -1,6 +1,6 @@
-"""Ask a policy tasks of lm-eval, such as TruthfulQA, and our own, such as HHH.
+"""Run benchmark tasks on a policy: lm-eval's, such as TruthfulQA, and our own, such as HHH.
 
-Each task is kept when it is done: a job that was killed resumes with the next one.
+Each finished task is kept: a killed job resumes with the next one.
 """
 
 import json
@@ -21,18 +21,18 @@ log = logging.getLogger("salmon.evaluate_tasks")
 
 
 class Arguments(script.Arguments):
-    """Ask a policy tasks."""
+    """Run benchmark tasks on a policy."""
 
-    policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy is asked")
+    policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy is measured")
     output: Path = Field(description="folder to write: tasks.json, manifest.json")
     model: Model = Field(description="section of the configuration: the initial policy")
-    prompt: TaskPrompt = Field(description="what of the section policy_prompt decides how tasks are asked")
+    prompt: TaskPrompt = Field(description="the parts of the section policy_prompt that affect how tasks are asked")
     evaluation: Evaluation = Field(description="section of the configuration")
-    batch_size: int = Field(16, ge=1, description="hardware: texts at a time")
+    batch_size: int = Field(16, ge=1, description="hardware: texts per forward pass")
 
 
 def main(arguments: Arguments) -> None:
-    """Ask what has not been asked yet, write the folder."""
+    """Run the tasks that are not finished yet, write the folder."""
     device, evaluation = init(), arguments.evaluation
     origin = provenance.evaluate_tasks(
         arguments.policy, model=arguments.model, prompt=arguments.prompt, evaluation=evaluation

@@ -1,7 +1,7 @@
 """Gather the shards of a table of responses or judgements into one table.
 
-The rows are sorted by `prompt_id`, which is a hash, and within a prompt stay as they are: the number of shards
-does not show in the result.
+The rows are sorted by `prompt_id`, which is a hash, and keep their order within a prompt. Therefore the number of
+shards does not affect the result.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ class Arguments(script.Arguments):
     """Gather the shards of a table of responses or judgements into one table."""
 
     shards: script.JsonList[Path] = Field(min_length=1, description="JSON list: the shards (parquet), in any order")
-    output: Path = Field(description="the whole table (parquet); the manifest is written beside it")
+    output: Path = Field(description="the whole table (parquet); its manifest is written next to it")
 
 
 def main(arguments: Arguments) -> None:

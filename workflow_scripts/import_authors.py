@@ -1,8 +1,8 @@
-"""Bring in what the authors' release has made: a reward model, responses, judgements or records, as our artifacts.
+"""Import results of the authors' release as our artifacts: a reward model, responses, judgements or records.
 
-See `salmon/published.py` and `salmon/authors.py` for their layouts. A reward model may also be one of ours. Where the
+See `salmon/published.py` and `salmon/authors.py` for the layouts. A reward model may also be one of ours. If the
 configuration names such files (`reward_model.path`, `sampling.paths`, `judge.path`, `aggregation.path`), the workflow
-begins there.
+starts from them.
 """
 
 import logging
@@ -26,10 +26,10 @@ NEEDED = {
 
 
 class Arguments(script.Arguments):
-    """Bring in a reward model, responses, judgements or records that the authors' release has made."""
+    """Import a reward model, responses, judgements or records of the authors' release."""
 
     what: Literal["reward_model", "responses", "preferences", "records"] = Field(
-        description="what it is: `preferences` are judgements of single principles, `records` are made of them"
+        description="kind of artifact: `preferences` are judgements of single principles, `records` are made from them"
     )
     output: Path = Field(description="folder of the reward model, or table (parquet); with a manifest")
     path: str | None = Field(None, description="reward model (hub id or folder), preference file, or records")
@@ -39,7 +39,7 @@ class Arguments(script.Arguments):
     )
     index: int | None = Field(None, ge=0, le=1, description="which of the two response files becomes a table")
     cut_at: Marker | None = Field(
-        None, description="where a response ends; `###` for responses of which judgements are brought in, too"
+        None, description="text at which a response ends; `###` if judgements of the responses are also imported"
     )
     principles: Path | None = Field(None, description="JSON list of dimension, definition, negative_definition")
     model: Model | None = Field(None, description="section of the configuration: the reward model's base")
@@ -52,14 +52,14 @@ class Arguments(script.Arguments):
 
 
 def main(arguments: Arguments) -> None:
-    """Read it, hold it against what it has to fit, write it with its manifest."""
+    """Read it, check that it fits, write it with its manifest."""
     counts = import_reward_model(arguments) if arguments.what == "reward_model" else import_table(arguments)
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
 
 
 def import_reward_model(arguments: Arguments) -> dict[str, int]:
     """Write the standard folder of a reward model."""
-    from salmon import published  # which needs torch; tables do without
+    from salmon import published  # needs torch; tables do not
 
     assert arguments.path
     assert arguments.model

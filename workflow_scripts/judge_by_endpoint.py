@@ -1,6 +1,6 @@
-"""Compare a policy's answers with the initial policy's by a model behind an OpenAI-compatible endpoint, in both orders.
+"""Have a model behind an OpenAI-compatible endpoint compare a policy's answers with the initial policy's.
 
-Each verdict is kept as it comes: a job that was killed asks for the others only.
+It judges in both orders. Each verdict is kept as it arrives: a killed job asks only for the others.
 """
 
 import logging
@@ -23,25 +23,25 @@ from salmon.work import WorkFolder
 log = logging.getLogger("salmon.judge_by_endpoint")
 
 Key = tuple[str, str, bool]
-ALL_REFUSED = 20  # comparisons: where the first ones are refused without exception, the others would be, too
+ALL_REFUSED = 20  # comparisons: if all of the first ones are refused, the others would be, too
 
 
 class Arguments(script.Arguments):
-    """Judge answers by an endpoint."""
+    """Have a model behind an endpoint judge answers."""
 
     answers: Path | None = Field(None, description="answers of the policy (parquet), if any")
     initial_answers: Path | None = Field(None, description="answers of the initial policy (parquet)")
     mt_bench: Path | None = Field(None, description="folder of the policy's answers to MT-Bench, if any")
     initial_mt_bench: Path | None = Field(None, description="folder of the initial policy's answers to MT-Bench")
-    output: Path = Field(description="verdicts (parquet); the manifest is written beside them")
+    output: Path = Field(description="verdicts (parquet); their manifest is written next to them")
     evaluation: Evaluation = Field(description="section of the configuration")
 
 
 def main(arguments: Arguments) -> None:
-    """Ask for the verdicts that are not there yet, write the table."""
+    """Ask for the missing verdicts, write the table."""
     settings = arguments.evaluation.judge_endpoint
     if settings is None:
-        raise UserError("evaluation.judge_endpoint names no endpoint")
+        raise UserError("evaluation.judge_endpoint does not name an endpoint")
     template = templates.read(settings.template)
     needed = templates.ENDPOINT_SLOTS
     templates.check_slots(template, settings.template, needed, "evaluation.judge_endpoint.template")
@@ -64,7 +64,7 @@ def main(arguments: Arguments) -> None:
     left = [key for key in wanted if key not in done]
     refused: dict[Key, str] = {}
     if left:
-        log.info("%d of %d comparisons are left", len(left), len(wanted))
+        log.info("%d of %d comparisons remain", len(left), len(wanted))
         refused = ask_all(Endpoint(settings), template, pairs, left, work, settings.max_refused * len(wanted))
     lost = pl.DataFrame([(*key, None, reason) for key, reason in refused.items()], schema=VERDICTS.schema, orient="row")
     rows = pl.concat([work.read_parts(VERDICTS.schema), lost]).sort(VERDICTS.key)
@@ -74,7 +74,7 @@ def main(arguments: Arguments) -> None:
     answered = 2 * sum(pair.policy != pair.initial for pair in pairs.values()) - len(refused)
     if counts["unreadable"] > answered / 2:
         raise UserError(
-            f"{counts['unreadable']} of {answered} answers of {settings.model} have no line such as `Verdict: A`: mend "
+            f"{counts['unreadable']} of {answered} answers of {settings.model} have no line such as `Verdict: A`: fix "
             "evaluation.judge_endpoint.template, or allow more tokens in evaluation.judge_endpoint.options"
         )
     log.info("%s", ", ".join(f"{name or 'no verdict'} {number}" for name, number in found.most_common()))
@@ -90,7 +90,7 @@ def main(arguments: Arguments) -> None:
 
 
 def comparisons(arguments: Arguments) -> Iterator[Comparison]:
-    """What is to be compared."""
+    """The comparisons to make."""
     if arguments.answers and arguments.initial_answers:
         answers, initial = (
             checked.read(path, ANSWERS).collect() for path in (arguments.answers, arguments.initial_answers)
@@ -117,14 +117,14 @@ def ask_all(
     work: WorkFolder,
     most_refused: float,
 ) -> dict[Key, str]:
-    """Ask for verdicts, and keep each as it comes.
+    """Ask for verdicts, and keep each as it arrives.
 
     Returns:
-        What the endpoint refused, and why. It is not kept: a job that was killed asks for it again.
+        The refused comparisons, with reasons. They are not kept: a killed job asks for them again.
 
     Raises:
-        UserError: of the first request that failed for good, when those under way have ended and are kept; or where
-            more than `most_refused` are refused.
+        UserError: for the first request that failed for good, after those under way have ended and are kept; or if more
+            than `most_refused` are refused.
     """
 
     def verdict(key: Key) -> Refused | None:
@@ -152,8 +152,8 @@ def ask_all(
                     refused[asked[future]] = refusal.reason
                 if refusal and (len(refused) > most_refused or len(refused) == number == ALL_REFUSED):
                     raise UserError(
-                        f"{len(refused)} comparisons were refused so far, and no more than a share of "
-                        f"{judge.settings.max_refused:g} may be (evaluation.judge_endpoint.max_refused); at last, "
+                        f"{len(refused)} comparisons were refused so far, but at most a share of "
+                        f"{judge.settings.max_refused:g} may be (evaluation.judge_endpoint.max_refused); the last one: "
                         f"{refusal.advice}"
                     )
         finally:

@@ -1,6 +1,6 @@
 """Judge one shard of the pairs (response0, response1) by every principle, in both orders.
 
-Reference step 1, paper section 3.2; what the judge computes is in `salmon/judging.py`. response0 is output_1.
+Reference step 1, paper section 3.2; see `salmon/judging.py` for the judge. response0 is output_1.
 """
 
 import logging
@@ -35,7 +35,7 @@ from salmon.work import WorkFolder
 log = logging.getLogger(__name__)
 
 KEPT = {**JUDGEMENTS.schema, "cut": pl.Boolean()}
-"""Columns of what is kept until the shard is whole: whether the judge read the outputs to their ends, too."""
+"""Columns of the rows kept until the shard is complete; they include whether the judge's outputs were cut."""
 
 
 class Arguments(script.Arguments):
@@ -44,16 +44,16 @@ class Arguments(script.Arguments):
     response0: Path = Field(description="responses of the first sampling (parquet)")
     response1: Path = Field(description="responses of the second sampling (parquet)")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
-    output: Path = Field(description="judgements of the shard (parquet); the manifest is written beside it")
+    output: Path = Field(description="judgements of the shard (parquet); its manifest is written next to it")
     shard: int = Field(ge=0, description="which of judge.shards, from 0: row i of response0 is in shard i % shards")
     model: Model = Field(description="section of the configuration")
     judge: config.Judge = Field(description="section of the configuration")
     batch_size: int = Field(4, ge=1, description="pairs at a time on a GPU; only speed and memory depend on it")
-    tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job hold one model together")
+    tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job share one model")
 
 
 def main(arguments: Arguments) -> None:
-    """Judge what an earlier run has not judged, write the manifest and then the table."""
+    """Judge the pairs that an earlier run has not judged, write the manifest and then the table."""
     device = distributed.init()
     origin = origin_of(arguments)
     inputs = origin.identify()
@@ -87,7 +87,7 @@ def main(arguments: Arguments) -> None:
     def compute(rows: list[int]) -> pl.DataFrame:
         batch = [pairs[row] for row in rows]
         unfit = [(None, None)] * len(judged)
-        # A pair that does not fit leaves rows without scores, which say that it was looked at.
+        # A pair that does not fit gets rows without scores, which mark it as processed.
         lines = [
             (pair.prompt_id, principle.dimension, *score, pair.prompt_id in judge.cut)
             for pair, scores in zip(batch, judge.judge(batch), strict=True)
@@ -102,14 +102,14 @@ def main(arguments: Arguments) -> None:
         whole = judgements.drop_nulls()
         counts["no_room"] = (judgements.height - whole.height) // len(judged)
         counts["judged"] = len(pairs) - counts["no_room"]
-        counts["cut"] = whole.filter("cut")["prompt_id"].n_unique()  # of those judged
+        counts["cut"] = whole.filter("cut")["prompt_id"].n_unique()  # of the judged pairs
         counts["rows"] = whole.height
         resuming.write_shard(work, whole.drop("cut"), JUDGEMENTS, origin.manifest(inputs, counts))
     distributed.leave()
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:
-    """What decides the judgements of the shard."""
+    """The settings that affect the judgements of the shard."""
     return provenance.judge_preferences(
         arguments.response0,
         arguments.response1,
@@ -124,10 +124,10 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
     """The rows of response0 that belong to the shard, each with its partner of response1.
 
     Returns:
-        The table RESPONSES, in the order of response0, and response_1 and finish_reason_1.
+        The table RESPONSES, in the order of response0, plus response_1 and finish_reason_1.
 
     Raises:
-        UserError: where the two files are not of the same prompts.
+        UserError: if the two files have different prompts.
     """
     first = checked.read(arguments.response0, RESPONSES)
     second = checked.read(arguments.response1, RESPONSES)
@@ -139,9 +139,9 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
         alone = one.join(other, on=key, how="anti").select("prompt_id").collect()["prompt_id"]
         if len(alone):
             raise UserError(
-                f"{here} and {there} are not of the same prompts: {len(alone)} of the first are not in the second, or "
-                f"with another text, such as prompt_id {min(alone)}; build both again from one table of prompts, and "
-                "give runs whose answers are compared (evaluation.against) the same ppo.query_length"
+                f"{here} and {there} have different prompts: {len(alone)} of the first are not in the second, or have "
+                f"another text there, such as prompt_id {min(alone)}; build both again from one table of prompts, and "
+                "set the same ppo.query_length for runs whose answers are compared (evaluation.against)"
             )
     partners = second.select("prompt_id", response_1="response", finish_reason_1="finish_reason")
     mine = shards.rows_of(first, arguments.shard, arguments.judge.shards)
@@ -149,7 +149,7 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
 
 
 def select_pairs(table: pl.DataFrame, judge: config.Judge) -> tuple[list[Pair], Counter[str]]:
-    """The pairs to judge, their responses cut at the first turn marker, and the counts of those left out."""
+    """The pairs to judge, their responses cut at the first turn marker, and the counts of omitted pairs."""
     pairs = []
     counts = Counter(pairs=table.height, prompt_too_long=0, too_short=0)
     for row in table.iter_rows(named=True):

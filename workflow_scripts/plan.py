@@ -1,7 +1,7 @@
-"""Say what the runs will cost: `snakemake --profile … plan`.
+"""Estimate the cost of the runs: `snakemake --profile … plan`.
 
-Rows, tokens, passes, GPU hours, memory of a GPU and disk of each stage. See `salmon/workload.py` for what is counted,
-`salmon/cost.py` for what it takes, and docs/cost.md.
+It shows rows, tokens, passes, GPU hours, memory of a GPU and disk of each stage. See `salmon/workload.py` for the
+counts, `salmon/cost.py` for time and memory, and docs/cost.md.
 """
 
 import sys
@@ -16,11 +16,11 @@ from salmon.plan import Plan
 
 
 class Arguments(script.Arguments):
-    """Say what the runs will cost. By hand, from the folder that paths start from."""
+    """Estimate the cost of the runs. By hand, start it in the folder to which paths refer."""
 
-    configfile: script.JsonList[Path] = Field([], description="JSON list: files that are read over config.yaml")
+    configfile: script.JsonList[Path] = Field([], description="JSON list: files that override config.yaml")
     configuration: dict[str, Any] | None = Field(
-        None, description="the whole configuration, as Snakemake holds it; without it, config.yaml and configfile"
+        None, description="the complete configuration, from Snakemake; without it, config.yaml and configfile"
     )
     resources: dict[str, dict[str, Any]] = Field(
         {}, description="JSON: rule -> its resources, such as nodes, ranks, tokens_per_pass; without it, one GPU"
@@ -35,7 +35,7 @@ def main(arguments: Arguments) -> None:
     plan = Plan(configuration.load(raw, Path.cwd()))
     found = [*price.stages(plan, arguments.resources)]
     if not found:
-        raise UserError("nothing that the targets need takes a GPU: name others, targets: [policies]")
+        raise UserError("no stage of the targets needs a GPU: set other targets, such as targets: [policies]")
     sys.stdout.write("".join(f"{line}\n" for line in price.report(found, plan.runs["default"].plan)))
 
 

@@ -1,6 +1,6 @@
-"""Answers of a policy to prompts that nothing was trained on, and how far it has moved from the initial policy.
+"""A policy's answers to prompts that nothing was trained on, and its distance from the initial policy.
 
-Sampled at the temperature of RL, with draws that are those of the prompt: policies are compared on the same ones.
+They are sampled at RL's temperature. The draws belong to the prompt, so all policies are compared on the same ones.
 """
 
 import logging
@@ -33,17 +33,17 @@ class Arguments(script.Arguments):
 
     prompts: Path = Field(description="prompts (parquet)")
     policy: Path | None = Field(None, description="folder of the policy; without it, the initial policy answers")
-    output: Path = Field(description="answers (parquet); the manifest is written beside them")
+    output: Path = Field(description="answers (parquet); their manifest is written next to them")
     model: Model = Field(description="section of the configuration: the initial policy")
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     ppo: Ppo = Field(description="section of the configuration")
     evaluation: Evaluation = Field(description="section of the configuration")
-    batch_size: int = Field(32, ge=1, description="hardware: prompts at a time")
+    batch_size: int = Field(32, ge=1, description="hardware: prompts sampled at once")
     engine_base: Path | None = Field(
-        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+        None, description="folder of dequantize_base; the engine serves it in place of 4-bit weights"
     )
     engine: vllm_server.Hardware = Field(
-        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+        vllm_server.Hardware(), description="hardware: where the engine runs, if there is one"
     )
 
 
@@ -111,7 +111,7 @@ def main(arguments: Arguments) -> None:
 def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: nn.Module | None
 ) -> Iterator[Sampler]:
-    """What samples from the policy, which is loaded unless an engine samples."""
+    """The policy's sampler. The policy is loaded unless an engine samples."""
     longest = arguments.ppo.query_length + arguments.ppo.response_length
     if policy is None:
         model = vllm_server.served(arguments.model, arguments.engine_base)

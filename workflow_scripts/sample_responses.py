@@ -1,7 +1,7 @@
 """Sample one shard of response0 or response1 from the initial policy.
 
-Reference step 1, paper section 3.2. A row's randomness comes from its seed and its prompt alone, so that
-neither shards nor batches nor ranks change what is sampled (see `salmon/generation.py`).
+Reference step 1, paper section 3.2. A row's random numbers depend only on its seed and its prompt, so neither shards
+nor batches nor ranks change the samples (see `salmon/generation.py`).
 """
 
 import math
@@ -30,8 +30,8 @@ class Arguments(script.Arguments):
     """Sample one shard of response0 or response1 from the initial policy."""
 
     prompts: Path = Field(description="prompts (parquet): prompt_id, source, instruction, input")
-    output: Path = Field(description="responses of the shard (parquet); the manifest is written beside it")
-    index: int = Field(ge=0, le=1, description="which response: sampled with this one of sampling.seeds")
+    output: Path = Field(description="responses of the shard (parquet); its manifest is written next to it")
+    index: int = Field(ge=0, le=1, description="which response, and which of sampling.seeds")
     shard: int = Field(
         ge=0, description="which of sampling.shards, from 0: row i of the prompts is in shard i % shards"
     )
@@ -40,18 +40,18 @@ class Arguments(script.Arguments):
     policy_prompt: PolicyPrompt = Field(description="section of the configuration")
     batch_size: int = Field(16, ge=1, description="prompts at a time on a GPU; only speed and memory depend on it")
     tensor_parallel: bool = Field(
-        False, description="hardware: all GPUs of the job hold one model together; not of an engine, which has its own"
+        False, description="hardware: all GPUs of the job share one model; not for an engine, which has its own option"
     )
     engine_base: Path | None = Field(
-        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+        None, description="folder of dequantize_base; the engine serves it in place of 4-bit weights"
     )
     engine: vllm_server.Hardware = Field(
-        vllm_server.Hardware(), description="hardware: where the engine runs, if one samples"
+        vllm_server.Hardware(), description="hardware: where the engine runs, if there is one"
     )
 
 
 def main(arguments: Arguments) -> None:
-    """Sample what an earlier run has not sampled, write the manifest and then the table."""
+    """Sample the rows that an earlier run has not sampled, write the manifest and then the table."""
     device = distributed.init()
     sampling = arguments.sampling
     table = read_shard(arguments)
@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
     prompts = encode(table, tokenizer, arguments.policy_prompt)
     table = table.with_columns(pl.Series("prompt_tokens", map(len, prompts), pl.Int32))
     preamble = encoding.read_preamble(arguments.policy_prompt)
-    # What all prompts begin with does not count: a longer preamble makes no answer shorter.
+    # The common beginning of all prompts does not count: a longer preamble does not shorten answers.
     longest = encoding.shared_tokens(tokenizer, arguments.policy_prompt, preamble) + sampling.max_length
 
     origin = origin_of(arguments)
@@ -119,7 +119,7 @@ def main(arguments: Arguments) -> None:
 def open_sampler(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
 ) -> Iterator[Sampler]:
-    """What samples from the initial policy, up to `longest` tokens of prompt and response."""
+    """The initial policy's sampler, for up to `longest` tokens of prompt and response."""
     if arguments.sampling.engine == "vllm":
         model = vllm_server.served(arguments.model, arguments.engine_base)
         with vllm.open_sampler(
@@ -139,17 +139,16 @@ def open_sampler(
 
 
 def rows_per_part(rows: int, batch_size: int) -> int:
-    """How many rows are sampled in one call, and kept when all of them have ended.
+    """Number of rows that one call samples, and that are kept when all of them have ended.
 
-    Within a call slots are refilled, and at its end they drain: with the lengths of OASST1's answers 0.38 of the steps
-    of the slots are useful where a call is one batch of 16, 0.55 where it is two, 0.77 where it is eight. On the other
-    hand a killed job loses the call that is under way, and ranks share whole calls. So there are 16 of them where that
-    makes each of two to eight batches. Eight take four times as long as one that is not refilled: on one GPU some two
-    minutes for a model of 7B.
+    Within a call slots are refilled; at its end they drain. With the lengths of OASST1's answers, 0.38 of the slots'
+    steps are useful if a call is one batch of 16, 0.55 if it is two, 0.77 if it is eight. On the other hand, a killed
+    job loses the current call, and ranks share whole calls. Therefore there are 16 calls if each then has two to eight
+    batches. Eight take four times as long as one that is not refilled: on one GPU about two minutes for a model of 7B.
 
     Args:
-        rows: of the whole shard, so that calls are the same for any number of ranks, and after an interruption.
-        batch_size: rows at a time.
+        rows: rows of the whole shard, so that calls are equal for any number of ranks, and after an interruption.
+        batch_size: rows sampled at once.
     """
     rounds = math.ceil(rows / (16 * 8 * batch_size))
     return max(2 * batch_size, math.ceil(rows / (16 * max(1, rounds))))
@@ -171,7 +170,7 @@ def encode(table: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, prompt: Poli
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:
-    """What decides the responses of the shard."""
+    """The settings that affect the responses of the shard."""
     return provenance.sample_responses(
         arguments.prompts,
         arguments.index,
@@ -183,12 +182,12 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
 
 
 def join(table: pl.DataFrame, sampled: pl.DataFrame, longest: int) -> pl.DataFrame:
-    """The rows of a shard in their order, with what was sampled; a prompt without room has an empty response.
+    """The rows of a shard in order, with their responses; a prompt without room has an empty response.
 
     Args:
         table: prompt_id, source, instruction, input, prompt_tokens.
         sampled: RESPONSES, one row for each prompt of fewer than `longest` tokens.
-        longest: tokens of prompt and response, preamble included.
+        longest: maximum tokens of prompt and response, preamble included.
     """
     skipped = table.filter(pl.col("prompt_tokens") >= longest).with_columns(
         response=pl.lit(""), finish_reason=pl.lit(PROMPT_TOO_LONG), response_tokens=pl.lit(0, pl.Int32)

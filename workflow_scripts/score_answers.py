@@ -1,6 +1,6 @@
 """Scores of a policy's answers by every reward model of the runs, under each principle alone, plain and negated.
 
-The principles are those that the reward model was trained with, and those that policies were, as RL words them.
+The principles are those of the reward model's training, and those of the policies' training in RL's wording.
 """
 
 import logging
@@ -21,13 +21,13 @@ log = logging.getLogger("salmon.score_answers")
 
 
 class Scorer(BaseModel):
-    """A reward model, and how it reads."""
+    """A reward model, with the settings for its texts."""
 
-    name: str = Field(description="of the first run that has it")
-    folder: Path = Field(description="of the reward model")
+    name: str = Field(description="name of the first run that has it")
+    folder: Path = Field(description="folder of the reward model")
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
-    dimensions: list[str] = Field(description="names of the principles that it was trained with")
-    rl_principles: list[Path] = Field([], description="JSON lists of the principles that the policies are trained by")
+    dimensions: list[str] = Field(description="names of the principles of its training")
+    rl_principles: list[Path] = Field([], description="JSON lists of the principles of the policies' training")
     model: Model = Field(description="section of the configuration, without an adapter")
     tokenizer: Model = Field(description="model whose tokenizer is used")
     scoring: Scoring = Field(description="section of the configuration")
@@ -38,7 +38,7 @@ class Arguments(script.Arguments):
     """Score a policy's answers."""
 
     answers: Path = Field(description="answers (parquet)")
-    output: Path = Field(description="scores (parquet); the manifest is written beside them")
+    output: Path = Field(description="scores (parquet); their manifest is written next to them")
     scorers: script.JsonList[Scorer] = Field(min_length=1, description="JSON list of reward models with their sections")
     batch_size: int = Field(8, ge=1, description="hardware: texts per forward pass on each GPU")
 
@@ -54,7 +54,7 @@ def main(arguments: Arguments) -> None:
         tokenizer, settings = load_tokenizer(scorer.tokenizer), scorer.settings
         template = encoding.read_template(tokenizer, settings.template, scorer.scoring, "scoring.format")
         model = models.load_reward_model(scorer.model, scorer.folder, device, trainable=False)
-        cut: dict[str, set[int]] = {}  # under any principle
+        cut: dict[str, set[int]] = {}  # texts cut under any principle
         texts = [
             reward_model.reward_text_tokens(
                 tokenizer,
@@ -70,7 +70,7 @@ def main(arguments: Arguments) -> None:
             )
             for sentence in sentences.values()
         ]
-        groups = [list(group) for group in zip(*texts, strict=True)]  # of each answer, which begin alike
+        groups = [list(group) for group in zip(*texts, strict=True)]  # the texts of each answer, which begin alike
         score = partial(reward_model.score_alike, model, batch_size=arguments.batch_size, device=device)
         scores = distributed.over_ranks(groups, score).double().numpy()
         for (name, negated), column in zip(sentences, scores.T, strict=True):

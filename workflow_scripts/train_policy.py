@@ -1,7 +1,7 @@
 """Train the policy by PPO against the principle-following reward model (SALMON step 3).
 
-Policy, reference, value and reward model share one base model. Each rollout is rewarded under principles drawn
-for it by weight and question type. The policy is an ordinary PEFT adapter folder, with its metrics beside it.
+Policy, reference, value and reward model share one base model. Each rollout is rewarded under its own principles, drawn
+by weight and question type. The policy is an ordinary PEFT adapter folder, with its metrics next to it.
 """
 
 import json
@@ -60,18 +60,18 @@ class Arguments(script.Arguments):
     tokens_per_pass: int = Field(
         2048,
         ge=1,
-        description="hardware: tokens of a pass with gradients on a GPU, padding included; one text at least",
+        description="hardware: maximum tokens of a pass with gradients on a GPU, padding included; at least one text",
     )
-    tokens_per_forward_pass: int = Field(8192, ge=1, description="hardware: the same of a pass without gradients")
+    tokens_per_forward_pass: int = Field(8192, ge=1, description="hardware: the same for a pass without gradients")
     engine_base: Path | None = Field(
-        None, description="folder of dequantize_base, which the engine serves in place of 4-bit weights"
+        None, description="folder of dequantize_base; the engine serves it in place of 4-bit weights"
     )
     engine: vllm_server.Hardware = Field(
-        vllm_server.Hardware(memory=0.4), description="hardware: where the engine runs, if one samples the rollouts"
+        vllm_server.Hardware(memory=0.4), description="hardware: where the engine runs, if there is one"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration, ZeRO-2 or ZeRO-3")
     gradient_checkpointing: recompute.Setting = Field(
-        "auto", description="hardware: recompute activations, which takes less memory; auto: where they do not fit"
+        "auto", description="hardware: recompute activations to save memory; auto: if they do not fit"
     )
 
 
@@ -95,12 +95,12 @@ def main(args: Arguments) -> None:
     packages = vllm_server.packages(args.engine) if args.ppo.engine == "vllm" else {}
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
-        raise UserError(f"the rate of all PPO steps ({steps}) is 0, that of the warm-up; lower ppo.warmup_steps")
+        raise UserError(f"the learning rate of all PPO steps ({steps}) is the warm-up's 0; lower ppo.warmup_steps")
     if steps <= args.ppo.warmup_steps:
         log.warning("the warm-up (ppo.warmup_steps %d) does not end within %d steps", args.ppo.warmup_steps, steps)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)
 
-    layout = ""  # other hardware may resume from a checkpoint, but for the shards of DeepSpeed
+    layout = ""  # other hardware may resume from a checkpoint, except for DeepSpeed's shards
     if args.deepspeed:
         sharding, _keep = prepare_deepspeed(args, device)  # ZeRO-3 shards a model while it is loaded
         layout = json.dumps([sharding, distributed.world()])
@@ -108,7 +108,7 @@ def main(args: Arguments) -> None:
     if work.open(origin.fingerprint(inputs, packages), layout):
         distributed.leave()
         return
-    with open_engine(args) as engine:  # which takes its memory first
+    with open_engine(args) as engine:  # takes its memory first
         shared = SharedBase(args.model, args.lora, args.reward_model, device, seed=args.ppo.seed)
         check_lengths(shared, tokenizer, args.ppo, args.policy_prompt)
 
@@ -147,7 +147,7 @@ def main(args: Arguments) -> None:
 
 
 def recomputes(args: Arguments, shared: SharedBase) -> bool:
-    """Whether activations are recomputed in the backward pass."""
+    """Whether to recompute activations in the backward pass."""
 
     def forward(tokens: torch.Tensor) -> None:
         with shared.use("value"):
@@ -167,7 +167,7 @@ def recomputes(args: Arguments, shared: SharedBase) -> bool:
 
 @contextmanager
 def open_engine(args: Arguments) -> Iterator[vllm_server.Engine | None]:
-    """The engine that samples the rollouts, if it is not our own loop."""
+    """The engine that samples the rollouts, unless our own loop does."""
     if args.ppo.engine == "transformers":
         yield None
         return
@@ -188,7 +188,7 @@ def make_sampler(
     optimizer: Optimizer,
     work: WorkFolder,
 ) -> Sampler:
-    """What samples the rollouts; `ppo.train` gives it the policy of each step."""
+    """The sampler of the rollouts; `ppo.train` gives it the policy of each step."""
     if engine is None:
         ranks: Ranks = "lockstep" if optimizer.gathers_weights else "apart"
         return TransformersSampler(tokenizer, shared.device, batch_size=args.sampling_batch_size, ranks=ranks)
@@ -203,7 +203,7 @@ def make_sampler(
 
 
 def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, Any], object]:
-    """DeepSpeed's configuration, and what tells transformers of it for as long as it is kept."""
+    """DeepSpeed's configuration, and the object through which transformers knows it while the object lives."""
     from transformers.integrations import HfDeepSpeedConfig
 
     assert args.deepspeed is not None
@@ -219,19 +219,18 @@ def prepare_deepspeed(args: Arguments, device: torch.device) -> tuple[dict[str, 
 
 
 def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The prompts that are used, and the counts of those in the table, used and left out."""
+    """The usable prompts, and the numbers of prompts in the table, used and left out."""
     columns = ("prompt_id", "instruction", "input", "question_type", "length_bonus")
     table = checked.read(args.prompts, RL_PROMPTS, columns).collect()
     if unknown := set(table["question_type"]) - set(QUESTION_TYPES):
         raise UserError(
-            f"{args.prompts} has {len(unknown)} unknown kinds in question_type; known are {', '.join(QUESTION_TYPES)}: "
-            f"{MEND}"
+            f"{args.prompts} has {len(unknown)} unknown question types; known are {', '.join(QUESTION_TYPES)}: {MEND}"
         )
     used = ppo.within_query_length(table, tokenizer, args.ppo, args.policy_prompt)
     left_out = len(table) - len(used)
     if left_out:
         log.warning(
-            "%d prompts of more than %d tokens with their template (ppo.query_length) are left out",
+            "leaving out %d prompts of more than %d tokens with their template (ppo.query_length)",
             left_out,
             args.ppo.query_length,
         )
@@ -239,7 +238,7 @@ def read_prompts(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[p
 
 
 def read_principles(args: Arguments) -> list[WeightedPrinciple]:
-    """The principles to draw from, and a look at the template that shows them."""
+    """The principles to draw from. Also checks the template that shows them."""
     template = args.ppo.template
     templates.check_slots(templates.read(template), template, templates.REWARD_SLOTS, "ppo.template")
     principles = read_weighted(args.ppo.principles)

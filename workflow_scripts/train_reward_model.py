@@ -1,8 +1,8 @@
-"""Train a reward model on preference records: its pre-training (PMP), and the principle-following stage.
+"""Train a reward model on preference records: pre-training (PMP) or the principle-following stage.
 
 Bradley-Terry loss on pairs, QLoRA, a linear head on the last token (paper section 3.3); see
-`salmon/reward_model.py`. Runs on one process, or on several ranks, with or without DeepSpeed; the
-result is that of the global batch, however it is spread. Interrupted, it resumes from its last checkpoint.
+`salmon/reward_model.py`. It runs on one process or several ranks, with or without DeepSpeed. The result is that of the
+global batch, however it is divided. After an interruption it resumes from its last checkpoint.
 """
 
 import logging
@@ -29,7 +29,7 @@ from salmon.work import WorkFolder
 log = logging.getLogger("salmon.train_reward_model")
 
 COUNTED = 512
-"""Pairs whose tokens are held at a time while they are counted."""
+"""Pairs whose tokens are held at once while they are counted."""
 
 
 class Arguments(training.Arguments):
@@ -37,8 +37,8 @@ class Arguments(training.Arguments):
 
     records: Path = Field(description="preference records (parquet)")
     output: Path = Field(description="folder of the reward model: adapter, head, metrics.json, manifest.json")
-    init: Path | None = Field(None, description="reward model to start from; without it, a fresh adapter and head")
-    tokenizer: Model | None = Field(None, description="model whose tokenizer is used; without it, that of `model`")
+    init: Path | None = Field(None, description="reward model to start from; without it, a new adapter and head")
+    tokenizer: Model | None = Field(None, description="model whose tokenizer is used; by default, that of `model`")
     pmp: RewardTraining | None = Field(None, description="section of the configuration, for pre-training (PMP)")
     reward_model: RewardModel | None = Field(
         None, description="section of the configuration, for the principle-following stage"
@@ -48,7 +48,7 @@ class Arguments(training.Arguments):
     @model_validator(mode="after")
     def _one_stage(self) -> Self:
         if (self.pmp is None) == (self.reward_model is None):
-            raise ValueError("give either --pmp or --reward-model, the settings of the training")
+            raise ValueError("set either --pmp or --reward-model, the settings of the training")
         return self
 
     @property
@@ -110,16 +110,16 @@ def main(arguments: Arguments) -> None:
 def pair_lengths(
     tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame
 ) -> tuple[list[int], list[int]]:
-    """Tokens of each pair: as a batch holds it, which is twice the longer text's; and of both texts alone.
+    """Tokens of each pair: in a batch (twice the longer text's), and of both texts alone.
 
-    Each rank counts a share.
+    Each rank counts a share of the pairs.
 
     Args:
-        tokenize: gives both texts of each record.
-        records: N of them.
+        tokenize: tokenises both texts of each record.
+        records: N records.
 
     Returns:
-        Twice N numbers, the same on all ranks.
+        Two lists of N numbers, equal on all ranks.
     """
     rank, world = distributed.rank(), distributed.world()
     slices = range(rank * COUNTED, len(records), world * COUNTED)
@@ -134,7 +134,7 @@ def pair_lengths(
 
 
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template, with the slots that any reward model needs."""
+    """The template, checked for the slots that any reward model needs."""
     template = encoding.read_template(tokenizer, arguments.settings.template, arguments.scoring, "scoring.format")
     key = f"{arguments.stage}.template"
     templates.check_slots(template.text, arguments.settings.template, templates.PMP_SLOTS, key)
@@ -142,7 +142,7 @@ def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> None:
-    """Records with principles need a template with a place for them, and the other way round."""
+    """Records with principles need a template with a slot for them, and vice versa."""
     has_slot = "Dimensions" in templates.slots(template)
     for row in records.filter((pl.col("definitions").list.len() > 0) != has_slot).iter_rows(named=True):
         raise UserError(
@@ -153,11 +153,11 @@ def check_slots(arguments: Arguments, template: str, records: pl.DataFrame) -> N
 
 
 def check_init(init: Path, lora: Lora) -> None:
-    """The reward model to start from is whole, and its adapter is as the settings say."""
+    """Check that the reward model to start from is complete, and that its adapter matches the settings."""
     models.read_head(init)
-    with reading(f"adapter {init}", "copy the reward model again, or let it be built again"):
+    with reading(f"adapter {init}", "copy or build the reward model again"):
         adapter = PeftConfig.from_pretrained(str(init))
-        adapter = LoraConfig(r=adapter.r, lora_alpha=adapter.lora_alpha)  # which another kind of adapter has not
+        adapter = LoraConfig(r=adapter.r, lora_alpha=adapter.lora_alpha)  # other kinds of adapter do not have these
     if (adapter.r, adapter.lora_alpha) != (lora.r, lora.alpha):
         raise UserError(
             f"{init} has r {adapter.r} and alpha {adapter.lora_alpha}, but the configuration has lora.r {lora.r} and "
@@ -166,7 +166,7 @@ def check_init(init: Path, lora: Lora) -> None:
 
 
 def origin_of(arguments: Arguments) -> provenance.Origin:
-    """What decides the reward model."""
+    """The settings that affect the reward model."""
     return provenance.train_reward_model(
         arguments.records,
         arguments.init,
@@ -189,10 +189,10 @@ def load_model(arguments: Arguments, device: torch.device) -> PeftModel:
 
 
 def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, batch_size: int) -> torch.Tensor:
-    """Share of a pass in the mean loss of the global batch.
+    """A pass's share of the mean loss of the global batch.
 
-    Its size is the setting, since steps are whole. The Trainer's count is not used: for a causal language model it
-    counts labels as those of next tokens, one less per row.
+    The global batch size is the setting, because steps are complete. The Trainer's count is not used: for a causal
+    language model it counts the labels of next tokens, one less per row.
     """
     return reward_model.pair_losses(outputs.logits.view(-1, 2), labels).sum() / batch_size
 

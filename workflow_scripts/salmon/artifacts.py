@@ -1,6 +1,6 @@
-"""Artifacts: written beside and renamed, described by a manifest.
+"""Artifacts: written under a temporary name, then renamed, and described by a manifest.
 
-An artifact is one file or one folder. Nothing of it is visible under its name before it is whole.
+An artifact is one file or one folder. It appears under its name only when it is complete.
 """
 
 import hashlib
@@ -33,19 +33,19 @@ PACKAGES = (
 )
 
 ROW_GROUP = 10_000
-"""Rows that are written, and later read, at a time. Polars' own number would be all of most tables."""
+"""Rows that are written, and later read, at a time. With Polars' default, most tables would be a single group."""
 
 
 @contextmanager
 def atomic(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` when the block ends without an error.
 
-    Works for a file and for a folder; an older artifact is replaced only by a whole new one. A failure leaves
-    neither the temporary nor a partial artifact.
+    Works for a file and for a folder. Only a complete new artifact replaces an older one. A failure leaves neither the
+    temporary nor a partial artifact.
 
     Args:
-        path: what is to be.
-        tidy: look for what a killed process has left of it, and delete that; this lists the folder.
+        path: the artifact's final path.
+        tidy: whether to delete temporaries that a killed process has left; this lists the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if tidy:
@@ -63,12 +63,12 @@ def atomic(path: Path, *, tidy: bool = True) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process prepares what will be at `path`."""
+    """The path where this process prepares the content of `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether this machine has such a process."""
+    """Whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -80,7 +80,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A new folder beside an artifact for what is needed on the way to it, and deleted then."""
+    """A new folder next to an artifact for intermediate files. It is deleted at the end."""
     folder = path.with_name(f"{path.name}.parts")
     _remove_leftovers(folder)
     temporary = temporary_path(folder)
@@ -92,8 +92,8 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete temporaries of a path that belong to this process, or to one of this machine that has ended."""
-    # Version 0.1.0 did not name the machine.
+    """Delete the temporaries of a path that belong to this process, or to an ended process of this machine."""
+    # Version 0.1.0 did not record the machine.
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:(?P<host>.+)-)?(?P<pid>\d+)\.tmp")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if (
@@ -105,7 +105,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file, or all files of a folder, on the disk, so that a machine that fails leaves none of them empty."""
+    """Flush a file, or all files of a folder, to disk, so that none is empty after a machine failure."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as opened:
@@ -113,7 +113,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there; another process may do so, too."""
+    """Delete a file or folder if it exists. Another process may delete it at the same time."""
     if path.is_dir() and not path.is_symlink():
         while path.is_dir():
             with suppress(FileNotFoundError):
@@ -123,7 +123,7 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a file or folder, if it is there; an interruption leaves it whole or not at all under its name."""
+    """Delete a file or folder if it exists. After an interruption, it is either complete or gone."""
     away = folder.with_name(f"{folder.name}.deleted")
     _remove_leftovers(away)
     if folder.exists():
@@ -146,10 +146,10 @@ def write_table(
     """Write a Parquet file (zstd), atomically. A lazy frame is streamed.
 
     Args:
-        rows: of the table, in order.
-        path: of the file.
-        table: what has been written is checked to be this one; None where what was read has been checked.
-        manifest: written beside it. No interruption leaves a table beside the manifest of another one.
+        rows: the table's rows, in order.
+        path: the file to write.
+        table: the kind of table; the written file is checked against it. None if the input has been checked.
+        manifest: written next to the table. After an interruption, a table never has another table's manifest.
     """
     with atomic(path) as temporary:
         if isinstance(rows, pl.LazyFrame):
@@ -166,7 +166,7 @@ def write_table(
 
 
 def _is_same(path: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the manifest in its place is of the same settings and inputs, as that of another process may be."""
+    """Whether the existing manifest has the same settings and inputs, such as one that another process wrote."""
     with suppress(OSError, ValueError):
         old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return all(old.get(name) == manifest[name] for name in ("settings", "inputs", "counts"))
@@ -176,7 +176,7 @@ def _is_same(path: Path, manifest: Mapping[str, Any]) -> bool:
 def hash_path(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files in a folder.
 
-    Manifests and metrics are left out: they record when and how fast, which does not change what follows.
+    Manifests and metrics are left out: they record times and speeds, which do not affect later stages.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; build it first, or correct the path")
@@ -197,27 +197,27 @@ def hash_inputs(files: Iterable[Path | str]) -> dict[str, str]:
     """Path -> SHA-256 of input files and folders, for manifests and fingerprints.
 
     Raises:
-        UserError: where one does not exist.
+        UserError: if one does not exist.
     """
     return {str(file): hash_path(Path(file)) for file in files}
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hash of resolved settings and input hashes: equal exactly when a run may continue another one."""
+    """Hash of resolved settings and input hashes. A run may resume another if and only if the two are equal."""
     named = {short_name(path): what for path, what in inputs.items()}
     return hashlib.sha256(json.dumps([plain(settings), named], sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Where the manifest of an artifact is: beside a table, inside a model folder."""
+    """Path of an artifact's manifest: next to a table, inside a model folder."""
     return artifact.with_suffix(".manifest.json") if artifact.suffix == ".parquet" else artifact / "manifest.json"
 
 
 def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
-    """What an artifact was made of and with.
+    """The inputs and settings that made an artifact.
 
     Args:
-        settings: resolved settings; sections may be pydantic models. Seeds are among them.
+        settings: resolved settings; sections may be pydantic models. They include the seeds.
         inputs: path -> SHA-256 or revision.
         counts: rows in, rows out and rows left out by reason.
     """
@@ -238,13 +238,13 @@ def manifest(settings: Mapping[str, Any], inputs: Mapping[str, str], counts: Map
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as manifests hold them, as JSON types."""
+    """Settings as manifests record them, as JSON types."""
     found: dict[str, Any] = _plain(settings)
     return found
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON types, files of the checkout by their short names."""
+    """Settings as JSON types, with short names for files of the checkout."""
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
@@ -255,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 def git_commit() -> str | None:
-    """Commit of the workflow, with `-dirty` where files differ from it; None outside a checkout."""
+    """Commit of the workflow, with `-dirty` if files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     described = subprocess.run(
         ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],

@@ -1,17 +1,17 @@
-"""The tables that the authors' release writes, to ours: responses, judgements, records of the reward model.
+"""Converts tables of the authors' release to ours: responses, judgements, records of the reward model.
 
     response files     JSON lines: instruction, input, output: {generation}; one file for each of the two responses
     preference file    JSON lines: example_idx, dimension, relative_score [s12, s21], prompt_preference
     records            a JSON list: texts, preference, and as text of Python tuples dimensions, scores and negations
 
-A judgement names its pair by a number. It counts pairs as the release orders them: both files sorted by instruction,
-pairs with a response of fewer than 16 characters left out, the rest shuffled by Python's generator of seed 42. So the
-two response files are needed to read a preference file. Which of them was output 1 of the judging is not written
-anywhere: whoever names the files says it by their order. (In the release, a file listing decides: docs/defects.md, 1.)
+A judgement refers to its pair by a number. The numbers follow the release's order of pairs: both files sorted by
+instruction, pairs with a response of fewer than 16 characters left out, the rest shuffled by Python's generator with
+seed 42. Reading a preference file therefore requires the two response files. No file records which of them was output 1
+of the judging; the order in which they are named says it. (In the release, a file listing decides: docs/defects.md, 1.)
 
-Rows that do not fit each other are refused with their places, and what is left out is counted. Texts stay as they are
-but for white space around them, and of responses with judgements what the release's judge did not read: it reads a
-response up to its first "###".
+Rows that do not match are refused with their positions, and omitted rows are counted. Texts stay unchanged except for
+surrounding white space. Responses with judgements are also cut at their first "###", because the release's judge read
+no further.
 """
 
 import ast
@@ -37,15 +37,15 @@ from salmon.tables import IMPORTED, JUDGEMENTS, PRINCIPLE_RECORDS, RESPONSES
 from salmon.text import cut_at_markers
 
 SOURCE = "authors"
-"""Name of the source of such rows."""
+"""Name of the source of these rows."""
 JUDGED_UP_TO = "###"
-"""Where a response ends for the judge of the release, wherever that stands."""
-SHORTEST, SHUFFLE_SEED = 16, 42  # characters of a response that the release judges, and the seed of its order of pairs
-_NUMPY = re.compile(r"np\.\w+\(([^()]*)\)")  # how tuples of numpy's numbers are written since its version 2
+"""The text at which the release's judge stops reading a response, at any position."""
+SHORTEST, SHUFFLE_SEED = 16, 42  # characters a judged response needs in the release; seed of its order of pairs
+_NUMPY = re.compile(r"np\.\w+\(([^()]*)\)")  # form of numpy's numbers in a tuple's text since numpy 2
 
 
 class Generation(TypedDict):
-    """What the policy has said."""
+    """The policy's answer."""
 
     generation: str
 
@@ -85,23 +85,23 @@ class RecordRow(TypedDict):
 
 
 class Response(NamedTuple):
-    """A response and its prompt, without white space around their texts."""
+    """A response and its prompt, without surrounding white space."""
 
     place: str
     instruction: str
     input: str
     text: str
     prompt_id: str
-    sort_key: str  # the instruction as it is written, by which the release sorts
-    characters: int  # of the response as it is written
+    sort_key: str  # the unchanged instruction, by which the release sorts
+    characters: int  # length of the unchanged response
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The two response files, row by row of the same prompts.
+    """The two response files, with the same prompt in each row.
 
     Attributes:
-        first: response0, as the release sorts it.
+        first: response0, in the release's order.
         second: response1, in the same order.
         paths: the files.
     """
@@ -122,16 +122,16 @@ def _rows(path: str, schema: Any, what: str, key: str, counts: Counter[str]) -> 
     """Rows of one of the authors' files.
 
     Raises:
-        UserError: where it is another file; it says what is expected.
+        UserError: if it is a different kind of file, with the expected content.
     """
     if not is_local(path) or Path(path).expanduser().is_dir():
-        raise UserError(f"{key}: {path} has to be a local file: {what}")
+        raise UserError(f"{key}: {path} must be a local file: {what}")
     advice = f"{key} reads {what}; name such a file, or fetch it again if it was cut off"
     yield from read_source(Source(format="authors", path=path), schema, counts, advice)
 
 
 def read_responses(path: str, key: str) -> list[Response]:
-    """The responses of one file, in its order."""
+    """The responses of one file, in file order."""
     what = 'JSON lines of {"instruction", "input", "output": {"generation"}}, as the authors\' release writes responses'
     found = []
     for place, row in _rows(path, ResponseRow, what, key, Counter()):
@@ -147,34 +147,34 @@ def read_pairs(paths: Sequence[str], key: str) -> Pairs:
 
     Args:
         paths: of response0 and response1, in this order: the first is output 1 of the judging.
-        key: of the configuration, for messages.
+        key: the configuration key, for messages.
 
     Raises:
-        UserError: where the files are not of the same prompts; it names a row of each.
+        UserError: if the prompts of the two files differ; it names a row of each file.
     """
-    # As the release does: sorted by the instruction alone, equal ones in the order of their file.
+    # As in the release: sorted by instruction alone, equal instructions in file order.
     first, second = (sorted(read_responses(path, key), key=lambda each: each.sort_key) for path in paths)
     if len(first) != len(second):
         raise UserError(
-            f"{key}: {paths[0]} has {len(first)} rows and {paths[1]} {len(second)}: they are not of the same prompts, "
-            "or one is cut off; name two whole response files of one run"
+            f"{key}: {paths[0]} has {len(first)} rows and {paths[1]} {len(second)}: their prompts differ, or one file "
+            "is cut off; name two complete response files of the same run"
         )
     for one, other in zip(first, second, strict=True):
         if one.prompt_id != other.prompt_id:
             raise UserError(
-                f"{key}: {paths[0]} and {paths[1]} are not of the same prompts: sorted by instruction, {one.place} "
-                f"meets {other.place}, and they differ; name two response files of one run"
+                f"{key}: the prompts of {paths[0]} and {paths[1]} differ: sorted by instruction, {one.place} meets "
+                f"{other.place}, and they differ; name two response files of the same run"
             )
     return Pairs(first, second, (paths[0], paths[1]))
 
 
 def responses(pairs: Pairs, index: int, cut_at: str | None = None) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The table `RESPONSES` of one of the two; of doubled prompts the first pair, as the files have it.
+    """The table `RESPONSES` of one of the two files. Of duplicate prompts, only the first pair is kept.
 
     Args:
-        pairs: of both files.
+        pairs: the pairs of both files.
         index: 0 or 1.
-        cut_at: where a response ends; None for the whole response.
+        cut_at: text at which a response ends; None for the whole response.
 
     Returns:
         The table, and counts: `rows` of the table and `duplicate` prompts add up to `read`.
@@ -201,15 +201,15 @@ def judgements(
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """The table `JUDGEMENTS` of a preference file.
 
-    Pairs that were not judged under all principles of the file (the last batch of each process was never written) are
-    left out, and so are judgements of a doubled prompt but the first.
+    Pairs that were not judged under all principles of the file are left out (the last batch of each process was never
+    written). Of a duplicate prompt, only the first pair's judgements are kept.
 
     Returns:
         The table, and counts of pairs: `too_short`, `not_judged`, `incomplete`, `duplicate` and `judged` add up to
         `pairs`; and of judgements: those `read`, and `rows` of the table.
 
     Raises:
-        UserError: where the file is not about these pairs, or judges one twice in two ways.
+        UserError: if the file is about other pairs, or has two different judgements of the same pair.
     """
     what = 'JSON lines of {"example_idx", "dimension", "relative_score": [s12, s21]}, as the authors\' release judges'
     order, names = pairs.judged(), [principle.dimension for principle in principles]
@@ -218,26 +218,24 @@ def judgements(
     for place, row in _rows(path, PreferenceRow, what, key, counts):
         number, name = row["example_idx"], row["dimension"]
         if len(row["relative_score"]) != 2:
-            raise UserError(
-                f"{key}: {place}: relative_score has {len(row['relative_score'])} numbers, and 2 are expected"
-            )
+            raise UserError(f"{key}: {place}: relative_score has {len(row['relative_score'])} numbers instead of 2")
         s12, s21 = row["relative_score"]
         if not 0 <= number < len(order):
             raise UserError(
                 f"{key}: {place}: example_idx is {number}, but {pairs.paths[0]} and {pairs.paths[1]} have {len(order)} "
-                f"pairs of responses of {SHORTEST} characters or more: they are not the responses that were judged"
+                f"pairs of responses with {SHORTEST} characters or more: other responses were judged"
             )
         if name not in names:
             raise UserError(
                 f"{key}: {place}: dimension {name!r} is not in judge.principles, which defines {', '.join(names)}; "
-                "name the file of principles that was judged with"
+                "name the principle file that the judging used"
             )
         if (row.get("prompt_preference") or _verdict(s12, s21)) != _verdict(s12, s21):
-            raise UserError(f"{key}: {place}: prompt_preference is not what relative_score says; fetch the file again")
+            raise UserError(f"{key}: {place}: prompt_preference contradicts relative_score; fetch the file again")
         if scores.setdefault(number, {}).setdefault(name, (s12, s21)) != (s12, s21):
             raise UserError(
-                f"{key}: {place}: pair {number} was judged under {name!r} before, with other scores: the file holds "
-                "several runs, which the release appends; take out all but one"
+                f"{key}: {place}: pair {number} has two different judgements under {name!r}: the file holds several "
+                "runs, because the release appends; keep only one of them"
             )
     judged_with = [name for name in names if any(name in found for found in scores.values())]
     complete = {number: found for number, found in scores.items() if len(found) == len(judged_with)}
@@ -267,20 +265,20 @@ def judgements(
 
 
 def _verdict(s12: float, s21: float) -> int:
-    """Which output both orders prefer, 0 for none."""
+    """The output that both orders prefer; 0 for neither."""
     return 1 if s12 > 0 and s21 > 0 else 2 if s12 < 0 and s21 < 0 else 0
 
 
 def records(path: str, principles: Sequence[JudgedPrinciple], key: str) -> tuple[pl.DataFrame, dict[str, int]]:
     """The table `PRINCIPLE_RECORDS` of the release's records.
 
-    They name principles, whose texts are those of `principles`. Records of a prompt are numbered as they come.
+    They name principles; `principles` has the texts. Records of a prompt are numbered in file order.
 
     Returns:
-        The table, and counts: `records` are all that were `read`.
+        The table, and counts: `records` equals `read`.
 
     Raises:
-        UserError: where a record contradicts itself or names other principles.
+        UserError: if a record contradicts itself or names other principles.
     """
     what = "a JSON list of records with dimensions, dimension_scores and preference, as the authors' release aggregates"
     by_name = {principle.dimension: principle for principle in principles}
@@ -295,11 +293,11 @@ def records(path: str, principles: Sequence[JudgedPrinciple], key: str) -> tuple
         deciding = row["doinate_dimension_idx"]
         fits = len(names) == len(scores) == len(negated) and 0 <= deciding < len(names) and len(row["lang"]) == 3
         if not fits or not set(negated) <= {0, 1}:
-            raise UserError(f"{where}: dimensions, scores, negations and languages do not fit each other")
+            raise UserError(f"{where}: dimensions, scores, negations and languages do not match")
         if unknown := [name for name in names if name not in by_name]:
             raise UserError(
                 f"{where}: dimension {unknown[0]!r} is not in judge.principles, which defines {', '.join(by_name)}; "
-                "name the file of principles that the records were made with"
+                "name the principle file that the records were made with"
             )
         instruction, extra = row["instruction"].strip(), (row.get("input") or "").strip()
         prompt_id = digest(SOURCE, instruction, extra)
@@ -321,7 +319,7 @@ def records(path: str, principles: Sequence[JudgedPrinciple], key: str) -> tuple
                 ],
                 "scores": scores,
                 "deciding": None if row["rule_flag"] else names[deciding],
-                # Where a rule decided and all languages are the same, it was not the rule of the languages.
+                # If a rule decided and all languages are equal, it was not the language rule.
                 "rule": None if not row["rule_flag"] else "language" if len(set(row["lang"])) > 1 else "refusal",
                 "flipped": row["flip"],
                 "swapped": None,
@@ -332,13 +330,13 @@ def records(path: str, principles: Sequence[JudgedPrinciple], key: str) -> tuple
         )
         numbers[prompt_id] += 1
     table = pl.DataFrame(found, schema=PRINCIPLE_RECORDS.schema, orient="row")
-    # The number of a prompt's record, not its text: 10 comes after 9.
+    # Sort by the record's number, not by its text: 10 comes after 9.
     number = pl.col("record_id").str.extract(r"(\d+)$").cast(pl.Int64)
     return table.sort("prompt_id", number), {"read": counts["rows"], "records": table.height}
 
 
 def _tuple(text: str, kind: type, where: str, column: str) -> list[Any]:
-    """The parts of a Python tuple that is written as text; nothing of it is evaluated."""
+    """The parts of a Python tuple written as text. Nothing is evaluated."""
     try:
         parts = ast.literal_eval(_NUMPY.sub(r"\1", text) if kind is float else text)
         found = [kind(part) for part in parts if isinstance(part, str if kind is str else int | float)]

@@ -1,4 +1,4 @@
-"""Rows of different lengths as batches: which go together, and how they become rectangles."""
+"""Rows of different lengths as batches: how to group them, and how to pad them to rectangles."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,34 +10,35 @@ from transformers import Cache
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of rows, longest first, in batches of `size`: little padding, and too little memory shows at once.
+    """Row indices, longest first, in batches of `size`: this saves padding, and a lack of memory shows immediately.
 
-    The rows that an interruption between two batches left over form the same batches again.
+    After an interruption between two batches, the remaining rows form the same batches again.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def dealt(lengths: Sequence[int], rank: int, world: int) -> list[int]:
-    """Places of the rows of one rank, in their order: as many of each length as the other ranks have, within one."""
+    """Row indices of one rank, in order. Of each length, all ranks get the same number of rows, plus or minus one."""
     by_length = [place for batch in batches(lengths, world) for place in batch[rank : rank + 1]]
     return sorted(by_length)
 
 
 def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int = 0) -> list[list[list[int]]]:
-    """Rows in passes of a model, each rank's part a rectangle of like cost: no rank waits long for another.
+    """Divide rows into passes of a model; the ranks' rectangles cost about the same, so no rank waits long for another.
 
-    Rows of like lengths go together, so that there is little padding. As few passes as the budget allows, and of those
-    the ones whose largest rectangle is smallest; the longest rows come first, so that too little memory shows at once.
+    Rows of similar lengths go together, to save padding. There are as few passes as the budget allows, and of these
+    divisions the one with the smallest largest rectangle. The longest rows come first, so a lack of memory shows
+    immediately.
 
     Args:
-        lengths: of each row, in tokens.
-        budget: tokens of a rank's rectangle at most, padding included; where a row is longer, as many as that has.
-        ranks: among which each pass is divided.
-        at_least: passes, also where the budget would allow fewer.
+        lengths: each row's length, in tokens.
+        budget: maximum tokens of a rank's rectangle, padding included; a longer row raises it to its own length.
+        ranks: number of ranks that share each pass.
+        at_least: minimum number of passes, even if the budget allows fewer.
 
     Returns:
-        Places of the rows, by pass and rank. A part is empty only where there are fewer rows than parts.
+        Row indices, by pass and rank. A part is empty only if there are fewer rows than parts.
     """
     if not lengths:
         return []
@@ -48,18 +49,18 @@ def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int
     fits = range(longest, budget + 1)
     size = fits[bisect_left(fits, True, key=lambda size: len(_rectangles(lengths, order, size)) <= count)]
     parts = _rectangles(lengths, order, size)
-    while len(parts) < min(count, len(order)):  # the costliest in two, so that no rank is without
+    while len(parts) < min(count, len(order)):  # split the costliest in two, so that every rank has a part
         costliest = max((part for part in parts if len(part) > 1), key=lambda part: len(part) * lengths[part[0]])
         parts.remove(costliest)
         parts += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
     parts.sort(key=lambda part: (-len(part) * lengths[part[0]], part))
     parts += [[] for _ in range(count - len(parts))]
     found = [parts[start : start + ranks] for start in range(0, count, ranks)]
-    return [each[::-1] if number % 2 else each for number, each in enumerate(found)]  # not always the first rank most
+    return [each[::-1] if number % 2 else each for number, each in enumerate(found)]  # not always most for rank 0
 
 
 def _rectangles(lengths: Sequence[int], order: Sequence[int], size: int) -> list[list[int]]:
-    """Rows, longest first, cut where the next one would make a rectangle of more than `size`."""
+    """Rows, longest first, split where the next row would make the rectangle larger than `size`."""
     parts: list[list[int]] = []
     for row in order:
         if not parts or lengths[parts[-1][0]] * (len(parts[-1]) + 1) > size:
@@ -69,7 +70,7 @@ def _rectangles(lengths: Sequence[int], order: Sequence[int], size: int) -> list
 
 
 def left_pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids as a rectangle, padded on the left. The mask alone says what is padding.
+    """Token ids as a rectangle, padded on the left. Only the mask marks the padding.
 
     (The tokenizer's padding token may be one that the model has no embedding for.)
 
@@ -85,24 +86,24 @@ def left_pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def right_pad(sequences: Sequence[Sequence[int]]) -> Tensor:
     """Token ids as a rectangle, padded on the right: int64 on the CPU, shape [sequences, longest].
 
-    No token reads what stands on its right, so that such a rectangle needs neither a mask nor positions.
+    No token reads the tokens to its right, so this rectangle needs neither a mask nor positions.
     """
     return pad_sequence([torch.tensor(sequence, dtype=torch.int64) for sequence in sequences], batch_first=True)
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count tokens and not paddings (int64, [rows, length], as the mask)."""
+    """Positions that count tokens but not padding (int64, [rows, length], like the mask)."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Keep these rows of a cache, in place; they may also repeat.
 
-    Of all of its layers' states, as beam search needs it: what transformers has for batches alone leaves out the
+    This covers the states of all layers, as beam search needs it. Transformers' method for plain batches omits the
     states of recurrent and convolution layers.
 
     Args:
         cache: what a model returned.
-        rows: int64, places in the batch.
+        rows: int64, indices in the batch.
     """
     cache.reorder_cache(rows)

@@ -1,7 +1,7 @@
-"""Caches of rows that come and go while they are sampled: rows leave, others join them, padding is cut.
+"""Caches of rows that come and go while they are sampled: rows leave, others join, padding is cut.
 
-Keys and values of all rows end together; the shorter are padded on the left, and the mask says so. In transformers'
-caches every step copies all keys and values; here a layer has room for tokens to come.
+Keys and values of all rows end at the same position. Shorter rows are padded on the left, and the mask marks the
+padding. In transformers' caches every step copies all keys and values; here a layer has room for future tokens.
 """
 
 from collections.abc import Sequence
@@ -22,34 +22,34 @@ from transformers.cache_utils import (
 )
 
 ROOM = 64
-"""Tokens that a layer has room for whenever it is copied: a copy is then a small part of so many steps, and so is the
-memory, of some hundreds of tokens."""
+"""Tokens for which a layer has room after each copy. The copy is a small part of the cost of so many steps, and the
+room is a small part of the memory of some hundreds of tokens."""
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values that are parts of larger tensors: most steps, and rows that leave or join, copy little."""
+    """Keys and values that are parts of larger tensors, so that most steps, departures and arrivals copy little."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.keys, self.values = layer.keys, layer.values
-        self.held, self.start = (layer.keys, layer.values), 0  # what they are parts of: first rows, from a token on
+        self.held, self.start = (layer.keys, layer.values), 0  # the larger tensors: first rows, from a token on
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens; all keys and values."""
+        """Append tokens; returns all keys and values."""
         rows, length = len(self.keys), self.keys.shape[-2]
         self._resize(rows, length + key_states.shape[-2])
         self.keys[:, :, length:], self.values[:, :, length:] = key_states, value_states
         return self.keys, self.values
 
     def keep(self, rows: int, new: Tensor, old: Tensor) -> None:
-        """Keep so many rows, the first ones after those of the old places have been copied to the new ones."""
+        """Keep the first `rows` rows, after copying those at the old indices to the new ones."""
         for states in (self.keys, self.values) if len(new) else ():
             states.index_copy_(0, new, states.index_select(0, old))
         self._resize(rows, self.keys.shape[-2])
 
     def join(self, more: DynamicLayer) -> None:
-        """Append the rows of another layer, which are not longer."""
+        """Append the rows of another layer, which must not be longer."""
         rows, length = len(self.keys), self.keys.shape[-2]
         before = length - more.keys.shape[-2]
         self._resize(rows + len(more.keys), length)
@@ -63,14 +63,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, tokens:], self.values[:, :, tokens:]
 
     def _resize(self, rows: int, length: int) -> None:
-        """Make keys and values so large; what is new has no value yet."""
+        """Set the size of keys and values; new entries are uninitialised."""
         if rows > len(self.held[0]) or self.start + length > self.held[0].shape[-2]:
             self.held, self.start = (self._copy(self.keys, rows, length), self._copy(self.values, rows, length)), 0
         self.keys, self.values = (states[:rows, :, self.start : self.start + length] for states in self.held)
 
     @staticmethod
     def _copy(states: Tensor, rows: int, length: int) -> Tensor:
-        """States with room for so many rows, tokens and `ROOM`."""
+        """States with room for this many rows and tokens, plus `ROOM` tokens."""
         new = states.new_empty(rows, states.shape[1], length + ROOM, states.shape[-1])
         new[: len(states), :, : states.shape[-2]] = states
         return new
@@ -88,12 +88,12 @@ _KNOWN_LAYERS = {
 
 
 def can_join(cache: Any) -> bool:
-    """Whether the functions below know all that a model's cache holds: a class of its own may hold more."""
+    """Whether the functions below know everything in a model's cache. A model's own class may hold more."""
     return type(cache) is DynamicCache and all(type(layer) in _KNOWN_LAYERS for layer in cache.layers)
 
 
 def make_room(cache: Cache) -> None:
-    """Give the layers of a cache of a known kind room, in place, where they keep all tokens."""
+    """Give room to the layers that keep all tokens, in place, in a cache of a known kind."""
     cache.layers = [
         RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
     ]
@@ -115,10 +115,10 @@ def keep_rows(cache: Cache, places: Sequence[int], device: torch.device | str) -
 
 
 def join_rows(cache: Cache, other: Cache) -> None:
-    """Append the rows of another cache of the same model, in place; none of them is longer than the longest before.
+    """Append the rows of another cache of the same model, in place. None may be longer than the present longest row.
 
-    Layers with a sliding window hold the last tokens. States of recurrent and convolution layers are as large for any
-    number of tokens.
+    Layers with a sliding window hold the last tokens. States of recurrent and convolution layers have the same size for
+    any number of tokens.
     """
     for layer, more in zip(cache.layers, other.layers, strict=True):
         if isinstance(layer, RoomyLayer):
@@ -136,7 +136,7 @@ def join_rows(cache: Cache, other: Cache) -> None:
 
 
 def join_masks(mask: Tensor, other: Tensor) -> Tensor:
-    """The mask of caches that are joined (int64, [rows, length], the other's not longer, or ValueError)."""
+    """The mask of joined caches (int64, [rows, length]). A ValueError if the other's is longer."""
     missing = mask.shape[1] - other.shape[1]
     if missing < 0:  # padding by a negative number would cut tokens off
         raise ValueError(f"rows of {other.shape[1]} tokens join rows of {mask.shape[1]}")
@@ -144,7 +144,7 @@ def join_masks(mask: Tensor, other: Tensor) -> Tensor:
 
 
 def cut_padding(cache: Cache, tokens: int) -> None:
-    """Take so many tokens off the left of a cache, in place, which are padding in all of its rows; copies nothing."""
+    """Remove tokens from the left of a cache, in place, that are padding in all rows. Copies nothing."""
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
             layer.cut(tokens)
@@ -157,5 +157,5 @@ def cut_padding(cache: Cache, tokens: int) -> None:
 
 
 def _cat(states: Tensor, more: Tensor) -> Tensor:
-    """Rows of both, the latter padded with zeros before their first token."""
+    """Rows of both, the second padded with zeros before their first token."""
     return torch.cat([states, pad(more, (0, 0, states.shape[-2] - more.shape[-2], 0))])

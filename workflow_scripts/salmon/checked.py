@@ -1,4 +1,4 @@
-"""Tables of ours, read only where they are whole: schema, rows, and what the manifest beside them counts."""
+"""The workflow's tables, checked before they are read: schema, rows, and the row counts in their manifests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +27,11 @@ from salmon.tables import (
     Table,
 )
 
-OWN = "if the table is your own, take the manifest away; else move both away, and let them be built again"
+OWN = "if you made the table yourself, remove the manifest; otherwise move both away, so that they are built again"
 
 
 class Manifest(BaseModel):
-    """The parts of a manifest that are read again."""
+    """The parts of a manifest that the workflow reads."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -41,15 +41,15 @@ class Manifest(BaseModel):
 
 
 def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
-    """Open a table of ours, after a look at all of its rows (`tables.check_rows`) and at its manifest (`check_count`).
+    """Open a table of the workflow after checking all its rows (`tables.check_rows`) and its manifest (`check_count`).
 
     Args:
-        path: of the file.
-        table: what it should be.
-        columns: those that are wanted, the key's among them; None for all.
+        path: the file.
+        table: the expected kind of table.
+        columns: the columns to read, including the key's; None for all.
 
     Raises:
-        UserError: where anything is wrong with it.
+        UserError: if the table fails a check.
     """
     rows = tables.read(path, table, columns)
     check_count(path, table)
@@ -58,10 +58,10 @@ def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.L
 
 
 def read_manifest(table: Path) -> Manifest:
-    """The manifest of a table of ours.
+    """The manifest of a table of the workflow.
 
     Raises:
-        UserError: where it cannot be read, or is none.
+        UserError: if it cannot be read, or is not a manifest.
     """
     path = manifest_path(table)
     raw = read_json(path, "", OWN)
@@ -72,14 +72,14 @@ def read_manifest(table: Path) -> Manifest:
 
 
 def check_count(path: Path, table: Table) -> None:
-    """Refuse a table with other rows than its manifest counts. A table without a manifest is somebody's own.
+    """Refuse a table whose number of rows differs from its manifest. A table without a manifest is the user's own.
 
     Args:
-        path: of the table.
-        table: what it should be.
+        path: the table.
+        table: the expected kind of table.
 
     Raises:
-        UserError: also where the manifest is of another kind of table.
+        UserError: also if the manifest belongs to another kind of table.
     """
     if not manifest_path(path).exists():
         return
@@ -87,7 +87,7 @@ def check_count(path: Path, table: Table) -> None:
     counted = rows_counted(counts)
     if table.name not in counted:
         raise UserError(
-            f"{manifest_path(path)} is not the manifest of a table of {table.name}: it counts "
+            f"{manifest_path(path)} is not a manifest of the table {table.name}: it counts "
             f"{', '.join(sorted(counts)) or 'nothing'}; {OWN}"
         )
     rows = tables.number_of_rows(path)
@@ -96,10 +96,10 @@ def check_count(path: Path, table: Table) -> None:
 
 
 def kind_of(path: Path, kinds: Sequence[Table]) -> Table:
-    """Which of several kinds of tables a file is by its manifest; the first one where it has none.
+    """The kind of table that a file is according to its manifest; the first kind if it has no manifest.
 
     Raises:
-        UserError: where its manifest is of another kind.
+        UserError: if its manifest belongs to another kind.
     """
     if not manifest_path(path).exists():
         return kinds[0]
@@ -107,12 +107,12 @@ def kind_of(path: Path, kinds: Sequence[Table]) -> Table:
     found = next((kind for kind in kinds if kind.name in counted), None)
     if found is None:
         named = " or ".join(kind.name for kind in kinds)
-        raise UserError(f"{manifest_path(path)} is not the manifest of a table of {named}; {OWN}")
+        raise UserError(f"{manifest_path(path)} is not a manifest of the table {named}; {OWN}")
     return found
 
 
 def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
-    """The kinds of tables that a manifest with these counts may be of, and the number of rows it says they have."""
+    """The kinds of tables that a manifest with these counts may describe, each with its number of rows."""
     for marks, kinds in (
         (("judged", "rows"), (JUDGEMENTS,)),
         (("records",), (PRINCIPLE_RECORDS, PREFERENCE_RECORDS)),
@@ -124,6 +124,6 @@ def rows_counted(counts: Mapping[str, int]) -> dict[str, int]:
     ):
         if all(mark in counts for mark in marks):
             return {kind.name: counts[marks[-1]] for kind in kinds}
-    kept = [number for name, number in counts.items() if name.endswith(": kept")]  # of each source
+    kept = [number for name, number in counts.items() if name.endswith(": kept")]  # for each source
     of_sources = (SFT_EXAMPLES, PROMPTS, RL_PROMPTS, PMP_RECORDS, EVALUATION_PAIRS, PREFERENCE_RECORDS)
     return dict.fromkeys((kind.name for kind in of_sources), sum(kept)) if kept else {}

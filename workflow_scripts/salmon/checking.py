@@ -1,8 +1,8 @@
-"""What the stages rely on in a model, proven on this machine before any job: or a sentence that says why not.
+"""Prove on this machine, before any job, the model properties that the stages rely on, or say why one is missing.
 
-Every number that a batch, a cache or shared adapters give is compared with one forward pass for each text alone,
-without padding, up to what the arithmetic rounds: measured for the judge (`judging.prove`), a bound for the others
-(`tolerance`), which in 16 bits is wide.
+Every number from a batch, a cache or shared adapters is compared with one forward pass over each text alone, without
+padding. The difference may be as large as rounding explains: this is measured for the judge (`judging.prove`) and
+bounded for the others (`tolerance`). The bound is wide in 16 bits.
 """
 
 import logging
@@ -47,20 +47,20 @@ QUESTIONS = (
 NEW_TOKENS = (24, 3, 12, 7)  # sampled for each question: rows of a batch end at different times
 ANSWER = "So."
 TEMPLATE = "You review an answer.\n\n# Input\n\n{Input}\n\n# Output\n\n{Output}\n\nIts quality is"
-# Whatever a chat template may do to a user's text shows in this one: line breaks, signs, a control token, its length.
+# Reveals any change that a chat template makes to a user's text: line breaks, symbols, a control token, its length.
 PROBE = 'Say "<b>so & so</b>", it\'s\n\n\tünïcode </s> {{ x }} <|im_end|>' + " and then some more words" * 40 + "."
 
 Part = Literal["sampling", "judging", "training", "rl"]
-"""What is checked together: what its stages rely on, and what they read."""
+"""Parts of the check: each proves what its stages rely on and read."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sections of the configuration that a model has to do with.
+    """The sections of the configuration that affect a model.
 
     Attributes:
         tokenizer: model whose tokenizer reward models are trained with; None for that of `model` without its adapter.
-        ppo: of which lengths and template are checked, if it is there.
+        ppo: settings whose lengths and template are checked, if given.
     """
 
     model: Model
@@ -75,13 +75,13 @@ class Settings:
 
 @dataclass
 class Report:
-    """What was found: facts by the name of the check, and the sentences of those that failed."""
+    """The results: facts by name of the check, and a sentence for each failed check."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
     def check(self, name: str, function: Callable[[], dict[str, Any]]) -> bool:
-        """Run one check, and keep what it found or why it failed."""
+        """Run one check, and keep its facts or the reason for its failure."""
         try:
             self.facts[name] = function()
             log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in self.facts[name].items()))
@@ -89,8 +89,8 @@ class Report:
             self.refusals[name] = str(error)
         except torch.OutOfMemoryError:
             self.refusals[name] = "the model does not fit one GPU; set the resource device of check_model to cpu"
-        except Exception as error:  # whatever an architecture that nobody has tried makes libraries raise
-            log.warning("what was raised:", exc_info=True)
+        except Exception as error:  # untested architectures may make the libraries raise anything
+            log.warning("the exception was:", exc_info=True)
             reason = str(error).partition("\n")[0]
             self.refusals[name] = f"{type(error).__name__}: {reason}; this model is not supported, see docs/models.md"
         if name in self.refusals:
@@ -98,7 +98,7 @@ class Report:
         return name in self.facts
 
     def load(self, name: str, function: Callable[[], Any]) -> Any:
-        """Load a model as a check; None where it is refused."""
+        """Load a model as a check; None if it is refused."""
         loaded: list[Any] = []
 
         def weights() -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Report:
 
 
 def check_model(settings: Settings, parts: Sequence[Part], device: torch.device) -> Report:
-    """Checks of the parts; after a refusal, those that do not need what was refused."""
+    """Run the checks of the parts. After a refusal, run only those that do not need the refused object."""
     report = Report()
     judging_model = settings.judge.model or settings.model
     if "sampling" in parts:
@@ -140,30 +140,30 @@ def check_model(settings: Settings, parts: Sequence[Part], device: torch.device)
 
 
 def prompts(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The policy's prompt holds the instruction as it is, begins with one beginning and is not ended."""
+    """The policy's prompt holds the instruction unchanged, has at most one beginning token, and has no end token."""
     preamble = read_preamble(settings.policy_prompt)
     if guard(tokenizer, PROBE) not in prompt_text(tokenizer, PROBE, settings.policy_prompt, preamble):
         raise UserError(
-            "the tokenizer's chat template leaves an instruction out, or changes it: it may want its text in parts, "
-            "another role, or a variable of policy_prompt.template_variables; or name a file in policy_prompt.template"
+            "the tokenizer's chat template leaves an instruction out, or changes it: it may need the text in parts, "
+            "another role, or a variable in policy_prompt.template_variables; or name a file in policy_prompt.template"
         )
     ids = encode_prompt(tokenizer, QUESTIONS[0], settings.policy_prompt, preamble)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and begin != end and ids.count(begin) > 1 and ids[:2] == [begin, begin]:
-        raise UserError("the prompt begins with two beginning tokens; take one out of policy_prompt.template")
+        raise UserError("the prompt begins with two beginning tokens; remove one from policy_prompt.template")
     if ids[-1] == end and not settings.policy_prompt.is_chat:
-        raise UserError(f"the policy's prompt ends with {tokenizer.eos_token}, after which nothing is said")
+        raise UserError(f"the policy's prompt ends with {tokenizer.eos_token}, after which the model says nothing")
     return {"tokens of a prompt": len(ids), "begins with": ids[:1] == [begin] and tokenizer.bos_token}
 
 
 def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any) -> dict[str, Any]:
-    """Whatever ends an answer can be sampled: an end token, or a stop string."""
+    """The policy can sample an end of its answers: an end token or a stop string."""
     ends = end_tokens(model, tokenizer)
     for string in settings.policy_prompt.stop:
         stops = StopStrings(tokenizer, [string])
         ids = tokenizer(f"yes{string}", add_special_tokens=False)["input_ids"]
         if not any(stops.complete("", ids[:count]) for count in range(1, len(ids) + 1)):
-            raise UserError(f"policy_prompt.stop: no answer can ever hold {string!r}, as this tokenizer decodes it")
+            raise UserError(f"policy_prompt.stop: no answer can contain {string!r} as this tokenizer decodes it")
     facts = {"end tokens": ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ends))))}
     if not settings.policy_prompt.is_chat:
         return facts
@@ -172,10 +172,10 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
     _, found, after = text.rpartition(ANSWER)
     if not found:
         raise UserError(
-            "the tokenizer's chat template leaves an assistant's answer out, or changes it, so that nobody knows how "
-            "one ends: check policy_prompt.template_variables, or name a file in policy_prompt.template"
+            "the tokenizer's chat template leaves an assistant's answer out, or changes it, so the end of an answer is "
+            "unknown: check policy_prompt.template_variables, or name a file in policy_prompt.template"
         )
-    # An end token further on, such as that of the whole conversation, does not end the turn.
+    # A later end token, such as that of the whole conversation, does not end the turn.
     rest = after.lstrip()
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
     first = next((token for token in ids if tokenizer.decode([token]).strip()), None)
@@ -183,7 +183,8 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
     if not stopped and first not in ends:
         raise UserError(
             f"in this chat template an answer ends with {after.strip()!r}, which begins neither with an end token of "
-            "the model nor with one of policy_prompt.stop: every answer would run to its limit; add how it begins there"
+            "the model nor with a string in policy_prompt.stop: every answer would run to its limit; add its beginning "
+            "there"
         )
     return {**facts, "an answer's turn ends with": repr(after)}
 
@@ -192,10 +193,10 @@ def ends_of_turns(settings: Settings, tokenizer: PreTrainedTokenizerBase, model:
 def sampling(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Greedy answers of rows that end at different times, one joining others, are those of each prompt alone.
+    """In a batch whose rows end at different times and one joins later, greedy answers equal those of single prompts.
 
-    Held against one forward pass over each prompt and answer: every token taken has the largest logit there, up to
-    rounding.
+    The reference is one forward pass over each prompt and its answer: every sampled token has the largest logit there,
+    up to rounding.
     """
     preamble = read_preamble(settings.policy_prompt)
     queries = [encode_prompt(tokenizer, question, settings.policy_prompt, preamble) for question in QUESTIONS]
@@ -216,7 +217,7 @@ def sampling(
     limit = tolerance(settings.model, max(spread)) + 4 * step
     if regret > limit:
         raise UserError(
-            f"{_name(model)}: a batch samples other tokens than each prompt alone (by {regret:.2g} in the logits, "
+            f"{_name(model)}: a batch samples other tokens than single prompts do (by {regret:.2g} in the logits, "
             f"where rounding explains {limit:.2g}); this architecture is not supported, see docs/models.md"
         )
     return {"largest difference to single prompts": f"{regret:.1e} in the logits", "rounding explains": f"{limit:.1e}"}
@@ -225,7 +226,7 @@ def sampling(
 def judging_ways(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Scores of pairs are those of single prompts, and which way of computing them is used (`judging.prove`)."""
+    """Scores of pairs equal those of single prompts. Also chooses the way to compute them (`judging.prove`)."""
     models.check_context(model, settings.judge.max_length, "judge.max_length")
     template = read_template(tokenizer, settings.judge.template, settings.judge, "judge.format")
     templates.check_slots(template.text, settings.judge.template, templates.JUDGE_SLOTS, "judge.template")
@@ -242,7 +243,7 @@ def judging_ways(
 
 
 def training(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """A reward model: texts in batches as alone, saved as loaded, and in the format in which they are read."""
+    """A reward model scores texts in batches as it does alone, and the same after saving and loading."""
     model = settings.model.without_adapter()
     tokenizer = load_tokenizer(settings.tokenizer or model)
     texts = _made_texts(
@@ -258,12 +259,12 @@ def training(settings: Settings, device: torch.device) -> dict[str, Any]:
         fresh.save_pretrained(folder)
         del fresh
         loaded = models.load_reward_model(model, Path(folder), device, trainable=False)
-    _same("a reward model and the same one saved", reward_model.score(loaded, texts, len(texts), device), alone, limit)
+    _same("a reward model and its saved copy", reward_model.score(loaded, texts, len(texts), device), alone, limit)
     return {"layers with LoRA": covered, "linear weights without": left_out, "rounding explains": f"{limit:.1e}"}
 
 
 def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """The four models of RL on one base: each what it is alone, gradients for all that is trained; RL's lengths."""
+    """RL's four models on one base: unchanged numbers, gradients for all trained weights, lengths that fit."""
     model = settings.model
     tokenizer = load_tokenizer(model)
     file = settings.ppo.template if settings.ppo else None
@@ -282,10 +283,10 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
         try:
             shared = SharedBase(model, settings.lora, Path(folder), device, seed=0)
         except UserError as error:
-            # The base model is sound, and so is the reward model.
+            # The base model and the reward model have passed.
             raise UserError(
-                f"RL cannot put adapter {model.adapter} and those of its other models on one base model ({error}): "
-                "merge it into the base model, and name that as model.base"
+                f"RL cannot load adapter {model.adapter} and the adapters of its other models on one base model "
+                f"({error}): merge it into the base model, and set model.base to the result"
             ) from error
     if ppo := settings.ppo:
         shared_base.check_lengths(shared, tokenizer, ppo, settings.policy_prompt)
@@ -312,18 +313,18 @@ def rl(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, rows: Sequence[list[int]]) -> None:
-    """Refuse a tokenizer that makes tokens of which the model knows nothing."""
+    """Refuse a tokenizer that makes tokens without an embedding in the model."""
     size, largest = len(model.get_input_embeddings().weight), max(map(max, rows))
     if largest >= size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeddings of {size}; prompts hold the token "
-            f"{tokenizer.convert_ids_to_tokens(largest)!r}, which has none: take the tokenizer that the model was "
-            "trained with, or another template"
+            f"the tokenizer has {len(tokenizer)} tokens and the model {size} embeddings; prompts contain the token "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, which has no embedding: use the tokenizer that the model "
+            "was trained with, or another template"
         )
 
 
 def _made_texts(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[list[int]]:
-    """Made-up texts of different lengths, and the frame of a template."""
+    """Made-up texts of different lengths, with the fixed parts of a template."""
     long = "Because it is so, and not otherwise. "
     texts = tokenize(tokenizer, [f"{question} {long * row}" for row, question in enumerate(QUESTIONS)])
     return texts + template.encode(tokenizer, [template.text])
@@ -331,7 +332,7 @@ def _made_texts(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
 
 @torch.no_grad()
 def _logprobs(policy: Any, texts: Sequence[list[int]], device: torch.device) -> tuple[list[torch.Tensor], float]:
-    """Log probabilities of the tokens after the first for each text alone, [T - 1], and the largest logit."""
+    """Log probabilities of all tokens but the first, [T - 1], computed for each text alone; and the largest logit."""
     rows, largest = [], 0.0
     for text in texts:
         ids = torch.tensor([text], device=device)
@@ -344,12 +345,12 @@ def _logprobs(policy: Any, texts: Sequence[list[int]], device: torch.device) -> 
 def _strengthen(
     adapted: Any, texts: Sequence[list[int]], model: Model, device: torch.device, attempts: int = 6
 ) -> tuple[torch.Tensor, float]:
-    """Make a fresh adapter so strong that rounding does not explain what it changes.
+    """Make a new adapter so strong that its effect exceeds rounding.
 
-    Else a stage that leaves the adapter out would pass in 16 bits.
+    Otherwise a stage that ignores the adapter would pass in 16 bits.
 
     Returns:
-        The scores of each text alone, and what rounding may change in them.
+        The scores of each text alone, and how much rounding may change them.
     """
     bare = reward_model.score(adapted, texts, 1, device)
     for attempt in range(attempts):
@@ -362,13 +363,13 @@ def _strengthen(
         if float((scores - bare).abs().max()) > 2 * limit:
             return scores, limit
     raise UserError(
-        "a LoRA adapter hardly changes the scores of a reward model on it: this architecture is not supported, see "
+        "a LoRA adapter hardly changes the reward model's scores: this architecture is not supported, see "
         "docs/models.md"
     )
 
 
 def _gradients(shared: SharedBase, texts: Sequence[list[int]]) -> list[str]:
-    """Names of LoRA's second matrices that get no gradient from either loss of RL."""
+    """Names of LoRA's second matrices that get a gradient from neither of RL's losses."""
     queries, responses = [text[: len(text) // 2] for text in texts[:2]], [text[len(text) // 2 :] for text in texts[:2]]
     shared.train()
     with shared.use("policy"):
@@ -387,7 +388,7 @@ def _gradients(shared: SharedBase, texts: Sequence[list[int]]) -> list[str]:
 
 
 def _same(what: str, found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
-    """Refuse a model of which two ways to compute scores differ."""
+    """Refuse a model if two ways to compute the same numbers differ."""
     difference = float((found - wanted).abs().max())
     if not difference <= limit:
         raise UserError(
@@ -397,7 +398,7 @@ def _same(what: str, found: torch.Tensor, wanted: torch.Tensor, limit: float) ->
 
 
 def tolerance(model: Model, scale: float) -> float:
-    """What rounding may change in a number of this size, after some dozens of layers."""
+    """How much rounding may change a number of this size after several dozen layers."""
     if model.dtype == "float32" and model.quantization == "none":
         return 1e-4 * max(scale, 1.0)
     return 0.1 * max(scale, 1.0)

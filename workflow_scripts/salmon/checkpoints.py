@@ -1,6 +1,6 @@
 """Checkpoints of trainers: folders `checkpoint-STEP` in a work folder, which several ranks may write together.
 
-A file in the folder says that all have, and what they have written; without it the folder is what an interruption left.
+A file in the folder marks it as complete and lists its contents. A folder without it is left from an interruption.
 """
 
 import json
@@ -19,12 +19,12 @@ KEPT = 2
 
 
 def step_of(checkpoint: Path) -> int:
-    """Number of steps that were done."""
+    """Number of completed steps."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def new(work: WorkFolder, step: int) -> Path:
-    """An empty folder for a checkpoint. All ranks call this. A UserError if another process has taken the work over."""
+    """An empty folder for a checkpoint. All ranks call this. A UserError if another process has taken over the work."""
     checkpoint = work.path / f"checkpoint-{step}"
     if distributed.is_main():
         work.check()
@@ -35,15 +35,15 @@ def new(work: WorkFolder, step: int) -> Path:
 
 
 def seal(work: WorkFolder, checkpoint: Path) -> None:
-    """Say that a checkpoint is whole, and delete all but the newest. All ranks call this. Errors as for `new`."""
+    """Mark a checkpoint as complete, and delete all older ones. All ranks call this. Errors as for `new`."""
     if distributed.is_main():
         work.check()
-    distributed.barrier()  # all have written their part
+    distributed.barrier()  # all ranks have written their parts
     hashes: dict[str, str] = {}
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine, whose memory may hold what is not on the disk yet
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # on each machine: its memory may hold data that is not on disk yet
         flush(checkpoint)
         hashes = _hashes(checkpoint)
-    # One machine may not see yet what another one has written.
+    # A machine may not see yet what another has written.
     parts = distributed.gather(hashes)
     if distributed.is_main():
         write_json(checkpoint / WHOLE, {name: value for part in parts for name, value in part.items()})
@@ -53,10 +53,10 @@ def seal(work: WorkFolder, checkpoint: Path) -> None:
 
 
 def newest(work: WorkFolder) -> Path | None:
-    """The newest checkpoint that is as it was written; what is not is deleted. All ranks call this.
+    """The newest undamaged checkpoint. Damaged and incomplete ones are deleted. All ranks call this.
 
     Raises:
-        UserError: where somebody else could have written into the work folder.
+        UserError: if other users may write into the work folder.
     """
     return distributed.broadcast(_newest(work.path) if distributed.is_main() else None)
 
@@ -68,7 +68,7 @@ def _newest(folder: Path) -> Path | None:
         if not (checkpoint / WHOLE).is_file():
             log.info("deleting %s, which is incomplete", checkpoint)
         elif damaged := _damage(checkpoint):
-            log.warning("deleting %s, which is damaged: %s is not as it was written", checkpoint, damaged)
+            log.warning("deleting %s, which is damaged: %s differs from what was written", checkpoint, damaged)
         else:
             log.info("resuming after step %d", step_of(checkpoint))
             return checkpoint
@@ -83,9 +83,9 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Name of a file of a sealed checkpoint that is missing, new or changed, if there is one."""
+    """Name of a missing, new or changed file of a sealed checkpoint, if there is one."""
     text = (checkpoint / WHOLE).read_text(encoding="utf-8")
-    if not text:  # of version 0.1.0, which did not write more
+    if not text:  # from version 0.1.0, which wrote nothing more
         return None
     try:
         wanted = json.loads(text)

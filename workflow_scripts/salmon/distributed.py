@@ -12,31 +12,31 @@ from salmon.errors import UserError
 
 
 def init() -> torch.device:
-    """Join the process group that the variables of torchrun or launch.sh describe, if any.
+    """Join the process group that the environment variables of torchrun or launch.sh describe, if any.
 
     Returns:
-        The device of this rank: its own GPU, or the CPU where there is none.
+        The device of this rank: its own GPU, or the CPU if there is none.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():  # also for a group of one, which DeepSpeed needs
-        # Tensors stay where they are: those on the CPU go over gloo, also where there are GPUs. Ranks wait for the
-        # slowest to load its model or to sample its share, which may take longer than the usual ten minutes.
+    if "RANK" in os.environ and not dist.is_initialized():  # also for a single process, because DeepSpeed needs a group
+        # Tensors stay on their devices; those on the CPU use gloo, even if there are GPUs. Ranks wait for the slowest
+        # one to load its model or to sample its share, which may take longer than the default of ten minutes.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
 
 
 def init_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed use the process group (of `init`), before ZeRO-3 asks it for the number of ranks."""
+    """Let DeepSpeed use the process group of `init` before ZeRO-3 asks it for the number of ranks."""
     if not dist.is_initialized():
-        raise UserError("--deepspeed needs torchrun, also for one process (torchrun --nproc-per-node 1 …)")
+        raise UserError("--deepspeed needs torchrun, even for one process (torchrun --nproc-per-node 1 …)")
     import deepspeed
 
-    # Compile nothing (for ranks on CPUs it would: sums in shared memory). A job that is killed while it compiles leaves
-    # a lock in the user's cache, on which every later job waits indefinitely.
+    # Compile nothing (ranks on CPUs would compile sums in shared memory). A job that is killed while it compiles leaves
+    # a lock in the user's cache, and every later job waits for it forever.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
@@ -69,7 +69,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over all ranks (a new tensor; no gradient)."""
+    """Sum of a tensor over all ranks (a new tensor, without gradient)."""
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -77,19 +77,19 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def from_main(value: torch.Tensor) -> torch.Tensor:
-    """The tensor of rank 0, on every rank (of the same shape and dtype on all)."""
+    """The tensor of rank 0, on every rank (shape and dtype must be equal on all ranks)."""
     if dist.is_initialized():
         dist.broadcast(value, 0)
     return value
 
 
 def any_true(values: Sequence[bool], device: torch.device | str) -> list[bool]:
-    """For each of some values, whether it is true on any rank, on every rank."""
+    """For each value, whether it is true on any rank. All ranks get the result."""
     return [number > 0 for number in sum_over_ranks(torch.tensor(values, dtype=torch.int64, device=device)).tolist()]
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order, on every rank."""
+    """The values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world()
@@ -107,10 +107,10 @@ def broadcast(value: Any) -> Any:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its sum over ranks, in one message.
+    """Replace every gradient by its sum over ranks, in a single message.
 
-    The losses are divided by totals over all ranks, so that the sum is the gradient of the joined batch. A
-    parameter without a gradient on this rank counts as zero, so that all ranks send the same bytes.
+    The losses are divided by totals over all ranks, so the sum is the gradient of the joint batch. A parameter without
+    a gradient on this rank counts as zero, so all ranks send the same number of bytes.
     """
     if not dist.is_initialized():
         return
@@ -129,11 +129,11 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def over_ranks(rows: Sequence[Any], compute: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
-    """Numbers of rows, each rank computing its share; the same number of forward passes on all (for ZeRO-3).
+    """Numbers for rows, computed in shares by all ranks, each with the same number of forward passes (for ZeRO-3).
 
     Args:
-        rows: at least one.
-        compute: numbers of some rows, on the CPU, [rows, ...].
+        rows: the rows, at least one.
+        compute: computes the numbers of some rows, on the CPU, [rows, ...].
     """
     padded = [*rows, *[rows[-1]] * (-len(rows) % world())]
     mine = compute(padded[rank() :: world()])

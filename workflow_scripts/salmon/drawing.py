@@ -1,7 +1,7 @@
-"""How pictures look: one style, one palette, and the few kinds of axes of which all of them are made.
+"""The look of pictures: one style, one palette, and the few kinds of axes that all pictures use.
 
-The same numbers give the same file: SVG without a date, with names that do not depend on chance. Colours are those of
-Okabe and Ito, which people tell apart who see few of them; where they are used up, lines and marks differ.
+The same numbers give the same file: the SVG has no date and no random names. The colours are those of Okabe and Ito,
+which colour-blind people can distinguish. When the colours run out, lines and marks differ.
 """
 
 import textwrap
@@ -21,7 +21,7 @@ from salmon.pages import Estimate
 mpl.rcParams.update(
     {
         "svg.hashsalt": "salmon",
-        "font.family": "DejaVu Sans",  # which comes with matplotlib
+        "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 9,
         "axes.titlesize": 9.5,
         "axes.titleweight": "bold",
@@ -50,11 +50,11 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1
 SHADES = DARK, GREY, LIGHT = "#57606a", "#9aa3ad", "#dde2e7"
 LINES, MARKS = ("-", "--", ":"), ("o", "s", "^")
 CHANCE = 0.5
-ROW = 0.26  # inches of one line of labels
+ROW = 0.26  # height of one line of labels, in inches
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose parts keep clear of each other."""
+    """An empty figure of a size in inches, whose parts do not overlap."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -64,7 +64,7 @@ def save(drawn: Figure, file: Path | IO[bytes]) -> None:
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour, line and mark of the series of a number; alike only after 21."""
+    """Colour, line and mark of series number N. They repeat after 21 series."""
     turn = number // len(PALETTE)
     return {
         "color": PALETTE[number % len(PALETTE)],
@@ -74,12 +74,12 @@ def style(number: int) -> dict[str, Any]:
 
 
 def wrapped(text: str, width: int = 26) -> str:
-    """A label on several lines."""
+    """A label, broken into several lines."""
     return textwrap.fill(text, width)
 
 
 def rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names as rows from the top."""
+    """Use names as rows, from top to bottom."""
     axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -93,14 +93,14 @@ def dots(
     reference: float | None = None,
     first: int = 0,
 ) -> None:
-    """Values with their intervals, a row for each name; what is not known has no dot.
+    """Values with their intervals, one row per name; an unknown value has no dot.
 
     Args:
         axes: to draw on.
-        names: of the rows.
+        names: row names.
         series: label -> an estimate for each row; an interval may be null.
         reference: a value to compare with, as a dashed line.
-        first: number of the style of the first series.
+        first: style number of the first series.
     """
     rows(axes, names)
     if reference is not None:
@@ -123,7 +123,7 @@ def dots(
 
 
 def _column(estimates: Sequence[Estimate], what: str) -> npt.NDArray[np.float64]:
-    """A part of estimates; NaN where it is not known."""
+    """One field of the estimates; NaN where unknown."""
     return np.array([np.nan if (value := one[what]) is None else value for one in estimates], dtype=np.float64)
 
 
@@ -139,21 +139,21 @@ def heat_map(
     diverging: bool = True,
     bold: Sequence[Sequence[bool]] | None = None,
 ) -> Any:
-    """A value in each cell, written on its colour.
+    """A table of values: each cell has its value and a colour.
 
     Args:
         axes: to draw on.
-        names: of the rows.
-        columns: their names.
-        values: by row and column; None is left empty.
-        low: value of the one end of the colours.
-        high: of the other.
-        digits: of the numbers.
-        diverging: whether the middle is white, else the low end.
-        bold: which numbers are written so, by row and column.
+        names: row names.
+        columns: column names.
+        values: by row and column; None leaves the cell empty.
+        low: value at the low end of the colours.
+        high: value at the high end.
+        digits: decimal digits of the numbers.
+        diverging: whether the middle is white; otherwise the low end is.
+        bold: which numbers are bold, by row and column.
 
     Returns:
-        What a colour bar is made of.
+        The image, for a colour bar.
     """
     table = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
     colours = mpl.colormaps["RdBu" if diverging else "Blues"]
@@ -185,7 +185,7 @@ def heat_map(
 
 
 def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]) -> None:
-    """Lines over steps; a single step is a mark, what is not known a gap.
+    """Lines over steps; a single step is a mark, an unknown value a gap.
 
     Args:
         axes: to draw on.
@@ -202,11 +202,11 @@ def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float
 def bars(
     axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], colours: Mapping[str, str] | None = None
 ) -> None:
-    """Bars of several parts, a row for each name.
+    """Stacked bars, one per name.
 
     Args:
         axes: to draw on.
-        names: of the rows.
+        names: row names.
         parts: label -> the length of the part in each row.
         colours: label -> colour; None for the palette.
     """
@@ -219,7 +219,7 @@ def bars(
 
 
 def legend(drawn: Figure, axes: Axes, columns: int = 4) -> None:
-    """One legend below the whole figure, of what is drawn on one of its axes."""
+    """One legend below the whole figure, for the series on one of its axes."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))

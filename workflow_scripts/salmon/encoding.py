@@ -1,13 +1,13 @@
-"""Texts to the token ids that models read. Every stage makes the ids of what a model continues or scores here.
+"""Turns texts into token ids. Every stage encodes the texts that a model continues or scores here.
 
-A prompt is a template, ours or the tokenizer's, with values from data. In a template the text of a special token is
-that token. In a value it is text, whatever a user or a model wrote: else an answer's `<|im_end|>` would end a turn, and
-what comes after it would speak for somebody else. So values are guarded before they are put into a template:
+A prompt is a template, ours or the tokenizer's, filled with values from data. In a template, the text of a special
+token is that token. In a value it is plain text, whoever wrote it: otherwise an answer's `<|im_end|>` would end a turn,
+and the text after it would speak for somebody else. Therefore values are guarded before they enter a template:
 
     value "Say </s> now."  guard ->  "Say <|/s> now."  tokenize ->  [Say] [ <] + [/] [s] [>] [ now] [.]
 
-where | is a character that no text has (`SENTINEL`). A text is encoded piece by piece between sentinels; one without
-sentinels is encoded by the tokenizer as it is.
+where | is a character that no text has (`SENTINEL`). Text between sentinels is encoded piece by piece. The tokenizer
+encodes a text without sentinels unchanged.
 """
 
 import os
@@ -28,11 +28,11 @@ from salmon.config import PolicyPrompt, PpoTexts, Scored
 from salmon.errors import UserError
 
 SENTINEL = "\ufdd0"
-"""A noncharacter, which Unicode keeps out of texts that are interchanged."""
+"""A noncharacter: Unicode excludes it from interchanged texts."""
 
 DATE = "strftime_now"
-"""The function by which chat templates write the date; as a variable of a template, the day that it takes for today."""
-# Put before a chat template, the same function for a given day; transformers takes variables, but no functions.
+"""The function with which chat templates write the date. As a template variable: the day that it treats as today."""
+# The same function for a given day, put before a chat template: transformers accepts variables but not functions.
 _GIVEN_DATE = (
     "{%- macro strftime_now(format) -%}{%- set ns = namespace(text=format) -%}"
     "{%- for code, value in given_date.items() -%}{%- set ns.text = ns.text.replace(code, value) -%}{%- endfor -%}"
@@ -40,19 +40,19 @@ _GIVEN_DATE = (
 )
 
 _SOME_QUESTION = "Is it so?"
-_UNLIKE = ("Is it so?", "a", "7", "(")  # instructions whose tokens have no beginning in common
-# What opens thinking, by whatever name and brackets: <think>, [THINK], <seed:think>, ◁think▷.
+_UNLIKE = ("Is it so?", "a", "7", "(")  # instructions whose tokens share no beginning
+# Opening markers of thinking, with any name and brackets: <think>, [THINK], <seed:think>, ◁think▷.
 _OPENS_THINKING = re.compile(r"([<\[◁])([\w:]*think[\w:]*)([>\]▷])", flags=re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class _Traits:
-    """What has to be known of a tokenizer.
+    """Properties of a tokenizer.
 
     Attributes:
-        special: tokens that decoding drops, by their text.
-        control: matches the first character of a control token's text; None where there is no such token.
-        first_characters: of those texts.
+        special: text -> id of the tokens that decoding drops.
+        control: matches the first character of a control token's text; None if there is no such token.
+        first_characters: the first characters of those texts.
         prefix: number of special tokens put before a text.
         suffix: number of special tokens put after it.
         is_spaced: whether a text is encoded as if a space came before it (SentencePiece).
@@ -67,11 +67,11 @@ class _Traits:
 
 
 def guard(tokenizer: PreTrainedTokenizerBase, value: str) -> str:
-    """A value from data, marked so that `tokenize` encodes the control tokens that it spells as plain text.
+    """Mark a value from data: `tokenize` then encodes the control tokens in it as plain text.
 
-    Control tokens are the special tokens, and those added tokens that begin and end with a mark as `<think>` and
-    `[INST]` do: they steer the model as well. Added words and white space are ordinary text. A token of a single
-    character is left alone, because there is no other way to write it.
+    Control tokens are the special tokens, and the added tokens that begin and end with a mark, as `<think>` and
+    `[INST]` do: they also steer the model. Added words and white space are ordinary text. A token of a single character
+    is not marked, because there is no other way to encode it.
     """
     traits = _traits(tokenizer)
     value = value.replace(SENTINEL, "")
@@ -85,13 +85,13 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of texts that a model continues or scores.
 
-    An end token that the tokenizer appends is taken off again: nothing comes after it that is meant. A text that
-    begins with the token that the tokenizer puts in front gets it once.
+    The end token that a tokenizer appends is removed, because the text continues. A text that already begins with the
+    token that the tokenizer prepends gets it only once.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         texts: filled templates, their values guarded (see `guard`).
-        add_special_tokens: whether the tokenizer puts its own tokens in front; a chat template brings them itself.
+        add_special_tokens: whether the tokenizer prepends its own tokens; a chat template includes them itself.
 
     Returns:
         One list of ids per text.
@@ -109,18 +109,18 @@ def tokenize(
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, values: Sequence[str]) -> list[int]:
-    """Number of tokens of each of some values from data; the token that the tokenizer puts in front counts."""
+    """Number of tokens of each value from data, including the token that the tokenizer prepends."""
     return list(map(len, tokenize(tokenizer, [guard(tokenizer, value) for value in values])))
 
 
 def token_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """First and past-the-last character of every token of each text, guarded or not, without special tokens.
+    """First and past-the-last character of every token of each text, guarded or not. Special tokens are omitted.
 
     Raises:
-        UserError: where the tokenizer gives no offsets.
+        UserError: if the tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no offsets of tokens; use a fast tokenizer")
+        raise UserError(f"{type(tokenizer).__name__} gives no token offsets; use a fast tokenizer")
     plain = [text for text in texts if SENTINEL not in text]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": True}
     found = iter(tokenizer(plain, **options)["offset_mapping"] if plain else [])
@@ -146,17 +146,17 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
 
 
 def begins_thinking(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> bool:
-    """Whether the policy's prompt ends inside thinking, which the response then continues."""
+    """Whether the policy's prompt ends inside a thinking section that the response continues."""
     if prompt.thinking is None:
         return False
     opening, closing = prompt.thinking
-    # The preamble or a system's turn may speak of the markers.
+    # The preamble or a system turn may mention the markers.
     _, _, after = prompt_text(tokenizer, _SOME_QUESTION, prompt, preamble).rpartition(_SOME_QUESTION)
     return after.rfind(opening) > after.rfind(closing)
 
 
 def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | None:
-    """The first special token that a text names, and at which character it begins; None where it names none."""
+    """The first special token that a text names, and the character at which it begins; None if it names none."""
     special = _traits(tokenizer).special
     found = [(place, -len(name), name) for name in special if name and (place := text.find(name)) >= 0]
     return (special[min(found)[2]], min(found)[0]) if found else None
@@ -165,16 +165,16 @@ def first_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: PolicyPrompt, preamble: str
 ) -> list[int]:
-    """Token ids of what the policy continues, special tokens included.
+    """Token ids of the prompt that the policy continues, special tokens included.
 
     Args:
-        tokenizer: of the policy.
+        tokenizer: the policy's tokenizer.
         instruction: with its input, if any (`text.join_instruction`).
         prompt: names the assistant's turn marker, or `chat`.
         preamble: text of the template file (see `read_preamble`).
 
     Raises:
-        UserError: where the tokenizer has no chat template, or it refuses the prompt.
+        UserError: if the tokenizer has no chat template, or the template refuses the prompt.
     """
     return encode_dialogue(tokenizer, [instruction], prompt, preamble)
 
@@ -182,17 +182,17 @@ def encode_prompt(
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerBase, said: Sequence[str], prompt: PolicyPrompt, preamble: str
 ) -> list[int]:
-    """The same of a dialogue: what the user and the policy have said by turns, the user first and last."""
+    """The same for a dialogue: alternating turns of user and policy, with the user first and last."""
     text = dialogue_text(tokenizer, said, prompt, preamble)
     return tokenize(tokenizer, [text], add_special_tokens=not prompt.is_chat)[0]
 
 
 def tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """Tokens of a text that goes on after a prompt, and how many characters of the text each one reaches.
+    """Tokens of a text that continues a prompt, and the number of characters of the text up to the end of each token.
 
     Args:
-        tokenizer: of the model; where it is not a fast one, no token reaches any.
-        text: values in it guarded.
+        tokenizer: the model's tokenizer; if it is not a fast one, the numbers are 0.
+        text: the text, its values guarded.
     """
     found, start = [], 0
     for piece in text.split(SENTINEL):
@@ -202,28 +202,28 @@ def tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple
 
 
 def shared_tokens(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, preamble: str) -> int:
-    """Number of tokens that all prompts of the policy begin with: beginning token, preamble, the user's marker."""
+    """Number of tokens that begin every prompt of the policy: beginning token, preamble, the user's marker."""
     prompts = [encode_prompt(tokenizer, text, prompt, preamble) for text in _UNLIKE]
     return len(os.path.commonprefix(prompts))  # noqa: RUF071 (token by token is what we want)
 
 
 def check_query_length(tokenizer: PreTrainedTokenizerBase, ppo: PpoTexts, prompt: PolicyPrompt) -> None:
-    """Refuse a limit of whole prompts that leaves no room for an instruction."""
+    """Refuse a prompt limit that leaves no room for an instruction."""
     around = len(encode_prompt(tokenizer, "", prompt, read_preamble(prompt)))
     if around >= ppo.query_length:
         raise UserError(
-            f"ppo.query_length is {ppo.query_length}, of which policy_prompt.template takes {around} tokens: no "
+            f"ppo.query_length is {ppo.query_length}, and policy_prompt.template takes {around} tokens of it: no "
             "instruction fits; raise ppo.query_length, or shorten the template"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template of a model that scores.
+    """A template for a model that scores texts.
 
     Attributes:
-        text: with slots.
-        is_chat: whether it is a chat already, with the special tokens of one.
+        text: the template, with slots.
+        is_chat: whether it is already a chat, with a chat's special tokens.
     """
 
     text: str
@@ -231,7 +231,7 @@ class Template:
 
     @classmethod
     def of(cls, template: "str | Template") -> "Template":
-        """A template as it is; plain text as one that is not a chat."""
+        """The template itself; plain text becomes a template that is not a chat."""
         return cls(template) if isinstance(template, str) else template
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, filled: Sequence[str]) -> list[list[int]]:
@@ -243,27 +243,27 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: str | Path, form: Sc
     """The template in a file, as `as_template` makes it.
 
     Raises:
-        UserError: as `as_template`, or where the file cannot be read.
+        UserError: as for `as_template`, or if the file cannot be read.
     """
     return as_template(tokenizer, templates.read(file), form, key, f"template {file}")
 
 
 def as_template(tokenizer: PreTrainedTokenizerBase, text: str, form: Scored, key: str, name: str) -> Template:
-    """The template of a model that scores, as a chat where the settings say so.
+    """The template for a model that scores texts, as a chat if the settings say so.
 
-    It becomes a chat before it is filled, so that neither the chat template nor what it strips touches the values, and
-    that filled texts are cut, packed and counted as any others. Where the chat template begins the assistant's turn
-    with thinking (DeepSeek-R1), that is closed, empty, before the template's last line: the verdict comes without.
+    It becomes a chat before it is filled. The chat template therefore never touches the values, and filled texts are
+    cut, packed and counted like any others. If the chat template opens the assistant's turn with thinking
+    (DeepSeek-R1), an empty thinking section is closed before the template's last line, so the verdict follows directly.
 
     Args:
-        tokenizer: of the model.
-        text: of the template.
-        form: its format, and the variables of the chat template.
-        key: of the format in the configuration, for messages.
-        name: of the template, for messages.
+        tokenizer: the model's tokenizer.
+        text: the template's text.
+        form: its format, and the chat template's variables.
+        key: the configuration key of the format, for messages.
+        name: the template's name, for messages.
 
     Raises:
-        UserError: where the tokenizer has no chat template, or one does not take it.
+        UserError: RL's four models on one base: unchanged numbers, gradients for all trained weights, lengths that fit.
     """
     if form.format == "text":
         return Template(text)
@@ -274,7 +274,7 @@ def as_template(tokenizer: PreTrainedTokenizerBase, text: str, form: Scored, key
     except UserError as error:
         raise UserError(f"{key} is `chat`, but {name} does not fit: {error}") from None
     why = ""
-    # Some chat templates refuse a system's turn, or leave it out.
+    # Some chat templates refuse a system turn, or omit it.
     joined = f"{system}\n\n{user}" if system else user
     for parts in ({"system": system, "user": user}, {"user": joined}) if system else ({"user": user},):
         try:
@@ -286,8 +286,8 @@ def as_template(tokenizer: PreTrainedTokenizerBase, text: str, form: Scored, key
             return Template(_close_thinking(chat, parts["user"].strip()) + begun, is_chat=True)
         why = "it changes the text"
     raise UserError(
-        f"{key} is `chat`, but the tokenizer's chat template does not take {name} ({why}); check the variables "
-        f"beside it, or set {key} to `text`"
+        f"{key} is `chat`, but the tokenizer's chat template does not accept {name} ({why}); check its variables "
+        f"in the same section, or set {key} to `text`"
     )
 
 
@@ -302,7 +302,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, prompt: Po
 
 
 def dialogue_text(tokenizer: PreTrainedTokenizerBase, said: Sequence[str], prompt: PolicyPrompt, preamble: str) -> str:
-    """The same of a dialogue; see `encode_dialogue`."""
+    """The same for a dialogue; see `encode_dialogue`."""
     said = [guard(tokenizer, text) for text in said]
     if not prompt.is_chat:
         return templates.policy_dialogue(preamble, prompt.assistant_marker, said)
@@ -318,7 +318,7 @@ def dialogue_text(tokenizer: PreTrainedTokenizerBase, said: Sequence[str], promp
 
 
 class _RefusedError(UserError):
-    """A chat template did not take turns."""
+    """A chat template did not accept the turns."""
 
 
 def render(
@@ -328,16 +328,16 @@ def render(
     *,
     begin: bool = True,
 ) -> str:
-    """The text that the chat template makes of turns (role -> text).
+    """The text that the chat template makes from turns (role -> text).
 
     Args:
-        tokenizer: has the template.
-        turns: in their order; as pairs where a role has several.
-        variables: of the template.
-        begin: whether the assistant's turn is begun after them.
+        tokenizer: holds the template.
+        turns: the turns in order; as pairs if a role has several.
+        variables: the template's variables.
+        begin: whether to begin the assistant's turn after them.
 
     Raises:
-        UserError: where the template does not take them, or writes the date of today.
+        UserError: if the template does not accept them, or writes today's date.
     """
     messages = [
         {"role": role, "content": text} for role, text in (turns.items() if isinstance(turns, Mapping) else turns)
@@ -353,22 +353,22 @@ def render(
         raise _RefusedError(reason(error)) from error
     if len(texts) > 1:
         raise _RefusedError(
-            "it writes the date, so that prompts would be others tomorrow; set the variable that it has for that "
-            f'(Llama 3: date_string), or {DATE} to a day such as "2026-01-31", which it then takes for today'
+            "it writes the date, so prompts would change from day to day; set the template's own variable for it "
+            f'(Llama 3: date_string), or set {DATE} to a day such as "2026-01-31", which it then treats as today'
         )
     text: str = texts.pop()
     return text
 
 
 def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What `apply_chat_template` is given besides turns, for libraries that call it themselves.
+    """The arguments of `apply_chat_template` besides the turns, for libraries that call it themselves.
 
     Args:
-        tokenizer: has the template.
-        variables: of the template.
+        tokenizer: holds the template.
+        variables: the template's variables.
 
     Raises:
-        UserError: where the tokenizer has no template, or its template refuses a user's turn or writes today's date.
+        UserError: if the tokenizer has no template, or its template refuses a user's turn or writes today's date.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template")
@@ -377,7 +377,7 @@ def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any
 
 
 def _by_day(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Options of `apply_chat_template`, more than once where the text may depend on the day: for different days."""
+    """Options of `apply_chat_template`; for several different days if the text may depend on the day."""
     options = dict(variables)
     if DATE not in str(tokenizer.chat_template):
         return [options]
@@ -388,13 +388,13 @@ def _by_day(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) ->
 
 
 def _date_codes(day: date) -> dict[str, str]:
-    """What the codes of `strftime` stand for on a day, at midnight."""
+    """Values of the `strftime` codes on a day, at midnight."""
     codes = [f"%{flag}{letter}" for letter in "aAbBcdHIjmMpSuUVwWxXyYzZ" for flag in ("", "-")]
     return {code: day.strftime(code) for code in codes}
 
 
 def _close_thinking(chat: str, said: str) -> str:
-    """A rendered chat whose assistant's turn, after what the user said, does not begin inside of thinking."""
+    """A rendered chat whose assistant's turn, after the user's text, does not begin inside a thinking section."""
     turn = chat.rpartition(said)[2]
     opened = list(_OPENS_THINKING.finditer(turn))
     closing = "{}/{}{}".format(*opened[-1].groups()) if opened else ""
@@ -402,8 +402,8 @@ def _close_thinking(chat: str, said: str) -> str:
 
 
 def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
-    """What has to be known of a tokenizer, found once for each that is in use."""
-    # A tokenizer can be changed; then it mostly has more tokens, or other settings of the two that matter.
+    """Properties of a tokenizer, determined once for each tokenizer in use."""
+    # A tokenizer can change. Usually it then has more tokens, or one of two relevant settings differs.
     state = (len(tokenizer), *(getattr(tokenizer, f"add_{name}_token", None) for name in ("bos", "eos")))
     return _find_traits(tokenizer, state)
 
@@ -431,7 +431,7 @@ def _find_traits(tokenizer: PreTrainedTokenizerBase, state: tuple[object, ...]) 
 
 
 def _is_marked(text: str) -> bool:
-    """Whether a text begins and ends with a mark: no letter, digit or space (which SentencePiece writes as ▁)."""
+    """Whether a text begins and ends with a mark: not a letter, digit or space (which SentencePiece writes as ▁)."""
     return not any(end.isalnum() or end.isspace() or end == "▁" for end in (text[0], text[-1]))
 
 
@@ -441,8 +441,8 @@ def _alternatives(texts: Iterable[str]) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of texts without sentinels, as the tokenizer makes them but for its end token and doubled ones."""
-    if not texts:  # which the tokenizer refuses
+    """Token ids of texts without sentinels, from the tokenizer, without its end token and a repeated first token."""
+    if not texts:  # the tokenizer refuses an empty list
         return []
     rows: list[list[int]] = tokenizer(
         texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
@@ -459,12 +459,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_to
 
 
 def _continue(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[tuple[int, tuple[int, int]]]:
-    """Tokens of a piece that goes on after another one, with their places in it (0, 0 where they are not known)."""
+    """Tokens of a piece that continues another piece, with their positions in it (0, 0 if unknown)."""
     if not piece:
         return []
     if not tokenizer.is_fast:
         return [(token, (0, 0)) for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    # Where a text gets a space in front, a line break takes it, and is taken off again, if it is a token of its own.
+    # If texts get a leading space, a line break absorbs it and is then removed, provided that it is a separate token.
     for lead in ("\n", "") if _traits(tokenizer).is_spaced else ("",):
         found = tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
         tokens = list(zip(found["input_ids"], found["offset_mapping"], strict=True))

@@ -1,6 +1,6 @@
-"""A judge behind an OpenAI-compatible endpoint: chat completions over HTTP, sent again where that helps.
+"""A judge behind an OpenAI-compatible endpoint: chat completions over HTTP, with retries if they can help.
 
-No text of a request or an answer is logged or shown in an error, nor is the key: a server may repeat both.
+Logs and errors contain neither texts of requests and answers nor the key. A server's messages may repeat both.
 """
 
 import logging
@@ -28,27 +28,27 @@ Verdict = Literal["A", "B", "tie"]
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same request may succeed."""
 REFUSED = frozenset({400, 413, 422})
-"""Statuses that may be about one request and no other."""
+"""Statuses that may concern this request only."""
 FILTERED = "content_filter"
 UNREADABLE = "unreadable"
-"""The reason for a missing verdict when the judge answered without naming one."""
+"""The reason for a missing verdict when the judge's answer names none."""
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts, where the server does not name them."""
-_KEPT = "what has been judged is kept: start the job again"
+"""Maximum seconds between two attempts, unless the server names them."""
+_KEPT = "the verdicts so far are kept: start the job again"
 _VERDICT = re.compile(r"^\W*verdict\W*(a|b|tie)\W*$", flags=re.IGNORECASE | re.MULTILINE)
 _CODE = re.compile(r"[\w.-]{1,60}")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two answers to be compared.
+    """Two answers to compare.
 
     Attributes:
         kind: `prompts` or `mt_bench`.
-        prompt_id: names what was asked.
+        prompt_id: identifies the question.
         instruction: what the user asked for.
-        policy: answer of the policy.
-        initial: answer of the initial policy.
+        policy: the policy's answer.
+        initial: the initial policy's answer.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Comparison:
 def dialogues(
     questions: Sequence[mt_bench.Question], policy: Sequence[mt_bench.Answer], initial: Sequence[mt_bench.Answer]
 ) -> list[Comparison]:
-    """Dialogues of MT-Bench, each as one comparison; those that both have answered."""
+    """Dialogues of MT-Bench that both have answered, each as one comparison."""
     said = [{answer.question_id: answer.choices[0].turns for answer in answers} for answers in (policy, initial)]
     return [
         Comparison(
@@ -76,7 +76,7 @@ def dialogues(
 
 
 def _dialogue(asked: Sequence[str], answers: Sequence[str]) -> str:
-    """Answers with what the user said between them."""
+    """Answers, with the user's turns between them."""
     text = answers[0]
     for question, answer in zip(asked[1:], answers[1:], strict=False):
         text += f"\n\n## The user then\n\n{question}\n\n## The assistant then\n\n{answer}"
@@ -84,13 +84,13 @@ def _dialogue(asked: Sequence[str], answers: Sequence[str]) -> str:
 
 
 def request_text(template: str, pair: Comparison, *, policy_first: bool) -> str:
-    """What the judge is asked about two answers, in one of both orders."""
+    """The question to the judge about two answers, in one of the two orders."""
     first, second = (pair.policy, pair.initial) if policy_first else (pair.initial, pair.policy)
     return templates.fill(template, UserInstruction=pair.instruction, OutputA=first, OutputB=second)
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """The verdict that an answer ends with; None where it names none."""
+    """The verdict at the end of an answer; None if it has none."""
     found = _VERDICT.findall(text)
     verdicts: dict[str, Verdict] = {"a": "A", "b": "B", "tie": "tie"}
     return verdicts[found[-1].lower()] if found else None
@@ -104,11 +104,11 @@ def preferred(verdict: Verdict | None, *, policy_first: bool) -> str | None:
 
 
 class Refused(Exception):
-    """The endpoint will not answer one request, and may well answer others.
+    """The endpoint refuses one request, but may answer others.
 
     Attributes:
-        reason: its code, or the status: a word.
-        advice: what to do if it refuses all.
+        reason: the error's code, or the status: one word.
+        advice: what to do if it refuses all requests.
     """
 
     def __init__(self, reason: str, advice: str) -> None:
@@ -117,13 +117,13 @@ class Refused(Exception):
 
 
 class Endpoint:
-    """The endpoint. Several threads may ask at once.
+    """The endpoint. Several threads may use it at once.
 
     Args:
-        settings: section of the configuration.
+        settings: its section of the configuration.
 
     Raises:
-        UserError: where the environment does not hold the key.
+        UserError: if the environment does not hold the key.
     """
 
     def __init__(self, settings: JudgeEndpoint) -> None:
@@ -133,14 +133,14 @@ class Endpoint:
         limits = httpx2.Limits(max_connections=settings.max_requests)
         self.client = httpx2.Client(timeout=settings.timeout, headers=headers, limits=limits)
         self._lock = threading.Lock()
-        self._not_before = 0.0  # a rate limit is that of all threads
+        self._not_before = 0.0  # a rate limit holds for all threads
 
     def ask(self, text: str) -> str:
         """The model's answer to one message.
 
         Raises:
-            Refused: where the endpoint will not answer this one.
-            UserError: where it will answer none, or cannot be reached in all attempts.
+            Refused: if the endpoint refuses this request.
+            UserError: if it refuses every request, or cannot be reached in any attempt.
         """
         body = {**self.settings.options, "model": self.settings.model, "messages": [{"role": "user", "content": text}]}
         for attempt in range(self.settings.retries + 1):
@@ -154,11 +154,11 @@ class Endpoint:
                 what = f"could not be reached, or did not answer within {self.settings.timeout:g} s ({kind})"
             else:
                 if response.status_code == httpx2.codes.OK:
-                    if _is_filtered(response):  # whatever text there is: it is not the whole answer
-                        raise Refused(FILTERED, f"{self.address} filters its answers; take another judge")
+                    if _is_filtered(response):  # even if there is text: the answer is incomplete
+                        raise Refused(FILTERED, f"{self.address} filters its answers; use another judge")
                     if (answer := _content(response)) is not None:
                         return answer
-                    is_there, what = True, "answered with something that is no chat completion"
+                    is_there, what = True, "answered with something that is not a chat completion"
                 elif response.status_code in AGAIN:
                     what = f"answered {response.status_code}{_in_brackets(_code(response))}"
                     if (asked := _retry_after(response)) is not None:
@@ -170,17 +170,17 @@ class Endpoint:
                 else:
                     raise UserError(self._refusal(response))
             if attempt < self.settings.retries:
-                log.warning("the endpoint %s; again in %.1f s", what, wait)
+                log.warning("the endpoint %s; trying again in %.1f s", what, wait)
                 time.sleep(wait)
         if is_there:
             raise Refused("no_completion", f"{self.address} {what}: check that it is an OpenAI-compatible endpoint")
         raise UserError(
-            f"{self.address} {what}, {self.settings.retries + 1} times in a row: look after the server or your quota, "
-            f"or set evaluation.judge_endpoint.max_requests, timeout or retries otherwise; {_KEPT}"
+            f"{self.address} {what}, {self.settings.retries + 1} times in a row: check the server or your quota, or "
+            f"change evaluation.judge_endpoint.max_requests, timeout or retries; {_KEPT}"
         )
 
     def _refusal(self, response: httpx2.Response) -> str:
-        """What to do about a status that will stay."""
+        """Advice for a status that retries will not change."""
         status = response.status_code
         key = self.settings.key_variable
         advice = {
@@ -191,8 +191,8 @@ class Endpoint:
             if key
             else "name its key's environment variable in evaluation.judge_endpoint.key_variable",
             404: "check evaluation.judge_endpoint.url and evaluation.judge_endpoint.model",
-            413: "the texts are too long for it; take a judge that reads more",
-        }.get(status, "check evaluation.judge_endpoint.options, and that the model reads texts of this length")
+            413: "the texts are too long for it; use a judge with a longer context",
+        }.get(status, "check evaluation.judge_endpoint.options, and that the model accepts texts of this length")
         return f"{self.address} answered {status}{_in_brackets(_code(response))}: {advice}; {_KEPT}"
 
 
@@ -200,19 +200,19 @@ def read_key(variable: str) -> str:
     """The key in an environment variable.
 
     Raises:
-        UserError: where there is none, or it cannot be one; without showing it.
+        UserError: if there is none, or it cannot be a key. The message does not show it.
     """
     key = os.environ.get(variable, "").strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(
             f"the environment variable {variable} (evaluation.judge_endpoint.key_variable) is "
-            + ("not set, or empty" if not key else "no key: it has blanks, or signs that a header cannot hold")
+            + ("not set or empty" if not key else "not a key: it has blanks or characters that a header cannot hold")
         )
     return key
 
 
 def _content(response: httpx2.Response) -> str | None:
-    """The text of a chat completion; None where the body is something else."""
+    """The text of a chat completion; None if the body is something else."""
     try:
         content = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -221,7 +221,7 @@ def _content(response: httpx2.Response) -> str | None:
 
 
 def _code(response: httpx2.Response) -> str:
-    """The code of an error, if the body has one that is a word; its message may repeat the request."""
+    """The code of an error, if the body has one and it is a single word. The message may repeat the request."""
     try:
         error: Any = response.json()["error"]
         code = str(error.get("code") or error.get("type") or "")
@@ -235,7 +235,7 @@ def _in_brackets(code: str) -> str:
 
 
 def _is_filtered(response: httpx2.Response) -> bool:
-    """Whether a filter has cut a chat completion, or the model refuses in a field of its own."""
+    """Whether a filter has cut a chat completion, or the model refuses in a separate field."""
     try:
         choice = response.json()["choices"][0]
         return choice.get("finish_reason") == FILTERED or bool(choice["message"].get("refusal"))
@@ -244,7 +244,7 @@ def _is_filtered(response: httpx2.Response) -> bool:
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait; None where it asks for none."""
+    """Seconds that the server asks to wait; None if it does not ask."""
     value = response.headers.get("retry-after", "")
     try:
         seconds = float(value)

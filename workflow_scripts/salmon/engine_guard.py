@@ -1,12 +1,12 @@
-"""Run a server, and end all of its processes with whoever started this one, however that one ended.
+"""Run a server, and end all its processes when the process that started this one ends, for whatever reason.
 
-`python engine_guard.py FOLDER COMMAND [ARGUMENT ...]`, with a pipe as standard input that the starter holds and never
-writes to: the kernel closes it even after SIGKILL. The folder is the server's, and is deleted with it. Nothing of the
-library is imported, so that this is up at once.
+`python engine_guard.py FOLDER COMMAND [ARGUMENT ...]`. Standard input is a pipe that the starter holds and never writes
+to: the kernel closes it even after SIGKILL. The folder belongs to the server and is deleted with it. The script imports
+nothing of the library, so it starts immediately.
 
-The server is asked to end first, since it has processes and shared memory of its own to clear away; then all of its
-group is killed, and what shared memory is left of it is deleted. This process ends when all of them have: their GPU
-memory is free then.
+The server is first asked to end, because it has its own processes and shared memory to clean up. Then its whole process
+group is killed, and its remaining shared memory is deleted. This process ends after all of them: their GPU memory is
+then free.
 """
 
 import ctypes
@@ -23,23 +23,23 @@ from threading import Thread
 GRACE = 15.0
 """Seconds between asking the server to end and killing it."""
 REST = 5.0
-"""Seconds that are left to its other processes when it has ended."""
+"""Seconds that its other processes have after it has ended."""
 SHARED = tuple(f"{os.sep}dev/shm/{name}" for name in ("psm_", "sem.mp-"))
-"""Beginnings of the names that Python's multiprocessing gives to shared memory."""
+"""Prefixes of the names that Python's multiprocessing gives to shared memory."""
 _PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
 def main(folder: str, command: list[str]) -> int:
     """Wait for the end of the command or of the pipe, whichever comes first; returns the command's status."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the starter, with which this one ends
-        signal.signal(number, lambda *_: None)  # a server would inherit it if signals were ignored
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the server leaves becomes a child of this one
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the starter; this process ends with it
+        signal.signal(number, lambda *_: None)  # a server would inherit ignored signals
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # the server's orphans become its children
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     shared: set[str] = set()
     try:
         ended, told = os.pipe()
 
-        def watch() -> None:  # a thread, since not every build of Python has os.pidfd_open
+        def watch() -> None:  # a thread, because not every build of Python has os.pidfd_open
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             os.close(told)
 
@@ -68,7 +68,7 @@ def main(folder: str, command: list[str]) -> int:
 
 
 def _others(group: int) -> list[int]:
-    """Living processes of a group, but for its first one."""
+    """Living processes of a group, without the first one."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{name}/stat") as file:
@@ -79,7 +79,7 @@ def _others(group: int) -> list[int]:
 
 
 def _shared(group: int) -> set[str]:
-    """Files of shared memory that processes of a group have."""
+    """Shared-memory files of a group's processes."""
     found = set()
     for process in [group, *_others(group)]:
         with suppress(OSError), open(f"/proc/{process}/maps") as file:

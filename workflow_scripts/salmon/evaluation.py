@@ -1,4 +1,4 @@
-"""How good judge, reward models and policies are, from judgements, scores and answers."""
+"""Measures judge, reward models and policies by judgements, scores and answers."""
 
 import itertools
 import math
@@ -19,18 +19,18 @@ BINS = 10
 
 
 def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
-    """What judgements say of the judge, without knowing which outputs are better.
+    """Measures of the judge that need judgements only, not which outputs are better.
 
     Args:
         judgements: `tables.JUDGEMENTS`.
-        seed: of the intervals.
+        seed: seed of the intervals.
 
     Returns:
         `principles`: for each, in the order of the table, `agree`: how often both orders prefer the same output;
-        `first`: where both orders agree, how often they prefer output 1; `bias`: mean of (s12 - s21) / 2, by how much
-        the output that is read first is liked better; `margin`: mean of |s12 + s21| / 2; `zeros`: how often a score is
-        0. `correlation`: of the principles' means of both orders over the pairs, Pearson's, null where one does not
-        vary.
+        `first`: how often they prefer output 1, if both orders agree; `bias`: mean of (s12 - s21) / 2, the advantage of
+        the output that is read first; `margin`: mean of |s12 + s21| / 2; `zeros`: how often a score is 0.
+        `correlation`: Pearson's correlation between principles of the mean of both orders, over the pairs; null if one
+        is constant.
     """
     names = judgements["dimension"].unique(maintain_order=True).to_list()
     found: dict[str, Any] = {}
@@ -58,17 +58,17 @@ def judge(judgements: pl.DataFrame, seed: int) -> dict[str, Any]:
 def labelled(
     judgements: pl.DataFrame, sources: pl.DataFrame, about: Mapping[str, Sequence[str] | None], seed: int
 ) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """How often the judge agrees with people, whose preferred output is output 1.
+    """How often the judge agrees with people. Output 1 is the one that people prefer.
 
     Args:
         judgements: `tables.JUDGEMENTS`.
-        sources: `prompt_id`, `source` and `instruction` of each pair; several pairs may have one instruction.
-        about: source -> names of the principles that its preferences are about; None: all.
-        seed: of the intervals.
+        sources: `prompt_id`, `source` and `instruction` of each pair; several pairs may share an instruction.
+        about: source -> names of the principles that its preferences concern; None: all.
+        seed: seed of the intervals.
 
     Returns:
-        Source -> principle -> `agree`: how often both orders prefer the same output; `right`: how often that is
-        people's, a half where they do not agree; `mean_right`: how often the mean of both orders prefers it.
+        Source -> principle -> `agree`: how often both orders prefer the same output; `right`: how often that output is
+        the people's choice, a half if the orders disagree; `mean_right`: how often the mean of both orders is right.
     """
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     of_pairs = judgements.join(sources, on="prompt_id", how="inner", maintain_order="left")
@@ -100,22 +100,22 @@ def _correlation(rows: npt.NDArray[np.float64]) -> list[list[float | None]]:
 
 
 def correct(margins: Sequence[float] | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Whether margins of preferred over other outputs are right: 1, 0, or a half where they are equal."""
+    """Whether the margins of preferred over other outputs are right: 1, 0, or a half for a tie."""
     column = np.asarray(margins, dtype=np.float64)
     return np.where(column == 0, 0.5, column > 0)
 
 
 def calibration(margins: Sequence[float] | npt.NDArray[Any], labels: Sequence[int]) -> dict[str, Any]:
-    """Whether a reward model's probabilities are the shares that come true (Bradley-Terry).
+    """How well a reward model's probabilities (Bradley-Terry) match the observed shares.
 
     Args:
-        margins: reward of output 1 less that of output 2, [N].
-        labels: 1 or 2, which output is preferred, [N].
+        margins: reward of output 1 minus reward of output 2, [N].
+        labels: 1 or 2: the preferred output, [N].
 
     Returns:
         `bins` of equal width of sigmoid(margin): mean probability of output 1 (`expected`), share in which it is
-        preferred (`observed`), `number`; empty ones are left out. `error`: their mean difference, weighted by number
-        (ECE); null of nothing.
+        preferred (`observed`), `number`; empty bins are left out. `error`: the mean absolute difference between the
+        two, weighted by number (ECE); null without records.
     """
     probabilities = 1 / (1 + np.exp(-np.asarray(margins, dtype=np.float64)))
     first = np.asarray(labels) == 1
@@ -134,14 +134,14 @@ def calibration(margins: Sequence[float] | npt.NDArray[Any], labels: Sequence[in
 
 
 def turned(records: pl.DataFrame, opposite: Mapping[str, tuple[str, str]]) -> pl.DataFrame:
-    """Records with one of their principles reversed and the others unchanged: one for each principle shown.
+    """Records with one principle reversed and the others unchanged: one record for each principle shown.
 
     Args:
         records: `tables.PREFERENCE_RECORDS`.
         opposite: principle -> its definition and its negative definition.
 
     Returns:
-        The same columns, and `record`: row in `records`; `turned`: name of the principle.
+        The same columns, plus `record`: row in `records`; `turned`: name of the reversed principle.
     """
     rows = []
     for number, row in enumerate(records.iter_rows(named=True)):
@@ -161,23 +161,23 @@ def held_out(
     seed: int,
     clean: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
-    """How a reward model does on records that it was not trained on.
+    """Measures of a reward model on records that it was not trained on.
 
     Args:
-        records: N of them, `tables.PREFERENCE_RECORDS`.
-        margins: reward of output 1 less that of output 2, [N].
-        variants: from `turned`, M of them.
-        turned_margins: likewise, [M].
-        seed: of the intervals.
-        clean: of which records the labels have no noise, [N]; None where it is not known.
+        records: `tables.PREFERENCE_RECORDS`, N rows.
+        margins: reward of output 1 minus reward of output 2, [N].
+        variants: from `turned`, M rows.
+        turned_margins: the margins of the variants, [M].
+        seed: seed of the intervals.
+        clean: which records have labels without noise, [N]; None if unknown.
 
     Returns:
-        `accuracy` (equal rewards count half) and `calibration` of all; `deciding`: for each principle that decided,
-        `plain` and `negated`, the accuracy where it is shown so, and `turned`: where it alone is reversed, how often
-        the reward model prefers the other output of the record; `calibration` of the first two together, and
-        `calibration_error` of each of the three. `flips`: for each principle shown,
-        how often the reward model changes its mind when that one is reversed. Where it is known, `clean`, of all and
-        of each principle that decided: the accuracy on records whose labels have no noise.
+        `accuracy` (equal rewards count half) and `calibration` of all records; `deciding`: for each deciding principle,
+        `plain` and `negated`, the accuracy on records that show it in that form, and `turned`: how often the reward
+        model prefers the record's other output when only this principle is reversed; `calibration` of the first two
+        together, and `calibration_error` of each of the three. `flips`: for each principle shown, how often the reward
+        model changes its preference when that principle is reversed. If known, also `clean`, for all records and for
+        each deciding principle: the accuracy on records whose labels have no noise.
     """
     labels, groups = records["preference"].to_list(), records["prompt_id"].to_list()
     sign = np.where(np.asarray(labels) == 1, 1.0, -1.0)
@@ -230,16 +230,16 @@ def held_out(
 
 
 BySource = dict[str, Estimate]
-"""Source of pairs, or subset of one -> what was measured of them."""
+"""Source of pairs, or subset of one -> its measurements."""
 
 
 def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> BySource:
     """How often a reward model agrees with people, by source of the pairs.
 
     Args:
-        records: `tables.PMP_RECORDS`, N of them.
-        margins: reward of output 1 less that of output 2, [N].
-        seed: of the intervals.
+        records: `tables.PMP_RECORDS`, N rows.
+        margins: reward of output 1 minus reward of output 2, [N].
+        seed: seed of the intervals.
     """
     sign = np.where(np.asarray(records["preference"].to_list()) == 1, 1.0, -1.0)
     right = correct(margins * sign)
@@ -251,12 +251,12 @@ def agreement(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int
 
 
 def agreement_by_subset(records: pl.DataFrame, margins: npt.NDArray[np.float64], seed: int) -> dict[str, BySource]:
-    """The same, by subset of each source that has any, such as RewardBench.
+    """The same by subset, for each source that has subsets, such as RewardBench.
 
     Args:
-        records: `tables.EVALUATION_PAIRS`, N of them.
-        margins: reward of output 1 less that of output 2, [N].
-        seed: of the intervals.
+        records: `tables.EVALUATION_PAIRS`, N rows.
+        margins: reward of output 1 minus reward of output 2, [N].
+        seed: seed of the intervals.
     """
     known = records["subset"].is_not_null().to_numpy()
     rows = records.filter(known)
@@ -268,29 +268,29 @@ def agreement_by_subset(records: pl.DataFrame, margins: npt.NDArray[np.float64],
 
 
 REFUSAL = re.compile(r"\b(?:i cannot|i can't|i won't|i(?:'m| am) (?:sorry, but|unable)|as an ai)\b")
-"""Whole words, in lower case, by which a model refuses; an answer that has some in its first 200 characters counts as a
-refusal. A proxy: it knows English only."""
+"""Whole words, in lower case, that signal a refusal. An answer with any of them in its first 200 characters counts as a
+refusal. This is a proxy, and knows English only."""
 
 
 SHARES = ("finished", "language_kept", "refusals")
-"""Of what `behaviour` measures, what either holds for an answer or not."""
+"""The measures of `behaviour` that are yes or no for each answer."""
 
 
 def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
-    """What answers are like, without a model.
+    """Measures of answers that need no model.
 
     Args:
         answers: `tables.ANSWERS`.
-        seed: of the intervals.
+        seed: seed of the intervals.
 
     Returns:
-        Means over the answers: `kl`: log of how much more probable an answer is than under the initial policy, whose
-        mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself; `language_kept`: share
-        in the language of the instruction, of those where both are known; `refusals`: share (`REFUSAL`); `distinct_1`
-        to `distinct_3`: distinct words, pairs and triples of words, of all in an answer that has any, which are fewer
-        the longer it is. The other two do not depend on the length: `window_distinct_1` to `_3`: the same in every
-        `WINDOW` words that follow each other in an answer, of answers that have as many; `corpus_distinct_1` to `_3`:
-        of `SAMPLE` drawn from those of all answers, as expected, without an interval.
+        Means over the answers: `kl`: log of the ratio of an answer's probabilities under the policy and under the
+        initial policy, whose mean is the KL divergence; `tokens` and `words`; `finished`: share that ended by itself;
+        `language_kept`: share in the language of the instruction, among answers with both languages known;
+        `refusals`: share (`REFUSAL`); `distinct_1` to `distinct_3`: share of distinct words, word pairs and triples
+        among all in an answer that has any, which falls with the length. The other two do not depend on the length:
+        `window_distinct_1` to `_3`: the same within every `WINDOW` consecutive words of an answer that is long enough;
+        `corpus_distinct_1` to `_3`: the expected share in `SAMPLE` draws from all answers, without an interval.
     """
     texts, groups = answers["response"].to_list(), answers["prompt_id"].to_list()
     asked = language.detect(
@@ -319,7 +319,7 @@ def behaviour(answers: pl.DataFrame, seed: int) -> dict[str, Estimate]:
     return found
 
 
-WINDOW = 20  # words: few answers are shorter, and a text that repeats itself does so within as many
+WINDOW = 20  # words: few answers are shorter, and repetitions usually fall within this window
 SAMPLE = 500  # n-grams
 
 
@@ -328,25 +328,25 @@ def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def _distinct(words: Sequence[str], size: int) -> float:
-    """Share of distinct n-grams; NaN where there are none."""
+    """Share of distinct n-grams; NaN if there are none."""
     grams = _grams(words, size)
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def _distinct_in_windows(words: Sequence[str], size: int) -> float:
-    """Mean share of distinct n-grams over all windows of `WINDOW` words; NaN of a shorter text."""
+    """Mean share of distinct n-grams over all windows of `WINDOW` words; NaN for a shorter text."""
     shares = [_distinct(words[at : at + WINDOW], size) for at in range(len(words) - WINDOW + 1)]
     return float(np.mean(shares)) if shares else math.nan
 
 
 def _distinct_of_all(texts: Sequence[Sequence[str]], size: int) -> tuple[float | None, int]:
-    """Expected share of distinct n-grams of `SAMPLE` that are drawn without replacement from those of all texts.
+    """Expected share of distinct n-grams among `SAMPLE` drawn without replacement from the n-grams of all texts.
 
-    An n-gram that is there c times of N is in the sample with probability 1 - C(N - c, SAMPLE) / C(N, SAMPLE)
+    An n-gram that occurs c times among N is in the sample with probability 1 - C(N - c, SAMPLE) / C(N, SAMPLE)
     (rarefaction: Hurlbert, 1971).
 
     Returns:
-        The share, null where there are fewer; and N.
+        The share, null if there are fewer; and N.
     """
     often = Counter(Counter(gram for words in texts for gram in _grams(words, size)).values())
     number = sum(count * grams for count, grams in often.items())
@@ -364,9 +364,9 @@ def _distinct_of_all(texts: Sequence[Sequence[str]], size: int) -> tuple[float |
 
 
 Wins = dict[str, dict[str, Estimate]]
-"""Policy -> another one -> how often its answer is preferred to that one's."""
+"""Policy -> another policy -> how often the first one's answer is preferred."""
 OfScores = dict[str, dict[str, dict[str, Any]]]
-"""Reward model -> principle -> `plain` and `negated` -> what was measured."""
+"""Reward model -> principle -> `plain` and `negated` -> the measurements."""
 
 
 def score_means(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
@@ -374,7 +374,7 @@ def score_means(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
 
     Args:
         scores: policy -> `tables.SCORES` of its answers.
-        seed: of the intervals.
+        seed: seed of the intervals.
     """
     return _of_scores(
         scores,
@@ -383,11 +383,11 @@ def score_means(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
 
 
 def score_wins(scores: Mapping[str, pl.DataFrame], seed: int) -> OfScores:
-    """How often a policy's answers have higher scores than another one's to the same prompts, for all pairs (`Wins`).
+    """How often a policy's answers score higher than another policy's to the same prompts, for all pairs (`Wins`).
 
     Args:
         scores: policy -> `tables.SCORES` of its answers.
-        seed: of the intervals.
+        seed: seed of the intervals.
     """
 
     def wins(columns: Mapping[str, npt.NDArray[np.float64]], prompts: Sequence[str]) -> Wins:
@@ -406,7 +406,7 @@ def _of_scores(
     scores: Mapping[str, pl.DataFrame],
     measure: Callable[[Mapping[str, npt.NDArray[np.float64]], Sequence[str]], dict[str, Any]],
 ) -> OfScores:
-    """What is measured of every reward model and principle, from policies' scores (NaN where one has none)."""
+    """Apply a measure to every reward model and principle, given the policies' scores (NaN where one is missing)."""
     found: OfScores = {}
     key = ["reward_model", "dimension", "opposite"]
     table = pl.concat(rows.with_columns(policy=pl.lit(name)) for name, rows in scores.items())
@@ -419,17 +419,17 @@ def _of_scores(
 
 
 def _lost(won: Estimate) -> Estimate:
-    """The other side of a share of wins."""
+    """The same share of wins, seen from the other policy."""
     turned = {"value": won["value"], "low": won["high"], "high": won["low"]}
     return {name: None if value is None else 1 - value for name, value in turned.items()} | {"number": won["number"]}
 
 
 def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
-    """How often the judge prefers output 1, by principle: 1, 0, or a half where its two orders disagree.
+    """How often the judge prefers output 1, by principle. A pair counts half if the two orders disagree.
 
     Args:
         judgements: `tables.JUDGEMENTS`.
-        seed: of the intervals.
+        seed: seed of the intervals.
     """
     return {
         str(name): share(preferred(rows), rows["prompt_id"].to_list(), seed)
@@ -438,16 +438,16 @@ def judge_wins(judgements: pl.DataFrame, seed: int) -> dict[str, Estimate]:
 
 
 def verdict_wins(verdicts: pl.DataFrame, seed: int) -> dict[str, dict[str, Estimate]]:
-    """What a model behind an endpoint says of a policy's answers and those of the initial policy.
+    """How a model behind an endpoint compares a policy's answers with the initial policy's.
 
     Args:
-        verdicts: `tables.VERDICTS`; what was not judged in both orders is left out.
-        seed: of the intervals.
+        verdicts: `tables.VERDICTS`; comparisons that were not judged in both orders are left out.
+        seed: seed of the intervals.
 
     Returns:
-        Kind -> `won`: how often both orders prefer the policy's answer, a half where they disagree or find a tie;
-        `agree`: how often both orders say the same, of those where one of them prefers an answer; `first`: of the
-        verdicts that are no ties, how often the answer that was shown first is preferred.
+        Kind -> `won`: how often both orders prefer the policy's answer, a half if they disagree or tie; `agree`: how
+        often both orders say the same, among comparisons in which at least one prefers an answer; `first`: how often
+        the answer shown first is preferred, among the verdicts other than ties.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for (kind,), rows in verdicts.drop_nulls("preferred").group_by("kind", maintain_order=True):
@@ -485,15 +485,15 @@ def policies(
     Args:
         answers: policy -> `tables.ANSWERS`, initial policies first.
         scores: the same -> `tables.SCORES`.
-        judgements: policy and its initial one -> `tables.JUDGEMENTS` of their answers.
-        seed: of the intervals.
-        verdicts: likewise -> `tables.VERDICTS`.
-        versus: policy and that of another run -> `tables.JUDGEMENTS` of their answers.
+        judgements: policy and its initial policy -> `tables.JUDGEMENTS` of their answers.
+        seed: seed of the intervals.
+        verdicts: the same pairs -> `tables.VERDICTS`.
+        versus: policy and another run's policy -> `tables.JUDGEMENTS` of their answers.
 
     Returns:
         `names` of the policies; `initial`: run -> the policy that it starts from; `behaviour` of each policy; `scores`
         (`score_means`); `wins` (`score_wins`); `judge`: principle -> policy -> initial policy -> how often the judge
-        prefers its answer; `versus`: the same with another run's in that one's place; and `endpoint`: policy -> initial
+        prefers the policy's answer; `versus`: the same against another run's policy; and `endpoint`: policy -> initial
         policy -> `verdict_wins`.
     """
 
@@ -517,7 +517,7 @@ def policies(
 
 
 def policies_markdown(found: Mapping[str, Any]) -> str:
-    """Tables of what `policies` found: behaviours, and principles x runs by reward models and judge."""
+    """The results of `policies` as tables: behaviour, and principles x runs by reward models and judge."""
     initial: Mapping[str, str] = found["initial"]
 
     def shown(one: Estimate | None) -> str:
@@ -578,7 +578,7 @@ def policies_markdown(found: Mapping[str, Any]) -> str:
         lines += ["## Answers that the model behind the endpoint prefers to the initial policy's", ""]
         lines += table(
             "run",
-            ["against", "share", "both orders agree", "prefers the first one"],
+            ["against", "share", "both orders agree", "prefers the first answer"],
             {
                 f"{run}, {kind}": [other, *(shown(one[what]) for what in ("won", "agree", "first"))]
                 for run, of_others in found["endpoint"].items()

@@ -1,6 +1,6 @@
-"""What the report shows of each stage: its pictures and its tables, from what the stage has written.
+"""Pictures and tables of the report, made from the files of each stage.
 
-A function takes what JSON files and manifests hold, and reads and writes nothing; `write` puts a part into its folder.
+The functions take the contents of JSON files and manifests; only `write` touches files: it writes a part to a folder.
 """
 
 from collections import defaultdict
@@ -15,9 +15,9 @@ from salmon import drawing
 from salmon.pages import Cell, Estimate, Table, page
 
 NOTHING: Estimate = {"value": None, "low": None, "high": None, "number": 0}
-AGAIN = "move its folder away, and let it be built again"
-"""What to do about a file that cannot be read."""
-INTERVALS = "In brackets: 95% intervals, by a bootstrap that draws whole prompts, or Wilson's."
+AGAIN = "move its folder away, so that it is built again"
+"""Advice for a file that cannot be read."""
+INTERVALS = "In brackets: 95% intervals, from a bootstrap that draws whole prompts, or Wilson's."
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Part:
     """A part of the report.
 
     Attributes:
-        title: of the page with its tables.
-        tables: of the page.
-        pictures: name of the file -> picture.
+        title: title of the page with its tables.
+        tables: the page's tables.
+        pictures: file name -> picture.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Part:
     pictures: Mapping[str, Figure] = field(default_factory=dict)
 
     def __add__(self, other: "Part") -> "Part":
-        """Both, under the title of the first."""
+        """Both parts together, under the title of the first."""
         return Part(self.title, [*self.tables, *other.tables], {**self.pictures, **other.pictures})
 
     def write(self, folder: Path) -> None:
@@ -54,15 +54,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """Rows that came in, were kept, and were left out, by reason.
+    """Numbers of rows read, kept, and left out, by reason.
 
     Attributes:
-        stage: name of the table.
-        source: of the rows; empty where there is only one.
-        run: the first one that has the table.
-        rows: that came in.
-        kept: of these.
-        left_out: reason -> number.
+        stage: the table's name.
+        source: the source of the rows; empty if there is only one.
+        run: the first run that has the table.
+        rows: rows read.
+        kept: rows kept.
+        left_out: reason -> rows left out.
     """
 
     stage: str
@@ -74,7 +74,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """What it is, in a line."""
+        """The label of the step, on one line."""
         run = "" if self.run == "default" else f" ({self.run})"
         return f"{self.stage}{': ' if self.source else ''}{self.source}{run}"
 
@@ -93,20 +93,20 @@ TITLES = {
     "initial_answers": "initial policy's answers",
     "answers": "policy's answers",
     "judged_pairs": "people's pairs, judged",
-    "answer_judgements": "answers judged beside the initial policy's",
-    "run_judgements": "answers judged beside another run's",
+    "answer_judgements": "answers judged against the initial policy's",
+    "run_judgements": "answers judged against another run's",
 }
-"""Tables in whose manifests rows are counted, in the order in which they are made."""
+"""Tables whose manifests count rows, in the order in which they are made."""
 JUDGED = ("preferences", "judged_pairs", "answer_judgements", "run_judgements")
 
 
 def steps(name: str, run: str, counts: Mapping[str, int]) -> Iterator[Step]:
-    """What the manifest of a table says of the rows on their way into it.
+    """The steps that led to a table, from the counts in its manifest.
 
     Args:
-        name: of the table, one of `TITLES`.
-        run: the first one that has it.
-        counts: of its manifest.
+        name: the table's name, one of `TITLES`.
+        run: the first run that has it.
+        counts: the counts in its manifest.
     """
     title = TITLES[name]
 
@@ -138,7 +138,7 @@ def steps(name: str, run: str, counts: Mapping[str, int]) -> Iterator[Step]:
             yield step(source, kept, here, rows)
 
 
-REASONS = 6  # that have a colour of their own
+REASONS = 6  # reasons with a separate colour
 LIMIT, OTHERS = "over the limit", "other reasons"
 
 
@@ -163,7 +163,7 @@ def funnel(found: Sequence[Step]) -> Part:
     labels = [one.label for one in found]
     drawing.bars(axes, labels, parts, colours)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlim=(0, 1), xlabel="share of the rows that came in")
+    axes.set(xlim=(0, 1), xlabel="share of the rows read")
     axes.xaxis.set_major_formatter("{x:.0%}")
     for row, one in enumerate(found):
         axes.text(1.01, row, f"{one.kept:,} of {one.rows:,}", va="center", fontsize=8.5)
@@ -172,12 +172,12 @@ def funnel(found: Sequence[Step]) -> Part:
     rows: list[list[Cell]] = [
         [one.stage, one.source, one.run, one.rows, one.kept, one.rows - one.kept, _reasons(one)] for one in found
     ]
-    note = "Counted in the manifest of each table. A run has a row of its own where no earlier run has the same table."
+    note = "From the manifest of each table. A run has a separate row if no earlier run has the same table."
     return Part("From raw data to records", [Table("", columns, rows, note)], {"funnel": drawn})
 
 
 def _reasons(one: Step) -> str:
-    """Why rows were left out, the most frequent reason first."""
+    """The reasons for leaving out rows, the most frequent first."""
     ordered = sorted(one.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
     return ", ".join(f"{reason} {number:,}" for reason, number in ordered)
 
@@ -204,7 +204,7 @@ def judge(found: Mapping[str, Any]) -> Part:
         panels[3].set(xlim=(-0.02, 1.02), title="Right, by people's pairs", xlabel="share of pairs")
         drawing.legend(drawn, panels[3])
     drawing.dots(middle, names, {"": [measured[name]["bias"] for name in names]}, reference=0)
-    middle.set(title="Position bias", xlabel="how much better the output read first is liked")
+    middle.set(title="Position bias", xlabel="advantage of the output read first")
     drawing.dots(right, names, {"": [measured[name]["margin"] for name in names]})
     right.set(title="Margin", xlabel="size of the mean score of both orders")
     for axes in panels[1:]:
@@ -222,8 +222,8 @@ def judge(found: Mapping[str, Any]) -> Part:
     ]
     correlations = [[name, *row] for name, row in zip(names, found["correlation"], strict=True)]
     note = (
-        "How often both orders prefer the same output; of these, how often output 1; by how much the output that is "
-        f"read first is liked better; the size of the mean score; how often a score is 0. {INTERVALS}"
+        "How often both orders prefer the same output; of these, how often output 1; the advantage of the output that "
+        f"is read first; the size of the mean score; how often a score is 0. {INTERVALS}"
     )
     tables = [Table("Judgements", columns, rows, note), Table("Correlation", ["principle", *names], correlations)]
     if labelled:
@@ -234,8 +234,8 @@ def judge(found: Mapping[str, Any]) -> Part:
             for name, one in by_principle.items()
         ]
         note = (
-            "How often the judge prefers the output that people prefer, a half where its two orders disagree; and by "
-            f"the mean of both orders. {INTERVALS}"
+            "How often the judge prefers the output that people prefer (a half if its two orders disagree), and how "
+            f"often the mean of both orders does. {INTERVALS}"
         )
         tables.append(Table("Pairs that people compared", columns, rows, note))
     return Part("The judge", tables, {"judge": drawn, "correlation": square})
@@ -245,7 +245,7 @@ def judge(found: Mapping[str, Any]) -> Part:
 
 
 def model_training(title: str, metrics: Mapping[str, Any]) -> Part:
-    """The training of an adapter: its loss, and what was measured on what it held out (metrics.json)."""
+    """The training of an adapter: its loss, and the measurements on held-out data (metrics.json)."""
     log, held_out = metrics["training"], metrics["evaluation"]
     drawn = drawing.figure(9.5, 3.0)
     left, right = drawn.subplots(1, 2)
@@ -313,15 +313,15 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         none = [None] * len(WAYS)
         rows.append(["all records", held_out["accuracy"], *none, held_out["calibration"]["error"], *none])
         note = (
-            "How often the preferred output has the higher reward, where the deciding principle is shown as it is and "
-            "where it is negated; how often the other output has, when it alone is reversed; and how often the higher "
-            f"reward changes sides when a principle is reversed. {INTERVALS}"
+            "How often the preferred output has the higher reward when the deciding principle is shown plain, and when "
+            "it is shown negated; how often the other output has it when only this principle is reversed; and how "
+            f"often the higher reward changes sides when a principle is reversed. {INTERVALS}"
         )
         if "clean" in held_out:
             columns.append("clean labels")
             for row, one in zip(rows, [*deciding.values(), held_out], strict=True):
                 row.append(one["clean"])
-            note += " Clean labels are those that no noise has reversed, about which both orders of the judge agree."
+            note += " Clean labels are those that no noise has reversed and on which both orders of the judge agree."
         tables.append(Table("Held-out records", columns, rows, note))
     if people := found.get("people"):
         ways = list(people)
@@ -350,7 +350,7 @@ def _shown(way: str) -> str:
 
 
 def _calibration(axes: Any, whole: Mapping[str, Any], deciding: Mapping[str, Mapping[str, Any]]) -> None:
-    """Probabilities against the shares that came true, of all records and, in grey, of each principle."""
+    """Probabilities against observed shares: of all records and, in grey, of each principle."""
     axes.plot([0, 1], [0, 1], color=drawing.DARK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     label: str | None = "of one principle"
     for one in deciding.values():
@@ -362,7 +362,7 @@ def _calibration(axes: Any, whole: Mapping[str, Any], deciding: Mapping[str, Map
     most = max((one["number"] for one in bins), default=1)
     axes.scatter(*_points(bins), s=[12 + 90 * one["number"] / most for one in bins], color=drawing.PALETTE[0], zorder=3)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title="Calibration")
-    axes.set(xlabel="probability of output 1", ylabel="share that came true")
+    axes.set(xlabel="probability of output 1", ylabel="observed share")
     axes.legend(loc="upper left")
 
 
@@ -380,13 +380,13 @@ CURVES = {
     "finished": "Share that ends by itself",
     "value_error": "Squared error of the value model",
 }
-"""Of metrics.jsonl -> what it is."""
+"""Key in metrics.jsonl -> its label."""
 SECONDS = {"seconds_sampling": "sampling", "seconds_measuring": "measuring", "seconds_updating": "updating"}
-END = 10  # of so many parts of the steps, the last one is the end
+END = 10  # the end is the last of this many parts of the steps
 
 
 def training(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Part:
-    """PPO of all runs: curves over the steps, and where the time went.
+    """PPO of all runs: curves over the steps, and the time by part.
 
     Args:
         runs: run -> entries of its metrics.jsonl, in order.
@@ -417,7 +417,7 @@ def training(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Part:
     for run, entries in runs.items():
         ends = [value for key in CURVES for value in (entries[0].get(key), _mean_at_end(entries, key))]
         rows.append([run, len(entries), *ends, *(sum(entry.get(key, 0.0) for entry in entries) for key in SECONDS)])
-    note = "The end is the mean of the last tenth of the steps. Every step: metrics.jsonl in the folder of the policy."
+    note = "The end is the mean of the last tenth of the steps. The policy's folder has every step in metrics.jsonl."
     return Part("PPO", [Table("", columns, rows, note)], {"training": drawn})
 
 
@@ -437,7 +437,7 @@ BEHAVIOUR = {
     "window_distinct_2": "Distinct pairs in 20 words",
     "kl": "KL to the initial policy",
 }
-"""Of policies.json -> what it is; what the picture shows, and the table more of."""
+"""Key in policies.json -> its label. The picture shows these; the table shows more."""
 
 
 def policies(found: Mapping[str, Any]) -> Part:
@@ -473,7 +473,7 @@ def policies(found: Mapping[str, Any]) -> Part:
             [one, *((of.get(run) or {}).get(other) for run, other in initial.items())]
             for one, of in found["judge"].items()
         ]
-        note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
+        note = f"Share of prompts. A prompt counts half if the judge's two orders disagree. {INTERVALS}"
         tables.append(Table("Answers that the judge prefers to the initial policy's", ["principle", *runs], rows, note))
     others: list[list[Cell]] = [
         [principle, run, other, one]
@@ -482,11 +482,11 @@ def policies(found: Mapping[str, Any]) -> Part:
         for other, one in of_others.items()
     ]
     if others:
-        note = f"Share of prompts, a half where the judge's two orders disagree. {INTERVALS}"
+        note = f"Share of prompts. A prompt counts half if the judge's two orders disagree. {INTERVALS}"
         columns = ["principle", "run", "against", "share"]
         tables.append(Table("Runs against each other, by the judge", columns, others, note))
     if found.get("endpoint"):
-        columns = ["run", "against", "answers to", "share", "both orders agree", "prefers the first one"]
+        columns = ["run", "against", "answers to", "share", "both orders agree", "prefers the first answer"]
         rows = [
             [run, other, kind, *(one[what] for what in ("won", "agree", "first"))]
             for run, of_others in found["endpoint"].items()
@@ -495,8 +495,8 @@ def policies(found: Mapping[str, Any]) -> Part:
         ]
         heading = "Answers that the model behind the endpoint prefers to the initial policy's"
         note = (
-            "Share of prompts that it judged in both orders, a half where these disagree or find a tie; how often both "
-            f"say the same; and how often the answer that was shown first is preferred, if one is. {INTERVALS}"
+            "Share of the prompts that it judged in both orders (a prompt counts half if these disagree or tie); how "
+            f"often both say the same; and how often the answer shown first is preferred, if one is. {INTERVALS}"
         )
         tables.append(Table(heading, columns, rows, note))
     for model, principles in found["wins"].items():
@@ -510,13 +510,13 @@ def policies(found: Mapping[str, Any]) -> Part:
         if rows:
             whose = "" if len(found["wins"]) == 1 else f" of {model}"
             heading = f"Runs against each other, by the reward model{whose}"
-            note = f"Share of prompts on which the run's score is higher than the other one's. {INTERVALS}"
+            note = f"Share of prompts on which the run scores higher than the other run. {INTERVALS}"
             tables.append(Table(heading, ["principle", "run", "against", "share"], rows, note))
     return Part("Policies", tables, pictures)
 
 
 def _by_principle(principles: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Principles, plain and negated, with what was measured by policy."""
+    """Principles, plain and negated, with their measurements by policy."""
     for name, ways in principles.items():
         for way, values in sorted(ways.items(), reverse=True):  # plain, then negated
             yield (name if way == "plain" else f"{name}, negated"), values
@@ -541,7 +541,7 @@ def _behaviour(names: Sequence[str], behaviour: Mapping[str, Mapping[str, Estima
 def _principles(
     initial: Mapping[str, str], principles: Mapping[str, Any], judged: Mapping[str, Any], whose: str
 ) -> Figure:
-    """Share of prompts on which a run does better than its initial policy: by reward model and judge."""
+    """Share of prompts on which a run beats its initial policy, according to reward model and judge."""
 
     def cells(values: Mapping[str, Any]) -> list[Estimate]:
         return [(values.get(run) or {}).get(other) or NOTHING for run, other in initial.items()]
@@ -574,7 +574,7 @@ def _principles(
 
 
 def _is_clear(cell: Estimate) -> bool:
-    """Whether the interval excludes chance, where neither side wins more often."""
+    """Whether the interval excludes 0.5, where neither side wins more often."""
     low, high = cell["low"], cell["high"]
     return low is not None and high is not None and not low <= drawing.CHANCE <= high
 
@@ -603,8 +603,8 @@ def tasks(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | int
         [task, metric, *(estimates[row] for estimates in columns.values())] for row, (task, metric) in enumerate(asked)
     ]
     note = (
-        "In brackets: 95% intervals by question, or 1.96 of lm-eval's standard errors to both sides where a metric is "
-        "not a mean over the items. The picture has the metrics that are shares."
+        "In brackets: 95% intervals by question, or 1.96 times lm-eval's standard error to both sides if a metric is "
+        "not a mean over the items. The picture shows the metrics that are shares."
     )
     return Part("Benchmarks", [Table("", ["task", "metric", *columns], rows, note, digits=3)], {"tasks": drawn})
 
@@ -615,14 +615,14 @@ def _is_share(one: Estimate) -> bool:
 
 # ---- Samples
 
-LONGEST = 2000  # characters of an answer that are shown
+LONGEST = 2000  # characters shown of an answer
 
 
 def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> Part:
     """Answers of all policies side by side.
 
     Args:
-        prompts: what was asked.
+        prompts: the prompts.
         answers: policy -> its answers, in the same order.
     """
     rows = [

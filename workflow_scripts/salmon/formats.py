@@ -1,9 +1,9 @@
-r"""The upstream schemas of public data sets, and what is taken from a row of each: prompts, examples, comparisons.
+r"""The upstream schemas of public data sets, and how to get prompts, examples or comparisons from their rows.
 
-A format is one entry here: a `TypedDict` of the columns that are needed, and a function of a row of this type under
-`@prompts_from("NAME")`, `@examples_from("NAME")` or `@comparisons_from("NAME")`. The schema is read off the function's
-annotation, the configuration accepts what is registered, and docs/configuration.md lists it. A function returns what it
-found, or `Skipped` with the reason why the row gives nothing, which is counted (reference: steps 1 to 3).
+A format is one entry here: a `TypedDict` of the columns that it needs, and a function that takes one such row, under
+`@prompts_from("NAME")`, `@examples_from("NAME")` or `@comparisons_from("NAME")`. The function's annotation gives the
+schema, the configuration accepts every registered name, and docs/configuration.md lists them. A function returns its
+result, or `Skipped` with the reason why the row gives none; reasons are counted (reference: steps 1 to 3).
 """
 
 import os
@@ -24,7 +24,7 @@ QuestionType = Literal["general", "reasoning", "red_teaming"]
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)  # 0, 1, 2 in the authors' files
 DOLLY_CATEGORIES = ("creative_writing", "brainstorming", "open_qa", "general_qa", "classification")
 OPENORCA_FAMILIES = ("niv", "flan", "t0", "cot")
-HUMANS, ASSISTANTS = ("human", "user"), ("gpt", "chatgpt", "assistant")  # speakers of shared conversations
+HUMANS, ASSISTANTS = ("human", "user"), ("gpt", "chatgpt", "assistant")  # names of the speakers in shared conversations
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 SELF_ALIGN_END = "\n### User"
@@ -37,45 +37,45 @@ _BARE_AT_START = re.compile(r"(\d{1,3})/(\d{1,3})(?!\d)")
 _COUNTER_LENGTH = len("999 / 999")
 _FIRST_OF_ONE = re.compile(r"(?<!\d)1 / 1(?!\d)")
 _LABELS = ("Share Prompt", "Translate now")
-_LAST_LABEL = "지금 번역하기"  # "translate now"; what follows is the page's, too
-_LANGUAGE_LABELS = ("Language: ", "Language:")  # before the name of a language
-_LANGUAGES = ("Chinese (Traditional)", "Chinese (Simplified)")  # those of more than letters
-# By which an extension says that the conversation is one with Bing and not with ChatGPT.
+_LAST_LABEL = "지금 번역하기"  # "translate now"; the text after it also belongs to the page
+_LANGUAGE_LABELS = ("Language: ", "Language:")  # precede the name of a language
+_LANGUAGES = ("Chinese (Traditional)", "Chinese (Simplified)")  # names that are not letters only
+# With this, an extension says that the conversation is with Bing, not with ChatGPT.
 _BING = re.compile(r"~{1,9}(?=[^~\n]{0,300}Bing)(?=[^~\n]{0,300}ChatGPT)[^~\n]{1,300}~{1,9}")
 
 
 class Prompt(NamedTuple):
-    """What is asked; type and bonus where a row has its own."""
+    """A prompt; type and bonus if the row states them."""
 
     instruction: str
     input: str = ""
-    family: str = ""  # a limit holds for each family of a source
+    family: str = ""  # a limit applies to each family of a source
     question_type: QuestionType | None = None
     length_bonus: float | None = None
 
     @property
     def text(self) -> str:
-        """What the policy reads, and what makes two prompts the same."""
+        """The text that the policy reads. Prompts with equal texts are duplicates."""
         return join_instruction(self.instruction, self.input)
 
 
 class Example(NamedTuple):
-    """An instruction with an answer that is to be learnt."""
+    """An instruction with an answer to learn."""
 
     instruction: str
     input: str
     output: str
-    is_whole: bool = True  # whether the answer ends where its text does; else it was cut off
+    is_whole: bool = True  # whether the answer is complete; otherwise it was cut off
     family: str = ""
 
     @property
     def text(self) -> str:
-        """What makes two examples the same."""
+        """Examples with equal keys are duplicates."""
         return f"{join_instruction(self.instruction, self.input)}\0{self.output}"
 
 
 class Comparison(NamedTuple):
-    """Two answers to a query, of which a person preferred one; by how much, and a part of the source, where known."""
+    """Two answers to a query, one preferred by a person; with the strength and the subset of the source, if known."""
 
     query: str
     preferred: str
@@ -91,18 +91,18 @@ class Skipped(str):
 
 
 Located = tuple[str, Any]
-"""Where a row stands, for messages; and the row."""
+"""A row's location, for messages; and the row."""
 Row = TypeVar("Row")
 Found = TypeVar("Found", Prompt, Example)
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """A schema that prompts are taken from.
+    """A schema that gives prompts.
 
     Attributes:
-        row: a `TypedDict`; columns that it does not have are left out.
-        extract: prompts of the rows of a data set; what is left out is counted by reason.
+        row: a `TypedDict`; other columns are left out.
+        extract: returns the prompts of a data set's rows; omitted rows are counted by reason.
     """
 
     row: Any
@@ -111,7 +111,7 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class ExampleFormat:
-    """A schema of instructions with answers; as `PromptFormat`."""
+    """A schema of instructions with answers; otherwise like `PromptFormat`."""
 
     row: Any
     extract: Callable[[Iterable[Located], Counter[str]], Iterator[Example]]
@@ -119,7 +119,7 @@ class ExampleFormat:
 
 @dataclass(frozen=True)
 class PairFormat:
-    """A schema of human preferences: `row` as in `PromptFormat`, `compare` of one row."""
+    """A schema of human preferences: `row` as in `PromptFormat`; `compare` takes one row."""
 
     row: Any
     compare: Callable[[Any], Comparison | Skipped]
@@ -131,7 +131,7 @@ PAIR_FORMATS: dict[str, PairFormat] = {}
 
 
 def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Callable[[Row], Prompt | Skipped]]:
-    """Register a function of one row as a format of prompts."""
+    """Register a function of one row as a prompt format."""
 
     def register(function: Callable[[Row], Prompt | Skipped]) -> Callable[[Row], Prompt | Skipped]:
         _add(PROMPT_FORMATS, name, PromptFormat(_schema(function), _each(function)))
@@ -141,7 +141,7 @@ def prompts_from(name: str) -> Callable[[Callable[[Row], Prompt | Skipped]], Cal
 
 
 def examples_from(name: str) -> Callable[[Callable[[Row], Example | Skipped]], Callable[[Row], Example | Skipped]]:
-    """Register a function of one row as a format of instructions with answers."""
+    """Register a function of one row as a format for instructions with answers."""
 
     def register(function: Callable[[Row], Example | Skipped]) -> Callable[[Row], Example | Skipped]:
         _add(EXAMPLE_FORMATS, name, ExampleFormat(_schema(function), _each(function)))
@@ -153,7 +153,7 @@ def examples_from(name: str) -> Callable[[Callable[[Row], Example | Skipped]], C
 def _each(
     function: Callable[[Any], Found | Skipped],
 ) -> Callable[[Iterable[Located], Counter[str]], Iterator[Found]]:
-    """What a function of one row finds in all rows; what is left out is counted by reason."""
+    """The results of a function for all rows; omitted rows are counted by reason."""
 
     def extract(rows: Iterable[Located], counts: Counter[str]) -> Iterator[Found]:
         for _, row in rows:
@@ -169,7 +169,7 @@ def _each(
 def comparisons_from(
     name: str,
 ) -> Callable[[Callable[[Row], Comparison | Skipped]], Callable[[Row], Comparison | Skipped]]:
-    """Register a function of one row as a format of human preferences."""
+    """Register a function of one row as a format for human preferences."""
 
     def register(function: Callable[[Row], Comparison | Skipped]) -> Callable[[Row], Comparison | Skipped]:
         _add(PAIR_FORMATS, name, PairFormat(_schema(function), function))
@@ -179,7 +179,7 @@ def comparisons_from(
 
 
 def _schema(function: Callable[..., Any]) -> Any:
-    """The `TypedDict` that a function's `row` is annotated with."""
+    """The `TypedDict` that annotates a function's `row`."""
     schema = get_type_hints(function).get("row")
     if not is_typeddict(schema):
         raise TypeError(f"{function.__name__}: annotate its parameter `row` with the TypedDict of the columns it needs")
@@ -193,7 +193,7 @@ def _add(formats: dict[str, Any], name: str, entry: Any) -> None:
     formats[name] = entry
 
 
-# ---- The formats. A text may be null where its row is then left out and counted; a column that decides may not. ----
+# ---- The formats. A text may be null if its row is then omitted and counted; a deciding column may not. ----
 
 
 class Oasst1Row(TypedDict):
@@ -214,21 +214,21 @@ def oasst1_prompts(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) 
 def _oasst1_roots(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -> Iterator[tuple[str, str]]:
     """Id and text of root messages that have at least one reply, in the order in which they appear.
 
-    Deleted messages and spam are no messages, as in upstream's own exports: they ask nothing and reply to nothing. (The
-    hub's table has some of them, though its trees are those that were ready for export.)
+    Deleted messages and spam do not count as messages, as in upstream's own exports: they neither ask nor reply. (The
+    hub's table has some of them, although its trees are those that were ready for export.)
 
-    Replies may come before their root, and messages whose parent is absent are no trouble. Memory: the roots and
-    the ids of all messages.
+    Replies may precede their root, and messages may have an absent parent. Memory holds the roots and the ids of all
+    messages.
 
     Raises:
-        UserError: where two messages have the same id.
+        UserError: if two messages have the same id.
     """
     roots: dict[str, str] = {}
     ids: set[str] = set()
     parents: set[str] = set()
     for place, row in rows:
         if row["message_id"] in ids:
-            raise UserError(f"{place}: message_id occurs twice; take out one of the files or rows that hold it")
+            raise UserError(f"{place}: message_id occurs twice; remove one of the files or rows with it")
         ids.add(row["message_id"])
         if row.get("deleted"):
             counts["deleted"] += 1
@@ -246,12 +246,12 @@ def _oasst1_roots(rows: Iterable[tuple[str, Oasst1Row]], counts: Counter[str]) -
             counts["root without a reply"] += 1
 
 
-# The one schema of which more than the own row of a prompt or an answer counts.
+# The only schema in which a prompt or an answer depends on other rows.
 _add(PROMPT_FORMATS, "oasst1", PromptFormat(Oasst1Row, oasst1_prompts))
 
 
 class Oasst1AnswerRow(Oasst1Row):
-    """The same with a reply's rank among its parent's, from 0, the best; null where people did not rank them."""
+    """The same with a reply's rank among its siblings, from 0 (best); null if people did not rank them."""
 
     rank: int | None
 
@@ -259,10 +259,10 @@ class Oasst1AnswerRow(Oasst1Row):
 def oasst1_examples(rows: Iterable[tuple[str, Oasst1AnswerRow]], counts: Counter[str]) -> Iterator[Example]:
     """Root messages with their reply of rank 0, in the order in which the roots appear.
 
-    Which messages count, and errors: as for `oasst1_prompts`. Memory: the roots and the replies of rank 0.
+    The same messages count as for `oasst1_prompts`. Memory holds the roots and the replies of rank 0.
 
     Raises:
-        UserError: where two messages have the same id.
+        UserError: if two messages have the same id.
     """
     best: dict[str, str] = {}
 
@@ -277,7 +277,7 @@ def oasst1_examples(rows: Iterable[tuple[str, Oasst1AnswerRow]], counts: Counter
                 best[row["parent_id"]] = row["text"] or ""
             yield place, row
 
-    for root, text in _oasst1_roots(ranked(), counts):  # which yields after it has read all rows
+    for root, text in _oasst1_roots(ranked(), counts):  # yields after reading all rows
         if root in best:
             yield Example(text, "", best[root])
         else:
@@ -313,7 +313,7 @@ class HhRlhfRow(TypedDict):
 
 
 class PairRow(TypedDict):
-    """Two outputs and which is preferred: the authors' PMP data, AlpacaFarm's human preferences, or your own."""
+    """Two outputs with a preference: the authors' PMP data, AlpacaFarm's human preferences, or your own."""
 
     instruction: str | None
     input: NotRequired[str | None]
@@ -325,7 +325,7 @@ class PairRow(TypedDict):
 
 @comparisons_from("pairs")
 def written_pair(row: PairRow) -> Comparison | Skipped:
-    """A row of a file of pairs, with the ratio of scores if it has one (the authors' rows of SHP do)."""
+    """A row of a file of pairs, with the score ratio if it has one (as the authors' SHP rows do)."""
     outputs = row["output_1"] or "", row["output_2"] or ""
     preferred, other = outputs if row["preference"] == 1 else outputs[::-1]
     query = join_instruction(row["instruction"] or "", row.get("input") or "")
@@ -334,11 +334,11 @@ def written_pair(row: PairRow) -> Comparison | Skipped:
 
 @comparisons_from("hh_rlhf")
 def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
-    r"""The rests of two dialogues after the last "\n\nAssistant:" that they have in common, and what stands before it.
+    r"""Split two dialogues at their last common "\n\nAssistant:" into the query and the two answers.
 
-    The query keeps the names of the speakers. A dialogue that is the beginning of the other one is not a special case:
-    the assistant's turn that one ends and the other continues begins after the query. A human turn in which nothing is
-    said ends no answer, and asks for none.
+    The query keeps the names of the speakers. If one dialogue is the beginning of the other, the same rule holds: the
+    assistant's turn that one ends and the other continues begins after the query. An empty human turn neither ends an
+    answer nor asks for one.
     """
     preferred, other = row["chosen"] or "", row["rejected"] or ""
     shared = os.path.commonprefix([preferred, other])  # noqa: RUF071 (character by character is what we want)
@@ -352,7 +352,7 @@ def hh_rlhf_comparison(row: HhRlhfRow) -> Comparison | Skipped:
 
 
 def _without_empty_turn(answer: str) -> str:
-    """An answer without the human turns at its end in which nothing is said."""
+    """An answer without the empty human turns at its end."""
     while (end := answer.rstrip()).endswith(HUMAN_TURN):
         answer = end.removesuffix(HUMAN_TURN)
     return answer
@@ -369,7 +369,7 @@ class RewardBenchRow(TypedDict):
 
 @comparisons_from("rewardbench")
 def rewardbench_comparison(row: RewardBenchRow) -> Comparison | Skipped:
-    """A row of RewardBench, or of any data set with these columns."""
+    """A row of RewardBench, or of another data set with these columns."""
     outputs = row["chosen"] or "", row["rejected"] or ""
     return Comparison(row["prompt"] or "", *outputs, subset=row.get("subset") or None)
 
@@ -383,7 +383,7 @@ class HhhRow(TypedDict):
 
 @comparisons_from("hhh")
 def hhh_comparison(row: HhhRow) -> Comparison | Skipped:
-    """An example of the Helpful, Honest and Harmless evaluation, where exactly one of two answers is right."""
+    """An example of the Helpful, Honest and Harmless evaluation, if exactly one of two answers is right."""
     scores = row["target_scores"]
     if sorted(scores.values()) != [0, 1]:
         return Skipped("not one right answer of two")
@@ -399,13 +399,13 @@ def hh_rlhf_prompt(row: HhRlhfRow) -> Prompt | Skipped:
 
 
 def first_turn(dialogue: str) -> str | None:
-    r"""The first human turn of a dialogue in the format of HH-RLHF; None where it does not begin with one."""
+    r"""The first human turn of a dialogue in HH-RLHF's format; None if the dialogue does not begin with one."""
     before, marker, after = dialogue.partition(HUMAN_TURN)
     return None if before or not marker else after.partition(ASSISTANT_TURN)[0].partition(HUMAN_TURN)[0]
 
 
 class OpenOrcaRow(TypedDict):
-    """A question of FLAN (`Open-Orca/OpenOrca`); its id begins with the family."""
+    """A question of FLAN (`Open-Orca/OpenOrca`); its id begins with the family's name."""
 
     id: str
     question: str | None
@@ -413,7 +413,7 @@ class OpenOrcaRow(TypedDict):
 
 @prompts_from("openorca")
 def openorca_prompt(row: OpenOrcaRow) -> Prompt | Skipped:
-    """The question, of the four families and not of natural language inference."""
+    """The question, if it is from one of the four families and not natural language inference."""
     family = row["id"].partition(".")[0]
     if family not in OPENORCA_FAMILIES:
         return Skipped("other family")
@@ -426,7 +426,7 @@ def is_nli(question: str) -> bool:
     return any(word in question for word in _NLI)
 
 
-# A turn of a conversation; `zetavg/ShareGPT-Processed` has its text as markdown, too.
+# A turn of a conversation; `zetavg/ShareGPT-Processed` also has the text as Markdown.
 ShareGptTurn = TypedDict("ShareGptTurn", {"from": str, "value": str | None, "markdown": NotRequired[str | None]})
 
 
@@ -438,12 +438,12 @@ class ShareGptRow(TypedDict):
 
 @prompts_from("sharegpt")
 def sharegpt_prompt(row: ShareGptRow) -> Prompt | Skipped:
-    """The first turn, if a human's, of a conversation of two turns or more, without what the web page added."""
+    """The first turn, if human, of a conversation with at least two turns, without the web page's additions."""
     turns = row["conversations"]
     if len(turns) < 2:
         return Skipped("fewer than two turns")
     if turns[0]["from"] not in HUMANS:
-        # What is asked after instructions of a system need not make sense without them.
+        # A prompt after system instructions may not make sense without them.
         return Skipped("a system turn first" if turns[0]["from"] == "system" else "no human turn first")
     return Prompt(clean_web_text(_said(turns[0])))
 
@@ -466,15 +466,15 @@ def _said(turn: ShareGptTurn) -> str:
 
 
 def clean_web_text(text: str) -> str:
-    """A prompt as it was typed, without what a scraped chat page put around it (reference: step 3, "Cleaning").
+    """A prompt as it was typed, without the additions of a scraped chat page (reference: step 3, "Cleaning").
 
-    Stripped at the end: page counters `n / m` with n <= m, and labels of the page and its extensions, one of them with
-    all that follows; at the start: page counters, everything up to a counter `1 / 1`, and a sentence in tildes that
-    names Bing and ChatGPT. Counters without blanks may be fractions or dates: see `_is_page`.
+    Removed at the end: page counters `n / m` with n <= m, and labels of the page and its extensions, one of them with
+    all following text. Removed at the start: page counters, everything up to a counter `1 / 1`, and a sentence in
+    tildes that names Bing and ChatGPT. Counters without blanks may be fractions or dates: see `_is_page`.
     """
     text = text.partition(_LAST_LABEL)[0]
-    start, end = 0, len(text)  # what is left; slicing the text at every step would take time in its square
-    unlabelled = -1  # the end at which no label was found
+    start, end = 0, len(text)  # the remaining part; slicing at every step would take quadratic time
+    unlabelled = -1  # the end position at which no label was found
     previous = None
     while (start, end) != previous:
         previous = start, end
@@ -494,7 +494,7 @@ def clean_web_text(text: str) -> str:
 
 
 def _counter_at_end(text: str, start: int, end: int) -> int | None:
-    """Where the page counter begins with which a part of a text ends; None where there is none."""
+    """Start of the page counter at the end of a part of a text; None if there is none."""
     last = max(start, end - _COUNTER_LENGTH)
     if (counter := _COUNTER_AT_END.search(text[last:end])) and (page := _page(counter)):
         return last + counter.end(1) - len(page)
@@ -506,7 +506,7 @@ def _counter_at_end(text: str, start: int, end: int) -> int | None:
 
 
 def _counter_at_start(text: str, start: int, end: int) -> int | None:
-    """Where the page counter ends with which a part of a text begins; None where there is none."""
+    """End of the page counter at the start of a part of a text; None if there is none."""
     if (counter := _COUNTER_AT_START.match(text, start, end)) and int(counter[1]) <= int(counter[2]):
         return counter.end()
     counter = _BARE_AT_START.match(text, start, end)
@@ -516,10 +516,10 @@ def _counter_at_start(text: str, start: int, end: int) -> int | None:
 
 
 def _is_page(counter: re.Match[str], beside: str, marks: str = "") -> bool:
-    """Whether `n/m` is a page counter, and not a fraction or a date of the text.
+    """Whether `n/m` is a page counter, not a fraction or a date in the text.
 
-    It is one with n <= m on a line of its own, and where a letter or a mark of `marks` is right beside it, because the
-    page put it there; with a blank between it and the text (`about 9/11`, `3/4 of it`) only with n = m.
+    It is a counter if n <= m and it is on a separate line, or a letter or a mark of `marks` touches it, because the
+    page put it there. With a blank between it and the text (`about 9/11`, `3/4 of it`), it is a counter only if n = m.
     """
     number, of = int(counter[1]), int(counter[2])
     if beside.isspace() and beside not in "\r\n":
@@ -528,7 +528,7 @@ def _is_page(counter: re.Match[str], beside: str, marks: str = "") -> bool:
 
 
 def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    """Start and end of a part of a text without white space around it."""
+    """Start and end of a part of a text, without surrounding white space."""
     while start < end and text[end - 1].isspace():
         end -= 1
     while start < end and text[start].isspace():
@@ -537,7 +537,7 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _label_length(text: str, start: int, end: int) -> int:
-    """Length of the page's label with which a part of a text ends, 0 where there is none."""
+    """Length of the page label at the end of a part of a text; 0 if there is none."""
     for label in _LABELS:
         if text.endswith(label, start, end):
             return len(label)
@@ -550,7 +550,7 @@ def _label_length(text: str, start: int, end: int) -> int:
 
 
 def _page(counter: re.Match[str]) -> str:
-    """The digits of a counter's first number, which may be glued to digits of the text: as many as give n <= m."""
+    """The digits of a counter's first number, which may touch digits of the text: as many as satisfy n <= m."""
     digits = counter[1]
     return next((digits[start:] for start in range(len(digits)) if int(digits[start:]) <= int(counter[2])), "")
 
@@ -565,14 +565,14 @@ class DollyRow(TypedDict):
 
 @prompts_from("dolly")
 def dolly_prompt(row: DollyRow) -> Prompt | Skipped:
-    """The instruction, in the categories that need no context."""
+    """The instruction, if its category needs no context."""
     if row["category"] not in DOLLY_CATEGORIES:
         return Skipped("other category")
     return Skipped("with context") if (row["context"] or "").strip() else Prompt(row["instruction"] or "")
 
 
 class DollyAnswerRow(TypedDict):
-    """The same with its answer."""
+    """The same instructions, with their answers."""
 
     instruction: str | None
     context: str | None
@@ -581,7 +581,7 @@ class DollyAnswerRow(TypedDict):
 
 @examples_from("dolly")
 def dolly_example(row: DollyAnswerRow) -> Example:
-    """Instruction, context and answer, of all categories."""
+    """Instruction, context and answer, from all categories."""
     return Example(row["instruction"] or "", row["context"] or "", row["response"] or "")
 
 
@@ -620,7 +620,7 @@ class PromptRow(TypedDict):
 
 @prompts_from("prompts")
 def written_prompt(row: PromptRow) -> Prompt | Skipped:
-    """A row of a prompt file, the authors' or ours, with type and bonus if it has them."""
+    """A row of a prompt file (the authors' or ours), with type and bonus if it has them."""
     kind = row.get("question_type")
     return Prompt(
         row["instruction"] or "",
@@ -631,7 +631,7 @@ def written_prompt(row: PromptRow) -> Prompt | Skipped:
 
 
 class InstructionRow(TypedDict):
-    """An instruction and its answer, as many data sets have them (Alpaca's columns)."""
+    """An instruction and its answer, in the columns that Alpaca and many other data sets have."""
 
     instruction: str | None
     input: NotRequired[str | None]
@@ -648,7 +648,7 @@ def written_example(row: InstructionRow) -> Example:
 def self_align_example(row: InstructionRow) -> Example:
     """A row of the authors' data (`zhiqings/dromedary-2-70b-v2`), whose answers end with the user's turn marker.
 
-    An answer without the marker was cut off where its sampling had no more room: what it says is learnt, but no end.
+    An answer without the marker was cut off at the sampling limit: its text is learnt, but not an end.
     """
     answer = (row["output"] or "").rstrip()
     return Example(

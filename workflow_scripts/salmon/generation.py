@@ -1,11 +1,11 @@
-"""Sampling from a language model, in batches, with randomness that belongs to the row.
+"""Batched sampling from a language model, with random numbers that belong to the row.
 
-What is guaranteed. A row's random numbers depend on its seed and on how many tokens it has: not on the rows that are
-sampled with it, its place among them, the shard, the rank or the device. The same prompts, seeds and settings in one
-call of `generate` give the same tokens on the same machine, byte for byte. Beside other rows, or on other hardware, the
-logits differ in their last bits, because the order of summation in a batched matrix product does; then a row keeps its
-tokens except where a random number falls within that rounding of the border between two tokens (in float32 about one
-token in a million, in bfloat16 more often).
+Guarantees: A row's random numbers depend on its seed and on its number of tokens so far. They do not depend on the
+other rows, the row's position among them, the shard, the rank or the device. The same prompts, seeds and settings in
+one call of `generate` give the same tokens on the same machine, byte for byte. With other rows in the batch, or on
+other hardware, the logits differ in their last bits, because batched matrix products sum in a different order. A row
+then keeps its tokens unless a random number falls within that rounding of the border between two tokens (in float32 for
+about one token in a million, in bfloat16 more often).
 """
 
 import logging
@@ -34,26 +34,26 @@ log = logging.getLogger(__name__)
 FinishReason = Literal["eos", "stop", "length"]
 Ranks = Literal["apart", "together", "lockstep"]
 Watch = Callable[[Sequence[int], Sequence[int]], None]
-"""Is told, at each call of the model, which rows have drawn a token, and which token each has drawn."""
+"""Receives, at each call of the model, the rows that have drawn a token, and their tokens."""
 
 REFILL = 0.25
-"""Share of the slots that has to be free before the next prompts are read. Reading costs a call of the model for
-itself, idle slots cost half of this share on average: an eighth and a quarter are as fast, a half is slower
-(`benchmarks/sampling.py`: 339, 337 and 312 tokens/s), and long prompts are read in fewer calls at a quarter."""
+"""Share of the slots that must be free before the next prompts are read. Reading costs a separate call of the model;
+idle slots cost half of this share on average. An eighth and a quarter are equally fast, a half is slower
+(`benchmarks/sampling.py`: 339, 337 and 312 tokens/s), and a quarter reads long prompts in fewer calls."""
 
 _UNIT = 2.0**48  # probabilities become integers in this unit, so that their sums are exact
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model sampled after a prompt.
+    """A response that a model sampled after a prompt.
 
     Attributes:
-        tokens: as sampled, with the end token or the tokens that made up the stop string at the end.
+        tokens: as sampled, including the end token or the tokens of the stop string at the end.
         text: without special tokens, cut before the stop string.
-        finish_reason: `eos` the model ended its turn, `stop` a stop string appeared, `length` no room was left.
-        logprobs: log probability of each token under the distribution it was drawn from, in nats; None where the
-            engine does not tell.
+        finish_reason: `eos`: the model ended its turn; `stop`: a stop string appeared; `length`: no room was left.
+        logprobs: log probability of each token under the distribution it was drawn from, in nats; None if the
+            engine does not return it.
     """
 
     tokens: list[int]
@@ -81,38 +81,38 @@ def generate(
 ) -> list[Generation]:
     """Sample one response per prompt, `batch_size` at a time; rows that end make room for the next prompts.
 
-    The longest prompts come first: too little memory shows at once, and those that follow need no room of their own.
-    Newcomers read their prompts together, in a call of the model of their own, and join the others with their caches.
+    The longest prompts come first: a lack of memory shows immediately, and later prompts need no additional room.
+    Newcomers read their prompts together, in a separate call of the model, and join the others with their caches.
 
-    A stop string must appear as a whole; it may begin with the line break that ends the prompt, so that the
-    user's turn marker also ends a response that consists of nothing else.
+    A stop string must appear completely. It may begin with the line break that ends the prompt, so the user's turn
+    marker also ends a response that has no other text.
 
     Args:
         model: causal language model in eval mode, with or without adapters, quantised or not.
-        tokenizer: of the model; names the end token (the model's generation config may name more).
-        prompts: token ids, at least one a prompt, special tokens included.
-        seeds: one a prompt, 0 or more; see the guarantee above.
+        tokenizer: the model's tokenizer; names the end token (the model's generation config may name more).
+        prompts: token ids, at least one per prompt, special tokens included.
+        seeds: one per prompt, 0 or more; see the guarantees above.
         batch_size: rows at a time, at least 1.
-        max_new_tokens: at least 1; for all rows, or one a row.
+        max_new_tokens: at least 1; one number for all rows, or one per row.
         temperature: logits are divided by it; 0 takes the most probable token.
-        top_p: the most probable tokens that together reach this probability are kept, at least one.
+        top_p: keeps the most probable tokens that together reach this probability, at least one.
         stop: strings that end a response.
-        device: where the model is.
-        ranks: `apart` this rank samples for itself. `together` all ranks hold parts of one model and sample the same
-            rows; what rank 0 draws counts. `lockstep` each rank has rows of its own, if any, but all call the model
-            equally often, because its weights are gathered from all at each call (ZeRO-3).
-        refill: newcomers join as soon as this share of the `batch_size` is free; at 1 only when all rows have ended,
+        device: the model's device.
+        ranks: `apart`: this rank samples for itself. `together`: all ranks hold parts of one model and sample the same
+            rows; rank 0 draws. `lockstep`: each rank may have different rows, but all call the model equally often,
+            because each call gathers its weights from all ranks (ZeRO-3).
+        refill: newcomers join as soon as this share of the `batch_size` is free; with 1, only when all rows have ended,
             as for a model whose caches cannot be joined.
-        watch: is told of tokens as they are drawn; what it raises ends the sampling.
+        watch: receives tokens as they are drawn; an exception from it ends the sampling.
 
     Returns:
-        One generation per prompt, in their order.
+        One generation per prompt, in the order of the prompts.
 
     Raises:
-        UserError: where the model's logits are not finite.
+        UserError: if the model's logits are not finite.
     """
     if model.training:
-        raise ValueError("the model is in training mode, which may drop units and the cache; call model.eval()")
+        raise ValueError("the model is in training mode, with dropout and possibly without a cache; call model.eval()")
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     responses = _Responses(prompts, seeds, limits, end_tokens(model, tokenizer), StopStrings(tokenizer, stop))
     waiting = _Waiting([len(prompt) for prompt in prompts], batch_size, refill)
@@ -123,13 +123,13 @@ def generate(
             busy, admit = distributed.any_true([busy, admit], device)
         if not busy:
             break
-        # Where another rank admits rows, this one does so, too, as far as it may: all call the model now.
+        # If another rank admits rows, this one also does, as far as it may: all call the model now.
         part = running
         if admit:
             part = _Rows.begin({row: prompts[row] for row in waiting.admit(len(running.rows))}, device)
         uniforms = torch.tensor(responses.draw(part.rows), dtype=torch.float64, device=device)
         logits = part.call(model)
-        if not part.rows:  # this rank only kept step
+        if not part.rows:  # this rank only called the model to keep step
             continue
         drawn = sample_tokens(logits, uniforms, temperature, top_p)
         drawn = distributed.from_main(drawn) if ranks == "together" else drawn
@@ -158,18 +158,18 @@ def replay(
     ends: set[int],
     stop: Sequence[str] = (),
 ) -> list[Generation | None]:
-    """End responses that another engine has sampled where `generate` would have ended them.
+    """End responses from another engine where `generate` would have ended them.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         prompts: as for `generate`.
-        sampled: tokens of each response and their log probabilities; what follows an end is left out.
+        sampled: tokens of each response and their log probabilities; tokens after an end are dropped.
         max_new_tokens: one for each prompt.
         ends: end tokens.
         stop: strings that end a response.
 
     Returns:
-        One generation per prompt; None where nothing ends the response by the rules of `generate`.
+        One generation per prompt; None if nothing ends the response by the rules of `generate`.
     """
     responses = _Responses(prompts, [0] * len(prompts), max_new_tokens, ends, StopStrings(tokenizer, stop))
     has_ended = [any(not responses.add([row], [token]) for token in tokens) for row, (tokens, _) in enumerate(sampled)]
@@ -180,7 +180,7 @@ def replay(
 
 
 class _Responses:
-    """What has been sampled so far, and what ends it."""
+    """The tokens sampled so far, and the rules that end a response."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Responses:
         if not len(prompts) == len(seeds) == len(limits):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(limits)} limits")
         if prompts and (min(limits) < 1 or not all(prompts)):
-            raise ValueError("a prompt has no token, or no room for one more")
+            raise ValueError("a prompt has no tokens, or no room for another one")
         self.prompts, self.limits, self.ends, self.stops = prompts, limits, ends, stops
         self.leads = [stops.lead(prompt) for prompt in prompts]
         self.sampled: list[list[int]] = [[] for _ in prompts]
@@ -206,9 +206,9 @@ class _Responses:
         return [self.random[row].random() for row in rows]
 
     def add(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Take a token for each row; returns the places of the rows that go on."""
+        """Draw a token for each row; returns the indices of the rows that continue."""
         if min(tokens) < 0:
-            raise UserError("the model's logits are not finite; float16 overflows where bfloat16 does not")
+            raise UserError("the model's logits are not finite; float16 may overflow where bfloat16 does not")
         going_on = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             sampled = self.sampled[row]
@@ -224,11 +224,11 @@ class _Responses:
         return going_on
 
     def longest(self, rows: Sequence[int]) -> int:
-        """Tokens of the longest of the rows, prompt included."""
+        """Number of tokens of the longest row, prompt included."""
         return max(len(self.prompts[row]) + len(self.sampled[row]) for row in rows)
 
     def generations(self) -> list[Generation]:
-        """All rows, which have ended."""
+        """The results of all rows, which have ended."""
         return [
             Generation(tokens, self.stops.text(lead, tokens, reason), reason)
             for lead, tokens, reason in zip(self.leads, self.sampled, self.reasons, strict=True)
@@ -236,10 +236,10 @@ class _Responses:
 
 
 class _Waiting:
-    """The rows that have yet to be sampled, longest prompts first, and when they may.
+    """The rows that wait to be sampled, longest prompts first, and the rule that admits them.
 
     Attributes:
-        least: free slots from which on rows are admitted.
+        least: number of free slots at which rows are admitted.
     """
 
     def __init__(self, lengths: Sequence[int], slots: int, refill: float) -> None:
@@ -248,33 +248,33 @@ class _Waiting:
 
     @property
     def refills(self) -> bool:
-        """Whether rows are admitted beside others."""
+        """Whether rows may join others."""
         return self.least < self.slots
 
     def drain(self) -> None:
-        """Admit no rows any more before all slots are free."""
+        """From now on, admit rows only when all slots are free."""
         self.least = self.slots
 
     def ready(self, running: int) -> bool:
-        """Whether rows are to be admitted beside so many."""
-        # The last ones need not wait until more slots are free than they will fill.
+        """Whether to admit rows to a batch of this size."""
+        # The last rows need not wait for more free slots than they will fill.
         least = min(self.least, len(self.rows)) if self.refills else self.slots
         return bool(self.rows) and self.slots - running >= least
 
     def admit(self, running: int) -> list[int]:
-        """The rows that may be sampled beside so many, also if they are fewer than to wait for."""
+        """The rows that may join a batch of this size, even if they are fewer than `least`."""
         free = 0 if running and not self.refills else self.slots - running
         return [self.rows.popleft() for _ in range(min(free, len(self.rows)))]
 
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows that are sampled together: what the next call of the model reads, and the cache of the calls before.
+    """Rows that are sampled together: the input of the model's next call, and the cache of earlier calls.
 
     Attributes:
-        rows: places in the list of prompts; may be none: then a call's logits mean nothing.
+        rows: indices in the list of prompts; may be empty: then a call's logits are meaningless.
         ids: int64, [rows, tokens to read]; likewise `positions`.
-        mask: int64, [rows, tokens in the cache and to read].
+        mask: int64, [rows, tokens in the cache plus tokens to read].
     """
 
     rows: list[int]
@@ -285,7 +285,7 @@ class _Rows:
 
     @classmethod
     def begin(cls, prompts: Mapping[int, Sequence[int]], device: torch.device | str) -> Self:
-        """Rows that have yet to read their prompts."""
+        """Rows that have not read their prompts yet."""
         ids, mask = (tensor.to(device) for tensor in left_pad(list(prompts.values()) or [[0]]))
         return cls(list(prompts), ids, mask, position_ids(mask))
 
@@ -304,11 +304,11 @@ class _Rows:
         return logits
 
     def advance(self, drawn: Tensor, keep: Sequence[int]) -> Self:
-        """Go on with the tokens that were drawn (int64, [rows]), in the places to keep; at least one."""
+        """Continue with the drawn tokens (int64, [rows]) of the rows to keep, at least one."""
         self.ids, self.positions = drawn[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         if len(keep) < len(self.rows):
-            # The last rows take the places of those that ended, so that the others need not be copied.
+            # The last rows move to the places of those that ended, so the others need not be copied.
             kept, last = set(keep), [place for place in keep if place >= len(keep)]
             places = [place if place in kept else last.pop() for place in range(len(keep))]
             caches.keep_rows(self.cache, places, drawn.device)
@@ -317,7 +317,7 @@ class _Rows:
         return self
 
     def join(self, others: Self) -> Self:
-        """These rows and then others, each about to read one token, in one cache."""
+        """Join these rows and others in one cache. Each row is about to read one token."""
         if not self.rows or not others.rows:
             return self if self.rows else others
         self.mask = caches.join_masks(self.mask, others.mask)
@@ -328,7 +328,7 @@ class _Rows:
         return self
 
     def cut_padding(self, longest: int) -> None:
-        """Leave out the padding that all rows have in common, the longest being of so many tokens."""
+        """Remove the padding that all rows share, given the length of the longest row."""
         surplus = self.mask.shape[1] - longest
         if surplus:
             caches.cut_padding(self.cache, surplus)
@@ -337,18 +337,18 @@ class _Rows:
 
 @cache
 def _say_that_batches_drain(model: str) -> None:
-    """Said once for each class of models."""
+    """Log this once per model class."""
     log.info(
-        "%s: its caches cannot be joined, so that each batch of prompts waits until all of the one before have ended",
+        "%s: its caches cannot be joined: each batch of prompts waits until the whole previous batch has ended",
         model,
     )
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw a token a row by inverting the cumulative distribution, in the order of the vocabulary.
+    """Draw a token per row by inverting the cumulative distribution, in vocabulary order.
 
-    The probabilities are rounded down to multiples of 2**-48, so that sums are exact in any order, the ends of
-    the distribution need no care, and a token of probability zero is never drawn.
+    The probabilities are rounded down to multiples of 2**-48. Sums are therefore exact in any order, the ends of the
+    distribution need no special care, and a token of probability zero is never drawn.
 
     Args:
         logits: any float dtype, shape [rows, vocabulary].
@@ -357,7 +357,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
         top_p: see `generate`.
 
     Returns:
-        int64, shape [rows]; -1 where the largest logit is not finite.
+        int64, shape [rows]; -1 if the largest logit is not finite.
     """
     logits = logits.double()
     finite = logits.amax(dim=-1).isfinite()
@@ -382,7 +382,7 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids that end a response: the tokenizer's, and those of the model's generation config."""
+    """Token ids that end a response: those of the tokenizer and of the model's generation config."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more = named if isinstance(named, list) else [named]
     return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
@@ -394,11 +394,11 @@ def without_thinking(
     """The text of a response without its thinking (see `text.cut_thinking`).
 
     Args:
-        tokenizer: of the model.
-        generation: what was sampled.
-        markers: that open and close thinking, of text and of special tokens, which `generation.text` lacks; None cuts
+        tokenizer: the model's tokenizer.
+        generation: the response.
+        markers: that open and close thinking, as text and as special tokens, which `generation.text` lacks; None cuts
             nothing.
-        begun: whether the prompt ends inside of thinking (`encoding.begins_thinking`).
+        begun: whether the prompt ends inside a thinking section (`encoding.begins_thinking`).
 
     Returns:
         The text, and whether anything was cut.
@@ -412,7 +412,7 @@ def without_thinking(
     names = {token: name for name, token in special.items() if name and any(name in marker for marker in markers)}
     put_back = names.keys() & set(tokens)
     if put_back:
-        # Special tokens of markers are put back where they stood; the end, with a stop string, is cut off as it was.
+        # Put special tokens of markers back in place. The end, with a stop string, stays cut off.
         parts: list[list[int]] = [[]]
         marks: list[str] = []
         for token in tokens:
@@ -427,7 +427,7 @@ def without_thinking(
         text = "".join(part + mark for part, mark in zip(texts, marks, strict=True)) + last
     cut = cut_thinking(f"{markers[0]}{text}" if begun else text, *markers)
     was_cut = begun or cut != text
-    for token in put_back:  # those that stood elsewhere
+    for token in put_back:  # markers outside the cut part
         cut = cut.replace(names[token], "")
     return cut, was_cut
 
@@ -440,12 +440,12 @@ def tokens_of_beginning(
     *,
     begun: bool,
 ) -> list[int]:
-    """The fewest first tokens of a response that hold the beginning of its text, and all thinking before; at least one.
+    """The fewest initial tokens of a response that cover a beginning of its text and all thinking before; at least one.
 
     Args:
-        tokenizer: of the model.
-        generation: what was sampled.
-        beginning: of its text without thinking.
+        tokenizer: the model's tokenizer.
+        generation: the response.
+        beginning: a beginning of its text without thinking.
         markers: as for `without_thinking`; likewise `begun`.
     """
 
@@ -459,17 +459,17 @@ def tokens_of_beginning(
 
 
 class StopStrings:
-    """Finds stop strings in tokens, decoding only where one can have been completed.
+    """Finds stop strings in tokens. Decodes only when a stop string may have been completed.
 
-    A text has no special tokens. So a stop string that names one is also looked for around that token: what stands
-    before it in the stop string ends the text before the token, and the rest begins at the token.
+    A text has no special tokens. Therefore a stop string that names one is also looked for around that token: its part
+    before the token must end the text before the token, and the rest must begin at the token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.stop = [string for string in stop if string]
         self.last = {string[-1] for string in self.stop}
-        # A token holds a byte at least; the first character of a tail may be broken, which takes up to 3 more.
+        # A token has at least one byte; the first character of a tail may be broken, which takes up to 3 more.
         self.reach = max((len(string.encode()) for string in self.stop), default=0) + 3
         self.completing: dict[int, bool] = {}
         self.special: dict[int, list[tuple[str, str]]] = {}  # token -> the stop string before it, and from it on
@@ -479,7 +479,7 @@ class StopStrings:
                 self.special.setdefault(token, []).append((string[:place], string[place:]))
 
     def lead(self, prompt: Sequence[int]) -> str:
-        """The end of a prompt, in which a stop string may begin."""
+        """The end of a prompt, where a stop string may begin."""
         return self._decode(prompt[-self.reach :]) if self.stop else ""
 
     def complete(self, lead: str, tokens: Sequence[int]) -> bool:
@@ -500,7 +500,7 @@ class StopStrings:
         return min((text[: self._find(lead, text)], *([] if before is None else [before])), key=len)
 
     def _find(self, lead: str, text: str) -> int | None:
-        """Where in `text` the first stop string begins; 0 also where it begins in `lead` and ends in `text`."""
+        """Position in `text` of the first stop string; also 0 if it begins in `lead` and ends in `text`."""
         places = []
         for string in self.stop:
             before = lead[max(0, len(lead) - len(string) + 1) :]
@@ -510,7 +510,7 @@ class StopStrings:
         return min(places, default=None)
 
     def _find_special(self, lead: str, tokens: Sequence[int]) -> str | None:
-        """The text before the first stop string that names a special token, which is one of the last tokens."""
+        """The text before the first stop string that names a special token among the last tokens."""
         for place in range(max(0, len(tokens) - self.reach), len(tokens)):
             for before, rest in self.special.get(tokens[place], ()):
                 text = self._decode(tokens[:place])
@@ -520,10 +520,10 @@ class StopStrings:
         return None
 
     def _can_complete(self, token: int) -> bool:
-        """Whether a token may hold the last character of a stop string; remembered, most tokens come often."""
+        """Whether a token may hold the last character of a stop string. Cached, because most tokens recur."""
         if token not in self.completing:
             piece = self._decode([token], skip_special_tokens=False)
-            # A part of a character decodes to U+FFFD alone; a space at the beginning may be stripped.
+            # Part of a character decodes to U+FFFD alone; a leading space may be stripped.
             self.completing[token] = token in self.special or (
                 bool(self.last) and (not self.last.isdisjoint(piece) or "\ufffd" in piece or " " in self.last)
             )
@@ -535,7 +535,7 @@ class StopStrings:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """Text of tokens as they stand: no special tokens but on demand, no beautified spaces."""
+    """Text of tokens, unmodified: special tokens only on demand, no cleaned-up spaces."""
     text: str = tokenizer.decode(
         list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )

@@ -1,6 +1,6 @@
-"""Which model it is: the files of a model folder that matter, and a hash that stands for them.
+"""A model's identity: the relevant files of a model folder, and a hash of them.
 
-The rules and the data scripts use this, so torch is not imported.
+The rules and the data scripts use this module, so it does not import torch.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 from salmon.config import Model, is_local
 from salmon.errors import UserError
 
-# What a tokenizer is loaded from. The model's configuration names the tokenizer's class where nothing else does, and
-# the Python files may hold that class.
+# The files that a tokenizer is loaded from. If no other file names the tokenizer's class, the model's configuration
+# does, and the Python files may hold that class.
 TOKENIZER_FILES = (
     *("config.json", "*.py", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("*vocab*.json", "vocab*.txt", "merges.txt", "bpe.codes", "*.model", "tokenizer.model.*", "*.spm", "*.tiktoken"),
@@ -28,27 +28,27 @@ MODEL_FILES = (
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 REWARD_HEAD = "reward_head"
-"""File of the head of a reward model that the authors' release wrote, a pickle of tensors."""
+"""File of a reward model's head in the authors' release: a pickle of tensors."""
 SHOWN = 8  # names in a message
-_POINTER = b"version https://git-lfs"  # how the text begins that stands for a file of Git LFS
+_POINTER = b"version https://git-lfs"  # beginning of the text that stands for a Git LFS file
 
-WHOLE = 64 << 20  # a weights file of at most so many bytes is hashed whole
-BLOCK = 64 << 10  # of a larger one, evenly spaced blocks are read,
-SPREAD = 64  # at least so many, and one for every WHOLE bytes
-EDGE = 4 << 10  # and this much at the beginning, in the middle and at the end of every tensor
-THREADS, READS = 16, 16  # readers, and reads that one of them does at a time: a network's file system takes its time
-LONGEST_HEADER = 100_000_000  # bytes, of the safetensors format
+WHOLE = 64 << 20  # a weights file of at most this many bytes is hashed completely
+BLOCK = 64 << 10  # of a larger file, evenly spaced blocks of this size are read:
+SPREAD = 64  # at least this many, and one for every WHOLE bytes;
+EDGE = 4 << 10  # also this much at the beginning, in the middle and at the end of every tensor
+THREADS, READS = 16, 16  # readers, and reads per reader at a time, because network file systems are slow
+LONGEST_HEADER = 100_000_000  # bytes, by the safetensors format
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a local model or adapter that what comes out depends on, sorted.
+    """The files of a local model or adapter that affect its output, sorted.
 
     Configuration, generation configuration, tokenizer, chat templates, weights in safetensors with their index, the
-    adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) is among them
-    only where there is no `adapter_model.safetensors`, which would be read instead. Of a folder that holds an adapter
-    deeper down (`adapter_folder`) the files there count, too, and the head of the authors' reward model, which comes
-    last where it lies above the folder (`nearest_head`). Not the README, the manifest, metrics, logs or a trainer's
-    state.
+    adapter's configuration, and code, which `trust_remote_code` may run. A pickle (`adapter_model.bin`) counts only if
+    there is no `adapter_model.safetensors`, which would take precedence. In a folder with an adapter further down
+    (`adapter_folder`), the files there also count. So does the head of the authors' reward model, which comes last if
+    it is above the folder (`nearest_head`). The README, the manifest, metrics, logs and a trainer's state do not
+    count.
     """
     found = _matching(folder, MODEL_FILES)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -61,12 +61,12 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The PEFT folder in a local adapter: itself, or the one folder below it that holds an adapter.
+    """The PEFT folder of a local adapter: the folder itself, or the only folder below it that holds an adapter.
 
-    The authors' release writes `adapter_model/lora_default/`, and checkpoints of trainers have a folder each.
+    The authors' release writes `adapter_model/lora_default/`, and trainers write a folder per checkpoint.
 
     Raises:
-        UserError: where there is none, or more than one; it names what is there.
+        UserError: if there is none, or more than one. The message lists what is there.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         return folder
@@ -81,24 +81,24 @@ def adapter_folder(folder: Path) -> Path:
             + (", …" if len(whole) > SHOWN else "")
         )
     if nested:
-        raise UserError(f"adapter {nested[0]} has weights and no {ADAPTER_CONFIG}; fetch or copy that file, too")
+        raise UserError(f"adapter {nested[0]} has weights but no {ADAPTER_CONFIG}; also fetch or copy that file")
     entries = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     raise UserError(
-        f"adapter {folder} holds no adapter, also not in a folder below it: {ADAPTER_CONFIG} beside "
-        f"{' or '.join(ADAPTER_WEIGHTS)} is looked for, and what is there is {', '.join(entries[:SHOWN]) or 'nothing'}"
+        f"adapter {folder} holds no adapter, and neither does any folder below it: an adapter has {ADAPTER_CONFIG} and "
+        f"{' or '.join(ADAPTER_WEIGHTS)}; the folder has {', '.join(entries[:SHOWN]) or 'no files'}"
         + (", …" if len(entries) > SHOWN else "")
     )
 
 
 def nearest_head(folder: Path, adapter: Path) -> Path | None:
-    """The head beside an adapter or above it, where the authors' release has it; None where there is none.
+    """The head next to an adapter or above it, as in the authors' release; None if there is none.
 
-    Above it means up to the named folder, and in any case the two folders above the adapter: the release has the head
-    in the first, and who has named the adapter itself has named a reward model, too.
+    The search goes up to the named folder, and at least two folders above the adapter: in the release the head is in
+    the first of these, and naming the adapter itself also names its reward model.
 
     Args:
-        folder: that is named.
-        adapter: of `adapter_folder`.
+        folder: the named folder.
+        adapter: the result of `adapter_folder`.
     """
     above = [adapter, *(each for each in adapter.parents if each == folder or folder in each.parents)]
     above += adapter.resolve().parents[:2]
@@ -106,24 +106,24 @@ def nearest_head(folder: Path, adapter: Path) -> Path | None:
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Refuse weights of which only Git LFS's pointers were cloned, before a library calls them something else.
+    """Refuse weights that are only Git LFS pointers, before a library reports them as something else.
 
     Raises:
-        UserError: naming the first one.
+        UserError: with the first one.
     """
     for file in sorted(_matching(folder, ("*.safetensors", "adapter_model.bin", REWARD_HEAD))):
         with file.open("rb") as stream:
             if stream.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where it was cloned")
+                raise UserError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where you cloned it")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Those of `model_files` that a tokenizer is loaded from."""
+    """The files among `model_files` that a tokenizer is loaded from."""
     return sorted(_matching(folder, TOKENIZER_FILES))
 
 
 def tokenizer_model(model: Model) -> Model:
-    """As much of a model as its tokenizer depends on: the adapter's part only where it has a tokenizer or template."""
+    """The part of a model that affects its tokenizer. The adapter counts only if it has a tokenizer or template."""
     adapter = model.adapter
     has_own = adapter and not (Path(adapter).is_dir() and not tokenizer_files(Path(adapter)))
     names = {"base", "revision", "trust_remote_code"} | ({"adapter", "adapter_revision"} if has_own else set())
@@ -131,39 +131,39 @@ def tokenizer_model(model: Model) -> Model:
 
 
 def identify(model: Model) -> dict[str, str]:
-    """Identity of a model for manifests and fingerprints: name of the base, and of the adapter -> what it is.
+    """Identity of a model for manifests and fingerprints: name of the base and of the adapter -> revision or hash.
 
-    A hub model is identified by its revision, `main` where none is set: pin a commit if it may move. A local folder is
-    identified by one hash of the names, sizes and contents of its `model_files`, wherever the folder is and whenever
-    its files were written. Weights are read in samples, so that 140 GB take seconds:
+    A hub model is identified by its revision, `main` if none is set: pin a commit if the branch may move. A local
+    folder is identified by one hash of the names, sizes and contents of its `model_files`; its location and the file
+    times do not matter. Weights are sampled, so that 140 GB take seconds:
 
-    - seen in any case: a change of any file but the weights; of weights in files of at most 64 MiB (most adapters); of
-      a tensor's name, type, shape or place; of the size of a file or the number of files;
-    - seen of larger files: a change at the beginning, in the middle or at the end (4 KiB each) of any tensor, or in one
-      of the evenly spaced blocks of 64 KiB, one for every 64 MiB and at least 64 a file. Training, merging and
-      quantising change almost every number of a tensor, and so do not go unnoticed;
-    - not seen: an edit of a few numbers of a large tensor that lies between the samples.
+    - always detected: a change of any file other than weights; of weights in files of at most 64 MiB (most adapters);
+      of a tensor's name, type, shape or position; of the size of a file or the number of files;
+    - detected in larger files: a change at the beginning, in the middle or at the end (4 KiB each) of any tensor, or in
+      one of the evenly spaced blocks of 64 KiB, one for every 64 MiB and at least 64 per file. Training, merging and
+      quantising change almost every number of a tensor, so they are detected;
+    - not detected: an edit of a few numbers of a large tensor between the samples.
 
     Raises:
-        UserError: where a weights file is damaged.
+        UserError: if a weights file is damaged.
     """
     names = ((model.base, model.revision), (model.adapter, model.adapter_revision))
     return {name: _identity(name, revision, model_files) for name, revision in names if name is not None}
 
 
 def identify_tokenizer(model: Model) -> dict[str, str]:
-    """Identity of a model's tokenizer, as `identify` has it: a local one by the contents of its files."""
+    """Identity of a model's tokenizer, in the form of `identify`: a local one is identified by its files' contents."""
     names = ((model.base, model.revision), (model.adapter, model.adapter_revision))
     return {name: _identity(name, revision, tokenizer_files) for name, revision in names if name is not None}
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    """Files of a folder whose paths in it match a pattern."""
+    """Files of a folder whose relative paths match a pattern."""
     return {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
 
 
 def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path]]) -> str:
-    """Revision of a hub model, or hash of these files of a local one."""
+    """Revision of a hub model, or hash of these files of a local model."""
     folder = Path(name)
     if not folder.is_dir():
         return revision or "main"
@@ -176,13 +176,13 @@ def _identity(name: str, revision: str | None, files: Callable[[Path], list[Path
 
 
 def _hash(file: Path) -> str:
-    """Hash of a file's contents: all of them, or the header and samples of a large file of weights."""
+    """Hash of a file's contents: the whole file, or the header and samples of a large weights file."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size <= WHOLE or file.suffix != ".safetensors":
             return hashlib.file_digest(stream, "sha256").hexdigest()
         header, places = _samples(file, stream, size)
-        if hasattr(os, "posix_fadvise"):  # what lies around the samples is not read ahead
+        if hasattr(os, "posix_fadvise"):  # do not read ahead around the samples
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
         def read(some: list[tuple[int, int]]) -> bytes:
@@ -199,7 +199,7 @@ def _hash(file: Path) -> str:
 
 
 def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple[int, int]]]:
-    """Header of a safetensors file, and the samples that stand for its weights: (first byte, bytes), sorted."""
+    """Header of a safetensors file, and the samples that represent its weights: (first byte, bytes), sorted."""
     length = int.from_bytes(stream.read(8), "little")
     first = 8 + length
     try:
@@ -208,7 +208,7 @@ def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple
         header = stream.read(length)
         tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
         if any(not 0 <= begin <= end for begin, end in tensors) or max(end for _, end in tensors) != size - first:
-            raise ValueError("its length is not the one that its header gives")
+            raise ValueError("its length differs from its header")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read as safetensors ({error}): copy or download it again") from error
     count = max(SPREAD, size // WHOLE)
@@ -220,17 +220,17 @@ def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a model reads at most, by its config.json; None where nothing limits them.
+    """Maximum tokens that a model reads, from its config.json; None if there is no limit.
 
-    With positions of the types longrope and dynamic the frequencies follow the longest text of a batch, so that beyond
-    the length of pre-training a text's numbers depend on its neighbours, and on how much of it was cached: that length
-    is the limit.
+    With rotary positions of the types longrope and dynamic, the frequencies follow the longest text of a batch. Beyond
+    the length of pre-training, a text's numbers then depend on its neighbours and on how much of it was cached.
+    Therefore that length is the limit.
     """
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     rope = config.get("rope_parameters") or config.get("rope_scaling")
-    parts = [rope, *rope.values()] if isinstance(rope, Mapping) else []  # by type of layer, in some
+    parts = [rope, *rope.values()] if isinstance(rope, Mapping) else []  # by type of layer, in some models
     for part in (part for part in parts if isinstance(part, Mapping)):
         if "longrope" in (part.get("rope_type"), part.get("type")):
             name = "original_max_position_embeddings"
@@ -240,11 +240,11 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def read_config(model: Model, root: Path) -> Mapping[str, Any]:
-    """A base model's config.json: of a local folder, or of a hub model as far as it is in the cache; else empty.
+    """A base model's config.json: from a local folder, or from the cache for a hub model; empty if unavailable.
 
     Args:
-        model: which.
-        root: folder that relative paths start from.
+        model: the model.
+        root: folder to which relative paths refer.
     """
     file: Path | None = root / Path(model.base).expanduser() / "config.json"
     if not is_local(model.base):
@@ -252,7 +252,7 @@ def read_config(model: Model, root: Path) -> Mapping[str, Any]:
 
         try:
             cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
-        except ValueError:  # not the form of a hub id, which is for others to say
+        except ValueError:  # not a valid hub id, which is reported elsewhere
             cached = None
         file = Path(cached) if isinstance(cached, str) else None
     try:

@@ -1,8 +1,8 @@
 """Means and shares with confidence intervals.
 
-An interval says how far a number depends on the prompts that happened to be drawn. That of a mean is a bootstrap's:
-prompts are drawn anew, with all rows of each, since rows of one prompt are not independent. Draws of few prompts, or of
-rows that are all alike, say nothing: a mean of less than `FEW` prompts has no interval, and shares have Wilson's where
+An interval says how much a number depends on the random choice of prompts. The interval of a mean is a bootstrap's: it
+draws prompts with all their rows, because rows of one prompt are not independent. With few prompts, or rows that are
+all alike, such draws say nothing: a mean over fewer than `FEW` prompts has no interval, and shares have Wilson's where
 `share` says so.
 """
 
@@ -18,28 +18,28 @@ import numpy.typing as npt
 from salmon.randomness import rng
 
 DRAWS = 2000
-HELD = 2_000_000  # numbers of a block of draws, at most
+HELD = 2_000_000  # maximum numbers in a block of draws
 LEVEL = 0.95
-FEW = 10  # prompts; of less, a bootstrap's interval is too narrow, and of one it has no width
+FEW = 10  # prompts; with fewer, a bootstrap's interval is too narrow, and with one it has no width
 INTERVALS = (
-    f"A mean's is a bootstrap's that draws whole prompts, and a mean of less than {FEW} prompts has none. A share of "
-    "prompts without halves has Wilson's interval, as has every share that is 0 or 1, or of which less than "
-    f"{FEW} prompts are decided: that is wider than it need be."
+    f"Means have bootstrap intervals, from draws of whole prompts; a mean of fewer than {FEW} prompts has none. Shares "
+    "of prompts without halves have Wilson's interval. So do shares that are 0 or 1, or with fewer than "
+    f"{FEW} decided prompts: the interval is then wider than necessary."
 )
-"""What intervals are, for reports."""
+"""Explanation of the intervals, for reports."""
 Estimate = dict[str, float | int | None]
-"""`value`, `low` and `high` of its interval, and `number` of rows; null where there are none."""
+"""`value`, `low` and `high` of its interval, and `number` of rows; null without rows."""
 Values = Sequence[float] | npt.NDArray[Any]
-"""Of rows; NaN where a row has none."""
+"""Values of rows; NaN for a row without one."""
 
 
 def estimate(values: Values, groups: Sequence[str], seed: int) -> Estimate:
     """Mean of some rows, with the percentile interval of a bootstrap by group; null below `FEW` groups.
 
     Args:
-        values: of the rows, [N]; NaN where a row has none, which is then left out.
+        values: values of the rows, [N]; rows with NaN are left out.
         groups: prompt of each row, [N].
-        seed: of the draws.
+        seed: seed of the draws.
     """
     column = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(column)
@@ -56,22 +56,22 @@ def estimate(values: Values, groups: Sequence[str], seed: int) -> Estimate:
 
 
 def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
-    """Share of some rows for which something holds.
+    """Share of rows for which something holds.
 
-    Its interval is Wilson's where each group is one row that is 1 or 0. It is also Wilson's, of as many rows as there
-    are groups, where less than `FEW` groups have a row that is decided (no half), or all rows are alike: too wide
-    rather than too narrow. Else it is the bootstrap's (`estimate`).
+    The interval is Wilson's if each group is one row with 1 or 0. It is also Wilson's, with the number of groups in
+    place of the number of rows, if fewer than `FEW` groups have a decided row (not a half), or if all rows are alike:
+    too wide rather than too narrow. Otherwise it is the bootstrap's (`estimate`).
 
     Args:
-        values: of the rows, [N]: 1, 0, or in between for what is undecided; NaN where a row has none.
+        values: values of the rows, [N]: 1, 0, or in between if undecided; NaN for a row without one.
         groups: prompt of each row, [N].
-        seed: of the draws.
+        seed: seed of the draws.
     """
     column = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(column)
     rows, number = column[known], len({group for group, is_known in zip(groups, known, strict=True) if is_known})
     plain = number == len(rows) and np.isin(rows, (0, 1)).all()
-    # Of four wins and nothing but halves besides, a bootstrap would be sure.
+    # With four wins and otherwise only halves, a bootstrap would be certain.
     decided = len({group for group, is_one in zip(groups, known & (column != 0.5), strict=True) if is_one})
     if number and (plain or decided < FEW or (rows == rows[0]).all()):
         low, high = wilson(float(rows.mean()), number)
@@ -84,18 +84,18 @@ def wilson(value: float, number: int) -> tuple[float, float]:
 
     Args:
         value: the share.
-        number: of rows that are independent of each other, at least 1.
+        number: number of independent rows, at least 1.
     """
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = value + z**2 / (2 * number)
     half = z * math.sqrt(value * (1 - value) / number + z**2 / (4 * number**2))
     whole = 1 + z**2 / number
-    # What is 0 or 1 is so but for rounding.
+    # A bound at 0 or 1 may miss it by rounding.
     return max(0.0, min(value, (middle - half) / whole)), min(1.0, max(value, (middle + half) / whole))
 
 
 def _resampled(groups: int, seed: int) -> Iterable[npt.NDArray[np.float64]]:
-    """How often each group is drawn, in `DRAWS` draws of as many groups as there are: blocks of [draws, groups]."""
+    """How often each group is drawn, in `DRAWS` draws of as many groups as exist: blocks of [draws, groups]."""
     if groups * DRAWS <= HELD:
         return (_drawn(groups, seed),)
     generator, block = rng("bootstrap", seed), max(1, HELD // groups)
@@ -103,7 +103,7 @@ def _resampled(groups: int, seed: int) -> Iterable[npt.NDArray[np.float64]]:
     return (_draw(generator, groups, size) for size in sizes)
 
 
-@lru_cache(maxsize=8)  # many numbers are of the same prompts
+@lru_cache(maxsize=8)  # many numbers share the same prompts
 def _drawn(groups: int, seed: int) -> npt.NDArray[np.float64]:
     return _draw(rng("bootstrap", seed), groups, DRAWS)
 

@@ -1,8 +1,8 @@
 """The initial policy as judge: which of two outputs it prefers by one principle (paper section 3.2, reference step 1).
 
-The judge reads a template that ends with `Output (` and is asked for one more token; the logits of the letters
-`a` and `b` are its verdict. Each pair is judged by every principle and in both orders. How the prompts of a pair are
-computed together is in `margins`; which way is right for a model, `prove` finds out.
+The judge reads a template that ends with `Output (` and is asked for one more token. The logits of the letters `a` and
+`b` are its verdict. Each pair is judged by every principle and in both orders. `margins` computes the prompts of a pair
+together; `prove` finds out which way of doing so is right for a model.
 """
 
 import logging
@@ -50,18 +50,18 @@ class Judge:
 
     Args:
         model: causal language model in eval mode, with or without adapters, quantised or not.
-        tokenizer: of the model, with offsets (a "fast" one).
+        tokenizer: the model's tokenizer, with offsets (a "fast" one).
         template: with the slots `templates.JUDGE_SLOTS`: plain text, or a chat (`encoding.read_template`).
         principles: at least one.
-        max_length: tokens a prompt may have.
-        device: where the model is.
-        way: how prompts are computed; `prove` finds the fastest that is right for a model.
+        max_length: maximum tokens of a prompt.
+        device: the model's device.
+        way: way to compute prompts; `prove` finds the fastest correct one for a model.
 
     Attributes:
-        cut: prompt_ids of the pairs so far whose outputs were too long to be read to their ends.
+        cut: prompt_ids of the pairs so far whose outputs were too long to be read completely.
 
     Raises:
-        UserError: where the tokenizer gives the options no token of their own after the template.
+        UserError: if the tokenizer has no separate tokens for the options after the template.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Judge:
         self.options = option_tokens(tokenizer, self._texts("", "", ""), add_special_tokens=not self.template.is_chat)
 
     def judge(self, pairs: Sequence[Pair]) -> list[list[tuple[float, float]] | None]:
-        """Scores (s12, s21) of every principle, for every pair; None where a pair does not fit (see `encode`).
+        """Scores (s12, s21) of every principle, for every pair; None if a pair does not fit (see `encode`).
 
-        Both are positive where output_1 is preferred. All pairs are one batch; in another batch the scores differ
-        as far as the rounding of the model's arithmetic goes.
+        Both are positive if output_1 is preferred. All pairs are one batch. In another batch the scores differ by the
+        rounding of the model's arithmetic.
         """
         prompts = [self.encode(pair) for pair in pairs]
         fitting = [each for each in prompts if each is not None]
@@ -101,15 +101,15 @@ class Judge:
     def encode(self, pair: Pair) -> PairPrompts | None:
         """The prompts of a pair, each of at most `max_length` tokens.
 
-        Where the longest is too long, the ends of the outputs are cut off, from the longer one first, until all
-        prompts fit; every principle and both orders read the same outputs, and the template stays whole.
+        If the longest is too long, the ends of the outputs are cut off, from the longer one first, until all prompts
+        fit. All principles and both orders read the same outputs, and the template stays complete.
 
         Returns:
-            None where the prompts are too long even with empty outputs.
+            None if the prompts are too long even with empty outputs.
         """
         instruction, *whole = (guard(self.tokenizer, text) for text in (pair.instruction, pair.output_1, pair.output_2))
         outputs = list(whole)
-        ends: list[list[int]] | None = None  # of the outputs' tokens, as characters; most pairs never need them
+        ends: list[list[int]] | None = None  # ends of the outputs' tokens, in characters; most pairs never need them
         budget = 0
         while True:
             prompts = self._encode(instruction, *outputs)
@@ -122,7 +122,7 @@ class Judge:
             if budget == 0:
                 return None
             self.cut.add(pair.prompt_id)
-            # Cutting can change how the rest is tokenised, so that another round may be needed.
+            # Cutting can change the tokens of the rest, so another round may be necessary.
             budget = max(0, budget - excess)
             kept = share(len(ends[0]), len(ends[1]), budget)
             outputs = [
@@ -151,7 +151,7 @@ class Judge:
         ]
 
     def _margins(self, prompts: Sequence[Sequence[list[int]]]) -> list[list[float]]:
-        """`margins` as lists, checked."""
+        """The results of `margins` as lists, checked."""
         if not prompts:
             return []
         scores = margins(self.model, prompts, self.options, self.device, self.way)
@@ -165,13 +165,13 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What `prove` found.
+    """The result of `prove`.
 
     Attributes:
-        way: the fastest that is right for the model.
-        tokens: of the longest prompt it was tried on.
-        noise: what a padded batch changes in a score; root mean square, in units of the logits.
-        differences: the same of every way tried, to each prompt alone without padding; None where it failed.
+        way: the fastest way that is right for the model.
+        tokens: number of tokens of the longest prompt that was tried.
+        noise: how much a padded batch changes a score; root mean square, in units of the logits.
+        differences: the same for every way, against single prompts without padding; None if the way failed.
     """
 
     way: Way
@@ -182,15 +182,15 @@ class Proof:
 
 @torch.no_grad()
 def prove(judge: Judge) -> Proof:
-    """Find the fastest way that scores prompts, up to the judge's length, as one plain forward pass for each does.
+    """Find the fastest way that scores prompts, up to the judge's length, like one plain forward pass per prompt.
 
-    Two made-up pairs are judged by up to three principles, a short one and one that fills `max_length`. A way is right
-    where its scores are as near to those of single prompts as those of ordinary padded batches, rounding being what it
-    is in the model's dtype. Windows are looked up besides: what they change may be less than the rounding of 16 bits.
-    All ranks call this, and get the answer of rank 0.
+    Two made-up pairs are judged by up to three principles: one short pair and one that fills `max_length`. A way is
+    right if its scores are as close to those of single prompts as the scores of ordinary padded batches are, given the
+    rounding of the model's dtype. Sliding windows are checked separately, because their effect may be smaller than the
+    rounding of 16 bits. All ranks call this and get rank 0's answer.
 
     Raises:
-        UserError: where even padded batches give other scores than single prompts.
+        UserError: if even padded batches and single prompts give different scores.
     """
     prompts = _made_prompts(judge)
     flat = [prompt for group in prompts for prompt in group]
@@ -213,8 +213,8 @@ def prove(judge: Judge) -> Proof:
     step = _rounding(judge, flat[0])
     if noise is None or not noise <= 0.1 * scale + 1e-3 + 4 * step:
         raise UserError(
-            f"{type(judge.model).__name__} scores prompts in padded batches otherwise than alone (by {noise}, where "
-            f"scores are about {scale:.2g}): this model cannot judge, see docs/models.md"
+            f"{type(judge.model).__name__} scores prompts differently in padded batches than alone (by {noise}, with "
+            f"scores of about {scale:.2g}): this model cannot judge, see docs/models.md"
         )
     limit = 4 * noise + 1e-4 * max(scale, 1.0) + step
     right = [way for way, difference in differences.items() if difference is not None and difference <= limit]
@@ -223,7 +223,7 @@ def prove(judge: Judge) -> Proof:
 
 
 def _made_prompts(judge: Judge) -> list[list[list[int]]]:
-    """Prompts of a short pair and of one as long as the judge reads, by up to three principles, in one order."""
+    """Prompts of a short pair and of one with the judge's full length, by up to three principles, in one order."""
     words = " ".join([*judge.template.text.split(), *(principle.definition for principle in judge.principles)]).split()
     long = " ".join(words * (judge.max_length // max(1, len(words)) + 1))
     longest = max(range(len(judge.principles)), key=lambda place: len(judge.principles[place].definition))
@@ -238,7 +238,7 @@ def _made_prompts(judge: Judge) -> list[list[list[int]]]:
 
 
 def _heeds_a_mask(judge: Judge, prompt: list[int]) -> bool:
-    """Whether masks and positions decide what a token sees: no window, no state, and positions that are heeded."""
+    """Whether masks and positions alone decide what a token sees: no window, no state, and positions in use."""
     model, device = judge.model, judge.device
     ids = torch.tensor([prompt[:8]])
     cache = prefill(model, ids, torch.ones_like(ids), device)
@@ -249,7 +249,7 @@ def _heeds_a_mask(judge: Judge, prompt: list[int]) -> bool:
         for layer in getattr(cache, "layers", [None])
     ):
         return False
-    # ALiBi counts places in the row, whatever the positions are said to be.
+    # ALiBi counts places in the row and ignores the given positions.
     near, far = (
         model(
             input_ids=ids.to(device),
@@ -264,7 +264,7 @@ def _heeds_a_mask(judge: Judge, prompt: list[int]) -> bool:
 
 
 def _rounding(judge: Judge, prompt: list[int]) -> float:
-    """What the model's dtype rounds in a score: half a step at the size of the largest logit."""
+    """The rounding of the model's dtype in a score: half a step at the size of the largest logit."""
     ids = torch.tensor([prompt], device=judge.device)
     logits = judge.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     output = output_layer(judge.model)
@@ -273,9 +273,9 @@ def _rounding(judge: Judge, prompt: list[int]) -> float:
 
 
 def share(first: int, second: int, budget: int) -> tuple[int, int]:
-    """How many tokens two outputs keep when they may have `budget` together: the longer one gives first.
+    """How many tokens two outputs keep if they may have `budget` together: the longer one is cut first.
 
-    Where both have to give, both keep the same number, so that neither output gains by its place.
+    If both must be cut, both keep the same number, so neither output gains by its position.
     """
     if first + second <= budget:
         return first, second
@@ -292,11 +292,11 @@ def option_tokens(
 ) -> tuple[int, int]:
     """Token ids of `a` and `b` after these prompts.
 
-    Each is the token that the tokenizer puts there; where it would rather join the letter with the prompt's last
-    characters, it is the token that continues the prompt's own tokens by exactly the letter.
+    Usually this is the token that the tokenizer puts there. If the tokenizer would join the letter with the prompt's
+    last characters, it is the token that continues the prompt's own tokens by exactly the letter.
 
     Raises:
-        UserError: where there is no such token, or the prompts differ in it.
+        UserError: if there is no such token, or it differs between prompts.
     """
     answers = {
         tuple(_continuation(tokenizer, prompt, letter, add_special_tokens) for letter in OPTIONS) for prompt in prompts

@@ -1,8 +1,8 @@
-"""How probable answers are under a model.
+"""The probabilities of answers under a model.
 
-The logits of a long answer under a large vocabulary take more memory than all else. So the layers are computed for the
-whole text, and the output layer for the answers' tokens alone, some at a time; where a gradient is wanted, their logits
-are computed once more in the backward pass instead of kept.
+The logits of a long answer under a large vocabulary take more memory than everything else. Therefore the layers are
+computed for the whole text, but the output layer only for the answers' tokens, some at a time. If a gradient is needed,
+the backward pass computes these logits again instead of keeping them.
 """
 
 import logging
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 LOGITS = 2**24
 """Logits at a time: 64 MiB in float32."""
 PER_LOGIT = 5 * 4
-"""Bytes that a logit takes with all that is computed from it, its gradient included."""
+"""Bytes per logit, including everything computed from it and its gradient."""
 APART = 1e-3
-"""How far logits may be from those of the whole model, as a share of the largest, where the output layer is called for
-itself; between two shapes of the same sums, bfloat16 has its rounding on top."""
+"""How far logits may be from those of the whole model, as a share of the largest, if the output layer is called
+separately. In bfloat16, different shapes of the same sums add rounding."""
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class _Result(BaseModelOutputWithPast):
-    """What layers give, and nothing else of it, whatever the architecture asks for."""
+    """The layers' result, without the other fields that an architecture may ask for."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -45,19 +45,19 @@ class _Result(BaseModelOutputWithPast):
 
 
 class _Known(nn.Module):
-    """In the place of a model's layers, when their result is known; it has their settings."""
+    """Replaces a model's layers when their result is known. It has their settings."""
 
     def __init__(self, layers: nn.Module, states: Tensor) -> None:
         super().__init__()
         self.states = states
-        object.__setattr__(self, "layers", layers)  # not a module of this one
+        object.__setattr__(self, "layers", layers)  # not as a submodule
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        """What is known."""
+        """The known result."""
         return _Result(last_hidden_state=self.states)
 
     def __getattr__(self, name: str) -> Any:
-        return self if name == "decoder" else getattr(self.layers, name)  # OPT calls its layers' layers
+        return self if name == "decoder" else getattr(self.layers, name)  # OPT calls its layers' own layers
 
 
 def answer_logprobs(
@@ -69,19 +69,19 @@ def answer_logprobs(
     most: int = 0,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log probability of each token of answers after their prompts, and the entropies of what they were drawn from.
+    """Log probability of each answer token after its prompt, and the entropies of the distributions.
 
     Args:
         model: a causal language model, or LoRA on one.
-        prompts: token ids, B lists of one at least.
+        prompts: token ids, B lists with at least one each.
         answers: likewise.
         temperature: the logits are divided by it.
-        most: tokens of all answers on the rank that has most of them: ranks call the output layer equally often, which
-            ZeRO-3 needs.
+        most: number of answer tokens on the rank that has most: all ranks call the output layer equally often, which
+            ZeRO-3 requires.
         with_entropy: whether entropies are computed.
 
     Returns:
-        float32 [B, R] on the model's device, R the longest answer, 0 behind the others; the entropies likewise, without
+        float32 [B, R] on the model's device, R the longest answer, 0 after the others; the entropies likewise, without
         gradient, or None.
     """
     causal: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -90,7 +90,7 @@ def answer_logprobs(
     lengths = [len(answer) for answer in answers]
     pairs = enumerate(zip(prompts, lengths, strict=True))
     before = [(row, len(prompt) - 1 + step) for row, (prompt, length) in pairs for step in range(length)]
-    rows, columns = torch.tensor(before, device=tokens.device).T  # of the tokens whose next one is an answer's
+    rows, columns = torch.tensor(before, device=tokens.device).T  # positions before answer tokens
     drawn = torch.tensor([*chain.from_iterable(answers)], device=tokens.device)
 
     def read(states: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -100,14 +100,14 @@ def answer_logprobs(
         states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
         count = math.ceil(max(len(drawn), most) * causal.config.get_text_config().vocab_size / LOGITS)
         again = count > 1 and torch.is_grad_enabled()
-        # Shapes are not compared: ZeRO-3 has given away the output layer's weights by then, and gathers them once more.
+        # Shapes are not compared: ZeRO-3 has released the output layer's weights by then, and gathers them again.
         options: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
         pieces = [
             checkpoint(read, *piece, **options) if again else read(*piece)
             for piece in zip(states.tensor_split(count), drawn.tensor_split(count), strict=True)
         ]
     else:
-        first = min(map(len, prompts)) - 1  # whose logits are read
+        first = min(map(len, prompts)) - 1  # the first position whose logits are read
         logits = model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
         logits = logits[rows, columns - (tokens.shape[1] - logits.shape[1])]
         pieces = [ppo_math.token_logprobs(logits, drawn, temperature, with_entropy=with_entropy)]
@@ -120,9 +120,9 @@ def answer_logprobs(
 
 
 def logits_of(causal: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits of hidden states, [N, H] to [N, V], with all that the architecture does to them: factors, caps.
+    """Logits of hidden states, [N, H] to [N, V], including the architecture's factors and caps.
 
-    That is the model's own forward pass, with its layers' result in their place.
+    This is the model's own forward pass, with the layers replaced by their result.
     """
     name = causal.base_model_prefix
     layers = getattr(causal, name)
@@ -137,24 +137,24 @@ def logits_of(causal: PreTrainedModel, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def has_apart(causal: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether the output layer can be called for itself (`logits_of`); found out once per model.
+    """Whether the output layer can be called separately (`logits_of`); determined once per model.
 
     Args:
         causal: a causal language model.
-        tokens: to try it with, [B, T].
+        tokens: tokens for the trial, [B, T].
     """
     if causal not in _apart:
         whole = causal(input_ids=tokens, use_cache=False).logits.flatten(0, 1).float()
         try:
             states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             away = (logits_of(causal, states).float() - whole).abs().max().item()
-        except Exception as error:  # whatever a model of remote code raises
+        except Exception as error:  # a model with remote code may raise anything
             log.debug("%s: %s", type(causal).__name__, error)
             away = math.inf
         bound = max(APART, 8 * torch.finfo(causal.dtype).eps) * max(1.0, whole.abs().max().item())
         _apart[causal] = away <= bound
         if not _apart[causal]:
-            log.info("%s: all logits of a pass are kept at once", type(causal).__name__)
+            log.info("%s: keeping all logits of a pass at once", type(causal).__name__)
     return _apart[causal]
 
 
@@ -170,8 +170,8 @@ def sequence_logprobs(
 
     Args:
         model: a causal language model, in eval mode.
-        prompts: token ids, N lists; `answers` likewise, those as they were sampled, which may be empty.
-        answers: likewise.
+        prompts: token ids, N lists.
+        answers: token ids as they were sampled, N lists, which may be empty.
         temperature: the logits are divided by it.
         batch_size: answers at a time; only speed and memory depend on it.
 

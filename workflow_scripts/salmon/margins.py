@@ -1,13 +1,13 @@
-"""What a judge is asked for: the margin between two option tokens after each of many prompts that begin alike.
+"""The judge's computation: the margin between two option tokens after each of many prompts that begin alike.
 
-Where that is right for a model, the prompts of a group become one row, in which each tail sees the common head and
+If this is right for a model, the prompts of a group become one row, in which each tail sees the common head and
 itself:
 
     | padding | head: instruction, output (a), output (b) | tail of principle 1 | tail of principle 2 | ...
                                                         logits a, b ^         logits a, b ^
 
 The head is found in the tokens, so any template works; one that ends with the principle is fast. Neither the
-head's cache nor its computation is repeated, so that memory grows little with the number of principles.
+head's cache nor its computation is repeated, so memory grows little with the number of principles.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ from transformers import Cache
 from salmon.batching import batches, left_pad, position_ids, select_rows
 
 Way = Literal["packed", "shared", "whole"]
-"""How the prompts of a pair are computed, the fastest first.
+"""Ways to compute the prompts of a pair, the fastest first.
 
-`packed`: as above. Needs attention that heeds a mask and positions for each token: not sliding windows shorter than a
-prompt, recurrent or convolution layers, or ALiBi. `shared`: the head's cache is computed once and repeated for each
-tail. `whole`: each prompt by itself, in batches by length; right wherever padded batches are.
+`packed`: as above. Needs attention that respects a mask and positions for each token: not sliding windows shorter than
+a prompt, recurrent or convolution layers, or ALiBi. `shared`: the head's cache is computed once and repeated for each
+tail. `whole`: each prompt separately, in batches by length; right wherever padded batches are.
 """
 
 
@@ -45,7 +45,7 @@ def margins(
         model: causal language model in eval mode; for `packed` with attention that takes a mask (sdpa, eager).
         prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
         options: token ids of a and b.
-        device: where the model is.
+        device: the model's device.
         way: see `Way`.
 
     Returns:
@@ -60,10 +60,10 @@ def margins(
 
 @contextmanager
 def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[int]]:
-    """Inside the block, the options' logits are made in float32 of the last hidden states; yields their places in them.
+    """Inside the block, compute the options' logits in float32 from the last hidden states; yields their indices.
 
-    In bfloat16 a logit of 16 to 32 has steps of 0.125, so that many margins would be a tie. A plain output layer gives
-    the options' logits only; one with LoRA, or divided among GPUs, all of them.
+    In bfloat16 a logit of 16 to 32 has steps of 0.125, so many margins would be ties. A plain output layer gives only
+    the options' logits; one with LoRA, or divided among GPUs, gives all of them.
     """
     output = output_layer(model)
     dtypes = set() if output is None else {parameter.dtype for parameter in output.parameters()}
@@ -85,7 +85,7 @@ def _options_in_float32(model: nn.Module, options: list[int]) -> Iterator[list[i
 
 
 def _in_float32(layer: nn.Module) -> RemovableHandle:
-    """Make a layer of any class compute in float32, whatever its weights are stored in, until the handle is removed."""
+    """Make a layer of any class compute in float32, whatever the dtype of its weights, until the handle is removed."""
     weights = {name: parameter.float() for name, parameter in layer.named_parameters()}
     is_inside = False
 
@@ -104,7 +104,7 @@ def _in_float32(layer: nn.Module) -> RemovableHandle:
 
 
 def output_layer(model: nn.Module) -> Any:
-    """The layer that makes logits of hidden states, with adapters around the model or not; None where nobody knows."""
+    """The layer that turns hidden states into logits, with or without adapters around the model; None if unknown."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
 
 
@@ -114,12 +114,12 @@ def _packed_logits(
     options: list[int],
     device: torch.device | str,
 ) -> Tensor:
-    """Logits of the options, [groups, members, options]: tails behind their common head in one row."""
+    """Logits of the options, [groups, members, options]: tails after their common head in one row."""
     groups, members = len(prompts), len(prompts[0])
     shared = [common_prefix(group) for group in prompts]
     heads, head_mask = left_pad([group[0][:length] for group, length in zip(prompts, shared, strict=True)])
     cache = prefill(model, heads, head_mask, device) if max(shared) > 0 else None
-    # Tails of equal width, one after another in a row: the last tokens of all of them are at the same places.
+    # Tails of equal width, one after another in a row, so their last tokens are at the same places in every row.
     rest = [prompt[length:] for group, length in zip(prompts, shared, strict=True) for prompt in group]
     tails, tail_mask = left_pad(rest)
     width = tails.shape[1]
@@ -144,9 +144,9 @@ def _shared_logits(
     options: list[int],
     device: torch.device | str,
 ) -> Tensor:
-    """The same: one row for each tail, behind a copy of its group's head; a group at a time.
+    """The same with one row for each tail, after a copy of its group's head; one group at a time.
 
-    Tails are padded on their right: recurrent and convolution layers, and windows, go on from the head's end.
+    Tails are padded on the right, because recurrent and convolution layers, and windows, continue from the head's end.
     """
     rows = []
     for group in prompts:
@@ -181,7 +181,7 @@ def _whole_logits(
     options: list[int],
     device: torch.device | str,
 ) -> Tensor:
-    """The same: every prompt from its beginning, as many at a time as there are groups, the longest first."""
+    """The same with every prompt from its beginning, as many at a time as there are groups, the longest first."""
     flat = [prompt for group in prompts for prompt in group]
     logits: list[Tensor] = [torch.empty(0)] * len(flat)
     for batch in batches([len(prompt) for prompt in flat], len(prompts)):
@@ -199,7 +199,7 @@ def _whole_logits(
 
 
 def prefill(model: nn.Module, ids: Tensor, mask: Tensor, device: torch.device | str) -> Cache:
-    """The cache after these tokens, padded on their left."""
+    """The cache after these tokens, which are padded on the left."""
     cache: Cache = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -211,7 +211,7 @@ def prefill(model: nn.Module, ids: Tensor, mask: Tensor, device: torch.device | 
 
 
 def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:
-    """What the tokens of tails may see: the head of their group, and their own tail up to themselves.
+    """The attention mask of tail tokens: they see the head of their group, and their own tail up to themselves.
 
     Args:
         head_mask: 1 token, 0 padding; shape [groups, head].
@@ -229,6 +229,6 @@ def tail_attention(head_mask: Tensor, tail_mask: Tensor) -> Tensor:
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common prefix that leaves every sequence at least one token."""
-    first, last = min(sequences), max(sequences)  # what these two have in common, all have
+    first, last = min(sequences), max(sequences)  # all share what these two share
     limit = min(map(len, sequences)) - 1
     return next((place for place in range(limit) if first[place] != last[place]), limit)

@@ -1,8 +1,8 @@
-"""Loading models: base, quantisation, adapters, heads. The only place that knows how.
+"""Loads models: base, quantisation, adapters, heads. No other module does.
 
-Nothing leaves here unverified: every weight of the base model, of an adapter and of a head is used, and none is
-missing, whichever class loads it, or loading ends in a `UserError` that names what does not fit. Libraries would fill
-what is missing with random numbers, or leave an adapter out, with no more than a warning.
+Everything loaded here is verified: all weights of the base model, of an adapter and of a head are used, and none is
+missing, whichever class loads them. Otherwise loading ends in a `UserError` that names the mismatch. The libraries
+would fill missing weights with random numbers, or ignore an adapter, with only a warning.
 """
 
 import logging
@@ -28,11 +28,11 @@ from salmon.identity import REWARD_HEAD, SHOWN, context_limit, refuse_pointers
 from salmon.tokenizers import check_depth, check_folder, find_file
 
 log = logging.getLogger(__name__)
-# Their bars and reports are made for a terminal; what a script's log should say, the script says.
+# Their progress bars and reports are meant for a terminal; the scripts write their own log.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-# Buffers of old checkpoints that are computed today; no weights.
+# Buffers in old checkpoints that are computed today; not weights.
 _OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias)$")
 
 
@@ -40,13 +40,13 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
     """The initial policy: the base model with its adapter, if it has one; in eval mode, nothing trainable.
 
     Args:
-        model: which.
-        device: of this rank.
-        together: each rank holds a part of every layer (tensor parallelism), and all have to be called together. The
+        model: section of the configuration.
+        device: this rank's device.
+        together: each rank holds a part of every layer (tensor parallelism), and all must be called together. The
             adapter is merged into the weights. Every rank reads the whole model into its machine's memory first.
 
     Raises:
-        UserError: where the model cannot be loaded, or 4-bit weights should be divided.
+        UserError: if the model cannot be loaded, or 4-bit weights would have to be divided.
     """
     together = together and distributed.world() > 1
     if together and model.quantization != "none":
@@ -63,14 +63,14 @@ def load_initial_policy(model: Model, device: torch.device | str, *, together: b
 
 
 def load_policy(model: Model, policy: Path | None, device: torch.device | str) -> nn.Module:
-    """A trained policy, whose adapter stands on the base model alone, or the initial one where none is given."""
+    """A trained policy, whose adapter belongs to the bare base model; or the initial policy if none is given."""
     return load_initial_policy(model.with_adapter(policy) if policy else model, device)
 
 
 def load_judge(model: Model, device: torch.device | str, *, together: bool = False) -> nn.Module:
-    """A model that judges, as `load_initial_policy` loads it, but for flash attention.
+    """A model that judges, loaded like the initial policy but without flash attention.
 
-    The judge says token by token what may be seen, which flash attention does not take.
+    The judge needs a mask for each token, which flash attention does not accept.
     """
     attention = "eager" if model.attention == "eager" else "sdpa"
     return load_initial_policy(model.model_copy(update={"attention": attention}), device, together=together)
@@ -79,9 +79,9 @@ def load_judge(model: Model, device: torch.device | str, *, together: bool = Fal
 class Scoring(nn.Module):
     """A causal language model whose forward pass gives one number per text: a linear head on its last token.
 
-    Mixed into the class of a loaded model (`_add_head`), so that whatever transformers, PEFT and DeepSpeed know of the
-    architecture holds, with or without a classifier class of transformers. The output layer is not computed. The
-    head, `score`, has no bias and is in float32.
+    Mixed into the class of a loaded model (`_add_head`), so everything that transformers, PEFT and DeepSpeed know of
+    the architecture still holds, whether or not transformers has a classifier class for it. The output layer is not
+    computed. The head, `score`, has no bias and is in float32.
     """
 
     def forward(
@@ -99,16 +99,16 @@ class Scoring(nn.Module):
             input_ids: [B, T].
             attention_mask: [B, T], 1 at tokens; None without padding. With a cache, [B, past + T].
             position_ids: [B, T], for texts padded on their left.
-            past_key_values: of the texts' beginnings, where `input_ids` are what follows.
-            use_cache: whether the cache is returned.
+            past_key_values: cache of the texts' beginnings; `input_ids` are then the rest.
+            use_cache: whether to return the cache.
 
         Returns:
-            `logits`: [B, 1], float32 as the head is, read at the last token of each text.
+            `logits`: [B, 1], float32 like the head, read at the last token of each text.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         places = {} if position_ids is None else {"position_ids": position_ids}
-        # Of padding on the right no token reads anything, and attention without a mask is the faster one.
+        # No token reads padding on the right, and attention without a mask is faster.
         on_its_right = past_key_values is None and bool((attention_mask.diff() <= 0).all())
         output = self.base_model(  # type: ignore[operator]
             input_ids=input_ids,
@@ -130,13 +130,13 @@ class Scoring(nn.Module):
 
 
 def new_policy(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
-    """A policy to train: base, fresh LoRA on all linear layers."""
+    """A policy to train: base and new LoRA on all linear layers."""
     torch.manual_seed(seed)
     return add_lora(prepare(load_base(model, device), model), lora, TaskType.CAUSAL_LM)
 
 
 def new_reward_model(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:
-    """A reward model to train: base, fresh LoRA on all linear layers, fresh linear head (no bias) of one output."""
+    """A reward model to train: base, new LoRA on all linear layers, new linear head (no bias) with one output."""
     torch.manual_seed(seed)
     base = prepare(_add_head(load_base(model, device)), model)
     return add_lora(base, lora, TaskType.SEQ_CLS)
@@ -146,7 +146,7 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
     """A reward model from its PEFT folder, adapter and head.
 
     Raises:
-        UserError: where a weight of either is missing or left over: a reward model with a random head is never used.
+        UserError: if a weight of either is missing or left over: a reward model never gets a random head.
     """
     read_head(folder)
     base = _add_head(load_base(model, device))
@@ -157,7 +157,7 @@ def load_reward_model(model: Model, folder: Path, device: torch.device | str, *,
 
 
 def _add_head(base: PreTrainedModel) -> PreTrainedModel:
-    """Make a causal language model a `Scoring` one, with a fresh head as transformers begins classifiers."""
+    """Make a causal language model a `Scoring` one, with a new head that starts like a classifier of transformers."""
     weight = base.get_input_embeddings().weight
     base.score = nn.Linear(head_width(base), 1, bias=False, device="meta").to_empty(device=weight.device)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _add_head(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_width(base: PreTrainedModel) -> int:
-    """Numbers in a hidden state, which a head reads."""
+    """Size of a hidden state, which a head reads."""
     output = base.get_output_embeddings()
     return getattr(output, "in_features", None) or base.config.get_text_config().hidden_size
 
@@ -179,7 +179,7 @@ def read_head(folder: Path) -> torch.Tensor:
         float32, shape [1, hidden].
 
     Raises:
-        UserError: where the folder holds no adapter, no head or one of another kind, or cannot be read.
+        UserError: if the folder has no adapter, no head or another kind of head, or cannot be read.
     """
     from safetensors import safe_open
 
@@ -188,42 +188,42 @@ def read_head(folder: Path) -> torch.Tensor:
     if not file.is_file():
         found = sorted(each.name for each in folder.iterdir())[:SHOWN] if folder.is_dir() else ["nothing"]
         raise UserError(
-            f"{folder} holds no reward model: {file.name} is missing, and what is there is {', '.join(found)}. Build "
-            "it first; a reward model in another layout, such as the authors', is read by the key reward_model.path"
+            f"{folder} is not a reward model: {file.name} is missing; the folder has {', '.join(found)}. Build it "
+            "first; name a reward model in another layout, such as the authors', in reward_model.path"
         )
     with (
-        reading(file, "copy the reward model again, or let it be built again"),
+        reading(file, "copy or build the reward model again"),
         safe_open(str(file), framework="pt") as tensors,
     ):
         heads = [name for name in tensors.keys() if name.endswith(HEAD)]  # noqa: SIM118
         if len(heads) != 1:
             raise UserError(
-                f"{file} holds no head ({HEAD}): it is not a reward model, or a damaged one; the authors' reward "
-                f"model, whose head is in the file {REWARD_HEAD}, is read by the key reward_model.path"
+                f"{file} holds no head ({HEAD}): it is not a reward model, or it is damaged; name the authors' reward "
+                f"model, which has its head in the file {REWARD_HEAD}, in reward_model.path"
             )
         head: torch.Tensor = tensors.get_tensor(heads[0]).float()
         if head.dim() != 2 or head.shape[0] != 1:
             raise UserError(
-                f"the head in {file} has the shape {tuple(head.shape)}, not one output: copy the reward model again, "
-                "or let it be built again"
+                f"the head in {file} has the shape {tuple(head.shape)}, not one output: copy or build the reward "
+                "model again"
             )
     return head
 
 
 def check_context(model: nn.Module, length: int, key: str) -> None:
-    """Refuse a setting of more tokens than the model has positions, or reads alike whatever its neighbours.
+    """Refuse a setting that exceeds the model's positions, or the length up to which a text does not depend on others.
 
     Raises:
-        UserError: naming the setting and both numbers.
+        UserError: with the setting and both numbers.
     """
     config = getattr(model, "config", None)
     limit = None if config is None else context_limit(config.to_dict())
     if limit is not None and length > limit:
-        raise UserError(f"{key} is {length}, but the model reads {limit} tokens at most; set it to that or less")
+        raise UserError(f"{key} is {length}, but the model reads {limit} tokens at most; lower the setting")
 
 
 def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
-    """Keep this rank's part of every layer (DeepSpeed's AutoTP), on its device."""
+    """Keep only this rank's part of every layer (DeepSpeed's AutoTP), on its device."""
     import deepspeed
 
     whole = sum(parameter.numel() for parameter in policy.parameters())
@@ -236,8 +236,8 @@ def _divide(policy: nn.Module, device: torch.device) -> nn.Module:
     ).module
     if sum(parameter.numel() for parameter in divided.parameters()) == whole:
         raise UserError(
-            f"DeepSpeed divides no layer of a {type(policy).__name__} among {distributed.world()} GPUs: leave "
-            "tensor_parallel out, or take a number of GPUs that divides the model's attention heads"
+            f"DeepSpeed cannot divide a {type(policy).__name__} among {distributed.world()} GPUs: leave "
+            "tensor_parallel out, or use a number of GPUs that divides the model's attention heads"
         )
     return divided
 
@@ -259,49 +259,48 @@ def _quantized(model: Model, device: torch.device | str) -> dict[str, Any]:
 
 
 def prepare(base: PreTrainedModel, model: Model) -> PreTrainedModel:
-    """Freeze the base and, where it is quantised, make gradients flow through it (QLoRA).
+    """Freeze the base and, if it is quantised, let gradients flow through it (QLoRA).
 
-    Norms, embeddings and output layer stay as they are loaded, so that activations are in `model.dtype` as they are
-    in sampling and judging. QLoRA's usual preparation makes float32 of them, and with them of all activations between
-    4-bit layers, which takes twice the memory and leaves gradients as far from those of float32
-    (benchmarks/precision.py).
+    Norms, embeddings and output layer stay as loaded, so activations are in `model.dtype` as in sampling and judging.
+    QLoRA's usual preparation converts these to float32, and thereby all activations between 4-bit layers. This takes
+    twice the memory and leaves gradients as far from those of float32 (benchmarks/precision.py).
     """
     base.requires_grad_(False)
     if model.quantization == "none":
         return base
     for module in base.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, and
-        # the kernel for that layout has no backward pass: all gradients behind it would silently be zero.
+        # the kernel for that layout has no backward pass: all gradients before it would silently be zero.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return base
 
 
 def _check_loading(model: Model, info: Mapping[str, Any]) -> None:
-    """Refuse a base model of which weights are missing, left over or of another shape, or could not be read."""
+    """Refuse a base model whose weights are missing, left over, of another shape, or unreadable."""
     findings = {
         "are missing": info["missing_keys"],
-        "fit nothing in it": {key for key in info["unexpected_keys"] if not _OLD_BUFFERS.search(key)},
+        "have no place in it": {key for key in info["unexpected_keys"] if not _OLD_BUFFERS.search(key)},
         "have another shape": {str(key) for key in info["mismatched_keys"]},
         "could not be read": {str(error) for error in info["error_msgs"]},
     }
     if found := [f"{len(names)} {what} ({some(names)})" for what, names in findings.items() if names]:
         raise UserError(
-            f"the weights in {model.base} are not those of its config.json: {'; '.join(found)}. Fetch or save the "
-            "model again; missing weights would be random numbers"
+            f"the weights in {model.base} do not match its config.json: {'; '.join(found)}. Fetch or save the model "
+            "again; missing weights would be random numbers"
         )
 
 
 def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
-    """The base model for causal language modelling, in 4 bit or `dtype`, on one device, in eval mode.
+    """The base model for causal language modelling, in 4 bits or `dtype`, on one device, in eval mode.
 
-    Dropout of its own (GPT-2, OPT) is off: in RL the ratio of new and old policy has to be 1 where nothing has changed.
+    Its own dropout (GPT-2, OPT) is off: in RL the ratio of new and old policy must be 1 as long as nothing has changed.
 
     Raises:
-        UserError: where it cannot be loaded, or its files do not hold exactly the weights of its configuration.
+        UserError: if it cannot be loaded, or its files do not hold exactly the weights of its configuration.
     """
     if torch.device(device).type == "cuda" and model.dtype != "float32":
-        # LoRA is in float32; on tensor cores its products have 10 bits, still more than a 16-bit model's.
+        # LoRA is in float32. On tensor cores its products have 10 bits, still more than a 16-bit model's.
         torch.set_float32_matmul_precision("high")
     check_folder(model.base, "model.base")
     refuse_pointers(Path(model.base))
@@ -332,10 +331,10 @@ def load_base(model: Model, device: torch.device | str) -> PreTrainedModel:
 
 
 def load_dequantized(model: Model, device: torch.device | str) -> PreTrainedModel:
-    """The base model with the weights that its 4-bit weights stand for, in `dtype`, on the CPU.
+    """The base model with its 4-bit weights dequantised to `dtype`, on the CPU.
 
-    It computes what the quantised model computes, up to the order of sums. The memory of the machine has to hold it;
-    the device holds the quantised model.
+    It computes the same as the quantised model, up to the order of sums. The machine's memory must hold it; the device
+    holds the quantised model.
     """
     import bitsandbytes
 
@@ -349,7 +348,7 @@ def load_dequantized(model: Model, device: torch.device | str) -> PreTrainedMode
             if module.bias is not None:
                 plain.bias = nn.Parameter(module.bias.data.cpu(), requires_grad=False)
             base.set_submodule(name, plain)
-    base.hf_quantizer = None  # or it would be saved as a quantised model, and refuses to move
+    base.hf_quantizer = None  # otherwise it would be saved as a quantised model, and could not move
     base.is_quantized = base.is_loaded_in_4bit = False
     if hasattr(base.config, "quantization_config"):
         del base.config.quantization_config
@@ -357,15 +356,15 @@ def load_dequantized(model: Model, device: torch.device | str) -> PreTrainedMode
 
 
 def load_outline(model: Model, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
-    """The base model's layers without their weights, by its config.json alone: names and shapes to compare with.
+    """The base model's layers without weights, from its config.json alone: names and shapes for comparison.
 
     Args:
         model: section of the configuration.
-        dtype: of the weights that there are not.
-        attention: how they would attend; the architecture's own way by default.
+        dtype: dtype of the absent weights.
+        attention: the attention implementation; the architecture's default if not given.
 
     Raises:
-        UserError: where the configuration cannot be read.
+        UserError: if the configuration cannot be read.
     """
     check_folder(model.base, "model.base")
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -379,7 +378,7 @@ def load_outline(model: Model, dtype: torch.dtype = torch.float32, attention: st
 
 
 def _check_generation_config(model: Model) -> None:
-    """Refuse a generation_config.json that transformers would leave out without a word: end tokens are in it."""
+    """Refuse a damaged generation_config.json, which transformers would silently ignore: it holds end tokens."""
     file = find_file(model.base, model.revision, "generation_config.json")
     if file is None:
         return
@@ -389,20 +388,20 @@ def _check_generation_config(model: Model) -> None:
         type(token) is int and token >= 0
         for token in (ends if isinstance(ends, list) else [0 if ends is None else ends])
     ):
-        raise UserError(f"{file} names end tokens that are no numbers of tokens; fetch the model again")
+        raise UserError(f"{file} names end tokens that are not token ids; fetch the model again")
 
 
 def _advice(error: BaseException, model: Model) -> str:
-    """Which key or file to change after what a library says."""
+    """The key or file to change, given a library's message."""
     said = str(error)
     if "attention implementation" in said or "does not support Flash Attention" in said:
         return f"this architecture has no {model.attention}: set model.attention to eager"
     if isinstance(error, OSError) and "safetensors" in said:
         return (
-            "weights are read from safetensors only, since a pickle may run code: load the model where you trust it, "
-            "and save it with save_pretrained"
+            "weights are read from safetensors only, because a pickle may run code: load the model on a machine where "
+            "you trust it, and save it with save_pretrained"
         )
     return (
-        "check model.base and model.revision, or fetch the model again. A gated model also needs a login on the hub, "
-        "and a machine without network a copy in the cache or a local folder"
+        "check model.base and model.revision, or fetch the model again. A gated model also needs a login on the hub. A "
+        "machine without a network needs a cached copy or a local folder"
     )

@@ -1,7 +1,7 @@
 """MT-Bench (Zheng et al., arXiv 2306.05685): questions of two turns, and answers in the format of FastChat.
 
 FastChat (github.com/lm-sys/FastChat, fastchat/llm_judge) has the questions, `data/mt_bench/question.jsonl`, and judges
-answers in files of this format. Temperatures are those of its `common.py`, the number of tokens is that of its
+answers in files of this format. The temperatures are those of its `common.py`; the number of tokens is that of its
 `gen_model_answer.py`.
 """
 
@@ -23,16 +23,16 @@ TEMPERATURES = {
 }
 """Sampling temperature by category."""
 OTHER_TEMPERATURE = 0.7
-"""Of a category that is not among them."""
+"""Temperature of any other category."""
 
 
 class Question(BaseModel):
-    """A line of the file of questions; what else there is in it is for the judge.
+    """A line of the question file; its other fields are for the judge.
 
     Attributes:
-        question_id: names it.
-        category: decides the temperature.
-        turns: what the user says first, and after the answer.
+        question_id: the question's id.
+        category: determines the temperature.
+        turns: the user's first turn, and the one after the answer.
     """
 
     question_id: int | str
@@ -41,7 +41,7 @@ class Question(BaseModel):
 
     @property
     def temperature(self) -> float:
-        """At which its answers are sampled."""
+        """The sampling temperature of its answers."""
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
@@ -53,7 +53,7 @@ class Choice(BaseModel):
 
 
 class Answer(BaseModel):
-    """A line of a file of answers."""
+    """A line of an answer file."""
 
     question_id: int | str
     answer_id: str
@@ -66,23 +66,23 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a file.
 
     Raises:
-        UserError: naming the line that is no question, or the question that is there twice.
+        UserError: with the line that is not a question, or the question that occurs twice.
     """
     return _read(path, Question, "a question of FastChat (evaluation.mt_bench)")
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a file of ours.
+    """The answers in a file of the workflow.
 
     Raises:
-        UserError: naming the line that is no answer, or the question that is answered twice.
+        UserError: with the line that is not an answer, or the question that is answered twice.
     """
-    return _read(path, Answer, "an answer in FastChat's format; let it be built again")
+    return _read(path, Answer, "an answer in FastChat's format; move its folder away, so that it is built again")
 
 
 def _read(path: Path, kind: type[Any], what: str) -> list[Any]:
-    """The rows of a file of JSON lines."""
-    text = read_text(path, "", f"each of its lines should be {what}")
+    """The rows of a JSON Lines file."""
+    text = read_text(path, "", f"each line should be {what}")
     found: dict[int | str, Any] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -90,25 +90,25 @@ def _read(path: Path, kind: type[Any], what: str) -> list[Any]:
                 row = kind.model_validate_json(line)
             except ValidationError as error:
                 keys = ", ".join(sorted({finding.partition(":")[0] for finding in findings(error, kind)}))
-                raise UserError(f"{path}: line {number} is not {what}: look at {keys}") from None
+                raise UserError(f"{path}: line {number} is not {what}: check {keys}") from None
             if row.question_id in found:
-                raise UserError(f"{path}: line {number} has the question {row.question_id} a second time")
+                raise UserError(f"{path}: line {number} repeats the question {row.question_id}")
             found[row.question_id] = row
     if not found:
-        raise UserError(f"{path} is empty; each of its lines should be {what}")
+        raise UserError(f"{path} is empty; each line should be {what}")
     return list(found.values())
 
 
 def answer_lines(questions: Sequence[Question], answers: Sequence[Sequence[str]], model_id: str) -> str:
-    """Answers as a file of FastChat.
+    """Answers in the form of a FastChat file.
 
     Args:
-        questions: in the order of the file.
-        answers: of each question, to its turns.
-        model_id: names the model; FastChat wants it to be the file's name.
+        questions: the questions in file order.
+        answers: for each question, the answers to its turns.
+        model_id: the model's name; FastChat expects it to be the file's name.
 
     Returns:
-        JSON lines. The time of an answer is 0 and its id a hash, so that equal answers make equal files.
+        JSON Lines. An answer's time is 0 and its id is a hash, so equal answers give equal files.
     """
     lines = []
     for question, turns in zip(questions, answers, strict=True):

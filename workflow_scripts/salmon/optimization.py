@@ -1,6 +1,6 @@
-"""Optimisers of RL: AdamW with whole states on every rank, or sharded by DeepSpeed (ZeRO).
+"""Optimisers of RL: AdamW with complete states on every rank, or sharded by DeepSpeed (ZeRO).
 
-Losses are divided by totals over all ranks, so that the gradient of a minibatch is the sum over ranks. Both kinds
+Losses are divided by totals over all ranks, so the gradient of a minibatch is the sum over ranks. Both kinds
 take the same steps up to rounding.
 """
 
@@ -16,29 +16,29 @@ from salmon.shared_base import SharedBase
 
 
 class Optimizer(Protocol):
-    """Backward passes of one minibatch, then a step."""
+    """An optimiser: backward passes of one minibatch, then a step."""
 
     gathers_weights: bool
-    """Whether all ranks have to make the same number of passes of any kind, which gather the weights from all."""
+    """Whether all ranks must make the same number of passes, because passes gather the weights from all ranks."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this rank's share of a loss."""
 
     def step(self, rate: float) -> float:
-        """Sum gradients over ranks, clip them, change the weights, forget them; returns the norm before clipping."""
+        """Sum gradients over ranks, clip them, update the weights, clear the gradients; returns the unclipped norm."""
 
     def save(self, folder: Path) -> None:
-        """Write all that is needed to resume, into a new folder. All ranks call this."""
+        """Write everything needed to resume into a new folder. All ranks call this."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. All ranks call this."""
+        """Read the files of `save`. All ranks call this."""
 
     def trained_weights(self) -> dict[str, torch.Tensor] | None:
-        """Trained weights by name, whole, on every rank; None where the model holds them so. All ranks call this."""
+        """Complete trained weights by name, on every rank; None if the model itself holds them. All ranks call this."""
 
 
 class ReplicatedOptimizer:
-    """AdamW without decay, the same on every rank; on a GPU with paged 32-bit states, which may leave its memory."""
+    """AdamW without decay, the same on every rank; on a GPU with 32-bit states that can be paged out."""
 
     gathers_weights = False
 
@@ -81,9 +81,9 @@ class ReplicatedOptimizer:
 
 
 class ShardedOptimizer:
-    """AdamW in DeepSpeed's engine: ZeRO-2 shards gradients and states, ZeRO-3 the weights of all models as well.
+    """AdamW in DeepSpeed's engine: ZeRO-2 shards gradients and states, ZeRO-3 also the weights of all models.
 
-    DeepSpeed sums gradients during each backward pass, and gathers ZeRO-3's weights during any pass, so that all
+    DeepSpeed sums gradients during each backward pass, and gathers ZeRO-3's weights during any pass. Therefore all
     ranks make the same number of passes (`ppo.parts`).
     """
 
@@ -97,9 +97,9 @@ class ShardedOptimizer:
             optimizer=torch.optim.AdamW(shared.trained(), weight_decay=0.0),
             config={**config, "gradient_clipping": max_grad_norm},
         )
-        # ZeRO-3 adds a pass's gradients to those kept, but for the first pass of a minibatch, whose gradients replace
-        # them. It counts passes where the engine is called for them; we call the model, so that each pass would be the
-        # first. And what a first pass does not reach (the value model) would keep its gradients of the step before.
+        # ZeRO-3 adds a pass's gradients to the kept ones, except in the first pass of a minibatch, whose gradients
+        # replace them. It counts passes when the engine is called; we call the model directly, so each pass would be
+        # the first. A weight that a first pass does not reach (the value model) would keep the last step's gradients.
         self.kept_gradients: torch.Tensor | None = None
         if self.gathers_weights:
             self.kept_gradients = self.engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -107,8 +107,8 @@ class ShardedOptimizer:
     def backward(self, loss: torch.Tensor) -> None:
         """See `Optimizer`."""
         if self.kept_gradients is not None:
-            self.engine.optimizer.micro_step_id = 1  # always add; `step` sets them to zero
-        self.engine.backward(loss * self.world)  # which takes the mean over ranks
+            self.engine.optimizer.micro_step_id = 1  # always add; `step` sets the gradients to zero
+        self.engine.backward(loss * self.world)  # the engine takes the mean over ranks
 
     def step(self, rate: float) -> float:
         """See `Optimizer`."""
@@ -120,7 +120,7 @@ class ShardedOptimizer:
         return float(self.engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
-        """See `Optimizer`; the same ZeRO on as many ranks can read it."""
+        """See `Optimizer`; only the same ZeRO on the same number of ranks can read it."""
         self.engine.save_checkpoint(str(folder), tag="shards", exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
@@ -129,7 +129,7 @@ class ShardedOptimizer:
             str(folder), tag="shards", load_module_strict=False, load_lr_scheduler_states=False
         )
         if loaded is None:
-            raise UserError(f"DeepSpeed cannot read {folder}; delete it, and training resumes from the one before it")
+            raise UserError(f"DeepSpeed cannot read {folder}; delete it to resume from the previous checkpoint")
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Optimizer`."""
@@ -137,7 +137,7 @@ class ShardedOptimizer:
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that DeepSpeed trains, by name: float32, whole, on every rank. All ranks call this."""
+    """Weights that DeepSpeed trains, by name: float32, complete, on every rank. All ranks call this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     named = model.named_parameters()
@@ -145,24 +145,24 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def read_deepspeed(file: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration for RL, whose batches the loop makes itself.
+    """A DeepSpeed configuration for RL, where the training loop makes the batches.
 
-    What is `auto` in the file (transformers' Trainer fills it in) is left to DeepSpeed. The trained weights are
-    float32, and are trained as such.
+    Entries that are `auto` in the file (transformers' Trainer fills them in) are left to DeepSpeed. The trained weights
+    are and stay float32.
     """
-    raw = read_json(file, "", "it has to be a DeepSpeed configuration in JSON")
+    raw = read_json(file, "", "it must be a DeepSpeed configuration in JSON")
     zero = raw.get("zero_optimization", {}) if isinstance(raw, dict) else None
     if not isinstance(zero, dict):
         raise UserError(
-            f"{file} is no DeepSpeed configuration: it has to be a JSON object with zero_optimization.stage"
+            f"{file} is not a DeepSpeed configuration: it must be a JSON object with zero_optimization.stage"
         )
     zero = {name: value for name, value in zero.items() if value != "auto"}
     if zero.get("stage") not in (2, 3):
-        raise UserError(f"{file}: zero_optimization.stage is {zero.get('stage')}; RL takes 2 or 3")
+        raise UserError(f"{file}: zero_optimization.stage is {zero.get('stage')}; RL accepts 2 or 3")
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # `step` says when a minibatch is over
+        "managed_gradient_accumulation": False,  # `step` marks the end of a minibatch
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
         "steps_per_print": 10**9,

@@ -1,4 +1,4 @@
-"""Tables as people read them: HTML pages that stand alone, and Markdown."""
+"""Tables for people: self-contained HTML pages, and Markdown."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ td.number, td:first-child:not(.text) { white-space: nowrap; }
 td.text { min-width: 18em; max-width: 32em; white-space: pre-wrap; overflow-wrap: anywhere; }
 small { color: #57606a; }
 """
-# A click on a heading sorts by its column, a second one the other way round; empty cells stay at the end.
+# A click on a heading sorts by its column, a second click in reverse; empty cells stay at the end.
 SORTING = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
   const head = button.parentElement, body = head.closest("table").tBodies[0];
@@ -47,12 +47,12 @@ class Table:
     """A table.
 
     Attributes:
-        heading: above it; empty for none.
-        columns: their names.
+        heading: heading above the table; empty for none.
+        columns: column names.
         rows: cells in the order of the columns.
         note: a sentence on how to read it.
-        digits: of numbers after the point.
-        texts: whether cells are whole texts, whose line breaks stay.
+        digits: decimal digits of numbers.
+        texts: whether cells are whole texts that keep their line breaks.
     """
 
     heading: str
@@ -79,7 +79,7 @@ def shown(cell: Cell, digits: int) -> str:
 
 
 def page(title: str, tables: Sequence[Table]) -> str:
-    """An HTML page of tables that needs no other file; a click on a heading sorts."""
+    """A self-contained HTML page of tables; a click on a heading sorts."""
     parts = [f"<h1>{html.escape(title)}</h1>", *map(_table, tables)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -98,7 +98,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell, table: Table) -> str:
-    """A cell, with the number that it is sorted by."""
+    """A cell, with its sort key if it is a number."""
     text = html.escape(shown(cell, table.digits))
     if isinstance(cell, Mapping) and cell["value"] is not None:
         value, _, interval = text.partition(" ")

@@ -1,9 +1,9 @@
 """RL against the principle-following reward model (paper section 3.4): rollouts, rewards, updates, checkpoints.
 
-`train` is the loop and reads from top to bottom; the functions above it are its parts in the order of their use.
-Every rank holds all rollouts of a step, which are small, and computes its part of each pass of a model: what the ranks
-do in one pass costs about the same. Draws are keyed by (seed, step, place in the step), and losses are divided by
-totals over all ranks, so that neither the number of ranks nor the tokens of a pass change anything but the rounding.
+`train` is the loop and reads from top to bottom; the functions above it are its parts in the order of their use. Every
+rank holds all rollouts of a step, which are small, and computes its part of each pass of a model; the parts of one pass
+cost about the same. Draws are keyed by (seed, step, index in the step), and losses are divided by totals over all
+ranks. Therefore the number of ranks and the tokens per pass change only the rounding.
 """
 
 import json
@@ -49,19 +49,19 @@ log = logging.getLogger(__name__)
 
 _MEASURED = ("logprobs", "reference", "values", "entropy")
 _UNSET = torch.empty(0)
-DRIFT = 0.1  # of the mean ratio of trainer and engine from 1; by rounding alone it is far less
+DRIFT = 0.1  # deviation from 1 of the mean ratio of trainer and engine; rounding alone gives far less
 DOCUMENT = Scoring()
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One prompt, the response that the policy sampled, and what was measured on it.
+    """One prompt, the response that the policy sampled, and its measurements.
 
-    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking. Both end
-    before the first of the cut markers.
+    The policy is trained on all of `response`; the reward model reads `text`, which has no thinking. Both end before
+    the first cut marker.
 
-    Tensors are float32 [R] on the CPU, R the tokens of the response. `sampled` are the log probabilities that an engine
-    gave to the tokens it drew, empty where it does not tell; `weights` are those of the policy's loss.
+    Tensors are float32 [R] on the CPU, R the tokens of the response. `sampled` are the engine's log probabilities of
+    the tokens it drew, empty if it does not return them; `weights` are those of the policy's loss.
     """
 
     place: int
@@ -86,19 +86,19 @@ class Rollout:
     weights: torch.Tensor = _UNSET
 
     def __post_init__(self) -> None:
-        """All tokens weigh alike, unless an engine has drawn them (`correct_for_engine`)."""
+        """All tokens have equal weights, unless an engine has drawn them (`correct_for_engine`)."""
         self.weights = torch.ones(len(self.response))
 
 
 def within_query_length(
     prompts: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: Ppo, policy_prompt: PolicyPrompt
 ) -> pl.DataFrame:
-    """The prompts of at most `query_length` tokens as the policy reads them, template included.
+    """The prompts with at most `query_length` tokens, template included.
 
-    Longer ones are left out, not cut: of half an instruction nobody knows what answers it.
+    Longer ones are left out, not cut: half an instruction may have no sensible answer.
 
     Raises:
-        UserError: where the policy's template alone has as many tokens.
+        UserError: if the policy's template alone has that many tokens.
     """
     check_query_length(tokenizer, settings, policy_prompt)
     preamble = read_preamble(policy_prompt)
@@ -112,10 +112,10 @@ def within_query_length(
 
 
 def total_steps(prompts: int, settings: Ppo) -> int:
-    """PPO steps of the whole run.
+    """Number of PPO steps of the whole run.
 
     Raises:
-        UserError: where the prompts do not fill a single step.
+        UserError: if the prompts do not fill a single step.
     """
     steps = settings.epochs * prompts // settings.rollout_batch_size
     if steps == 0:
@@ -127,7 +127,7 @@ def total_steps(prompts: int, settings: Ppo) -> int:
 
 
 def rows_of_step(step: int, prompts: int, settings: Ppo) -> list[int]:
-    """Rows of the prompt table that step `step` (from 0) uses: every epoch in an order of its own."""
+    """Rows of the prompt table that step `step` (from 0) uses: every epoch has a different order."""
     first = step * settings.rollout_batch_size
     places = range(first, first + settings.rollout_batch_size)
     orders = {
@@ -146,9 +146,9 @@ def sample(
     settings: Ppo,
     policy_prompt: PolicyPrompt,
 ) -> list[Rollout]:
-    """The rollouts of a step, sampled from the policy as it is now, each rank its share; in the order of their places.
+    """The rollouts of a step, sampled from the present policy, each rank its share; in the order of their indices.
 
-    Prompts are dealt to the ranks by length.
+    Prompts are divided among the ranks by length.
     """
     preamble = read_preamble(policy_prompt)
     records = prompts[rows_of_step(step, len(prompts), settings)].to_dicts()
@@ -172,7 +172,7 @@ def sample(
         whole, thinking_cut = without_thinking(tokenizer, generation, policy_prompt.thinking, begun=begun)
         text, response = cut_at_markers(whole, settings.cut_markers), generation.tokens
         marker_cut = text != whole
-        if marker_cut:  # what follows is lost, and with it the stop
+        if marker_cut:  # the rest is dropped, including the stop
             response = tokens_of_beginning(tokenizer, generation, text, policy_prompt.thinking, begun=begun)
         rollouts.append(
             Rollout(
@@ -194,13 +194,13 @@ def sample(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank does in one pass of a model."""
+    """The part of one rank in one pass of a model."""
 
     rollouts: list[Rollout]
     real: bool
-    """False where this rank has nothing to do, and computes the shortest rollout: DeepSpeed waits for all ranks."""
+    """False if this rank has nothing to do and computes the shortest rollout, because DeepSpeed waits for all ranks."""
     most: int
-    """Response tokens of the rank that computes most of them in this pass."""
+    """Response tokens of the rank that computes most in this pass."""
 
     @property
     def texts(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -209,12 +209,12 @@ class Part:
 
 
 def parts(rollouts: Sequence[Rollout], lengths: Sequence[int], budget: int) -> list[Part]:
-    """This rank's part of every pass over rollouts; the same number of them on every rank.
+    """This rank's part of every pass over rollouts; every rank has the same number of parts.
 
     Args:
-        rollouts: the same on all ranks.
-        lengths: of what the model reads of each, in tokens.
-        budget: tokens of a part at most, padding included (`batching.passes`).
+        rollouts: the rollouts, equal on all ranks.
+        lengths: number of tokens that the model reads of each.
+        budget: maximum tokens of a part, padding included (`batching.passes`).
     """
     found = []
     shortest = min(range(len(rollouts)), key=lengths.__getitem__, default=0)
@@ -227,7 +227,7 @@ def parts(rollouts: Sequence[Rollout], lengths: Sequence[int], budget: int) -> l
 
 
 def spread(rollouts: Sequence[Rollout], mine: Iterable[Rollout], names: Sequence[str]) -> None:
-    """What each rank has found out about its rollouts, to all ranks."""
+    """Share each rank's results for its rollouts with all ranks."""
     found = [(rollout.place, [getattr(rollout, name) for name in names]) for rollout in mine]
     by_place = {rollout.place: rollout for rollout in rollouts}
     for of_rank in distributed.gather(found):
@@ -242,9 +242,9 @@ def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float,
 
     Args:
         shared: the models.
-        rollouts: the same on all ranks.
-        temperature: of the sampling.
-        budget: tokens of a pass on a rank at most.
+        rollouts: the rollouts, equal on all ranks.
+        temperature: sampling temperature.
+        budget: maximum tokens of a pass on a rank.
     """
     shared.eval()
     share = parts(rollouts, [len(rollout.query) + len(rollout.response) for rollout in rollouts], budget)
@@ -266,11 +266,11 @@ def measure(shared: SharedBase, rollouts: Sequence[Rollout], temperature: float,
 
 
 def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, float]:
-    """Weights of the policy's loss, which correct for an engine that computes otherwise than the trainer.
+    """Set weights of the policy's loss that correct for differences between engine and trainer.
 
     Returns:
-        Over all tokens: mean and largest ratio of trainer and engine, and the share above the cap, where a
-        drift between the two shows; nothing where our own loop has sampled, which is the trainer.
+        Over all tokens: mean and largest ratio of trainer and engine, and the share above the cap, which reveal a drift
+        between the two. Empty if our own loop has sampled, because that is the trainer.
     """
     if settings.engine == "transformers":
         return {}
@@ -285,8 +285,8 @@ def correct_for_engine(rollouts: Sequence[Rollout], settings: Ppo) -> dict[str, 
     total, above, tokens = sums.tolist()
     if abs(total / tokens - 1) > DRIFT:
         log.warning(
-            "the engine computes otherwise than the trainer: its tokens are %.2f times as probable to the trainer. "
-            "Look for another version of the weights, or another dtype",
+            "engine and trainer disagree: the trainer gives the engine's tokens %.2f times the engine's probability. "
+            "Check whether the engine has another version of the weights, or another dtype",
             total / tokens,
         )
     return {
@@ -311,12 +311,12 @@ def score(
 
     Args:
         shared: the models.
-        tokenizer: of all of them.
-        rollouts: the same on all ranks.
-        principles: to draw from.
-        step: from 0.
-        settings: of the run.
-        budget: tokens of a pass on a rank at most.
+        tokenizer: the tokenizer of all models.
+        rollouts: the rollouts, equal on all ranks.
+        principles: the principles to draw from.
+        step: the step, counted from 0.
+        settings: the run's settings.
+        budget: maximum tokens of a pass on a rank.
         scoring: how the reward model reads its texts.
     """
     template = read_template(tokenizer, settings.template, scoring, "scoring.format")
@@ -390,13 +390,13 @@ def accumulate_gradients(
 
     Args:
         shared: the models.
-        optimizer: of what is trained.
-        rollouts: the minibatch, the same on all ranks.
-        settings: of the run.
-        budget: tokens of a pass on a rank at most.
+        optimizer: optimiser of the trained weights.
+        rollouts: the minibatch, equal on all ranks.
+        settings: the run's settings.
+        budget: maximum tokens of a pass on a rank.
 
     Returns:
-        Sums over this rank's response tokens, divided by the minibatch's.
+        Sums over this rank's response tokens, divided by the number in the minibatch.
     """
     sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl"), 0.0)
     total = float(sum(len(rollout.response) for rollout in rollouts))
@@ -431,7 +431,7 @@ def update(
     budget: int,
     rate: float,
 ) -> dict[str, float]:
-    """All inner epochs over the rollouts of a step; returns means over its optimiser steps."""
+    """Run all inner epochs over the rollouts of a step; returns means over its optimiser steps."""
     history: list[dict[str, float]] = []
     shared.train()
     for epoch in range(settings.inner_epochs):
@@ -449,7 +449,7 @@ def update(
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over rollouts; those per token are weighted by tokens."""
+    """Means over rollouts; per-token values are weighted by tokens."""
     per_rollout = {
         "score": [r.score for r in rollouts],
         "reward": [r.reward for r in rollouts],
@@ -474,7 +474,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def learning_rate(step: int, steps: int, settings: Ppo) -> float:
     """Linear warm-up over `warmup_steps`, then half a cosine to 0; constant over one PPO step (from 0).
 
-    As transformers' schedule, and so the reward model's, it counts from 0: the rate of the first step is 0.
+    It counts from 0, like transformers' schedule and therefore the reward model's: the rate of the first step is 0.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
@@ -483,14 +483,14 @@ def learning_rate(step: int, steps: int, settings: Ppo) -> float:
 
 
 def save_checkpoint(work: WorkFolder, optimizer: Optimizer, step: int) -> None:
-    """Write the state after `step` steps, whole or not at all, and delete all but the newest checkpoints."""
+    """Write the state after `step` steps, completely or not at all, and delete all but the newest checkpoints."""
     folder = checkpoints.new(work, step)
     optimizer.save(folder)
     checkpoints.seal(work, folder)
 
 
 def load_checkpoint(work: WorkFolder, optimizer: Optimizer) -> int:
-    """Continue from the newest checkpoint; returns the number of steps done, 0 where there is none."""
+    """Continue from the newest checkpoint; returns the number of completed steps, 0 if there is none."""
     newest = checkpoints.newest(work)
     if newest is None:
         return 0
@@ -508,8 +508,8 @@ class Metrics:
         if distributed.is_main():
             lines = self.file.read_text().splitlines() if self.file.exists() else []
             if len(lines) < done:
-                raise UserError(f"{self.file} has {len(lines)} of {done} lines; delete {folder} to start anew")
-            with atomic(self.file) as temporary:  # steps after the checkpoint are done once more
+                raise UserError(f"{self.file} has {len(lines)} of {done} lines; delete {folder} to start again")
+            with atomic(self.file) as temporary:  # steps after the checkpoint are repeated
                 temporary.write_text("".join(f"{line}\n" for line in lines[:done]))
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
@@ -521,7 +521,7 @@ class Metrics:
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # as what a checkpoint holds
+            os.fsync(file.fileno())  # like the contents of a checkpoint
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
@@ -542,22 +542,22 @@ def train(
     tokens_per_pass: int,
     tokens_per_forward_pass: int,
 ) -> None:
-    """Train the policy in `shared`, continuing from `work` and leaving checkpoints and metrics there.
+    """Train the policy in `shared`. Resumes from `work`, and keeps checkpoints and metrics there.
 
     Args:
         shared: policy, reference, value and reward model.
-        optimizer: of what `shared` trains.
-        sampler: of rollouts; it is given the policy anew before every step.
-        tokenizer: of all models.
+        optimizer: optimiser of the weights that `shared` trains.
+        sampler: samples the rollouts; gets the new policy before every step.
+        tokenizer: the tokenizer of all models.
         prompts: prompt_id, instruction, input, question_type, length_bonus.
-        principles: to draw from, with their weights.
+        principles: the principles to draw from, with their weights.
         work: opened with the fingerprint of this run.
         scoring: how the reward model reads its texts.
-        tokens_per_pass: of a rank at most, padding included, where gradients are computed (hardware).
-        tokens_per_forward_pass: where none are (hardware).
+        tokens_per_pass: maximum tokens per rank, padding included, with gradients (hardware).
+        tokens_per_forward_pass: the same without gradients (hardware).
 
     Raises:
-        Stopped: where SIGTERM asked for it; the checkpoint is written.
+        Stopped: if SIGTERM asked for it; the checkpoint is written.
     """
     done = load_checkpoint(work, optimizer)
     metrics = Metrics(work, done)
@@ -568,7 +568,7 @@ def train(
         # 1. Sample responses from the policy.
         rollouts = sample(shared, sampler, tokenizer, prompts, step, settings, policy_prompt)
         sampled = time.monotonic()
-        # 2. Measure them: log probabilities of policy and reference, values; and how far an engine is from that.
+        # 2. Measure them: log probabilities of policy and reference, values; and how far an engine deviates from these.
         measure(shared, rollouts, settings.temperature, tokens_per_forward_pass)
         drift = correct_for_engine(rollouts, settings)
         # 3. Score them with the reward model, each under its own principles; shape the rewards.
@@ -579,7 +579,7 @@ def train(
         # 5. Improve policy and value model.
         rate = learning_rate(step, steps, settings)
         losses = update(shared, optimizer, rollouts, step, settings, tokens_per_pass, rate)
-        # 6. Report, and keep a checkpoint.
+        # 6. Report, and write a checkpoint.
         now = time.monotonic()
         values = {
             **summarize(rollouts),
@@ -612,5 +612,5 @@ def train(
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of different lengths as [B, R], zeros on the right."""
+    """Rows of different lengths as [B, R], padded with zeros on the right."""
     return pad_sequence(list(rows), batch_first=True)

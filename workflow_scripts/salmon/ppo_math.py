@@ -1,6 +1,6 @@
 """The mathematics of the RL stage: pure functions on tensors (paper section 3.4; Schulman et al. 2017).
 
-Which position means what, for a query of 4 tokens and a response of 4 (`E` is its EOS) in a batch whose longest
+Positions for a query of 4 tokens and a response of 4 (`E` is its EOS) in a batch whose longest
 text has 10 tokens and whose longest response has 6:
 
     tokens       q  q  q  q  r0 r1 r2 E  .  .         query and response, padded on the right
@@ -12,9 +12,9 @@ text has 10 tokens and whose longest response has 6:
     values                x  x  x  x  .  .            V(tokens before r_t), read at the same positions as the logits
     rewards               k  k  k  k+S                k: -coefficient * KL_t, S: reward of the response, at its end
 
-Every mean is taken with the mask; what stands at masked positions never matters (it may be anything finite).
-Losses are sums divided by a total that the caller gives, the number of tokens of the whole minibatch over all
-passes and ranks: summing their gradients gives the gradient of the joined batch.
+Every mean uses the mask; values at masked positions have no effect (they may be anything finite). Losses are sums
+divided by a total that the caller gives: the number of tokens of the whole minibatch over all passes and ranks. The sum
+of their gradients is the gradient of the joint batch.
 """
 
 import torch
@@ -23,7 +23,7 @@ import torch
 def token_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float, *, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log probabilities of tokens under the distribution they were sampled from, and its entropy where it is wanted.
+    """Log probabilities of tokens under the distribution they were sampled from, and its entropy on demand.
 
     With x = logits / temperature and log Z = log sum_v exp(x_v): log p_v = x_v - log Z, and the entropy is
     H = -sum_v p_v log p_v = log Z - E_p[x].
@@ -31,11 +31,11 @@ def token_logprobs(
     Args:
         logits: [..., V], any float dtype; row t predicts token t.
         tokens: [...] int64.
-        temperature: of the sampling; the policy that PPO improves is the tempered one.
-        with_entropy: whether the entropy is computed, too.
+        temperature: sampling temperature; PPO improves the tempered policy.
+        with_entropy: whether to compute the entropy as well.
 
     Returns:
-        Two float32 tensors [...], in nats; the entropy, if it is wanted, carries no gradient.
+        Two float32 tensors [...], in nats; the entropy, if computed, has no gradient.
     """
     scaled = logits.float() / temperature
     log_total = scaled.logsumexp(-1)
@@ -50,8 +50,8 @@ def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: str)
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled (Schulman 2020).
 
     Args:
-        logprobs: [B, R] of the policy, in nats.
-        reference: [B, R] of the reference policy.
+        logprobs: [B, R], the policy's, in nats.
+        reference: [B, R], the reference policy's.
         estimator: k1 = log ratio, unbiased and of either sign; k3 = ratio - 1 - log ratio, never negative.
 
     Returns:
@@ -77,12 +77,12 @@ def sequence_rewards(
     """Reward of whole responses before the KL penalty (reference step 3, "reward shaping").
 
     Args:
-        scores: [B] of the reward model.
+        scores: [B], the reward model's.
         finished: [B] bool, whether the response ended by itself.
         lengths: [B] response tokens.
-        length_bonus: [B] factor of each prompt.
-        max_length: tokens that count as length 1.
-        stop_penalty: added where a response did not end by itself.
+        length_bonus: [B], the factor of each prompt.
+        max_length: number of tokens that counts as length 1.
+        stop_penalty: added if a response did not end by itself.
         length_reward: factor of the length share.
         length_reward_cap: largest share (times bonus) that is rewarded.
 
@@ -103,7 +103,7 @@ def token_rewards(
         sequence_reward: [B].
         kl: [B, R].
         mask: [B, R], 1 at response tokens, which are contiguous from 0; a row has at least one.
-        kl_coefficient: of the penalty, fixed.
+        kl_coefficient: the penalty's coefficient, fixed.
 
     Returns:
         float32 [B, R], 0 at masked positions.
@@ -118,13 +118,13 @@ def token_rewards(
 def advantages_and_returns(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), the state after the last token worth 0.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), with value 0 after the last token.
 
     Args:
         rewards: [B, R].
-        values: [B, R], of the policy that sampled.
+        values: [B, R], under the policy that sampled.
         mask: [B, R].
-        gamma: discount of a token.
+        gamma: discount per token.
         lam: discount of the temporal-difference errors.
 
     Returns:
@@ -164,14 +164,14 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def rollout_ratios(logprobs: torch.Tensor, sampled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """How much more probable the trainer finds each sampled token than the engine that drew it.
+    """Ratio of the trainer's and the engine's probability of each token that the engine drew.
 
-    Truncated at a cap, they are the weights of truncated importance sampling (Ionides 2008): the loss is then that of
-    tokens drawn from the policy that is trained, whatever the engine's arithmetic, with a bounded variance.
+    Truncated at a cap, they are the weights of truncated importance sampling (Ionides 2008): the loss then equals that
+    of tokens drawn from the trained policy, whatever the engine's arithmetic, with a bounded variance.
 
     Args:
-        logprobs: [B, R] of the policy that sampled, as the trainer computes them.
-        sampled: [B, R], as the engine gives them for the tokens that it drew.
+        logprobs: [B, R] of the policy that sampled, computed by the trainer.
+        sampled: [B, R], from the engine, for the tokens that it drew.
         mask: [B, R].
 
     Returns:
@@ -198,10 +198,10 @@ def policy_loss(
         mask: [B, R].
         clip: half width of the interval around ratio 1.
         total: real tokens in the whole minibatch.
-        weights: of the tokens, [B, R]; see `rollout_ratios`.
+        weights: token weights, [B, R]; see `rollout_ratios`.
 
     Returns:
-        The loss (scalar), and the number of tokens at which the clipped term was the larger loss.
+        The loss (scalar), and the number of tokens for which the clipped term was the larger loss.
     """
     # max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = pi(r_t) / pi_old(r_t)
     ratio = torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, 0.0))
@@ -220,7 +220,7 @@ def value_loss(
     clip: float,
     total: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Half the squared error to the returns, the new values clipped to the old ones' neighbourhood.
+    """Half the squared error against the returns, with new values clipped to a range around the old ones.
 
     Args:
         values: [B, R], with gradient.

@@ -1,8 +1,8 @@
 """Public human preferences for pre-training the reward model (PMP): SHP and HH-RLHF (reference: step 2, "PMP data").
 
-`formats` says what a row gives. Which output comes first, and where a record stands, are drawn by hashes of
-(seed, record), never by the order of a file. Records are shuffled through files of a sixteenth each, so that memory
-holds no more than one of those.
+`formats` defines what a row gives. The order of outputs and the position of a record are drawn by hashes of (seed,
+record), never by the order of a file. Records are shuffled through 16 files, so memory holds only one sixteenth of
+them.
 """
 
 from collections import Counter
@@ -23,19 +23,19 @@ from salmon.text import fold
 BUCKETS = 16
 PART_ROWS = 500
 TRAINED = "trained on by PMP"
-"""The reason to leave out what PMP learns, where reward models and policies are measured."""
+"""The reason for leaving out PMP's training data when reward models and policies are measured."""
 
 
 def extract(
     format_name: str, rows: Iterable[Located], min_score_ratio: float, counts: Counter[str]
 ) -> Iterator[Comparison]:
-    """The comparisons of a data set, stripped of white space, where there is something to compare.
+    """The usable comparisons of a data set, stripped of white space.
 
     Args:
-        format_name: of the rows, one of `PAIR_FORMATS`.
-        rows: as `read_source` yields them.
-        min_score_ratio: comparisons that have a score ratio have a larger one.
-        counts: gains the number of rows left out by reason.
+        format_name: the rows' format, one of `PAIR_FORMATS`.
+        rows: the rows, as `read_source` yields them.
+        min_score_ratio: drops comparisons whose score ratio is not larger.
+        counts: gains the numbers of omitted rows, by reason.
     """
     compare = PAIR_FORMATS[format_name].compare
     for _, row in rows:
@@ -49,7 +49,7 @@ def extract(
 
 
 def _complete(comparison: Comparison, min_score_ratio: float) -> Comparison | Skipped:
-    """A comparison without white space around its texts, or the reason to leave it out."""
+    """A comparison without white space around its texts, or the reason for leaving it out."""
     if comparison.score_ratio is not None and comparison.score_ratio <= min_score_ratio:
         return Skipped("score ratio too small")
     query, preferred, other = (text.strip() for text in comparison[:3])
@@ -65,16 +65,16 @@ def _complete(comparison: Comparison, min_score_ratio: float) -> Comparison | Sk
 
 
 def opening(query: str) -> str:
-    """Where a dialogue begins, up to the assistant's first turn; a post, or a question alone, is whole.
+    """The beginning of a dialogue, up to the assistant's first turn; a post or a single question is returned whole.
 
-    A data set has one dialogue at several depths. The deeper query quotes the answer that was preferred in the
-    shallower one, so that they are held out together.
+    A data set has the same dialogue at several depths. The deeper query quotes the preferred answer of the shallower
+    one, so they must be held out together.
     """
     return query.partition(ASSISTANT_TURN)[0]
 
 
 def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
-    """A row of `EVALUATION_PAIRS`, and of `PMP_RECORDS` with one column more; its outputs in an order drawn by hash."""
+    """A row of `EVALUATION_PAIRS`, or of `PMP_RECORDS` plus one column; a hash draws the order of its outputs."""
     record_id = digest(name, *comparison[:3])
     first = seed_of("order of outputs", seed, record_id) % 2 == 0
     outputs = (comparison.preferred, comparison.other)
@@ -99,17 +99,17 @@ def record(name: str, comparison: Comparison, seed: int) -> dict[str, Any]:
 def shuffle(
     records: Iterable[dict[str, Any]], seed: int, folder: Path, counts: Counter[str], table: Table = PMP_RECORDS
 ) -> list[Path]:
-    """Write records, each once, to files that are the shuffled table when read one after the other.
+    """Write each record once, to files that form the shuffled table when read in sequence.
 
-    A record's place is a hash of (seed, record_id), 63 bits. Its upper bits say which file it belongs to; a file
-    fits into memory and is sorted there.
+    A record's position is a hash of (seed, record_id), 63 bits. Its upper bits select a file; each file fits into
+    memory and is sorted there.
 
     Args:
-        records: of `record`, in any order, on which the result does not depend.
-        seed: of the shuffle.
-        folder: empty; holds the files.
-        counts: gains the numbers of records written and left out, by source (`name: kept`, `name: duplicate`).
-        table: whose columns are written.
+        records: from `record`; their order does not affect the result.
+        seed: seed of the shuffle.
+        folder: an empty folder for the files.
+        counts: gains the numbers of written and omitted records, by source (`name: kept`, `name: duplicate`).
+        table: the table whose columns are written.
 
     Returns:
         The files in order.
@@ -148,13 +148,13 @@ def shuffle(
 def draw_records(
     records: Iterable[dict[str, Any]], limit: int, seed: int, counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """At most `limit` distinct records, those of smallest hash of (seed, record_id); twice as many are held.
+    """At most `limit` distinct records: those with the smallest hash of (seed, record_id). Memory holds twice as many.
 
     Args:
-        records: of `PMP_RECORDS`, in any order, on which the draw does not depend.
-        limit: how many at most.
-        seed: of the draw.
-        counts: gains the number left out, doubled ones among them (`over the limit`).
+        records: rows of `PMP_RECORDS`; their order does not affect the draw.
+        limit: maximum number of records.
+        seed: seed of the draw.
+        counts: gains the number of omitted records, including duplicates (`over the limit`).
     """
     number = 0
     kept: dict[int, dict[str, Any]] = {}
@@ -179,13 +179,13 @@ def comparison_records(
     """The records of all sources, in the order in which they are read.
 
     Args:
-        sources: by name.
+        sources: the sources, by name.
         min_score_ratio: see `extract`.
-        seed: of the draws, and of the order of outputs.
+        seed: seed of the draws and of the order of outputs.
         counts: gains the numbers of rows, by source and reason (`name: reason`).
-        trained: openings of queries, folded (`text.fold`), whose comparisons are left out.
+        trained: folded openings of queries (`text.fold`) whose comparisons are left out.
 
-    Under a limit, a source gives its records of smallest hash, whatever the order of its rows.
+    Under a limit, a source gives the records with the smallest hashes, whatever the order of its rows.
     """
     for name, source in sources.items():
         here: Counter[str] = Counter()
@@ -197,7 +197,7 @@ def comparison_records(
 
 
 def _without(trained: Collection[str], comparisons: Iterable[Comparison], counts: Counter[str]) -> Iterator[Comparison]:
-    """The comparisons whose dialogue was not trained on, at any depth."""
+    """The comparisons whose dialogues were not trained on at any depth."""
     for comparison in comparisons:
         if trained and fold(opening(comparison.query)) in trained:
             counts[TRAINED] += 1

@@ -1,4 +1,4 @@
-"""Principles: the sentences that judge and reward model follow, and the draw of them at RL time."""
+"""Principles: the sentences that judge and reward model follow, and how RL draws them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from salmon.border import read_json
 from salmon.config import Ppo
 from salmon.errors import UserError, describe_errors
 
-ADVICE = "a file of principles is a JSON list in UTF-8, as those in prompts/principles are"
-HEAVIEST = 1e9  # with larger weights beside smaller ones, the probability of a principle would be rounded to 0
+ADVICE = "a file of principles is a JSON list in UTF-8, like those in prompts/principles"
+HEAVIEST = 1e9  # with a wider range of weights, the probability of a principle would be rounded to 0
 
 
 class _Principle(BaseModel):
@@ -29,7 +29,7 @@ class JudgedPrinciple(_Principle):
 
 
 class WeightedPrinciple(_Principle):
-    """A principle for RL, drawn in proportion to its weight; without weights, all alike."""
+    """A principle for RL, drawn in proportion to its weight; without weights, all are equally likely."""
 
     weight: float = Field(1.0, ge=0, le=HEAVIEST)
 
@@ -37,12 +37,12 @@ class WeightedPrinciple(_Principle):
     @classmethod
     def _not_lost_in_the_sum(cls, weight: float) -> float:
         if 0 < weight < 1 / HEAVIEST:
-            raise ValueError(f"a weight is 0 or at least {1 / HEAVIEST:.0e}")
+            raise ValueError(f"a weight must be 0 or at least {1 / HEAVIEST:.0e}")
         return weight
 
 
 def _read(path: str | Path, kind: Any) -> Any:
-    """Read a JSON list of principles in the authors' format, refusing duplicates."""
+    """Read a JSON list of principles in the authors' format. Refuses duplicates."""
     raw = read_json(path, "principles", ADVICE)
     try:
         principles = TypeAdapter(list[kind]).validate_python(raw)
@@ -64,22 +64,22 @@ def read_judged(path: str | Path) -> list[JudgedPrinciple]:
 
 
 def to_measure(judged: str | Path, dimensions: Sequence[str], rl: Sequence[str | Path]) -> dict[tuple[str, bool], str]:
-    """The sentences that answers are scored by: the reward model's own, plain and negated, and then those of RL.
+    """The sentences by which answers are scored: the reward model's own, plain and negated, followed by RL's.
 
-    Where RL words a principle as the reward model does, that is one. A sentence of RL is called after its principle and
-    ` (RL)`, with the file's name as well where files word it differently.
+    If RL and the reward model word a principle equally, it appears once. A sentence of RL is named after its principle
+    plus ` (RL)`, and the file's name if files word it differently.
 
     Args:
-        judged: file of the principles that the reward model was trained with.
-        dimensions: their names.
-        rl: files of those that policies are trained by.
+        judged: file with the principles that the reward model was trained with.
+        dimensions: the names of these principles.
+        rl: files with the principles that policies are trained by.
 
     Returns:
-        Name, and whether it is the negation -> sentence.
+        (Name, whether it is the negation) -> sentence.
     """
     known = {one.dimension: one for one in read_judged(judged)}
     if unknown := [name for name in dimensions if name not in known]:
-        raise UserError(f"{judged} has no principle {unknown[0]}, which is to be shown; name its file")
+        raise UserError(f"{judged} has no principle {unknown[0]}, which the settings show; name the file with it")
     found = {
         (name, negated): known[name].negative_definition if negated else known[name].definition
         for name in dimensions
@@ -95,15 +95,15 @@ def to_measure(judged: str | Path, dimensions: Sequence[str], rl: Sequence[str |
 
 
 def read_weighted(path: str | Path) -> list[WeightedPrinciple]:
-    """Principles `{dimension, definition, weight}`, in the order of the file; all of them have a weight, or none has.
+    """Principles `{dimension, definition, weight}`, in file order; either all or none have a weight.
 
-    Without weights they are drawn uniformly, whatever the question.
+    Without weights they are drawn uniformly, whatever the question type.
     """
     principles: list[WeightedPrinciple] = _read(path, WeightedPrinciple)
     without = [principle.dimension for principle in principles if "weight" not in principle.model_fields_set]
     if without and len(without) < len(principles):
         raise UserError(
-            f"principles {path}: {without[0]} has no weight, but others have one; give a weight to all or to none"
+            f"principles {path}: {without[0]} has no weight, but others have; give a weight to all or to none"
         )
     return principles
 
@@ -113,11 +113,11 @@ def draw_principles(
 ) -> list[WeightedPrinciple]:
     """Draw the principles of one rollout, without replacement, in proportion to their weights.
 
-    A principle whose name holds one of the words boosted for the question type weighs `settings.boost` more
-    (paper section 3.4; reference step 3), where principles have weights.
+    A principle whose name contains a word that is boosted for the question type weighs `settings.boost` more, if
+    principles have weights (paper section 3.4; reference step 3).
 
     Args:
-        rng: generator of the rollout, so that the draw depends on no rank and no order.
+        rng: the rollout's generator, so the draw does not depend on ranks or order.
     """
     if settings.principles_per_rollout == 0:
         return []

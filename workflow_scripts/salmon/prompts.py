@@ -1,10 +1,10 @@
-"""Public data sets to prompts: what is asked in each, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
+"""From public data sets to prompts: extracted, cleaned, distinct, drawn (reference: steps 1 and 3, "Prompts").
 
-Likewise to examples, which have an answer.
+The same for examples, which have an answer.
 
-`formats` says what a row gives. A draw under a limit takes the prompts of smallest hash of (seed, source, text): it
-depends on the seed and on what the data set holds, not on the order of its rows. Memory: four times the prompts that a
-limit allows, or all that are kept where there is none.
+`formats` defines what a row gives. A draw under a limit takes the prompts with the smallest hash of (seed, source,
+text): it depends on the seed and on the contents of the data set, not on the order of its rows. Memory holds four times
+the prompts that a limit allows, or all kept prompts if there is no limit.
 """
 
 import logging
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 BATCH = 1000
 WAITING = 3
-"""So many times a family's limit may wait to be tested."""
+"""How many times a family's limit may wait to be tested."""
 
-Reject = Callable[[Sequence[str]], Sequence[str | None]]  # texts -> for each, the reason to leave it out, or None
+Reject = Callable[[Sequence[str]], Sequence[str | None]]  # texts -> for each, the reason for leaving it out, or None
 
 
 def extract(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> Iterator[Prompt]:
-    """The prompts of a data set, stripped of white space at both ends, empty ones left out.
+    """The prompts of a data set, stripped of white space at both ends, without empty ones.
 
     Args:
-        format_name: of the rows, one of `PROMPT_FORMATS`.
-        rows: as `read_source` yields them.
-        counts: gains the number of rows left out by reason.
+        format_name: the rows' format, one of `PROMPT_FORMATS`.
+        rows: the rows, as `read_source` yields them.
+        counts: gains the numbers of omitted rows, by reason.
     """
     for prompt in PROMPT_FORMATS[format_name].extract(rows, counts):
         instruction, extra = prompt.instruction.strip(), prompt.input.strip()
@@ -51,7 +51,7 @@ def extract(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> 
 
 
 def extract_examples(format_name: str, rows: Iterable[Located], counts: Counter[str]) -> Iterator[Example]:
-    """The examples of a data set, as `extract`; those without an answer are left out, too."""
+    """The examples of a data set, as for `extract`; those without an answer are also left out."""
     for example in EXAMPLE_FORMATS[format_name].extract(rows, counts):
         stripped = example._replace(
             instruction=example.instruction.strip(), input=example.input.strip(), output=example.output.strip()
@@ -70,14 +70,14 @@ def keep_all(texts: Sequence[str]) -> list[None]:
 
 
 def token_limits(tokenizer: Any, minimum: int, maximum: int) -> Reject:
-    """Reject texts of fewer or more tokens; the beginning token counts, where the tokenizer has one.
+    """Reject texts of fewer or more tokens; the beginning token counts, if the tokenizer has one.
 
     Args:
-        tokenizer: of transformers.
-        minimum: smallest number of tokens that is kept.
-        maximum: largest number of tokens that is kept.
+        tokenizer: a tokenizer of transformers.
+        minimum: smallest number of tokens to keep.
+        maximum: largest number of tokens to keep.
     """
-    from salmon.encoding import count_tokens  # which needs transformers; the prompts of step 1 do without
+    from salmon.encoding import count_tokens  # needs transformers; the prompts of step 1 do not
 
     def reject(texts: Sequence[str]) -> list[str | None]:
         return [
@@ -102,14 +102,14 @@ class _Candidate(NamedTuple):
 class _Family:
     """The candidates of one family, by rank.
 
-    Texts are tested in the order of their ranks and as late as memory allows: most of a large data set is over the
-    limit, and needs no test.
+    Texts are tested in rank order and as late as memory allows: most of a large data set is over the
+    limit and needs no test.
 
     Attributes:
-        limit: how many are drawn; None for all.
-        cutoff: no candidate of a larger rank can be drawn any more; None while any can.
-        tested: candidates that are not rejected.
-        untested: those that wait for their test.
+        limit: number to draw; None for all.
+        cutoff: candidates of a larger rank can no longer be drawn; None while any can.
+        tested: candidates that passed the test.
+        untested: candidates that wait for their test.
     """
 
     limit: int | None
@@ -119,11 +119,11 @@ class _Family:
 
     @property
     def is_full(self) -> bool:
-        """Whether so many wait that they should be tested."""
+        """Whether enough candidates wait that they should be tested."""
         return len(self.untested) >= (max(BATCH, WAITING * self.limit) if self.limit else BATCH)
 
     def settle(self, reject: Reject, counts: Counter[str]) -> None:
-        """Test what waits, as far as it can be drawn, and drop what cannot."""
+        """Test the waiting candidates that can still be drawn, and drop the others."""
         waiting = sorted(self.untested)
         while tests := waiting[:BATCH]:
             if self.cutoff is not None and tests[0] > self.cutoff:
@@ -154,19 +154,19 @@ def draw_prompts(
     taken: MutableSet[str],
     counts: Counter[str],
 ) -> list[Found]:
-    """Distinct prompts, or examples, that are not rejected, at most `limit` a family, in the order of first appearance.
+    """Distinct, accepted prompts or examples, at most `limit` per family, in the order of first appearance.
 
-    Four times as many prompts as a family's limit are kept at most. A text in two families counts for the first of
+    At most four times a family's limit is held in memory. A text in two families counts for the first of
     them.
 
     Args:
-        prompts: in any order; which are drawn does not depend on it.
-        name: of the source, which the draw depends on.
-        limit: at most so many a family; None for all.
-        seed: of the draw.
-        reject: tells which texts to leave out, and why.
-        taken: hashes of texts that other sources gave, which are left out here; gains those of the result.
-        counts: gains the numbers left out: `duplicate`, the reasons of `reject`, and `over the limit`, among which
+        prompts: the prompts; their order does not affect the draw.
+        name: the source's name, on which the draw depends.
+        limit: maximum number per family; None for all.
+        seed: seed of the draw.
+        reject: decides which texts to leave out, and why.
+        taken: hashes of other sources' texts, which are left out here; gains those of the result.
+        counts: gains the omitted numbers: `duplicate`, the reasons of `reject`, and `over the limit`, among which
             there may be further duplicates and texts to reject.
     """
     families: dict[str, _Family] = {}
@@ -203,15 +203,15 @@ def collect_prompts(
 
     Args:
         settings: sources and seed.
-        reject: tells which texts to leave out, and why.
+        reject: decides which texts to leave out, and why.
         bonuses: length bonus of every question type, for the columns of the RL stage; None for a table without them.
 
     Returns:
-        The table `PROMPTS`, or with `bonuses` `RL_PROMPTS`; and numbers of rows: read, kept and left out by
+        The table `PROMPTS`, or `RL_PROMPTS` with `bonuses`; and the numbers of rows read, kept and left out by
         reason, for every source (`name: reason`).
 
     Raises:
-        UserError: where a source cannot be read or no prompt is left.
+        UserError: if a source cannot be read or no prompt is left.
     """
     taken: set[str] = set()
     records: list[tuple[Any, ...]] = []
@@ -232,7 +232,7 @@ def collect_prompts(
         records += [_record(name, source, prompt, bonuses) for prompt in prompts]
         totals |= _told(name, counts)
     if not records:
-        raise UserError(f"no prompt is left of all sources ({_listed(totals)}); check the sources and the limits")
+        raise UserError(f"no prompt is left from any source ({_listed(totals)}); check the sources and the limits")
     table = PROMPTS if bonuses is None else RL_PROMPTS
     return pl.DataFrame(records, schema=table.schema, orient="row"), totals
 
@@ -241,10 +241,10 @@ def collect_examples(settings: SftData) -> tuple[pl.DataFrame, dict[str, int]]:
     """The examples of all sources.
 
     Returns:
-        The table `SFT_EXAMPLES`, and numbers of rows as of `collect_prompts`.
+        The table `SFT_EXAMPLES`, and the numbers of rows as in `collect_prompts`.
 
     Raises:
-        UserError: where a source cannot be read or no example is left.
+        UserError: if a source cannot be read or no example is left.
     """
     taken: set[str] = set()
     records: list[tuple[Any, ...]] = []
@@ -272,12 +272,12 @@ def collect_examples(settings: SftData) -> tuple[pl.DataFrame, dict[str, int]]:
             for example in examples
         ]
     if not records:
-        raise UserError(f"no example is left of all sources ({_listed(totals)}); check the sources and the limits")
+        raise UserError(f"no example is left from any source ({_listed(totals)}); check the sources and the limits")
     return pl.DataFrame(records, schema=SFT_EXAMPLES.schema, orient="row"), totals
 
 
 def collect_rl_prompts(settings: RlPrompts, tokenizer: Any) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The prompts of the RL stage: the table `RL_PROMPTS`, of texts whose number of tokens is within the limits."""
+    """The prompts of the RL stage: the table `RL_PROMPTS`, with texts whose number of tokens is within the limits."""
     return collect_prompts(
         settings, token_limits(tokenizer, settings.min_tokens, settings.max_tokens), settings.length_bonus
     )
@@ -289,7 +289,7 @@ def _rows(name: str, source: Source, schema: Any, counts: Counter[str]) -> Itera
 
 
 def _told(name: str, counts: Mapping[str, int]) -> dict[str, int]:
-    """The numbers of a source as a manifest has them, and a line in the log."""
+    """A source's numbers in the form of a manifest; also writes them to the log."""
     log.info("%s: %s", name, ", ".join(f"{number} {what}" for what, number in counts.items()))
     return {f"{name}: {what}": number for what, number in counts.items()}
 

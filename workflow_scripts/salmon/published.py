@@ -1,4 +1,4 @@
-"""Ready reward models, the authors' published one among them, to the standard folder that RL reads.
+"""Converts finished reward models, such as the authors' published one, to the standard folder that RL reads.
 
 The authors' release saves a reward model as a PEFT adapter of a causal language model and, in a folder above it, the
 head as a pickle of `weight` [1, hidden] and `bias` [1]:
@@ -6,8 +6,8 @@ head as a pickle of `weight` [1, hidden] and `bias` [1]:
     adapter_model/reward_head
     adapter_model/lora_default/adapter_config.json, adapter_model.bin
 
-The standard folder has the head among the adapter's weights, as PEFT saves a sequence classifier. It has no bias: that
-adds the same to every reward, cancels in a difference of two, and whitened advantages do not see it.
+In the standard folder the head is among the adapter's weights, as PEFT saves a sequence classifier. It has no bias: a
+bias adds the same to every reward, so it cancels in a difference of two and does not affect whitened advantages.
 """
 
 from pathlib import Path
@@ -30,38 +30,38 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def read_reward_model(
     name: str, revision: str | None, model: Model
 ) -> tuple[LoraConfig, dict[str, torch.Tensor], dict[str, int]]:
-    """A reward model in either layout, of which every weight fits the base model.
+    """A reward model in either layout, all of whose weights fit the base model.
 
     Args:
-        name: hub id or local folder; the adapter may lie in a folder below it.
-        revision: on the hub.
+        name: hub id or local folder; the adapter may be in a folder below it.
+        revision: revision on the hub.
         model: the base model.
 
     Returns:
         Configuration and weights of the standard folder, the head float32 [1, hidden]; and numbers for the manifest.
 
     Raises:
-        UserError: where adapter or head is missing, cannot be read without running code, or does not fit.
+        UserError: if adapter or head is missing, cannot be read without running code, or does not fit.
     """
     key = f"reward_model.path {name}"
-    with reading(key, "it has to be a hub id, or a folder with a reward model"):
+    with reading(key, "it must be a hub id, or a folder with a reward model"):
         root = fetch(name, revision)
         folder = adapter_folder(root)
     config, weights = read_adapter(str(folder), name)
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{key} is an adapter of the kind {config.peft_type}, and LoRA is what can be used")
+        raise UserError(f"{key} is an adapter of the type {config.peft_type}, but only LoRA is supported")
     heads = [name for name in weights if name.endswith(HEAD)]
     head = weights.pop(heads[0]) if len(heads) == 1 else _read_head(root, folder, key)
     wrong = {str(weight.dtype) for weight in (*weights.values(), head) if weight.dtype not in FLOATS}
     if wrong:
-        raise UserError(f"{key} holds weights of the type {', '.join(sorted(wrong))}; save it in float32 or 16 bits")
+        raise UserError(f"{key} has weights of the type {', '.join(sorted(wrong))}; save it in float32 or 16 bits")
     if head.dim() != 2 or head.shape[0] != 1:
-        raise UserError(f"the head of {key} has the shape {tuple(head.shape)}, where one output is (1, hidden size)")
+        raise UserError(f"the head of {key} has the shape {tuple(head.shape)}, not (1, hidden size) for one output")
     _check_fit(config, weights, head, model, key)
     if broken := [name for name, weight in {**weights, HEAD: head}.items() if not weight.isfinite().all()]:
         raise UserError(
             f"{len(broken)} weights of {key} are not finite ({some(broken)}): its training has diverged, or its files "
-            "are damaged; take another checkpoint, or copy it again"
+            "are damaged; use another checkpoint, or copy it again"
         )
     config.base_model_name_or_path, config.revision = model.base, model.revision
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
@@ -78,22 +78,22 @@ def save_reward_model(config: LoraConfig, weights: dict[str, torch.Tensor], fold
 
 
 def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
-    """The head that the authors' release has in a file of its own: beside or above the adapter, or the only one below.
+    """The head, which the authors' release has in a separate file: next to or above the adapter, or the only one below.
 
     Returns:
-        Its weight; the bias is checked to be one, and left out.
+        Its weight. The bias is checked and left out.
     """
     near = nearest_head(root, adapter)
     found = [near] if near else sorted(root.rglob(REWARD_HEAD))
     if len(found) > 1:
         raise UserError(
-            f"{key} holds {len(found)} heads, and none of them beside its adapter in {adapter} or above it: "
-            f"{', '.join(map(str, found))}; copy the one that belongs to the adapter beside it"
+            f"{key} holds {len(found)} heads, but none next to its adapter in {adapter} or above it: "
+            f"{', '.join(map(str, found))}; copy the adapter's head next to the adapter"
         )
     if not found:
         raise UserError(
-            f"{key} is no reward model: the adapter in {adapter} has no head ({HEAD}), and there is no file "
-            f"{REWARD_HEAD}, where the authors' release has it, in that folder or one above it; copy the whole folder"
+            f"{key} is not a reward model: the adapter in {adapter} has no head ({HEAD}), and there is no file "
+            f"{REWARD_HEAD}, as in the authors' release, in that folder or above it; copy the whole folder"
         )
     refuse_pointers(found[0].parent)
     with reading(found[0], unpickling_advice):
@@ -104,7 +104,7 @@ def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
         held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or (
             "nothing" if isinstance(head, dict) else f"a {type(head).__name__}"
         )
-        raise UserError(f"{found[0]} holds {held}, where a head is weight (1, hidden size) and bias (1,)")
+        raise UserError(f"{found[0]} holds {held}, but a head has weight (1, hidden size) and bias (1,)")
     weight: torch.Tensor = head["weight"]
     return weight
 
@@ -112,30 +112,30 @@ def _read_head(root: Path, adapter: Path, key: str) -> torch.Tensor:
 def _check_fit(
     config: LoraConfig, weights: dict[str, torch.Tensor], head: torch.Tensor, model: Model, key: str
 ) -> None:
-    """Hold names and shapes of all weights against the base model, of which no weight is loaded."""
+    """Compare names and shapes of all weights with the base model, without loading its weights."""
     base = load_outline(model)
     if head.shape[1] != head_width(base):
         raise UserError(
-            f"the head of {key} reads {head.shape[1]} numbers, and {model.base} gives {head_width(base)}: it was "
+            f"the head of {key} reads {head.shape[1]} numbers, but {model.base} gives {head_width(base)}: it was "
             f"trained on another base model{_named(config)}"
         )
     names = fit_to(config, base, list(weights))
     found = {names[name]: tuple(weight.shape) for name, weight in weights.items()}
     own = {"task_type": None, "base_model_name_or_path": model.base}
-    with reading(key, "its adapter_config.json has to be that of the adapter"):
+    with reading(key, "its adapter_config.json must belong to the adapter"):
         blank = get_peft_model(base, LoraConfig(**config.to_dict() | own), low_cpu_mem_usage=True)
     needed = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(blank).items()}
     flaws = {
         "are missing": needed.keys() - found.keys(),
         "fit nothing": found.keys() - needed.keys(),
-        "have another shape than the rank in adapter_config.json and the base model give": {
+        "have a shape that does not fit the base model and the rank in adapter_config.json": {
             f"{name} {found[name]}, not {shape}" for name, shape in needed.items() if found.get(name, shape) != shape
         },
     }
     if told := [f"{len(names)} weights {what} ({some(names)})" for what, names in flaws.items() if names]:
         raise UserError(
             f"{key} does not fit {model.base}: {'; '.join(told)}. It was made for another base model{_named(config)}, "
-            "or its files are not of one adapter"
+            "or its files belong to different adapters"
         )
 
 

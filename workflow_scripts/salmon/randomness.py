@@ -1,7 +1,7 @@
-"""Random draws and ids that depend on a key, and on nothing else.
+"""Random draws and ids that depend only on a key.
 
-A draw for a row comes from a generator that is seeded by a hash of what names the row (purpose, seed, id), so
-that no order of rows, no sharding, no rank and no earlier draw can change it.
+The draw for a row comes from a generator that is seeded by a hash of the row's identity (purpose, seed, id). The order
+of rows, sharding, ranks and earlier draws therefore do not affect it.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def seed_of(*key: object) -> int:
-    """A seed made of a key: 63 bits of the SHA-256 of its parts' repr, the same on every machine.
+    """A seed from a key: 63 bits of the SHA-256 of its parts' repr, equal on every machine.
 
     Args:
         key: strings, numbers, booleans or None; numpy scalars count as the Python values they hold.
@@ -23,8 +23,8 @@ def seed_of(*key: object) -> int:
     parts = [part.item() if isinstance(part, np.generic) else part for part in key]
     for part in parts:
         if not isinstance(part, str | int | float | None):
-            raise TypeError(f"a key holds strings, numbers, booleans or None, not {type(part).__name__}")
-    # A repr never holds a raw NUL character, so that different keys give different texts.
+            raise TypeError(f"a key may hold strings, numbers, booleans or None, not {type(part).__name__}")
+    # A repr never holds a raw NUL character, so different keys give different texts.
     digest = hashlib.sha256("\0".join(map(repr, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -43,10 +43,10 @@ def ranks(*key: object) -> Callable[[str], int]:
 
 
 def rng(*key: object) -> np.random.Generator:
-    """The generator of a key, as `rng("purpose", seed, row_id)`: start the key with what the draws are for."""
+    """The generator for a key, such as `rng("purpose", seed, row_id)`: start the key with the purpose of the draws."""
     return np.random.default_rng(seed_of(*key))
 
 
 def digest(*parts: str | float | list[tuple[str, int]] | None) -> str:
-    """An id made of strings: 20 hexadecimal digits, the same on every machine."""
+    """An id from strings: 20 hexadecimal digits, equal on every machine."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

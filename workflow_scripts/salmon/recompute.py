@@ -1,9 +1,9 @@
-"""Whether activations are computed again in the backward pass, or kept: by what a pass keeps and what memory is free.
+"""Decides whether to recompute activations in the backward pass or to keep them, depending on the free memory.
 
-Recomputing costs another forward pass, up to a third more time per step. What autograd keeps is measured on the model
-itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is 0 but for eager attention, which keeps
-its probabilities; c is what does not depend on the text, such as experts' weights with their adapters. Recurrent layers
-compute in chunks, up to which shorter texts are filled: where c is large, longer passes are measured.
+Recomputing costs another forward pass, up to a third more time per step. The memory that autograd keeps is measured on
+the model itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is 0 except for eager attention,
+which keeps its probabilities. c is independent of the text, for example experts' weights with their adapters. Recurrent
+layers compute in chunks, and shorter texts are filled up to a chunk: if c is large, longer passes are measured.
 """
 
 import logging
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 Setting = Literal["auto"] | bool
 SHORT, CHUNK = 32, 256
-"""Tokens of the shortest pass that is measured, and of models that compute in chunks; the others have two and four
-times as many."""
+"""Tokens of the shortest measured pass, and of the one for models that compute in chunks; the other passes have two and
+four times as many."""
 MARGIN = 1.3
-"""What is needed besides, as a factor of what is kept: intermediate results, and memory in pieces."""
+"""Additional memory, as a factor of the kept memory: intermediate results and fragmentation."""
 TRAINED = 12
-"""Bytes per trained parameter, in float32, that come after the model is loaded: gradient and both moments of Adam."""
+"""Bytes per trained parameter, in float32, allocated after the model is loaded: gradient and both moments of Adam."""
 
 
 def is_wanted(
@@ -41,18 +41,18 @@ def is_wanted(
     besides: int = 0,
     sharded: bool = False,
 ) -> bool:
-    """Whether to recompute activations; the same on all ranks, which call this together.
+    """Whether to recompute activations. All ranks call this together and get the same answer.
 
     Args:
         setting: true or false decide; `auto` measures.
         forward: a pass of the model over token ids [1, T], with gradients.
-        parameters: all of the model, which has no gradients and moments yet.
-        longest: tokens of the longest row there may be.
-        tokens: of a pass at most, where no row is longer.
-        device: of the model.
-        besides: bytes that are needed at the same time, such as logits.
-        sharded: whether the weights are shared among the ranks (ZeRO-3): then memory is what is short, and the model
-            does not run before training begins.
+        parameters: all of the model's, before it has gradients and moments.
+        longest: tokens of the longest possible row.
+        tokens: maximum tokens of a pass, unless a row is longer.
+        device: the model's device.
+        besides: bytes needed at the same time, such as logits.
+        sharded: whether the weights are shared among the ranks (ZeRO-3): then memory is short, and the model
+            cannot run before training begins.
     """
     if setting != "auto":
         return setting
@@ -61,13 +61,13 @@ def is_wanted(
     parameters = [*parameters]
     try:
         kept = graph_bytes(forward, parameters, longest, max(tokens, longest), device)
-    except torch.OutOfMemoryError:  # not even of a short text
+    except torch.OutOfMemoryError:  # not enough even for a short text
         kept = math.inf
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     needed, free = MARGIN * kept + TRAINED * trained + besides, free_bytes(device)
     lacks = distributed.any_true([needed > free], device)[0]
     log.info(
-        "a pass of %d tokens keeps %.2f GB of activations; %.2f GB in all, and %.2f GB are free: they are %s",
+        "a pass of %d tokens keeps %.2f GB of activations; it needs %.2f GB in all, and %.2f GB are free: they are %s",
         max(tokens, longest),
         kept / 1e9,
         needed / 1e9,
@@ -85,15 +85,15 @@ def graph_bytes(
     device: torch.device,
     short: int = SHORT,
 ) -> float:
-    """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, by those of short ones.
+    """Bytes that autograd keeps of a pass of `tokens` tokens in rows of at most `length`, estimated from short passes.
 
     Args:
         forward: a pass of the model over token ids [1, T], with gradients.
-        parameters: all of the model.
-        length: of a row.
-        tokens: of the pass.
-        device: of the model.
-        short: tokens of the shortest pass that is measured.
+        parameters: all of the model's.
+        length: tokens of a row.
+        tokens: tokens of the pass.
+        device: the model's device.
+        short: tokens of the shortest measured pass.
     """
     weights = {_place(parameter) for parameter in parameters}
     constant, linear, quadratic = _parabola(forward, weights, short, device)
@@ -105,7 +105,7 @@ def graph_bytes(
 def _parabola(
     forward: Callable[[Tensor], Any], weights: set[int], short: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """Bytes that are kept: in any case, per token, and per token and token of its row."""
+    """Kept bytes: constant, per token, and per token and token of its row."""
     one, two, four = (_kept(forward, weights, times * short, device) for times in (1, 2, 4))
     # with S = short: one = c + a S + b S^2, two = c + 2 a S + 4 b S^2, four = c + 4 a S + 16 b S^2
     quadratic = max(0.0, (four - 3 * two + 2 * one) / (6 * short**2))
@@ -114,9 +114,9 @@ def _parabola(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left, with what PyTorch holds and does not use.
+    """Free memory of a device, including the memory that PyTorch holds but does not use.
 
-    On CPUs it is this rank's share of the machine's. A job may have less, which this does not know: set the resource.
+    On CPUs it is this rank's share of the machine's memory. A job may have less: then set the resource.
     """
     if device.type != "cuda":
         return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -126,7 +126,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _kept(forward: Callable[[Tensor], Any], weights: set[int], tokens: int, device: torch.device) -> int:
     """Bytes of the tensors that a pass keeps, each storage once, without weights."""
-    found: dict[int, Tensor] = {}  # held, so that no other tensor takes their place
+    found: dict[int, Tensor] = {}  # kept alive, so no other tensor takes their place
 
     def keep(tensor: Tensor) -> Tensor:
         if _place(tensor) not in weights:
@@ -139,6 +139,6 @@ def _kept(forward: Callable[[Tensor], Any], weights: set[int], tokens: int, devi
 
 
 def _place(tensor: Tensor) -> int:
-    """Which storage a tensor is in; without numbers (meta) it has no address."""
+    """A tensor's storage. Without numbers (meta) it has no address."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() or storage._cdata

@@ -1,6 +1,6 @@
-"""Long jobs in batches of rows: finished batches are kept, and ranks share those that are left.
+"""Long jobs in batches of rows: finished batches are kept, and ranks share the remaining ones.
 
-Neither an interruption nor the number of ranks shows in the result, because the batches are the same.
+The batches are always the same, so neither an interruption nor the number of ranks affects the result.
 """
 
 import logging
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def left_to_do(work: WorkFolder, keys: Sequence[str], schema: Mapping[str, Any]) -> list[int]:
-    """Places of the keys of which the work folder holds no row. All ranks call this."""
-    # One rank looks for all: other nodes may not see yet what is in the folder, and would form other batches.
+    """Indices of the keys without a row in the work folder. All ranks call this."""
+    # One rank looks for all: other nodes may not see all files yet, and would form other batches.
     kept = work.read_parts(schema)["prompt_id"].to_list() if distributed.is_main() else None
     done = set(distributed.broadcast(kept))
     return [place for place, key in enumerate(keys) if key not in done]
@@ -34,11 +34,11 @@ def run_batches(
     *,
     together: bool = False,
 ) -> None:
-    """Compute this rank's share of what is left, keeping each batch as it is finished. All ranks call this.
+    """Compute this rank's share of the remaining rows, and keep each batch when it is finished. All ranks call this.
 
     Args:
         work: keeps a part of at least one row per batch.
-        lengths: row that is left -> its length, the same on all ranks; batch i belongs to rank i % world.
+        lengths: remaining row -> its length, equal on all ranks; batch i belongs to rank i % world.
         size: rows per batch.
         compute: makes the table of a batch of rows.
         what: names the rows in the log.

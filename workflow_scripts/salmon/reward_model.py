@@ -35,9 +35,9 @@ from salmon.text import join_instruction
 log = logging.getLogger(__name__)
 
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""How far rewards of whole texts may be from those behind a cache, as a share of the largest one, 1 at least."""
+"""Allowed difference of rewards of whole texts and rewards with a cache, as a share of the largest (at least 1)."""
 NAME = "reward model"
-"""Of the draws of its training: the split and the order of the records."""
+"""Name of the draws of its training: the split and the order of the records."""
 
 
 def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -47,14 +47,14 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
         The records (`PREFERENCE_RECORDS`), and the counts of rows.
 
     Raises:
-        UserError: for an unreadable file, missing columns, nulls, doubled ids, a preference that is not 1 or 2.
+        UserError: for an unreadable file, missing columns, nulls, duplicate ids, a preference that is not 1 or 2.
     """
     table = checked.read(path, PREFERENCE_RECORDS).sort("record_id").collect()
     wrong = table.filter(~pl.col("preference").is_in([1, 2]))
     if len(wrong):
         first = wrong.row(0, named=True)
         raise UserError(
-            f"{path}: {len(wrong)} records have a preference that is neither 1 nor 2, the first is record "
+            f"{path}: {len(wrong)} records have a preference that is neither 1 nor 2; the first is record "
             f"{first['record_id']} with {first['preference']}"
         )
     lists = (pl.col(name).list.len() for name in ("dimensions", "negated", "definitions"))
@@ -62,8 +62,8 @@ def read_records(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
     odd = table.filter(~(pl.all_horizontal(each == pl.col("definitions").list.len() for each in lists) & shown))
     if len(odd):
         raise UserError(
-            f"{path}: in {len(odd)} records, dimensions, negated, definitions and deciding are not of the same "
-            f"principles, the first is record {odd['record_id'][0]}; {MEND}"
+            f"{path}: in {len(odd)} records, dimensions, negated, definitions and deciding do not match; the first is "
+            f"record {odd['record_id'][0]}; {MEND}"
         )
     whole = table.filter(*(pl.col(name).str.strip_chars() != "" for name in ("output_1", "output_2")))
     return whole, {"records": len(table), "skipped_empty_output": len(table) - len(whole)}
@@ -82,29 +82,29 @@ def reward_text_tokens(
     keys: str,
     cut: dict[str, set[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of reward-model texts, as trained on and as scored at RL time (reference, step 2).
+    """Token ids of reward-model texts, for training and for scoring in RL (reference, step 2).
 
-    An instruction is cut on its left to `query_length` tokens, an output on its right to `response_length`
-    tokens, both between characters of the text. The template is then filled once and the whole is tokenised
-    (`encoding.tokenize`; the values are guarded). A whole longer than `max_length` is shortened in its output only: the
+    An instruction is cut on its left to `query_length` tokens, an output on its right to `response_length` tokens, both
+    between characters of the text. Then the template is filled once and the whole text is tokenised
+    (`encoding.tokenize`; the values are guarded). If it is longer than `max_length`, only its output is shortened: the
     principles and the end, where the reward is read, always stay.
 
     Args:
         tokenizer: a fast one (with offsets).
-        template: with {Output}, {Input} and, for principles, {Dimensions}: plain text, or a chat
+        template: has {Output}, {Input} and, for principles, {Dimensions}: plain text, or a chat
             (`encoding.read_template`).
-        instructions: joined with their input (`text.join_instruction`), one per text.
-        outputs: one per text.
+        instructions: the instructions, joined with their input (`text.join_instruction`), one per text.
+        outputs: the outputs, one per text.
         definitions: the sentences of the principles, one list per text; empty lists for a template without the slot.
-        query_length: in tokens; likewise the other two.
-        keys: what the names of these three begin with in the configuration, for messages.
-        cut: gains, under `instructions` and `outputs`, the places of the texts whose instruction or output was cut.
+        query_length: in tokens, like the other two.
+        keys: prefix of these three keys in the configuration, for messages.
+        cut: gains, under `instructions` and `outputs`, the indices of texts whose instruction or output was cut.
 
     Returns:
-        One list of ids per text, each of 1..max_length.
+        One list of 1 to max_length ids per text.
 
     Raises:
-        UserError: where template, instruction and principles alone exceed `max_length`.
+        UserError: if template, instruction and principles alone exceed `max_length`.
     """
     if not instructions:
         return []
@@ -160,11 +160,11 @@ def record_tokens(
 
     Args:
         tokenizer: a fast one.
-        template: of the stage.
+        template: the stage's template.
         records: `PREFERENCE_RECORDS`.
-        settings: of the stage.
+        settings: the stage's settings.
         stage: name of its section in the configuration.
-        cut: as of `reward_text_tokens`, places in what is returned.
+        cut: as for `reward_text_tokens`, with indices in the result.
 
     Returns:
         2 N lists for N records; see `reward_text_tokens`.
@@ -186,10 +186,10 @@ def record_tokens(
 
 
 def collate(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows padded on their right to the longest of them.
+    """Rows padded on the right to the length of the longest.
 
     Returns:
-        `input_ids` and `attention_mask`, both int64 [B, T]. The mask alone says what is padding.
+        `input_ids` and `attention_mask`, both int64 [B, T]. Only the mask marks the padding.
     """
     return {"input_ids": right_pad(rows), "attention_mask": right_pad([[1] * len(row) for row in rows])}
 
@@ -211,7 +211,7 @@ def pair_losses(rewards: torch.Tensor, preference: torch.Tensor) -> torch.Tensor
     """Bradley-Terry loss of pairs as `record_tokens` orders them.
 
     Args:
-        rewards: [B, 2], of output_1 and output_2.
+        rewards: [B, 2], for output_1 and output_2.
         preference: int [B], 1 or 2.
 
     Returns:
@@ -228,10 +228,10 @@ def score(
     """Rewards of tokenised texts, batched by length, without gradients.
 
     Args:
-        model: a reward model (`models.load_reward_model`), or the same wrapped for several ranks.
+        model: a reward model (`models.load_reward_model`), or one that is wrapped for several ranks.
         token_lists: from `reward_text_tokens`.
         batch_size: texts per forward pass.
-        device: of the model.
+        device: the model's device.
 
     Returns:
         float32 [N] on the CPU, in the order of `token_lists`.
@@ -257,14 +257,14 @@ def score_alike(
 ) -> torch.Tensor:
     """Rewards of texts in groups that begin alike, such as one answer under many principles; without gradients.
 
-    What the texts of a group have in common is computed once, where that gives what whole texts give: the first group
+    The common part of a group's texts is computed once, if that gives the same results as whole texts: the first group
     is computed both ways.
 
     Args:
         model: as for `score`.
         groups: N groups of M texts each, M at least 1.
-        batch_size: whole texts per forward pass; four times as many where only their ends are read.
-        device: of the model.
+        batch_size: whole texts per forward pass; four times as many if only their ends are read.
+        device: the model's device.
 
     Returns:
         float32 [N, M] on the CPU.
@@ -281,7 +281,7 @@ def score_alike(
                 found.append(_score_ends(model, group, 4 * batch_size, device))
                 meter.advance()
             return torch.stack(found)
-        log.info("%s: texts that begin alike are read whole, each by itself", type(model.get_base_model()).__name__)
+        log.info("%s: texts that begin alike are read completely, one by one", type(model.get_base_model()).__name__)
     flat = [text for group in groups[1:] for text in group]
     return torch.cat([first, score(model, flat, batch_size, device)]).view(len(groups), -1)
 
@@ -290,7 +290,7 @@ def score_alike(
 def _score_ends(
     model: PeftModel, group: Sequence[list[int]], batch_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Rewards of texts, [M], each computed behind a copy of the cache of their common beginning."""
+    """Rewards of texts, [M], each computed with a copy of the cache of their common beginning."""
     shared = common_prefix(group)
     if shared == 0:
         return score(model, group, batch_size, device)
@@ -315,7 +315,7 @@ def _score_ends(
 
 
 def _finite(rewards: torch.Tensor) -> torch.Tensor:
-    """The same in float32 on the CPU; what is not a number would count as a wrong answer."""
+    """The same in float32 on the CPU; refuses NaN, which would count as a wrong answer."""
     if not rewards.isfinite().all():
         raise UserError(
             "the reward model's scores are not finite; float16 overflows: set model.dtype to bfloat16 or float32"
@@ -324,7 +324,7 @@ def _finite(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _of_like_lengths(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places in batches of `size` at most, in which none is longer than twice the shortest: little padding."""
+    """Indices in batches of at most `size`, where none is longer than twice the shortest, to save padding."""
     found: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
         if not found or len(found[-1]) == size or lengths[place] > 2 * lengths[found[-1][0]]:
@@ -337,13 +337,13 @@ def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
     """How well rewards agree with held-out preferences.
 
     Args:
-        records: N of them, with `preference`, `deciding`, `dimensions` and `negated`.
-        rewards: [N, 2], of output_1 and output_2.
+        records: N records, with `preference`, `deciding`, `dimensions` and `negated`.
+        rewards: [N, 2], for output_1 and output_2.
 
     Returns:
-        For all records, and by deciding dimension, and where the deciding principle is shown plain or negated:
-        number, accuracy (equal rewards count half) and mean loss; the share of records that prefer output_1;
-        null instead of a mean of nothing.
+        Number, accuracy (equal rewards count half) and mean loss: for all records, by deciding dimension, and by
+        whether the deciding principle is shown plain or negated. Also the share of records that prefer output_1. A mean
+        of nothing is null.
     """
     preference = torch.tensor(records["preference"].to_list(), dtype=torch.long)
     rewards = rewards.reshape(-1, 2)
@@ -373,7 +373,7 @@ def evaluate(records: pl.DataFrame, rewards: torch.Tensor) -> dict[str, Any]:
 
 
 def _head(text: str, spans: Sequence[tuple[int, int]], keep: int) -> str:
-    """The text up to the end of its first `keep` tokens; the whole text where it has no more."""
+    """The text up to the end of its first `keep` tokens; the whole text if it has no more."""
     if keep >= len(spans):
         return text
     return text[: spans[keep - 1][1]] if keep else ""

@@ -1,7 +1,7 @@
-"""The seam between what is sampled and what samples it: `Sampler`, and the engines behind it.
+"""The interface between stages and sampling engines: `Sampler` and its implementations.
 
-The stages ask a sampler for responses to prompts, each with a seed of its own, and never call a model's generation
-themselves: no other module imports `generation`. `TransformersSampler`, our own loop, is the reference; another engine
+The stages ask a sampler for responses to prompts, each with its own seed, and never call a model's generation
+themselves: no other module imports `generation`. `TransformersSampler`, our own loop, is the reference. Another engine
 is another class here.
 """
 
@@ -26,14 +26,14 @@ __all__ = [
 
 
 class Sampler(Protocol):
-    """Samples responses from the model it was given last."""
+    """Samples responses from the model of the last `sync`."""
 
     def sync(self, policy: nn.Module) -> None:
-        """Sample from this policy, as it is now, from here on. All ranks call this.
+        """From now on, sample from this policy in its present state. All ranks call this.
 
         Args:
             policy: a causal language model, which the caller keeps active until the next `sync`. In RL it is a
-                `SharedBase` with the policy's adapter active; an engine of its own takes its adapter from there.
+                `SharedBase` with the policy's adapter active; a separate engine takes its adapter from there.
         """
 
     def sample(
@@ -48,37 +48,37 @@ class Sampler(Protocol):
     ) -> list[Generation]:
         """Sample one response per prompt.
 
-        What a row draws depends on its prompt, seed and limit, and not on the rows around it, as far as the engine's
-        arithmetic leaves their logits equal.
+        The draws of a row depend on its prompt, seed and limit, and not on the rows around it, as far as the engine's
+        arithmetic gives equal logits.
 
         Args:
-            prompts: token ids, at least one per prompt, special tokens included; may be none at all.
-            seeds: one for each prompt, 0 or more.
+            prompts: token ids, at least one per prompt, special tokens included; the list may be empty.
+            seeds: one per prompt, 0 or more.
             max_new_tokens: at least 1 for each prompt.
             temperature: logits are divided by it; 0 takes the most probable token.
-            top_p: the most probable tokens that together reach this probability are kept, at least one.
+            top_p: keeps the most probable tokens that together reach this probability, at least one.
             stop: strings that end a response. One may begin with the last characters of the prompt.
 
         Returns:
-            One generation per prompt, in their order: the tokens as sampled, the text up to the stop string, why it
-            ended, and the log probability of each token where the engine knows it.
+            One generation per prompt, in order: the tokens as sampled, the text up to the stop string, the reason for
+            its end, and the log probability of each token if the engine returns it.
 
         Raises:
-            UserError: where the model's logits are not finite, or the engine fails.
+            UserError: if the model's logits are not finite, or the engine fails.
         """
 
 
 class TransformersSampler:
-    """Samples with our own loop around a model of transformers (`generation.generate`).
+    """Samples with our own loop around a transformers model (`generation.generate`).
 
     Args:
-        tokenizer: of the model.
-        device: where the model is.
+        tokenizer: the model's tokenizer.
+        device: the model's device.
         batch_size: prompts sampled at once; only speed and memory depend on it.
         ranks: how the ranks work together (see `generate`).
-        refill: share of the batch that has to be free before the next prompts are read; 1 for one batch after another.
-        model: what is sampled from until the first `sync`.
-        watch: is told of tokens as they are drawn (see `generate`).
+        refill: share of the batch that must be free before the next prompts are read; 1 for one batch after another.
+        model: the model until the first `sync`.
+        watch: receives tokens as they are drawn (see `generate`).
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TransformersSampler:
         self.watch = watch
 
     def sync(self, policy: nn.Module) -> None:
-        """See `Sampler`; the policy's weights are used where they are."""
+        """See `Sampler`; the policy's weights are used in place."""
         self.model = policy
 
     def sample(

@@ -1,7 +1,7 @@
-"""What every script shares: its command line, its log and its exit status.
+"""Common to all scripts: command line, log and exit status.
 
-A script is a class of arguments and a `main`: the fields are the options of the command line, whole sections
-of the configuration among them (`--model '{"base": …}'` or `--model.base …`).
+A script is a class of arguments and a `main`. The fields are the command-line options, including whole sections of the
+configuration (`--model '{"base": …}'` or `--model.base …`).
 """
 
 import ctypes
@@ -37,14 +37,14 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 T = TypeVar("T")
 
-# An option that is a list, written as JSON. Pydantic-settings' own reading of lists keeps JSON's escapes as they
-# stand: a line break in a turn marker would become a backslash and an n, a path with an umlaut another path.
+# An option that is a list, written as JSON. Pydantic-settings does not decode JSON escapes in lists: a line break in a
+# turn marker would become a backslash and an n, and a path with an umlaut a different path.
 JSON = BeforeValidator(lambda value: json.loads(value) if isinstance(value, str) else value)
 JsonList = Annotated[list[T], NoDecode, JSON]
 
 
 class Arguments(BaseSettings):
-    """Base of a script's arguments; they come from the command line only, never from the environment."""
+    """Base of a script's arguments. They come only from the command line, never from the environment."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -63,7 +63,7 @@ class Arguments(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Leave out the environment, where a variable named like an option could stand."""
+        """Ignore the environment, which may have a variable with an option's name."""
         return (init_settings,)
 
 
@@ -75,12 +75,12 @@ INTERVAL = float(os.environ.get("SALMON_PROGRESS_SECONDS", "15"))
 
 
 def run(main: Callable[[A], None], arguments: type[A]) -> None:
-    """Parse the command line, run `main`, and end with a status that says whether the artifact is whole.
+    """Parse the command line, run `main`, and end with a status that says whether the artifact is complete.
 
-    Exit status: 0 the artifact is whole; 1 an error, whose last lines say what to do or hold the traceback;
-    2 the arguments are wrong.
+    Exit status: 0: the artifact is complete; 1: an error, whose last lines say what to do or hold the traceback;
+    2: the arguments are wrong.
     """
-    gc.freeze()  # what is imported stays: neither a collection nor the end of the process has to walk it
+    gc.freeze()  # imported objects stay: neither a collection nor the end of the process must scan them
     gc.set_threshold(*COLLECTOR)
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     who = f" [rank {rank}]" if world != "1" else ""
@@ -92,7 +92,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         force=True,
     )
     logging.captureWarnings(True)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, at every step
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other at every step
     for chatty in ("httpx", "httpx2", "httpcore2", "filelock", "fsspec", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     _end_with_launcher()
@@ -102,7 +102,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error(describe_errors(error, arguments, "the command line"))
         sys.exit(2)
     except (SettingsError, RecursionError) as error:
-        log.error("the command line is not valid: %s; a section is given as JSON", reason(error))
+        log.error("the command line is not valid: %s; sections must be JSON", reason(error))
         sys.exit(2)
     started = time.monotonic()
     try:
@@ -111,14 +111,14 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error("%s", error)
         _exit(1)
     except (OSError, pl.exceptions.PolarsError) as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # as polars says it
+        if not isinstance(error, OSError) and "os error" not in str(error):  # the form of polars
             log.exception(UNEXPECTED)
             _exit(1)
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        log.error("%s%s; check the path, who may use it, and the room on the disk", where, reason(error))
+        log.error("%s%s; check the path, its permissions, and the free disk space", where, reason(error))
         _exit(1)
     except MemoryError:
-        log.error("not enough memory; give the job more, or lower its batch sizes")
+        log.error("not enough memory; give the job more memory, or lower its batch sizes")
         _exit(1)
     except Exception:
         log.exception(UNEXPECTED)
@@ -128,24 +128,24 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Let this rank be killed when torchrun is, which could not end it any more: a new start would meet it at work.
+    """Have this rank killed together with torchrun: otherwise it would still be running at the next start.
 
-    Ranks that srun has started are ended by slurmstepd. A single process belongs to nobody: it works to its end, and
-    whoever is started on the same artifact waits for it (`work.WorkFolder`).
+    slurmstepd ends ranks that srun has started. A single process has no launcher: it finishes its work, and any other
+    process that is started for the same artifact waits for it (`work.WorkFolder`).
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it ended before this was set
+        if os.getppid() != launcher:  # the launcher ended before this was set
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _exit(status: int) -> None:
-    """End with a status; several ranks end at once, without what the interpreter would do for them.
+    """End with a status. Several ranks end immediately, without the interpreter's clean-up.
 
-    After an error the communication that is under way might keep a rank from ending, and so the others. And under
-    DeepSpeed, once in some eighty runs, a rank failed without a message while the interpreter ended, the artifact being
-    whole; its status would make Snakemake delete the work of days.
+    After an error, pending communication could keep a rank, and therefore the others, from ending. Also, with
+    DeepSpeed, a rank failed without a message about once in eighty runs while the interpreter ended, although the
+    artifact was complete. Because of its status, Snakemake would delete the work of days.
     """
     work.release_all()
     if "RANK" in os.environ:
@@ -157,13 +157,13 @@ def _exit(status: int) -> None:
 
 
 class Meter:
-    """Logs one line every `INTERVAL` seconds: how many of how many, rate, time left.
+    """Logs one line every `INTERVAL` seconds: items done of the total, rate, time left.
 
     Args:
-        total: number of items in all, those done before included; None where nobody knows.
-        what: names the items, as in `pairs`.
-        done: items an earlier run finished.
-        says_end: whether the last item has a line of its own, whenever it comes.
+        total: total number of items, including those done before; None if unknown.
+        what: name of the items, such as `pairs`.
+        done: items that an earlier run finished.
+        says_end: whether the last item always gets a line.
     """
 
     def __init__(self, *, total: int | None, what: str, done: int = 0, says_end: bool = True) -> None:
@@ -171,7 +171,7 @@ class Meter:
         self.started = self.last = time.monotonic()
 
     def advance(self, number: int = 1) -> None:
-        """So many more items are done."""
+        """Count further finished items."""
         self.done += number
         now = time.monotonic()
         if now - self.last >= INTERVAL or (self.says_end and self.done == self.total):
@@ -183,7 +183,7 @@ class Meter:
 
 
 def progress(items: Iterable[T], *, total: int | None, what: str, done: int = 0) -> Iterator[T]:
-    """Pass items on, and log how many there were; arguments as for `Meter`."""
+    """Yield the items, and log progress; arguments as for `Meter`."""
     meter = Meter(total=total, what=what, done=done)
     for item in items:
         yield item

@@ -1,17 +1,17 @@
-"""Supervised fine-tuning of the initial policy: its texts, its loss, how well it fits held-out answers.
+"""Supervised fine-tuning of the initial policy: its texts, its loss, its fit to held-out answers.
 
-What is trained is what sampling builds: the policy's prompt token by token (`encoding.encode_prompt`), then what the
-policy should say. A row of a batch:
+Training uses the texts of sampling: the policy's prompt, token by token (`encoding.encode_prompt`), then the answer
+that the policy should give. A row of a batch:
 
     p p p p p p a a a a a e e . . .      p  prompt     a  answer     e  its end     .  padding (right)
                 0 0 0 0 0 0 0            the loss is over these tokens, each predicted from those before it
 
-An answer ends by itself, in sampling and in RL alike, with an end token or a stop string, whichever comes first. So the
-end is one of them, never both, of which the second would never be sampled:
+In sampling and in RL, an answer ends with an end token or a stop string, whichever comes first. Therefore the trained
+end is only one of them, because a second one would never be sampled:
 
-- with a template file, the user's turn marker (the first of `policy_prompt.stop`) after a blank line, as in the data of
-  the authors; or the end token, where there is no stop string;
-- with a chat template, what that puts after an answer, up to its first special token or stop string.
+- with a template file: the user's turn marker (the first of `policy_prompt.stop`) after a blank line, as in the data of
+  the authors; or the end token, if there is no stop string;
+- with a chat template: the text that it puts after an answer, up to its first special token or stop string.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -37,16 +37,16 @@ from salmon.encoding import (
 from salmon.errors import UserError
 from salmon.text import cut_at_markers
 
-NAME = "SFT"  # of the draws: the split and the order of the examples
+NAME = "SFT"  # name of the draws: the split and the order of the examples
 IGNORED = -100
 """The label of a token that is not trained on, in torch and transformers."""
 _QUESTION, _ANSWER = "Is it so?", "So."
 Text = tuple[str, str, bool]
-"""Instruction with its input, answer, and whether the answer is whole."""
+"""Instruction with its input, answer, and whether the answer is complete."""
 
 
 class Frame(NamedTuple):
-    """What the policy says around an answer, special tokens written out."""
+    """The text around an answer, special tokens written out."""
 
     before: str
     end: str
@@ -56,10 +56,10 @@ class Example(NamedTuple):
     """One text to train on.
 
     Attributes:
-        tokens: of prompt, answer and end, int32.
-        prompt: number of those of the prompt.
-        end: number of those of the end; none where the answer was cut off, or a tokenizer (a slow one) tells no places.
-        is_cut: whether it was too long.
+        tokens: tokens of prompt, answer and end, int32.
+        prompt: number of prompt tokens.
+        end: number of end tokens; 0 if the answer was cut off, or if a (slow) tokenizer gives no positions.
+        is_cut: whether the text was too long.
     """
 
     tokens: NDArray[np.int32]
@@ -69,20 +69,20 @@ class Example(NamedTuple):
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt) -> Frame:
-    """What the policy learns to say around an answer.
+    """The text around an answer that the policy learns.
 
     Raises:
-        UserError: where a chat template does not say how an answer ends, or begins it with thinking.
+        UserError: if a chat template does not show how an answer ends, or begins it with thinking.
     """
     if not prompt.is_chat:
         if not prompt.stop:
             return Frame("", str(tokenizer.eos_token))
         marker = prompt.stop[0]
-        # Turns are divided by a blank line, as `templates.policy_prompt` does.
+        # A blank line separates turns, as in `templates.policy_prompt`.
         return Frame("", f"\n{marker}" if marker.startswith("\n") and not marker.startswith("\n\n") else marker)
     if begins_thinking(tokenizer, prompt, ""):
         raise UserError(
-            "the tokenizer's chat template begins every answer with thinking, which the examples do not have: set the "
+            "the tokenizer's chat template begins every answer with thinking, which the examples lack: set the "
             "variable that turns it off in policy_prompt.template_variables, or name a file in policy_prompt.template"
         )
     asked = prompt_text(tokenizer, _QUESTION, prompt, "")
@@ -91,14 +91,14 @@ def frame(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt) -> Frame:
     end = _first_end(tokenizer, after, prompt.stop)
     if not found or end is None:
         raise UserError(
-            "the tokenizer's chat template puts no end after an assistant's answer that could be learnt: check "
+            "the tokenizer's chat template has no end after an assistant's answer that the policy could learn: check "
             "policy_prompt.template_variables, or name a file in policy_prompt.template"
         )
     return Frame(before.removeprefix(asked) if before.startswith(asked) else "", after[:end])
 
 
 def _first_end(tokenizer: PreTrainedTokenizerBase, text: str, stop: Sequence[str]) -> int | None:
-    """Where the first special token or stop string of a text ends; None where it has none."""
+    """End of the first special token or stop string in a text; None if it has none."""
     ends = [place + len(string) for string in stop if (place := text.find(string)) >= 0]
     if found := first_special_token(tokenizer, text):
         token, place = found
@@ -110,17 +110,17 @@ def check_end(tokenizer: PreTrainedTokenizerBase, prompt: PolicyPrompt, end: str
     """Refuse an end that would not end an answer in sampling.
 
     Args:
-        tokenizer: of the policy.
-        prompt: names the stop strings.
-        end: of `frame`.
-        ends: tokens that end an answer (`generation.end_tokens`).
+        tokenizer: the policy's tokenizer.
+        prompt: section with the stop strings.
+        end: the end from `frame`.
+        ends: the tokens that end an answer (`generation.end_tokens`).
     """
     tokens = tokens_and_ends(tokenizer, end)
     if not tokens:
-        raise UserError(f"the tokenizer makes no token of {end!r}, with which answers end; fetch the model again")
+        raise UserError(f"the tokenizer makes no tokens from {end!r}, the end of answers; fetch the model again")
     if tokens[-1][0] not in ends and not any(string in end for string in prompt.stop):
         raise UserError(
-            f"in this chat template an answer ends with {end!r}, which is neither an end token of the model nor one of "
+            f"in this chat template an answer ends with {end!r}, which is neither an end token of the model nor in "
             "policy_prompt.stop: every answer would run to its limit; add it there"
         )
 
@@ -130,20 +130,20 @@ def encode(
 ) -> list[Example | None]:
     """Texts to train on.
 
-    An answer is read up to the first stop string in it, after which nothing would be sampled. A longer text is cut at
-    its end, and so has none.
+    An answer is read up to its first stop string, because nothing after it would be sampled. A text that is too long is
+    cut at its end, and therefore has no trained end.
 
     Args:
-        tokenizer: of the policy.
-        texts: from data.
-        prompt: how they become prompts, and what ends them.
-        max_length: tokens of prompt, answer and end.
+        tokenizer: the policy's tokenizer.
+        texts: texts from data.
+        prompt: section with their template and stop strings.
+        max_length: maximum tokens of prompt, answer and end.
 
     Returns:
-        One for each; None where the prompt leaves no room for an answer, or a stop string nothing of it.
+        One per text; None if the prompt leaves no room for an answer, or the answer begins with a stop string.
 
     Raises:
-        UserError: as `frame`.
+        UserError: as for `frame`.
     """
     preamble, around = read_preamble(prompt), frame(tokenizer, prompt)
     examples: list[Example | None] = []
@@ -164,7 +164,7 @@ def encode(
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Examples padded on their right to the longest of them, without a mask: no token reads what follows it.
+    """Examples padded on the right to the longest, without a mask, because no token reads later ones.
 
     Returns:
         `input_ids` and `labels`, int64 [B, T]. The labels of prompt and padding are `IGNORED`.
@@ -179,10 +179,10 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log p of every token that is trained on.
+    """-log p of every trained token.
 
     Args:
-        logits: any float type, [B, T, V]; those at t are of token t + 1.
+        logits: any float type, [B, T, V]; the logits at t predict token t + 1.
         labels: int64 [B, T].
 
     Returns:
@@ -191,18 +191,18 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     wanted = labels[:, 1:]
     chosen = wanted != IGNORED
     losses = torch.zeros(wanted.shape, dtype=torch.float32, device=logits.device)
-    # Of the prompt's tokens, most of a batch, no logits are made float32.
+    # Do not convert the logits of prompt tokens, most of a batch, to float32.
     losses[chosen] = nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="none")
     return losses
 
 
 def batch_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Share of a pass in the mean over all tokens that are trained on of the global batch.
+    """A pass's share of the mean over all trained tokens of the global batch.
 
     Args:
-        outputs: of the model, with `logits`.
-        labels: of `collate`.
-        num_items_in_batch: tokens that are trained on, of all passes and ranks, as the Trainer counts them.
+        outputs: the model's outputs, with `logits`.
+        labels: the labels from `collate`.
+        num_items_in_batch: the Trainer's count of trained tokens over all passes and ranks.
     """
     return token_losses(outputs.logits, labels).sum() / num_items_in_batch
 
@@ -211,7 +211,7 @@ def score(model: nn.Module, examples: Sequence[Example], batch_size: int, device
     """Losses of examples, batched by length, without gradients.
 
     Returns:
-        float64 [N, 4] on the CPU: sum of the losses of answer and end, their number, and the same of the end alone.
+        float64 [N, 4] on the CPU: sum of the losses of answer and end, their number, and the same for the end alone.
     """
     found = torch.zeros(len(examples), 4, dtype=torch.float64)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
@@ -234,11 +234,11 @@ def score(model: nn.Module, examples: Sequence[Example], batch_size: int, device
 
 
 def evaluate(scores: Callable[[], torch.Tensor], model: Any) -> dict[str, Any]:
-    """Mean losses per token of held-out examples: of the trained model, and of its base model.
+    """Mean losses per token on held-out examples, for the trained model and its base model.
 
     Args:
-        scores: makes what `score` returns of the model as it is.
-        model: with the adapter that was trained (`peft`).
+        scores: returns the result of `score` for the model in its present state.
+        model: the model with the trained adapter (`peft`).
 
     Returns:
         Number of examples and of tokens; mean loss of answers with their ends, and of ends alone (null without any).

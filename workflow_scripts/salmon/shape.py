@@ -1,7 +1,7 @@
-"""What of a model decides time and memory, by its configuration alone: no weight is loaded.
+"""The properties of a model that determine time and memory, from its configuration alone: no weight is loaded.
 
-The architecture's own code runs without numbers (PyTorch's meta device), with the product's LoRA on it. So weights,
-adapters, cache and what autograd keeps are those of any architecture that the workflow takes.
+The architecture's own code runs without numbers (PyTorch's meta device), with the product's LoRA on it. Therefore
+weights, adapters, cache and the memory of autograd are known for any architecture that the workflow accepts.
 """
 
 import logging
@@ -30,29 +30,29 @@ _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight in NF4: 4 bits, a scale of 8 bits per 64 weights, one of 32 per 256 scales (QLoRA, section 3)."""
 
 _CODES = 4 * (16 + 256)
-"""Bytes per layer of the tables that its codes stand for."""
+"""Bytes per layer for the tables that decode it."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a base model and of one LoRA on it. Weights and parameters are counted, memory is in bytes.
+    """Sizes of a base model and of one LoRA on it. Weights and parameters are numbers, memory is in bytes.
 
     Attributes:
-        layers: of the model.
-        width: of a hidden state.
-        vocabulary: logits of a token.
-        linear: weights of the linear layers but the output layer: those that are in 4 bits under `nf4`.
+        layers: number of layers.
+        width: size of a hidden state.
+        vocabulary: number of logits per token.
+        linear: weights of the linear layers without the output layer: those that are in 4 bits with `nf4`.
         experts: weights of experts that are not in linear layers; they stay in 16 bits.
         active: share of the experts that a token uses.
-        output: weights of the output layer, whether or not they are the embeddings', too.
-        others: embeddings, norms, biases, and the output layer where it has weights of its own.
+        output: weights of the output layer, whether or not it shares them with the embeddings.
+        others: embeddings, norms, biases, and the output layer if it has separate weights.
         modules: linear layers that `linear` counts.
-        attended: numbers that a token's queries have in all layers together.
+        attended: size of a token's queries, summed over all layers.
         lora: parameters of one adapter.
-        cache: bytes that a token leaves in the cache while sampling.
-        graph: bytes that autograd keeps of a token's pass through all layers, adapter included, and what comes on top
-            per token of its text, which is 0 but for eager attention; None: not known.
-        autocast: the same under autocast, as in the trainings but RL's: adapters compute in `model.dtype`.
+        cache: bytes per token in the cache while sampling.
+        graph: bytes that autograd keeps per token of a pass through all layers, adapter included; and the additional
+            bytes per token of its text, which is 0 except for eager attention; None: unknown.
+        autocast: the same under autocast, as in all trainings except RL: adapters compute in `model.dtype`.
         itemsize: bytes of a number in `model.dtype`.
     """
 
@@ -81,21 +81,21 @@ class Shape:
 
     @property
     def used(self) -> float:
-        """Weights that a token is multiplied with in the layers."""
+        """Number of layer weights by which a token is multiplied."""
         return self.linear + self.active * self.experts
 
     def arithmetic(self, tokens: float, length: float, *, answers: float = 0, backward: bool = False) -> float:
         """Floating-point operations of passes, adapter included.
 
-        Each weight is a multiplication and an addition; attention is causal, so that a token reads half of its text on
-        average. Backwards, the same is done for the activations' gradients, twice in attention, and once more for the
-        adapter's; frozen weights have none.
+        Each weight is a multiplication and an addition. Attention is causal, so a token reads half of its text on
+        average. The backward pass does the same work for the activations' gradients (twice in attention), and again for
+        the adapter's gradients; frozen weights have none.
 
         Args:
-            tokens: of all texts.
+            tokens: tokens of all texts.
             length: tokens of a text.
-            answers: tokens of which logits are computed.
-            backward: whether gradients are computed.
+            answers: tokens whose logits are computed.
+            backward: whether to compute gradients.
         """
         layers = 2 * self.used * tokens
         adapter = 2 * self.lora * tokens
@@ -110,7 +110,7 @@ def measure(model: Model, lora: Lora) -> Shape:
     """The shape of a base model.
 
     Raises:
-        UserError: where its configuration cannot be read.
+        UserError: if its configuration cannot be read.
     """
     dtype = getattr(torch, model.dtype)
     with _counted_attention():
@@ -157,12 +157,12 @@ def _active(config: Any) -> float:
 
 
 def _cache(base: PreTrainedModel) -> float:
-    """Bytes of the cache per token; what does not grow with the text is not counted."""
+    """Bytes of the cache per token, without parts that do not grow with the text."""
     sizes = []
     for tokens in (32, 64):
         try:
             found = base.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)
-        except Exception as error:  # whatever an architecture's code raises without numbers
+        except Exception as error:  # an architecture's code may raise anything without numbers
             log.debug("cache: %s", error)
             config = base.config.get_text_config()
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -175,7 +175,7 @@ def _cache(base: PreTrainedModel) -> float:
 
 
 def _graph(base: PreTrainedModel) -> tuple[float, float] | None:
-    """Bytes that autograd keeps of a token; None where the architecture's code needs numbers."""
+    """Bytes that autograd keeps per token; None if the architecture's code needs numbers."""
     parameters = [*base.parameters()]
 
     def of_texts(length: int) -> float:
@@ -191,7 +191,7 @@ def _graph(base: PreTrainedModel) -> tuple[float, float] | None:
 
 
 def _in(adapted: PeftModel, dtype: torch.dtype) -> PeftModel:
-    """The same model with its adapter in another type."""
+    """The same model with its adapter in another dtype."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -199,7 +199,7 @@ def _in(adapted: PeftModel, dtype: torch.dtype) -> PeftModel:
 
 
 class _Attention(torch.autograd.Function):
-    """What attention keeps for its backward pass where its matrix is never written out: inputs, result, sums."""
+    """Memory that attention without a materialised matrix keeps for its backward pass: inputs, result, sums."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, *
 
 @contextmanager
 def _counted_attention() -> Iterator[None]:
-    """Inside the block, architectures attend by `_Attention`, and nothing looks at numbers that are not there."""
+    """Inside the block, architectures use `_Attention`, and no code reads the missing numbers."""
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
     with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):

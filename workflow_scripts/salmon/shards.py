@@ -1,7 +1,7 @@
-"""Tables that are made in shards, one job each, and gathered: responses and judgements.
+"""Tables that are made in shards, with one job per shard, and then gathered: responses and judgements.
 
-The number of shards does not show in the result: a row belongs to a shard by its place, and what is gathered
-is ordered by its key.
+The number of shards does not affect the result: a row's position determines its shard, and the gathered table is sorted
+by key.
 """
 
 from collections import Counter
@@ -23,17 +23,17 @@ BATCH_ROWS = 2000
 BUCKETS = 16
 
 OF_ONE_SHARD = ("shard", "shards")
-"""Settings in the manifest of a shard that the table of all of them does not depend on."""
+"""Settings in a shard's manifest that do not affect the gathered table."""
 
 
 def rows_of(table: pl.LazyFrame, shard: int, shards: int) -> pl.LazyFrame:
     """The rows of one shard: row i of a table belongs to shard i % shards.
 
     Raises:
-        UserError: where there is no such shard.
+        UserError: if there is no such shard.
     """
     if not 0 <= shard < shards:
-        raise UserError(f"there is no shard {shard} of {shards}; they are counted from 0")
+        raise UserError(f"there is no shard {shard} of {shards}; shards are counted from 0")
     return table.gather_every(shards, offset=shard)
 
 
@@ -42,7 +42,7 @@ def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         rows: finished rows, in any order.
-        keys: the key's columns only.
+        keys: the key columns only.
     """
     ordered = keys.join(rows, on=keys.columns, how="inner", maintain_order="left")
     if not ordered.height == rows.height == keys.height:
@@ -51,9 +51,9 @@ def in_order(rows: pl.DataFrame, keys: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """The rows of a Parquet file in their order, some thousands at a time.
+    """The rows of a Parquet file in order, some thousands at a time.
 
-    Polars' own scans hold a whole row group at least, which may be all of a table.
+    Polars' own scans hold at least a whole row group, which may be the whole table.
     """
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
@@ -61,14 +61,14 @@ def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
 
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The rows of Parquet files in their order."""
+    """The rows of Parquet files in order."""
     for path in paths:
         for batch in read_batches(path, columns):
             yield from batch.iter_rows()
 
 
 def in_order_of_keys(path: Path, folder: Path) -> list[Path]:
-    """A Parquet file as files that are sorted by `prompt_id`: itself if it is, else a copy in the folder."""
+    """A Parquet file as files sorted by `prompt_id`: itself if it is sorted, otherwise a copy in the folder."""
     table = pl.scan_parquet(path)
     falls = (pl.col("prompt_id") > pl.col("prompt_id").shift(-1)).any()
     if table.select(falls).collect(engine="streaming").item():
@@ -77,15 +77,15 @@ def in_order_of_keys(path: Path, folder: Path) -> list[Path]:
 
 
 def sort_rows(paths: Sequence[Path], columns: Sequence[str], folder: Path) -> list[Path]:
-    """Sort rows by `prompt_id`, through files of a sixteenth each; memory holds one of those, and all ids.
+    """Sort rows by `prompt_id` through 16 files; memory holds one of them, and all ids.
 
     Args:
-        paths: Parquet files. The order of rows with the same prompt_id stays, if these are in one file.
-        columns: of the rows.
-        folder: is created, and holds the result.
+        paths: Parquet files. Rows with the same prompt_id keep their order if they are in one file.
+        columns: columns of the rows.
+        folder: created here; holds the result.
 
     Returns:
-        Files that are the sorted table when read one after the other.
+        Files that form the sorted table when read in sequence.
     """
     folder.mkdir()
     ids = pl.scan_parquet(list(paths)).select("prompt_id").collect(engine="streaming").to_series().sort()
@@ -108,31 +108,31 @@ def sort_rows(paths: Sequence[Path], columns: Sequence[str], folder: Path) -> li
 
 
 def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, dict[str, Any]]:
-    """One table of all shards, sorted by `prompt_id`; the order within a prompt stays.
+    """One table from all shards, sorted by `prompt_id`; rows of a prompt keep their order.
 
-    As all rows of a prompt are in one shard, the result does not depend on the number of shards.
+    All rows of a prompt are in one shard, so the result does not depend on the number of shards.
 
     Args:
-        shards: Parquet files of one table of ours, each beside its manifest.
-        folder: does not exist yet; holds the files of which the table is made.
+        shards: Parquet files of one table of the workflow, each next to its manifest.
+        folder: created here; holds intermediate files.
 
     Returns:
         The table, and its manifest: settings of the shards, their summed counts, their inputs and the hashes of their
         files.
 
     Raises:
-        UserError: where a shard is missing, damaged, given twice, made with other settings or inputs, or all
-            are empty.
+        UserError: if a shard is missing, damaged, duplicated, or made with other settings or inputs; or if all are
+            empty.
     """
     manifests = [checked.read_manifest(shard) for shard in shards]
     _check_whole(shards, manifests)
     table = _table(shards[0])
-    # Null are columns of what was imported, which is never in shards.
+    # Only imported tables have null columns, and these are never in shards.
     whole = replace(table, columns={name: replace(one, nullable=False) for name, one in table.columns.items()})
     rows = pl.concat([checked.read(shard, whole) for shard in shards])
     if rows.select(pl.len()).collect().item() == 0:
         raise UserError(
-            f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the rows left out"
+            f"all {len(shards)} shards of {shards[0].parent} are empty; their manifests count the omitted rows"
         )
     files = sort_rows(shards, list(table.columns), folder)
     for file in files:
@@ -144,13 +144,13 @@ def gather_shards(shards: Sequence[Path], folder: Path) -> tuple[pl.LazyFrame, d
     for each in manifests:
         counts.update(each.counts)
     settings = {name: value for name, value in manifests[0].settings.items() if name not in OF_ONE_SHARD}
-    # The inputs of the shards, too: the shards may be deleted.
+    # Also the inputs of the shards, because the shards may be deleted.
     inputs = manifests[0].inputs | artifacts.hash_inputs(shards)
     return pl.scan_parquet(files), artifacts.manifest(settings, inputs, counts)
 
 
 def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) -> None:
-    """Refuse shards that are not exactly those of one table, each with the rows that its manifest counts."""
+    """Refuse shards unless they are exactly the shards of one table, each with the rows that its manifest counts."""
     numbers = [manifest.settings.get("shard") for manifest in manifests]
     of = manifests[0].settings.get("shards")
     if len(numbers) != of or sorted(numbers, key=str) != sorted(range(of), key=str):
@@ -166,19 +166,19 @@ def _check_whole(shards: Sequence[Path], manifests: Sequence[checked.Manifest]) 
 
 
 def _check_judgements(rows: pl.LazyFrame, where: Path) -> None:
-    """Refuse pairs that were judged by some of the principles only."""
+    """Refuse pairs that were judged by only some of the principles."""
     numbers = rows.group_by("prompt_id").len().sort("len", "prompt_id").collect()
     all_of_them = rows.select(pl.col("dimension").n_unique()).collect().item()
     some = numbers.filter(pl.col("len") != all_of_them)
     if some.height:
         raise UserError(
-            f"{where}: {some.height} pairs were judged by some of {all_of_them} principles only, such as prompt_id "
-            f"{some['prompt_id'][0]} by {some['len'][0]}; move the shards away, and let them be judged again"
+            f"{where}: {some.height} pairs were judged by only some of {all_of_them} principles, such as prompt_id "
+            f"{some['prompt_id'][0]} by {some['len'][0]}; move the shards away, so that they are judged again"
         )
 
 
 def _table(shard: Path) -> Table:
-    """Which table a shard is a part of."""
+    """The table that a shard belongs to."""
     columns = tables.schema_of(shard)
     for table in (RESPONSES, JUDGEMENTS):
         if all(columns.get(name) == kind for name, kind in table.schema.items()):

@@ -1,7 +1,7 @@
 """Policy, reference, value and reward model as four LoRA adapters on one (quantised) base model.
 
 Only one adapter is active at a time, inside `use`. Switching between a forward pass and its backward pass would
-give zero gradients without an error, so each loss is backpropagated within its own `use` block.
+silently give zero gradients, so each loss is backpropagated within its own `use` block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,24 +25,24 @@ from salmon.likelihood import answer_logprobs
 from salmon.models import check_context, head_width, load_base, prepare, read_head
 
 Role = Literal["policy", "reference", "value", "reward"]
-# The policy's adapter has PEFT's default name, so that it is saved as an ordinary adapter folder.
+# The policy's adapter has PEFT's default name, so it is saved as an ordinary adapter folder.
 _ADAPTER = {"policy": "default", "reference": "reference", "value": "value", "reward": "reward"}
 
 
 class SharedBase(nn.Module):
-    """Four models in the memory of one.
+    """Four models in the memory of one base model.
 
-    The policy starts from the initial policy's adapter, or as a fresh LoRA where that has none (then the reference
+    The policy starts from the initial policy's adapter, or as a new LoRA if that has none (then the reference
     is the bare base model). The value model starts from the reward model, adapter and head.
     """
 
     def __init__(self, model: Model, lora: Lora, reward_model: Path, device: torch.device, *, seed: int) -> None:
         super().__init__()
-        head = read_head(reward_model).to(device)  # first, because it is refused sooner than a base model is loaded
+        head = read_head(reward_model).to(device)  # first, to refuse a bad head before the base model is loaded
         base = prepare(load_base(model, device), model)
         if head.shape[1] != head_width(base):
             raise UserError(
-                f"the head of reward model {reward_model} reads {head.shape[1]} numbers, and {model.base} gives "
+                f"the head of reward model {reward_model} reads {head.shape[1]} numbers, but {model.base} gives "
                 f"{head_width(base)}: it was trained on another base model"
             )
         torch.manual_seed(seed)
@@ -69,13 +69,13 @@ class SharedBase(nn.Module):
         self.eval()
 
     def trained(self) -> list[nn.Parameter]:
-        """What the optimiser changes: the adapters of policy and value model, and the value head."""
+        """The weights that the optimiser changes: the adapters of policy and value model, and the value head."""
         return self._trained
 
     def train(self, mode: bool = True) -> "SharedBase":
-        """Enter training mode only where activations are recomputed, so that nothing is dropped out anywhere.
+        """Enter training mode only to recompute activations, so that there is no dropout anywhere.
 
-        Where nothing has changed, the ratio of new and old policy must be 1.
+        As long as nothing has changed, the ratio of new and old policy must be 1.
         """
         super().train(False)
         for module in self.modules():
@@ -84,7 +84,7 @@ class SharedBase(nn.Module):
 
     @contextmanager
     def use(self, role: Role) -> Iterator[nn.Module]:
-        """Make one of the four models active; yields this module, which is then that causal language model."""
+        """Make one of the four models active; yields this module, which then acts as that causal language model."""
         if role == "reference" and not self.has_reference_adapter:
             with self.lm.disable_adapter():
                 yield self
@@ -95,14 +95,14 @@ class SharedBase(nn.Module):
         self._mark_trained()
 
     def forward(self, *, head: Literal["value", "reward"] | None = None, **inputs: Any) -> Any:
-        """The active model; every use of a weight is in here, because ZeRO-3 gathers weights when modules are called.
+        """Run the active model. All weights are used in here, because ZeRO-3 gathers weights when modules are called.
 
         Args:
-            head: None for the causal language model's output, with logits; else no logits are computed.
-            inputs: those of the causal language model.
+            head: None for the causal language model's output, with logits; otherwise no logits are computed.
+            inputs: inputs of the causal language model.
 
         Returns:
-            What the language model returns, or the head's values at each token, float32 [B, T].
+            The language model's output, or the head's values at each token, float32 [B, T].
         """
         if head is None:
             return self.lm(**inputs)
@@ -121,7 +121,7 @@ class SharedBase(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log probabilities of responses, and entropies; call within `use("policy")` or `use("reference")`.
 
-        Arguments and results: see `likelihood.answer_logprobs`.
+        For arguments and results, see `likelihood.answer_logprobs`.
         """
         return answer_logprobs(self.lm, queries, responses, temperature, most=most, with_entropy=with_entropy)
 
@@ -143,28 +143,28 @@ class SharedBase(nn.Module):
         """Write the policy as a PEFT folder (safetensors) that loads on the same base model.
 
         Args:
-            folder: new.
-            weights: those of `trained_names`, where DeepSpeed keeps shards of them.
+            folder: a new folder.
+            weights: the weights of `trained_names`, if DeepSpeed keeps shards of them.
         """
         state = weights and {name.removeprefix("lm."): value for name, value in weights.items()}
-        # Where LoRA is on the embeddings, PEFT would save those as well, which are the base model's.
+        # If LoRA is on the embeddings, PEFT would also save these, although they are the base model's.
         self.lm.save_pretrained(
             str(folder), selected_adapters=[_ADAPTER["policy"]], state_dict=state, save_embedding_layers=False
         )
 
     def save_trained(self, file: Path) -> None:
-        """Write all trained parameters, exactly, for going on later."""
+        """Write all trained parameters exactly, to resume later."""
         save_file({str(index): parameter.detach().contiguous() for index, parameter in enumerate(self._trained)}, file)
 
     def load_trained(self, file: Path) -> None:
-        """Read what `save_trained` wrote."""
+        """Read the file of `save_trained`."""
         saved = load_file(file, device=str(self.device))
         with torch.no_grad():
             for index, parameter in enumerate(self._trained):
                 parameter.copy_(saved[str(index)])
 
     def _mark_trained(self) -> None:
-        """Switching adapters changes which parameters want gradients; only ours do, always."""
+        """Switching adapters changes which parameters require gradients; restore it: only ours do."""
         self.lm.requires_grad_(False)
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -173,7 +173,7 @@ class SharedBase(nn.Module):
 def check_lengths(
     shared: SharedBase, tokenizer: PreTrainedTokenizerBase, ppo: PpoTexts, policy_prompt: PolicyPrompt
 ) -> None:
-    """Refuse lengths of RL's texts for which the model has no positions; errors of `models.check_context`."""
+    """Refuse lengths of RL's texts that exceed the model's positions; errors as for `models.check_context`."""
     check_query_length(tokenizer, ppo, policy_prompt)
     longest = ppo.query_length + ppo.response_length
     check_context(shared.lm, longest, "ppo.query_length + ppo.response_length")

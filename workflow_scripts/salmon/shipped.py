@@ -1,8 +1,8 @@
-"""Files that come with the workflow: found from any working directory, and called the same on every machine.
+"""Files that come with the workflow: found from any working directory, with the same name on every machine.
 
-A relative path of the configuration starts from the working directory. Where there is no such file, and the workflow
-comes with one of this name (templates and principles, the demo's model), that one is meant. Commands and rules then
-hold its whole path; manifests and fingerprints its short name, which is the same wherever the checkout is.
+A relative path in the configuration refers to the working directory. If it has no such file, but the workflow ships one
+with this name (templates and principles, the demo's model), the shipped file is used. Commands and rules then have its
+full path; manifests and fingerprints its short name, which does not depend on the checkout's location.
 """
 
 from pathlib import Path
@@ -11,16 +11,16 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDERS = ("prompts", "demo", "evaluation_tasks")
 TASKS = CHECKOUT / "evaluation_tasks"
-"""Tasks that lm-eval has not."""
+"""Tasks that lm-eval does not have."""
 
 
 def find(value: Any, root: Path, checkout: Path = CHECKOUT) -> Any:
-    """A raw configuration with the whole paths of the files that are found in the checkout only.
+    """A raw configuration with full paths for the files that exist only in the checkout.
 
     Args:
         value: mappings, lists and texts.
         root: the working directory.
-        checkout: of the workflow.
+        checkout: the workflow's checkout.
     """
     if isinstance(value, dict):
         return {key: find(item, root, checkout) for key, item in value.items()}
@@ -32,11 +32,11 @@ def find(value: Any, root: Path, checkout: Path = CHECKOUT) -> Any:
 
 
 def short_name(path: str) -> str:
-    """What manifests call a file: one that comes with the workflow by its path in the checkout."""
+    """A file's name in manifests: for a file of the workflow, its path in the checkout."""
     if not path.startswith("/"):
         return path
     try:
         inside = Path(path).resolve().relative_to(CHECKOUT)
-    except ValueError:  # not in it
+    except ValueError:  # not in the checkout
         return path
     return inside.as_posix() if inside.parts[:1] and inside.parts[0] in FOLDERS else path

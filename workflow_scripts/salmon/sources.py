@@ -1,8 +1,8 @@
 """Public data sets, row by row, in their upstream schemas: from the hub, or from local files.
 
-Every row is checked against the schema of its format, so that what follows can rely on names and types. What is
-wrong is said with file, row or line, and column, never with a text of the data: of all rows, not of the first alone.
-Memory does not grow with a file. Strings stay strings: nothing that a file holds is evaluated.
+Every row is checked against the schema of its format, so later code can rely on names and types. Errors name the file,
+the row or line, and the column, never a text of the data, and cover all rows, not only the first. Memory does not grow
+with a file. Strings stay strings: nothing in a file is evaluated.
 """
 
 import gzip
@@ -27,33 +27,33 @@ from salmon.formats import Located
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 BATCH_ROWS = 1000
 BAD_ROWS_TOLD = 20
-ADVICE = "mend the file, or set the format that it has"
+ADVICE = "correct the file, or set the format that it has"
 _BOM = b"\xef\xbb\xbf"
 
 
 class _Broken(str):
-    """Stands for a row that cannot be read, and says why."""
+    """A row that cannot be read, with the reason."""
 
     __slots__ = ()
 
 
 def read_source(source: Source, schema: Any, counts: Counter[str], advice: str | None = None) -> Iterator[Located]:
-    """Rows of a data set, file by file in the order of the configuration, each with the place where it stands.
+    """Rows of a data set, file by file in the order of the configuration, each with its location.
 
-    Bad rows, which are not of the format, are left out, up to `source.max_bad_rows`. If there are more, no row is
-    yielded from there on, but the rest is read all the same: the error lists them all.
+    Bad rows, which do not fit the format, are left out, up to `source.max_bad_rows`. If there are more, no further row
+    is yielded, but the rest is still read, so that the error lists them all.
 
     Args:
-        source: which.
-        schema: `TypedDict` of the columns that are needed (`formats`).
-        counts: gains the number of rows read (`rows`) and of those left out (`bad rows`).
-        advice: what to do about a file of another format, the end of a sentence; None for a configuration's source.
+        source: the source.
+        schema: `TypedDict` of the required columns (`formats`).
+        counts: gains the numbers of rows read (`rows`) and left out (`bad rows`).
+        advice: advice for a file of another format, as the end of a sentence; None for a configuration's source.
 
     Yields:
         (place, row): row is a dict of the schema's columns; other columns are left out.
 
     Raises:
-        UserError: where a file, folder or hub data set is missing, damaged or empty, or has too many bad rows.
+        UserError: if a file, folder or hub data set is missing, damaged or empty, or has too many bad rows.
     """
     check = TypeAdapter(schema).validate_python
     told: list[str] = []
@@ -84,19 +84,19 @@ def read_source(source: Source, schema: Any, counts: Counter[str], advice: str |
                 if counts["bad rows"] <= source.max_bad_rows:
                     yield place, checked
             if not place:
-                raise UserError(f"{name} holds no rows; {advice or 'fetch it again or take it out of the sources'}")
+                raise UserError(f"{name} holds no rows; {advice or 'fetch it again or remove it from the sources'}")
     if counts["bad rows"] > source.max_bad_rows:
         raise UserError(_describe_bad_rows(told, counts["bad rows"], source, schema, advice))
 
 
 def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any, advice: str | None) -> str:
-    """The bad rows of a data set, the first of them one by one, and what to do."""
+    """The message about the bad rows of a data set: the first rows one by one, and advice."""
     needed = ", ".join(sorted(schema.__required_keys__))
     lines = [*told, f"... and {number - len(told)} more"] if number > len(told) else told
     if advice:
         return "\n".join([*lines, f"{number} bad rows; {advice}"])
     lines.append(
-        f"{number} bad rows, where max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
+        f"{number} bad rows, but max_bad_rows of the source allows {source.max_bad_rows}; format {source.format} "
         f"needs {needed}: fix the rows (fetch the file again if it was cut off), set the format that it has, or raise "
         "max_bad_rows to leave them out"
     )
@@ -104,7 +104,7 @@ def _describe_bad_rows(told: list[str], number: int, source: Source, schema: Any
 
 
 def identify_sources(sources: Mapping[str, Source]) -> dict[str, str]:
-    """Identity of the data for a manifest: the hash of what is local, the revision of what is on the hub."""
+    """Identity of the data for a manifest: the hash of local data, the revision of data on the hub."""
     return {
         path: hash_path(Path(path).expanduser()) if is_local(path) else source.revision or "main"
         for source in sources.values()
@@ -113,10 +113,10 @@ def identify_sources(sources: Mapping[str, Source]) -> dict[str, str]:
 
 
 def local_files(path: str) -> list[Path]:
-    """The file, or the data files below the folder, by name; hidden files and our manifests are no data.
+    """The file, or the data files below the folder, by name. Hidden files and the workflow's manifests do not count.
 
     Raises:
-        UserError: where nothing is there, or nothing that can be read.
+        UserError: if there is nothing, or nothing readable.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -139,7 +139,7 @@ def local_files(path: str) -> list[Path]:
 
 
 def _finding(error: ValidationError) -> str:
-    """The first thing that is wrong with a row, without its content."""
+    """The first fault of a row, without its content."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     column = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -149,10 +149,10 @@ def _finding(error: ValidationError) -> str:
 
 
 def _wanted(columns: list[str], schema: Any, path: str, advice: str) -> list[str]:
-    """Columns to read of a file that knows its columns.
+    """Columns to read from a file that lists its columns.
 
     Raises:
-        UserError: where one that the format needs is not among them.
+        UserError: if a column that the format needs is missing.
     """
     missing = sorted(schema.__required_keys__ - set(columns))
     if missing:
@@ -176,7 +176,7 @@ def _read_file(path: Path, schema: Any, advice: str) -> Iterator[Located]:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a `.json` file begins with an object in a line of its own, and goes on: the authors' have JSON lines."""
+    """Whether a `.json` file has an object on the first line, and more after it: the authors' files hold JSON Lines."""
     with _open(path) as stream:
         if stream.peek(1)[:1] != b"{":  # type: ignore[attr-defined]
             return False
@@ -191,7 +191,7 @@ def _read_parquet(path: Path, schema: Any, advice: str) -> Iterator[Located]:
     """Rows of a Parquet file, batch by batch, of the wanted columns only."""
     number = 0
     try:
-        # Its defaults keep all that was read until the end; with a buffer, a batch of pages is held at a time.
+        # By default it keeps everything that it has read; with a buffer, it holds one batch of pages at a time.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             columns = _wanted(file.schema_arrow.names, schema, str(path), advice)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
@@ -205,7 +205,7 @@ def _read_parquet(path: Path, schema: Any, advice: str) -> Iterator[Located]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Located]:
-    r"""Objects of a JSON Lines file; only "\n" ends a line, for texts hold every other line separator."""
+    r"""Objects of a JSON Lines file; only "\n" ends a line, because texts hold every other line separator."""
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -224,9 +224,9 @@ def _read_json_lines(path: Path) -> Iterator[Located]:
 
 
 def _read_json(path: Path) -> Iterator[Located]:
-    """Objects of one JSON list, parsed as it is read; or the one object that is the file (MATH as published).
+    """Objects of one JSON list, parsed while reading; or the single object of a file (MATH as published).
 
-    A task of BIG-bench is an object, whose list `examples` holds the rows.
+    A task of BIG-bench is an object whose list `examples` holds the rows.
     """
     number = 0
     for parser in (ijson, ijson.get_backend("python")):
@@ -236,7 +236,7 @@ def _read_json(path: Path) -> Iterator[Located]:
                 return
             if start not in (b"[", b"{"):
                 raise UserError(
-                    f"{path} is neither a JSON list nor an object; correct it, or take it out of the sources"
+                    f"{path} is neither a JSON list nor an object; correct it, or remove it from the sources"
                 )
             try:
                 rows = parser.items(stream, "item" if start == b"[" else _place(path), use_float=True)
@@ -245,30 +245,30 @@ def _read_json(path: Path) -> Iterator[Located]:
                     yield f"{path}, row {number}", row if parser is ijson else _without_surrogates(row)
                 return
             except (ijson.JSONError, ValueError) as error:  # their messages quote the data
-                # The parser in C takes no numbers beyond 64 bits; the one in Python, 40 times slower, goes on there.
+                # The C parser accepts no numbers beyond 64 bits; the Python parser, 40 times slower, continues there.
                 if parser is ijson and "overflow" in str(error):
                     continue
                 lines = "; JSON lines belong in a file that ends with .jsonl" if start == b"{" else ""
                 raise UserError(
-                    f"{path}: broken JSON, or not UTF-8, after row {number}; mend it, or fetch it again if it was cut "
+                    f"{path}: broken JSON, or not UTF-8, after row {number}; fix it, or fetch it again if it was cut "
                     f"off{lines}"
                 ) from None
 
 
 def _place(path: Path) -> str:
-    """Where in an object of JSON its rows are, as ijson calls it: the list `examples`, or the object itself."""
+    """Path of the rows in a JSON object, in ijson's notation: the list `examples`, or the object itself."""
     with _open(path) as stream:
         found = any(event[:2] == ("examples", "start_array") for event in ijson.parse(stream))
     return "examples.item" if found else ""
 
 
 def _without_surrogates(row: Any) -> Any:
-    """A row whose halves of surrogate pairs, which are no characters and which no table can hold, are "?"."""
+    """A row with "?" for lone surrogates, which are not characters and which no table can hold."""
     return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open a file, unpacked where it is packed, after its byte-order mark if it has one."""
+    """Open a file, decompressed if necessary, after its byte-order mark if it has one."""
     stream: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (readers close it)
     if stream.peek(len(_BOM)).startswith(_BOM):
         stream.read(len(_BOM))
@@ -287,7 +287,7 @@ def _read_hub(path: str, source: Source, schema: Any) -> Iterator[Located]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read from the hub: {reason}. Check path, split, revision and data_files; a machine "
-            "without network needs a local copy as path."
+            "without a network needs a local copy as path."
         ) from error
     if rows.column_names:
         rows = rows.select_columns(_wanted(rows.column_names, schema, path, ADVICE))
@@ -295,7 +295,7 @@ def _read_hub(path: str, source: Source, schema: Any) -> Iterator[Located]:
     try:
         for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
-    except Exception as error:  # whatever its readers and the network raise; their messages may quote the data
+    except Exception as error:  # its readers and the network may raise anything; their messages may quote the data
         raise UserError(
             f"{path}: reading from the hub failed after row {number} ({type(error).__name__}); run again, or set a "
             "local copy as path"

@@ -1,7 +1,7 @@
-"""Stopping on request: SLURM sends SIGTERM before a job's time is up or its nodes go to another.
+"""Stopping on request: SLURM sends SIGTERM before a job's time is up or its nodes go to another job.
 
-A trainer that was asked writes a checkpoint after the step it is in, and ends with an error; started again, it goes
-on from there. Sampling and judging keep every finished batch and need no warning.
+A trainer then writes a checkpoint after the current step, and ends with an error. Started again, it resumes from there.
+Sampling and judging keep every finished batch and need no warning.
 """
 
 import logging
@@ -20,7 +20,7 @@ _requested = threading.Event()
 
 
 class Stopped(UserError):
-    """The work is not done, and is kept up to here."""
+    """The work is not finished, but is kept up to this step."""
 
     def __init__(self, step: int) -> None:
         super().__init__(
@@ -29,7 +29,7 @@ class Stopped(UserError):
 
 
 def listen() -> None:
-    """From now on SIGTERM is a request, which `stop_requested` tells."""
+    """From now on, treat SIGTERM as a request; `stop_requested` reports it."""
     _requested.clear()
     signal.signal(signal.SIGTERM, _ask)
 

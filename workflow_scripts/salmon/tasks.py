@@ -1,6 +1,6 @@
-"""Benchmarks through lm-eval: its tasks, and those of `evaluation_tasks`, asked of a model that is loaded here.
+"""Benchmarks through lm-eval: its tasks and those of `evaluation_tasks`, run on a model that is loaded here.
 
-So quantisation, adapter and tokenizer are the run's, and the numbers those that lm-eval itself has of the same weights.
+Quantisation, adapter and tokenizer are therefore the run's. lm-eval itself gives the same numbers for the same weights.
 """
 
 import difflib
@@ -24,12 +24,12 @@ from salmon.errors import UserError
 log = logging.getLogger(__name__)
 
 Metric = dict[str, float | int | None]
-"""`value` of a task's metric, its standard error `stderr` by lm-eval, `low` and `high` of its interval, and `number` of
-items; null where there is none."""
+"""`value` of a task's metric, lm-eval's standard error `stderr`, `low` and `high` of its interval, and `number` of
+items; null if there is none."""
 
 
 class _Cut(logging.Filter):
-    """Counts questions that were longer than the model reads, of each of which lm-eval has a line."""
+    """Counts questions that exceed the model's length; lm-eval logs a line for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Cut(logging.Filter):
         return False
 
 
-# Its lines hold texts of the data, and its warnings are about command lines.
+# Its lines contain texts of the data, and its warnings concern command lines.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 _CUT = _Cut()
 _reader = logging.getLogger(HFLM.__module__)
@@ -54,13 +54,13 @@ class Benchmarks:
 
     Args:
         model: causal language model in eval mode, with or without an adapter.
-        tokenizer: of the model.
-        prompt: whether tasks are asked in a chat, and what its template is given.
-        evaluation: which tasks, and how they are asked.
+        tokenizer: the model's tokenizer.
+        prompt: whether tasks are asked in a chat, and the variables of its template.
+        evaluation: the tasks, and how to ask them.
         batch_size: texts at a time.
 
     Raises:
-        UserError: where there is no task of a name, or the tokenizer's chat template cannot be used.
+        UserError: if there is no task of a name, or the tokenizer's chat template cannot be used.
     """
 
     def __init__(
@@ -85,25 +85,25 @@ class Benchmarks:
         )
 
     def measure(self, task: str) -> dict[str, dict[str, Metric]]:
-        """Ask a task, or all of a group.
+        """Run a task, or all tasks of a group.
 
         Returns:
-            Name of the task, or of the group and each of its tasks -> metric -> what it is. A metric of several filters
-            has the filter's name behind its own.
+            Name of the task, or of the group and each of its tasks -> metric -> its values. A metric with several
+            filters has the filter's name appended.
 
         Raises:
-            UserError: where its data cannot be had, or it runs code that the model writes.
+            UserError: if its data are unavailable, or it runs code that the model writes.
         """
         advice = (
-            "without a network, the data have to be in the hub's cache, or those of our own tasks named in "
+            "without a network, the data must be in the hub's cache, or for our own tasks be named in "
             "evaluation.tasks_data"
         )
         with reading(f"the data of the task {task} (evaluation.tasks)", advice):
             loaded = self.manager.load([task])["tasks"]
         if unsafe := sorted(name for name, one in loaded.items() if getattr(one, "UNSAFE_CODE", False)):
             raise UserError(
-                f"the task {unsafe[0]} (evaluation.tasks) runs code that the model writes, which is not done here: "
-                "take it out, and ask it by lm-eval's own command line where nothing can be harmed (docs/evaluation.md)"
+                f"the task {unsafe[0]} (evaluation.tasks) runs code that the model writes, which the workflow does not "
+                "do: remove it, and run it with lm-eval's own command line in a sandbox (docs/evaluation.md)"
             )
         before = _CUT.number
         try:
@@ -113,28 +113,28 @@ class Benchmarks:
                 limit=self.evaluation.tasks_limit,
                 task_manager=self.manager,
                 apply_chat_template=self.chat,
-                log_samples=True,  # read here, for the intervals, and not written
+                log_samples=True,  # used here for the intervals, not written
             )
-        except AssertionError as error:  # so lm-eval says that an answer does not fit into the model
+        except AssertionError as error:  # lm-eval's way to say that an answer does not fit into the model
             raise UserError(
-                f"the task {task} (evaluation.tasks) cannot be asked of this model, which reads {self.lm.max_length} "
-                f"tokens at most: {reason(error)}; take it out"
+                f"the task {task} (evaluation.tasks) cannot be run on this model, which reads at most "
+                f"{self.lm.max_length} tokens: {reason(error)}; remove it"
             ) from error
         if cut := _CUT.number - before:
-            log.warning("%s: %d texts were longer than the model reads, and were cut on their left", task, cut)
+            log.warning("%s: %d texts exceeded the model's length and were cut on the left", task, cut)
         check_finite(task, found["samples"])
         return metrics(found["results"], found["samples"], found.get("group_subtasks", {}), self.evaluation.seed)
 
 
 @cache
 def _manager(folder: str | None, *data: tuple[str, str]) -> TaskManager:
-    """All tasks that there are; reading their thousands of files takes seconds."""
+    """All existing tasks. Reading their thousands of files takes seconds."""
     folders = [str(shipped.TASKS), *([folder] if folder else [])]
     return TaskManager(include_path=folders, metadata=dict(data))
 
 
 def _check_names(tasks: list[str], known: list[str]) -> None:
-    """Refuse tasks that there are not."""
+    """Refuse tasks that do not exist."""
     if unknown := [name for name in tasks if name not in known]:
         like = difflib.get_close_matches(unknown[0], known, n=3)
         raise UserError(
@@ -144,7 +144,7 @@ def _check_names(tasks: list[str], known: list[str]) -> None:
 
 
 def _chat_options(tokenizer: PreTrainedTokenizerBase, prompt: TaskPrompt) -> dict[str, Any]:
-    """What the chat template is given."""
+    """The arguments for the chat template."""
     try:
         return encoding.chat_options(tokenizer, prompt.template_variables)
     except UserError as error:
@@ -160,16 +160,16 @@ def metrics(
     parts: Mapping[str, Sequence[str]],
     seed: int,
 ) -> dict[str, dict[str, Metric]]:
-    """The numbers in what lm-eval found, by task and metric; see `Benchmarks.measure`.
+    """The numbers in lm-eval's results, by task and metric; see `Benchmarks.measure`.
 
-    Intervals are by question, since several items may share one (HHH). Where a metric is no mean over the items, its
+    Intervals are by question, because several items may share one (HHH). If a metric is not a mean over the items, its
     interval is 1.96 of lm-eval's standard errors to both sides.
 
     Args:
         results: task -> `METRIC,FILTER` -> value; tasks and groups of them.
         samples: task -> its items, with their metrics.
         parts: group -> its tasks or groups.
-        seed: of the intervals.
+        seed: seed of the intervals.
     """
     found: dict[str, dict[str, Metric]] = {}
     for task, values in results.items():
@@ -190,10 +190,10 @@ def metrics(
 
 
 def check_finite(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Refuse answers whose log likelihoods are not numbers: lm-eval would take the first choice for the model's.
+    """Refuse answers whose log likelihoods are not numbers: lm-eval would treat the first choice as the model's.
 
     Args:
-        task: whose they are.
+        task: the task's name.
         samples: as `metrics` takes them.
     """
 
@@ -226,16 +226,16 @@ def _is_number(value: Any) -> bool:
 def _interval(
     whole: float | None, values: Sequence[float], items: Sequence[Mapping[str, Any]], seed: int
 ) -> tuple[float | None, float | None]:
-    """By question, where the metric is the mean over its items; else none."""
+    """Values by question, if the metric is the mean over its items; otherwise none."""
     if whole is None or not values or not math.isclose(sum(values) / len(values), whole, abs_tol=1e-9):
         return None, None
-    questions = [str(item["arguments"][0][0]) for item in items]  # what the model reads before an answer
+    questions = [str(item["arguments"][0][0]) for item in items]  # the text that the model reads before an answer
     are_shares = all(0 <= value <= 1 for value in values)
     estimated = (intervals.share if are_shares else intervals.estimate)(values, questions, seed)
     return estimated["low"], estimated["high"]
 
 
 def _finite(value: Any) -> float | None:
-    """A number; null where lm-eval has none, or says N/A."""
+    """A number; null if lm-eval has none, or says N/A."""
     number = math.nan if value is None or isinstance(value, str) else float(value)
     return number if math.isfinite(number) else None

@@ -1,7 +1,7 @@
 """Prompt templates: plain text with named slots in braces, filled once.
 
-Instructions and responses hold braces too, so a filled text is never formatted again: all slots are replaced
-in one pass over the template, and what stands in the values is left alone.
+Instructions and responses also contain braces, so a filled text is never formatted again: all slots are replaced in one
+pass over the template, and braces in the values have no effect.
 """
 
 import re
@@ -19,47 +19,46 @@ _SLOT = re.compile(r"\{(" + "|".join(sorted({*JUDGE_SLOTS, *REWARD_SLOTS})) + r"
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace every `{Slot}` named in `values`, in one pass; anything else in braces stays as it is."""
+    """Replace every `{Slot}` named in `values`, in one pass; other text in braces stays unchanged."""
     return _SLOT.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def read(path: str | Path) -> str:
-    """Read a template. The one line break at the end of the file is not part of it.
+    """Read a template. A single line break at the end of the file is not part of it.
 
     Raises:
-        UserError: where the file is missing or not UTF-8.
+        UserError: if the file is missing or not UTF-8.
     """
     return read_text(path, "template", "a template is a text file in UTF-8").removesuffix("\n")
 
 
 def slots(template: str) -> set[str]:
-    """Names of the slots that a template has."""
+    """Names of the slots in a template."""
     return {match[1] for match in _SLOT.finditer(template)}
 
 
 def check_slots(template: str, path: str | Path, needed: Iterable[str], key: str) -> None:
-    """Refuse a template that has no place for what it should show.
+    """Refuse a template without a slot for something it should show.
 
     Args:
         template: the text.
         path: its file, for the message.
-        needed: names of slots.
-        key: of the file in the configuration, for the message.
+        needed: names of the required slots.
+        key: the file's configuration key, for the message.
     """
     if missing := [f"{{{name}}}" for name in needed if name not in slots(template)]:
         raise UserError(f"template {path} has no slot {', '.join(missing)} ({key})")
 
 
 def turns(template: str) -> tuple[str, str, str]:
-    """The parts of a template as turns of a chat: system, user, and the begun turn of the assistant.
+    """The parts of a template as turns of a chat: system, user, and the beginning of the assistant's turn.
 
-    The last line is what the assistant's turn begins with. The paragraphs before the first one that holds a slot are
-    the system's turn, which may be empty; the rest is the user's. Headings go with what they are the headings of:
-    those before the first slot go to the user's turn, and those before the last line are left out, because the chat
-    template says who speaks.
+    The last line begins the assistant's turn. The paragraphs before the first one with a slot are the system's turn,
+    which may be empty; the rest is the user's. Headings stay with their paragraphs: those before the first slot go to
+    the user's turn. Headings before the last line are dropped, because the chat template marks the speakers.
 
     Raises:
-        UserError: where no line with a slot comes before the last one.
+        UserError: if no line with a slot comes before the last one.
     """
     before, _, begun = template.rpartition("\n")
     paragraphs = [paragraph for paragraph in before.split("\n\n") if paragraph.strip()]
@@ -75,7 +74,7 @@ def turns(template: str) -> tuple[str, str, str]:
 
 
 def _is_heading(paragraph: str) -> bool:
-    """Whether a paragraph is a heading without a slot."""
+    """Whether a paragraph is only a heading without a slot."""
     text = paragraph.strip()
     return text.startswith("#") and "\n" not in text and not slots(text)
 
@@ -86,14 +85,14 @@ def bullets(definitions: Iterable[str]) -> str:
 
 
 def policy_prompt(preamble: str, assistant_marker: str, instruction: str) -> str:
-    """Preamble, instruction, blank line, assistant's turn marker: what the policy continues."""
+    """The prompt that the policy continues: preamble, instruction, blank line, assistant's turn marker."""
     return f"{preamble}\n{instruction}\n\n{assistant_marker}\n"
 
 
 def policy_dialogue(preamble: str, assistant_marker: str, said: Sequence[str]) -> str:
-    """The same of a dialogue, the user first and last; the preamble's last line is the user's turn marker.
+    """The same for a dialogue, with the user first and last; the preamble's last line is the user's turn marker.
 
-    An answer ends with a line break and that marker, as it was sampled: the paper's stop string.
+    An answer ends with a line break and that marker, as it was sampled (the paper's stop string).
     """
     user_marker = preamble.rpartition("\n")[2]
     text = policy_prompt(preamble, assistant_marker, said[0])

@@ -10,16 +10,16 @@ def join_instruction(instruction: str, extra: str) -> str:
 
 
 def fold(text: str) -> str:
-    """The text without regard to case and white space, for the comparison with others."""
+    """The text folded for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
 
 
 def cut_thinking(text: str, opening: str, closing: str) -> str:
-    """The text without what stands between thinking markers, and without the markers.
+    """The text without thinking markers and the text between them.
 
-    A closing marker without an opening one ends thinking that began in the prompt: all before it goes. An opening
-    marker without a closing one begins thinking that did not end: all after it goes. White space goes where an end of
-    the text was cut off.
+    A closing marker without an opening one ends thinking that began in the prompt: everything before it is removed. An
+    opening marker without a closing one begins thinking that did not end: everything after it is removed. White space
+    at a cut end is also removed.
     """
     while True:
         begin, end = text.find(opening), text.find(closing)
@@ -33,9 +33,9 @@ def cut_thinking(text: str, opening: str, closing: str) -> str:
 
 
 def cut_at_markers(text: str, markers: Sequence[str]) -> str:
-    """The text before the first turn marker in it; the whole text where there is none.
+    """The text before the first turn marker in it; the whole text if there is none.
 
-    Markers are literal and count wherever they stand; of several, the one that begins first cuts.
+    Markers are literal and count at any position; the one that begins first cuts.
 
     Raises:
         ValueError: for an empty marker, which would cut everything.

@@ -1,7 +1,7 @@
-"""The loop in which an adapter is trained: the reward model's and the initial policy's.
+"""The training loop for adapters: of the reward model and of the initial policy.
 
-One step is one global batch, however it is spread over passes and ranks, with or without DeepSpeed. An
-interrupted training resumes from its last checkpoint, and gives the same bytes.
+One step is one global batch, however it is divided among passes and ranks, with or without DeepSpeed. An interrupted
+training resumes from its last checkpoint and gives the same bytes.
 """
 
 import json
@@ -34,17 +34,17 @@ Batch = dict[str, torch.Tensor]
 
 
 class Arguments(script.Arguments):
-    """What every script of this loop is told."""
+    """Arguments of every script with this loop."""
 
     output: Path = Field(description="folder of the adapter, with metrics.json and manifest.json")
     model: Model = Field(description="section of the configuration")
     lora: Lora = Field(Lora(), description="section of the configuration")
     tokens_per_pass: int = Field(
-        2048, ge=1, description="hardware: tokens of a pass on each GPU, padding included; one example at least"
+        2048, ge=1, description="hardware: maximum tokens of a pass on each GPU, padding included; at least one example"
     )
     deepspeed: Path | None = Field(None, description="hardware: DeepSpeed configuration (JSON)")
     gradient_checkpointing: recompute.Setting = Field(
-        "auto", description="hardware: recompute activations, which takes less memory; auto: where they do not fit"
+        "auto", description="hardware: recompute activations to save memory; auto: if they do not fit"
     )
 
     @property
@@ -59,7 +59,7 @@ class Arguments(script.Arguments):
 
 
 class Reporter(TrainerCallback):
-    """Progress in our log, a stop where the loss is lost or on request, and a mark on checkpoints that are whole."""
+    """Logs progress, stops on request or if the loss is not finite, and marks complete checkpoints."""
 
     def __init__(self, stage: str, work: WorkFolder) -> None:
         self.stage, self.work = stage, work
@@ -67,12 +67,12 @@ class Reporter(TrainerCallback):
         self.started = self.last = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from where the run begins or resumes."""
+        """Start counting where the run begins or resumes."""
         self.first_step = state.global_step
         self.started = self.last = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """One line an interval: steps, rate, time left, loss, learning rate."""
+        """Log one line per interval: steps, rate, time left, loss, learning rate."""
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
@@ -92,7 +92,7 @@ class Reporter(TrainerCallback):
             self.last = now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint and an end, where any rank was asked to stop and steps are left."""
+        """Request a checkpoint and an end if any rank was asked to stop and steps remain."""
         if stopping.stop_requested(args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -102,7 +102,7 @@ class Reporter(TrainerCallback):
 
 
 def start(arguments: Arguments) -> torch.device:
-    """Join the other ranks, and listen to requests to stop; returns this rank's device."""
+    """Join the other ranks, and listen for requests to stop; returns this rank's device."""
     device = distributed.init()
     stopping.listen()
     if arguments.deepspeed:
@@ -111,17 +111,16 @@ def start(arguments: Arguments) -> torch.device:
 
 
 def split(rows: pl.DataFrame, eval_examples: int, seed: int, what: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows to train on and rows held out, whole prompts at a time.
+    """Split rows into training rows and held-out rows, by whole prompts.
 
-    A prompt may give several rows; with one of them trained on, the others would be known. Prompts are held out in the
-    order of a hash of (seed, prompt_id), until `eval_examples` is reached, so that the last prompt may exceed it by a
-    few rows.
+    A prompt may give several rows: training on one of them would reveal the others. Prompts are held out in the order
+    of a hash of (seed, prompt_id) until `eval_examples` is reached, so the last prompt may exceed it by a few rows.
 
     Args:
-        rows: with a column `prompt_id`.
+        rows: the rows, with a column `prompt_id`.
         eval_examples: number of rows to hold out.
-        seed: of the hash.
-        what: is trained; another one has another split.
+        seed: seed of the hash.
+        what: name of the trained model; each has a different split.
     """
     sizes = rows.group_by("prompt_id").len().rows()
     held, count = [], 0
@@ -135,17 +134,17 @@ def split(rows: pl.DataFrame, eval_examples: int, seed: int, what: str) -> tuple
 
 
 def training_order(rows: int, batch_size: int, epochs: float, seed: int, what: str) -> list[int]:
-    """Which row is trained on when: `batch_size` of them a step, in whole steps; each epoch is a new permutation.
+    """The order of the rows in training, in whole steps of `batch_size` rows; each epoch is a new permutation.
 
     Args:
-        rows: number of them.
-        batch_size: rows of a step.
-        epochs: need not be whole.
-        seed: of the permutations.
-        what: is trained; another one has another order.
+        rows: number of rows.
+        batch_size: rows per step.
+        epochs: number of epochs; need not be an integer.
+        seed: seed of the permutations.
+        what: name of the trained model; each has a different order.
 
     Returns:
-        Indices; the last, incomplete batch is left out, so the list may be empty.
+        Indices, without the last, incomplete batch; the list may therefore be empty.
     """
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
@@ -156,20 +155,20 @@ def training_order(rows: int, batch_size: int, epochs: float, seed: int, what: s
 def micro_batches(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, budget: int, ranks: int
 ) -> tuple[list[list[int]], int]:
-    """The rows of each pass of each rank: step by step, in a step pass by pass, in a pass rank by rank.
+    """The rows of each pass of each rank, ordered by step, then pass, then rank.
 
-    The gradient of a step is a sum over its rows, so that only speed and memory depend on how they are divided
-    (`batching.passes`). The Trainer wants the same number of passes in every step: that of the step with most.
+    A step's gradient is a sum over its rows, so their division affects only speed and memory (`batching.passes`). The
+    Trainer requires the same number of passes in every step: the largest number that any step needs.
 
     Args:
-        order: of `training_order`.
-        lengths: of each row, in tokens.
-        batch_size: rows of a step; a multiple of `ranks`.
-        budget: tokens of a pass on a rank at most, padding included.
-        ranks: among which each pass is divided.
+        order: the result of `training_order`.
+        lengths: each row's length, in tokens.
+        batch_size: rows per step; a multiple of `ranks`.
+        budget: maximum tokens of a pass on a rank, padding included.
+        ranks: number of ranks that share each pass.
 
     Returns:
-        The rows; and passes per step.
+        The rows, and the number of passes per step.
     """
     steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     of_steps = [[lengths[row] for row in step] for step in steps]
@@ -185,18 +184,18 @@ def micro_batches(
 def count_rows(
     order: Sequence[int], train: int, held: int, arguments: Arguments, table: Path, left_out: str = ""
 ) -> dict[str, int]:
-    """Numbers of rows trained on, held out and left over, and of steps.
+    """Numbers of training rows, held-out rows, unused rows, and steps.
 
     Args:
-        order: of `training_order`.
-        train: rows that could be trained on.
-        held: rows held out.
-        arguments: of the script.
-        table: of the rows, for the message.
-        left_out: what rows were left out and why, for the message.
+        order: the result of `training_order`.
+        train: available training rows.
+        held: held-out rows.
+        arguments: the script's arguments.
+        table: the rows' table, for the message.
+        left_out: which rows were left out and why, for the message.
 
     Raises:
-        UserError: where there are too few.
+        UserError: if there are too few.
     """
     settings, stage = arguments.settings, arguments.stage
     if settings.batch_size % distributed.world():
@@ -221,10 +220,10 @@ def count_rows(
 
 def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
     """Open the work folder, with the checkpoints of the same settings and inputs, if any; see `WorkFolder.open`."""
-    # Other hardware may resume from a checkpoint, but for the shards of DeepSpeed.
+    # Other hardware may resume from a checkpoint, except for DeepSpeed's shards.
     deepspeed = arguments.deepspeed
     layout = (
-        json.dumps([read_json(deepspeed, "", "it has to be a DeepSpeed configuration in JSON"), distributed.world()])
+        json.dumps([read_json(deepspeed, "", "it must be a DeepSpeed configuration in JSON"), distributed.world()])
         if deepspeed
         else ""
     )
@@ -234,23 +233,23 @@ def open_work(arguments: Arguments, work: WorkFolder, fingerprint: str) -> bool:
 def trainer_arguments(
     arguments: Arguments, folder: Path, steps: int, passes: int, device: torch.device
 ) -> TrainingArguments:
-    """The Trainer's arguments for `steps` steps of the global batch, each of so many passes.
+    """The Trainer's arguments for `steps` steps of the global batch, with the given number of passes per step.
 
-    ZeRO-3 shards a model while it is loaded, so its configuration (in here) comes before the model.
+    ZeRO-3 shards a model while it is loaded, so its configuration (in these arguments) must precede the model.
     """
     settings = arguments.settings
     warmup = math.ceil(settings.warmup_ratio * steps)
     if warmup and steps == 1:
         raise UserError(
-            f"the only step belongs to the warm-up, at a rate of 0; set {arguments.stage}.warmup_ratio to 0, or train "
+            f"the only step is a warm-up step with a rate of 0; set {arguments.stage}.warmup_ratio to 0, or train "
             "longer"
         )
     paged = device.type == "cuda" and arguments.model.quantization == "nf4" and not arguments.deepspeed
     training = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=1,  # of `micro_batches`
+        per_device_train_batch_size=1,  # entry of `micro_batches`
         gradient_accumulation_steps=passes,
-        num_train_epochs=1,  # of the order, which holds the epochs of the settings
+        num_train_epochs=1,  # pass over the order, which contains the configured epochs
         train_sampling_strategy="sequential",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -275,7 +274,7 @@ def trainer_arguments(
         seed=settings.seed,
     )
     if distributed.world() == 1:
-        training._n_gpu = min(training.n_gpu, 1)  # one process is one GPU: never torch's DataParallel
+        training._n_gpu = min(training.n_gpu, 1)  # one process per GPU: never torch's DataParallel
     return training
 
 
@@ -288,21 +287,21 @@ def choose_recomputation(
     *,
     logits: bool = False,
 ) -> None:
-    """Decide whether activations are recomputed in the backward pass. All ranks call this.
+    """Decide whether to recompute activations in the backward pass. All ranks call this.
 
     Args:
-        arguments: of the script.
-        training: of `trainer_arguments`; gains the decision.
-        model: with the adapter that is trained.
-        row: tokens of a pass that holds a single, longest example.
-        device: of the model.
-        logits: whether those of all tokens are computed, in float32.
+        arguments: the script's arguments.
+        training: the result of `trainer_arguments`; gains the decision.
+        model: the model with the trained adapter.
+        row: tokens of a pass with a single example of the maximum length.
+        device: the model's device.
+        logits: whether the logits of all tokens are computed, in float32.
     """
     dtype = getattr(torch, arguments.model.dtype)
     tokens = max(arguments.tokens_per_pass, row)
 
     def forward(ids: torch.Tensor) -> None:
-        with torch.autocast(device.type, dtype, enabled=training.bf16 or training.fp16):  # as the Trainer has it
+        with torch.autocast(device.type, dtype, enabled=training.bf16 or training.fp16):  # as in the Trainer
             model.get_base_model().base_model(input_ids=ids, use_cache=False)
 
     training.activation_checkpointing = recompute.is_wanted(
@@ -319,7 +318,7 @@ def choose_recomputation(
 
 
 def trainable_in_float32(model: PeftModel) -> PeftModel:
-    """A model to train, what is trained of it in float32: small steps vanish in bfloat16."""
+    """A model to train, with its trained parameters in float32, because small steps vanish in bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -337,23 +336,23 @@ def train(
     stage: str,
     work: WorkFolder,
 ) -> Trainer:
-    """Train from the newest checkpoint, if there is one, to the last step. All ranks call this.
+    """Train to the last step, starting from the newest checkpoint if there is one. All ranks call this.
 
     Args:
-        model: with the adapter that is trained.
-        training: of `trainer_arguments`.
-        rows: of `micro_batches`.
-        batch: makes what the model reads of some rows, with `labels`.
-        loss: of the model's output, the labels and the Trainer's count of labels: the share of a pass in the loss of
-            the global batch.
-        stage: name of its section in the configuration.
-        work: keeps the checkpoints.
+        model: the model with the trained adapter.
+        training: the result of `trainer_arguments`.
+        rows: the rows from `micro_batches`.
+        batch: makes the model's inputs for some rows, with `labels`.
+        loss: computes a pass's share of the global batch's loss from the model's output, the labels and the Trainer's
+            count of labels.
+        stage: name of the stage's section in the configuration.
+        work: the folder of the checkpoints.
 
     Returns:
         The Trainer, with the trained model.
 
     Raises:
-        Stopped: where it was asked to stop; a checkpoint is written.
+        Stopped: if it was asked to stop; a checkpoint is written.
     """
     checkpoint = checkpoints.newest(work)
     trainer = Trainer(
@@ -373,7 +372,7 @@ def train(
 
 def write(trainer: Trainer, work: WorkFolder, manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Write the adapter, its metrics and its manifest. All ranks call this."""
-    # DeepSpeed shards or rounds what it trains.
+    # DeepSpeed shards or rounds the trained weights.
     weights = optimization.full_weights(trainer.model) if trainer.is_deepspeed_enabled else None
     if distributed.is_main():
         training = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,6 +1,6 @@
-"""vLLM as a sampling engine: the `Sampler` that asks a server, and the adapters that it is given.
+"""vLLM as a sampling engine: the `Sampler` that sends requests to a server, and the server's adapters.
 
-Token ids go in and out. Which response ends where is decided here, by the rule of `generation`, not by the engine.
+Requests and answers are token ids. This module, not the engine, decides where a response ends, as in `generation`.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ from salmon.tokenizers import find_file
 from salmon.vllm_server import DYING, Engine, Hardware, start
 
 ATTEMPTS = 5
-"""Requests of the same tokens that may fail to reach a server that is up."""
+"""Number of attempts per request to reach a running server."""
 BEAT, MISSED = 30.0, 10
-"""Seconds between two looks after the server, and how many may fail in a row."""
-_FILES = 200  # that the job has open besides
+"""Seconds between two checks of the server, and how many may fail in a row."""
+_FILES = 200  # other files that the job has open
 
 
 def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids that end a response, as `generation.end_tokens` finds them in a loaded model."""
+    """Token ids that end a response, the same as `generation.end_tokens` finds in a loaded model."""
     remote: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     if find_file(model.base, model.revision, "generation_config.json"):
         settings = GenerationConfig.from_pretrained(model.base, revision=model.revision)
@@ -47,10 +47,10 @@ def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def adapter_folder(model: Model) -> Path | None:
-    """The folder of a model's adapter, fetched if it is on the hub; None where it has none.
+    """The folder of a model's adapter, fetched if it is on the hub; None if the model has none.
 
     Raises:
-        UserError: where it cannot be had.
+        UserError: if it is unavailable.
     """
     if model.adapter is None:
         return None
@@ -58,13 +58,13 @@ def adapter_folder(model: Model) -> Path | None:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
             f"the weights of the adapter {model.adapter} (model.adapter) are not in safetensors, which vLLM reads: "
-            "load it with PEFT where you trust it, and save it again"
+            "load it with PEFT on a machine where you trust it, and save it again"
         )
     return folder.absolute()
 
 
 def adapter_rank(model: Model, lora: Lora | None = None) -> int | None:
-    """The largest rank of the policy's adapter: the model's own, or a new one by `lora`; None where there is none."""
+    """The largest rank of the policy's adapter: the model's own, or a new one from `lora`; None if there is none."""
     folder = adapter_folder(model)
     if folder is None:
         return lora.r if lora else None
@@ -78,7 +78,7 @@ def adapter_rank(model: Model, lora: Lora | None = None) -> int | None:
 def open_sampler(
     hardware: Hardware, model: Model, tokenizer: PreTrainedTokenizerBase, *, longest: int, key: str
 ) -> Iterator["VllmSampler"]:
-    """What samples from one model, its adapter included, until the end of the block; arguments as for `start`."""
+    """A sampler for one model with its adapter, until the end of the block; arguments as for `start`."""
     with start(hardware, model, longest=longest, key=key, rank=adapter_rank(model)) as engine:
         sampler = VllmSampler(engine, tokenizer, end_tokens(model, tokenizer))
         if adapter := adapter_folder(model):
@@ -90,14 +90,14 @@ def open_sampler(
 
 
 class VllmSampler:
-    """Samples with an engine, from the base model until an adapter is pushed.
+    """Samples with an engine. Uses the base model until an adapter is pushed.
 
     Args:
-        engine: that is up.
-        tokenizer: of the model.
-        ends: tokens that end a response (`end_tokens`).
-        folder: for the adapters of `sync`, read by all machines; nothing else may be in it.
-        export: writes the policy's adapter into a new folder; all ranks call it, one of them writes.
+        engine: the running engine.
+        tokenizer: the model's tokenizer.
+        ends: the tokens that end a response (`end_tokens`).
+        folder: folder for the adapters of `sync`, which all machines can read; it may hold nothing else.
+        export: writes the policy's adapter to a new folder; all ranks call it, one of them writes.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class VllmSampler:
         self.is_proven = False
         self.served = engine.served
         self.pushes = 0
-        # A server of the user knows the adapters of other jobs, and of those that were killed.
+        # The user's own server has the adapters of other jobs, including killed ones.
         self.tag = distributed.broadcast(secrets.token_hex(6))
 
     def push(self, adapter: Path) -> None:
-        """Sample from the base model with this adapter from here on.
+        """From now on, sample from the base model with this adapter.
 
-        The folder has to stay until the next one is pushed. A name is used for one adapter only: vLLM keeps what it has
-        read of prompts by the adapter's name, and would go on using it for other weights.
+        The folder must stay until the next adapter is pushed. Each adapter needs a new name: vLLM caches prompts by the
+        adapter's name, and would reuse the cache for other weights.
         """
         before, self.pushes = self.served, self.pushes + 1
         self.served = f"policy-{self.tag}-{self.pushes}"
@@ -134,18 +134,18 @@ class VllmSampler:
         distributed.barrier()
 
     def _pushes_for_others(self) -> bool:
-        """Whether this rank tells a server of its adapters: the one that has started it, or the first one."""
+        """Whether this rank sends adapters to a server: the rank that started it, or the first one."""
         return self.engine.server is not None or (self.engine.socket is None and distributed.is_main())
 
     def _prove(self, adapter: Path) -> None:
-        """Refuse an adapter that changes nothing at the engine, though its weights are not zero.
+        """Refuse an adapter that has no effect in the engine although its weights are not zero.
 
-        vLLM leaves out weights of layers that it knows under other names, without a word.
+        vLLM silently ignores weights of layers that have other names in vLLM.
         """
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as weights:
             names = [name for name in weights.keys() if "lora_B" in name or "lora_embedding_B" in name]  # noqa: SIM118
             if not any(weights.get_tensor(name).any() for name in names):
-                return  # a fresh one
+                return  # a new adapter
         prompt = list(self.tokenizer("To be or not to be")["input_ids"]) or [0]
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "seed": 0, "prompt_logprobs": 0}
         with_it, without = (
@@ -154,25 +154,25 @@ class VllmSampler:
         )
         if with_it == without:
             raise UserError(
-                f"vLLM does not apply the adapter {adapter}: it knows the model's layers under other names. Sample "
+                f"vLLM does not apply the adapter {adapter}: it has other names for the model's layers. Sample "
                 "with the engine `transformers`"
             )
         self.is_proven = True
 
     def close(self) -> None:
-        """Let a server of the user forget the adapter."""
+        """Remove the adapter from the user's own server."""
         if self.engine.socket is None and distributed.is_main() and self.served != self.engine.served:
             with suppress(UserError):
                 self.engine.post("/v1/unload_lora_adapter", {"lora_name": self.served})
 
     def sync(self, policy: nn.Module) -> None:
-        """See `Sampler`; the policy's adapter is written, and pushed to the engine."""
+        """See `Sampler`; writes the policy's adapter and pushes it to the engine."""
         if self.folder is None or self.export is None:
-            raise ValueError("this sampler was made to sample from one policy")
+            raise ValueError("this sampler was made for a single policy")
         before = self.folder / f"{self.tag}-{self.pushes}"
         if distributed.is_main():
             if self.pushes == 0:
-                artifacts.remove(self.folder)  # of a job that was killed
+                artifacts.remove(self.folder)  # left from a killed job
             self.folder.mkdir(exist_ok=True)
         new = self.folder / f"{self.tag}-{self.pushes + 1}"
         self.export(new)
@@ -193,8 +193,8 @@ class VllmSampler:
     ) -> list[Generation]:
         """See `Sampler`."""
         low, high = VLLM_TEMPERATURES
-        if temperature and not low <= temperature <= high:  # as of evaluation.engine, which samples at ppo.temperature
-            raise UserError(f"vLLM samples at a temperature of 0, or from {low} to {high}, and not at {temperature}")
+        if temperature and not low <= temperature <= high:  # as for evaluation.engine, which samples at ppo.temperature
+            raise UserError(f"vLLM samples at a temperature of 0 or from {low} to {high}, not at {temperature}")
         bodies = [
             {
                 "model": self.served,
@@ -204,7 +204,7 @@ class VllmSampler:
                 "temperature": temperature,
                 "top_p": top_p,
                 "stop_token_ids": sorted(self.ends),
-                "ignore_eos": True,  # which it takes from the base's tokenizer; those above still end a response
+                "ignore_eos": True,  # vLLM takes EOS from the base's tokenizer; the tokens above still end a response
                 "stop": list(stop),
                 "include_stop_str_in_output": True,
                 "logprobs": 0,
@@ -219,8 +219,8 @@ class VllmSampler:
             return replay(self.tokenizer, of_rows, sampled, max_new_tokens=limits, ends=self.ends, stop=stop)
 
         found = ended(range(len(bodies)), asyncio.run(self._complete_all(bodies)))
-        # The engine looks for stop strings in its own reading of the tokens. Where it has ended a response that ours
-        # does not end, the same tokens are drawn again, and more of them: a row's seed decides.
+        # The engine looks for stop strings in its own decoding of the tokens. If it has ended a response that our rule
+        # does not end, the same tokens are drawn again, followed by more: a row's seed determines them.
         early = [row for row, generation in enumerate(found) if generation is None]
         if early:
             longer = [bodies[row] | {"stop": []} for row in early]
@@ -230,15 +230,15 @@ class VllmSampler:
         generations = [generation for generation in found if generation is not None]
         if len(generations) < len(found):
             raise UserError(
-                f"the vLLM server has ended {len(found) - len(generations)} responses before their limit, and not by "
-                "an end token: options of the resource engine, or of the server, end them"
+                f"the vLLM server ended {len(found) - len(generations)} responses before their limit without an end "
+                "token: check the options of the resource engine, or of the server"
             )
         return generations
 
     async def _complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
-        """Tokens and log probabilities of all requests, in their order."""
+        """Tokens and log probabilities of all requests, in order."""
         meter = script.Meter(total=len(bodies), what="responses", says_end=False)
-        # Some wait at the server, so that it is never idle. Each is a connection, and a file.
+        # Some requests wait at the server, so that it is never idle. Each takes a connection and a file.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * self.engine.max_rows
         if soft != resource.RLIM_INFINITY and soft < wanted + _FILES:
@@ -265,7 +265,7 @@ class VllmSampler:
             return await tasks
 
     async def _watch(self, client: httpx2.AsyncClient) -> None:
-        """Raise where the server does not answer any more, though its connections stay."""
+        """Raise an error if the server no longer answers although its connections stay open."""
         missed = 0
         while missed < MISSED:
             await asyncio.sleep(BEAT)
@@ -275,7 +275,7 @@ class VllmSampler:
             except httpx2.TransportError:
                 missed += 1
         self.engine.check(DYING)
-        raise UserError(f"the vLLM server has not answered for {MISSED * BEAT:.0f} s; what has been sampled is kept")
+        raise UserError(f"the vLLM server has not answered for {MISSED * BEAT:.0f} s; the samples so far are kept")
 
     async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[list[int], list[float]]:
         """Tokens and log probabilities of one request."""
@@ -283,7 +283,7 @@ class VllmSampler:
         for attempt in range(ATTEMPTS):
             try:
                 response = await client.post("/v1/completions", content=json.dumps(body), headers=_JSON)
-            except httpx2.TransportError as error:  # a server closes idle connections; or it has died
+            except httpx2.TransportError as error:  # the server closed an idle connection, or has died
                 reason = type(error).__name__
                 await asyncio.to_thread(self.engine.check, 2.0**attempt)
                 await asyncio.sleep(0.5 * attempt)
@@ -306,7 +306,7 @@ def _read(response: httpx2.Response) -> tuple[list[int], list[float]]:
     """Tokens and their log probabilities in an answer.
 
     Raises:
-        UserError: where it has none, or some that are not finite.
+        UserError: if it has none, or some are not finite.
     """
     try:
         choice = response.json()["choices"][0]
@@ -315,7 +315,7 @@ def _read(response: httpx2.Response) -> tuple[list[int], list[float]]:
             raise ValueError
     except (ValueError, LookupError, TypeError):
         raise UserError(
-            "the vLLM server answers without tokens and finite log probabilities: it needs a version that tells "
-            "token ids, and a dtype in which the model's logits are finite (bfloat16 where float16 overflows)"
+            "the vLLM server answers without tokens and finite log probabilities: it needs a version that returns "
+            "token ids, and a dtype in which the model's logits are finite (bfloat16 if float16 overflows)"
         ) from None
     return tokens, logprobs

