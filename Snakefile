@@ -1,7 +1,7 @@
 """SALMON: self-alignment with principle-following reward models (arXiv 2310.05910).
 
-`snakemake -n` shows what would be done, `snakemake --profile profiles/slurm` does all of it, and a target below
-or any file of the results builds just that and what it is made from.
+`snakemake -n` shows the jobs that would run, and `snakemake --profile profiles/slurm` runs all of them. A target below,
+or the path of any result, builds only that and what it depends on.
 """
 
 from snakemake.utils import min_version
@@ -26,7 +26,7 @@ include: "rules/demo.smk"
 include: "rules/records.smk"
 
 
-# Snakemake has taken over what jobs have finished, and deletes nothing of it any more.
+# By now Snakemake has recorded the finished outputs and will not delete them any more.
 onsuccess:
     work.sweep(Path(settings.pathvars.results))
 
@@ -52,7 +52,7 @@ rule all:
     localrule: True
 
 
-# Which results are not what the configuration says; fails where something is stale. It makes nothing, and so always runs.
+# Reports results that differ from the configuration, and fails if one is stale. It has no output, so it always runs.
 rule verify:
     log:
         "<logs>/verify.log",
@@ -63,7 +63,7 @@ rule verify:
         f'python {SCRIPTS}/verify.py --configuration "${VARIABLE}"' " 2>&1 | tee {log:q}"
 
 
-# What the runs will cost with the hardware of the profile. It makes nothing, either.
+# Estimates the cost of the runs on the profile's hardware. It has no output either.
 rule plan:
     log:
         "<logs>/plan.log",

@@ -1,4 +1,4 @@
-"""Write what documents repeat of the code: `make docs-reference`; a test fails where one has drifted.
+"""Write the parts of documents that repeat the code: `make docs-reference`. A test fails if one is out of date.
 
 config.schema.json     the configuration as a JSON schema, for editors
 docs/configuration.md  its keys as tables
@@ -28,14 +28,14 @@ TARGETS_MARK = "<!-- targets: written by `make docs-reference` -->"
 
 
 def schema() -> str:
-    """The JSON schema of config.yaml, and of any file that is laid over it.
+    """The JSON schema of config.yaml and of any file that is used on top of it.
 
-    Such a file sets some keys only and removes entries of mappings with null, so nothing is required and every entry of
-    a mapping may be null; whether a whole configuration is complete, Snakemake says when it starts.
+    Such a file sets only some keys and removes entries of mappings with null. So no key is required, and every entry of
+    a mapping may be null. Snakemake checks at its start whether the whole configuration is complete.
     """
     whole = Config.model_json_schema()
     whole |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "config.yaml of the SALMON workflow"}
-    # A run is merged into its sections before it is checked, so its type has plain mappings in their places.
+    # A run is merged into the sections before it is checked, so its type has plain mappings instead of sections.
     (pattern,) = whole["properties"]["runs"]["patternProperties"]
     sections = {name: {"$ref": whole["properties"][name]["$ref"]} for name in get_args(RunSection)}
     run = {"type": "object", "properties": sections, "additionalProperties": False}
@@ -64,16 +64,17 @@ def configuration() -> str:
     lines = [
         "# The configuration",
         "",
-        "Every key of `config.yaml`, written by `make docs-reference` from the models that validate it",
-        "(`workflow_scripts/salmon/config.py`). A default is what a script takes that is started by hand;",
+        "This page lists every key of `config.yaml`. `make docs-reference` writes it from the models that validate the",
+        "configuration (`workflow_scripts/salmon/config.py`). Defaults apply to scripts that are started by hand;",
         "`config.yaml` sets every key to the paper's value. An editor that reads `config.schema.json` completes and",
-        "checks the keys while you type: begin your own file with",
+        "checks keys while you type: begin your own file with",
         "`# yaml-language-server: $schema=PATH/config.schema.json`.",
         "",
-        "A changed key reruns what depends on it, but for those that change no result (or by rounding only): they",
-        "rerun nothing, start no training anew, and make nothing stale for `snakemake verify`. One exception is",
-        "Snakemake's: where the number of shards is changed, it builds them again, and all that follows. `verify`",
-        "finds their table whole all the same: set the number back, or change it when the table is built anew anyway.",
+        "A changed key reruns everything that depends on it. Keys that *change no result* (except by rounding) are",
+        "different: they rerun nothing, restart no training, and make nothing stale for `snakemake verify`. There is",
+        "one exception: if the number of shards changes, Snakemake builds the shards again, and everything that",
+        "depends on them. `verify` still reports their table as whole. So set the number back, or change it only when",
+        "the table is built again anyway.",
         "",
     ]
     lines += _section("config.yaml", Config, "")
@@ -81,7 +82,7 @@ def configuration() -> str:
 
 
 def _section(title: str, model: type[BaseModel], prefix: str) -> list[str]:
-    """One section, and those below it."""
+    """One section and the sections below it."""
     lines = [f"## {title}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
     lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     below: list[str] = []
@@ -97,7 +98,7 @@ def _section(title: str, model: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _type(field: FieldInfo, schema: dict[str, Any]) -> str:
-    """What values a field takes, from its JSON schema."""
+    """The values that a field takes, from its JSON schema."""
     if section_in(field.annotation):
         if get_origin(field.annotation) is dict:
             return "name: section"
@@ -153,7 +154,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    """What a field means, and whether it changes a result."""
+    """The meaning of a field, and whether it changes a result."""
     return _escape(field.description or "") + ("; *changes no result*" if FREE in field.metadata else "")
 
 
@@ -167,9 +168,10 @@ def table_page() -> str:
     lines = [
         "# Tables",
         "",
-        "Every table of the workflow, written by `make docs-reference` from `workflow_scripts/salmon/tables.py`. All",
-        "are Parquet (zstd), below the results' folder, each with a manifest beside it. A table that only",
-        "some runs have is in the folder of the first of them, `runs/NAME/`. A column is never null unless it says so.",
+        "This page lists every table of the workflow. `make docs-reference` writes it from",
+        "`workflow_scripts/salmon/tables.py`. All tables are Parquet files (zstd) in the results folder, each with a",
+        "manifest next to it. A table that only some runs have is in the folder of the first of them, `runs/NAME/`. A",
+        "column is never null unless its type says so.",
         "",
     ]
     for table in tables.TABLES:

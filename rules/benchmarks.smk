@@ -1,4 +1,4 @@
-"""What policies reach in benchmarks of others."""
+"""Results of the policies in public benchmarks."""
 
 
 rule evaluate_tasks:
@@ -109,7 +109,7 @@ use rule answer_mt_bench as answer_initial_mt_bench with:
         engine_base=engine_base_option,
 
 
-# It waits for another machine, and needs a network and the user's environment: no job of a cluster.
+# This rule waits for another machine and needs a network and the user's environment, so it does not run on a cluster.
 rule judge_by_endpoint:
     input:
         unpack(lambda wildcards: {name: in_results(path) for name, path in PLAN.judged(run_name(wildcards)).items()}),

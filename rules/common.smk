@@ -1,4 +1,4 @@
-"""Settings and helpers of all rules: the validated configuration, and how it reaches scripts and inputs."""
+"""Settings and helpers for all rules: the validated configuration, and how it reaches scripts and inputs."""
 
 import ast
 import json
@@ -22,16 +22,16 @@ from snakemake.utils import update_config
 
 
 def checkout(rules):
-    """The folder of the workflow, which the working directory need not be: another workflow may use it as a module.
+    """The folder of the workflow, which differs from the working directory if another workflow uses it as a module.
 
     Args:
-        rules: where Snakemake reads this file. From a host (`github(…)`) it takes single files only, but jobs need
-            scripts and library: the whole commit is checked out beside Snakemake's other sources.
+        rules: where Snakemake reads this file from. From a host (`github(…)`) it fetches only single files, but jobs
+            need scripts and library, so the whole commit is checked out next to Snakemake's other sources.
     """
     if isinstance(rules, os.PathLike):
         return Path(rules).parent
     if not isinstance(rules, HostingProviderFile):
-        raise WorkflowError(f"{rules} is no folder or hosted repository: clone SALMON, and name the clone's Snakefile")
+        raise WorkflowError(f"{rules} is not a folder or hosted repository: clone SALMON and use the clone's Snakefile")
     repository = rules.hosted_repo.repo_clone
 
     def git(*words):
@@ -60,12 +60,12 @@ from salmon.identity import model_files, tokenizer_files
 from salmon.plan import Plan
 
 if not CHECKOUT.samefile(shipped.CHECKOUT):
-    raise WorkflowError(f"one workflow cannot use two checkouts of SALMON, {shipped.CHECKOUT} and {CHECKOUT}")
+    raise WorkflowError(f"one workflow cannot use two checkouts of SALMON: {shipped.CHECKOUT} and {CHECKOUT}")
 
-# Jobs find the Python that runs Snakemake, whether or not its environment was activated (conda goes before it).
+# Jobs find the Python that runs Snakemake, even if its environment is not activated (a conda environment comes first).
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
-if workflow.modifier.is_main_snakefile():  # Snakemake calls the handlers of no other
+if workflow.modifier.is_main_snakefile():  # Snakemake calls only the main file's handlers
     os.environ[work.KEEP_FINISHED] = "1"
 
 
@@ -73,12 +73,12 @@ configfile: str(CHECKOUT / "config.yaml")
 
 
 def whole_configuration():
-    """What the user has set, over the defaults, which a workflow that uses this one as a module need not repeat."""
+    """The user's settings on top of the defaults, which a workflow that uses this one as a module need not repeat."""
     whole = {}
     if not workflow.config_settings.replace_workflow_config:
         whole = yaml.safe_load((CHECKOUT / "config.yaml").read_text(encoding="utf-8"))
     update_config(whole, config)
-    # Path variables can also be set by the `module` statement; those of Snakemake itself are not what ours default to.
+    # The `module` statement can also set path variables. Snakemake's own defaults are ignored: ours differ.
     unset = Pathvars.with_defaults()
     places = {name: workflow.pathvars.get(name) for name in PathVars.model_fields}
     places = {name: place for name, place in places.items() if workflow.pathvars.level[name] < unset.level[name]}
@@ -95,19 +95,19 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 for name in ("train_sft", "train_pmp", "train_reward_model", "train_policy"):
-    # Snakemake would pass over it without a word.
+    # Snakemake would silently ignore this resource.
     if "micro_batch_size" in workflow.resource_settings._parsed_overwrite_resources.get(name, {}):
         raise WorkflowError(
-            f"{name}:micro_batch_size (of --set-resources, or of a profile) is now {name}:tokens_per_pass: tokens of a "
-            "pass, padding included, and not rows"
+            f"{name}:micro_batch_size (of --set-resources, or of a profile) is now {name}:tokens_per_pass; set the "
+            "tokens of a pass, including padding, instead of rows"
         )
 
-# `results/` is the same folder as `results`, and not another one that all would have to be built in.
+# `results/` and `results` are the same folder, so changing one to the other must not rebuild everything.
 workflow.pathvars.update(Pathvars.from_module(settings.pathvars.model_dump()))
 
 
 def in_checkout(name):
-    """A file of the checkout as it is written in a shell command."""
+    """A file of the checkout, quoted for a shell command."""
     return shlex.quote(name if CHECKOUT.samefile(Path.cwd()) else str(CHECKOUT / name))
 
 
@@ -117,7 +117,7 @@ DEMO = in_checkout("demo")
 
 
 def local_files(paths):
-    """Those of the paths, hub ids and nulls that are local: inputs of a rule."""
+    """The local paths among paths, hub ids and nulls, as inputs of a rule."""
     return [path for path in paths if path and is_local(path)]
 
 
@@ -132,32 +132,32 @@ def target_files(target):
 
 
 def files_of(model, files=model_files):
-    """What has to be there to read a model: of a local folder the files that matter, of a hub model nothing.
+    """The input files of a model: the relevant files of a local folder, and none for a hub model.
 
-    The folder itself would not do: its time stays the same when a file in it is overwritten, and changes with a new
-    README. Only a folder that a rule makes, or that is not there yet, is an input as a whole.
+    The folder itself cannot be the input: its time stays the same when a file in it is overwritten, and changes with a
+    new README. Only a folder that a rule makes, or that does not exist yet, is an input as a whole.
 
     Args:
         model: hub id or folder, or null.
-        files: lists the files of a folder.
+        files: function that lists the relevant files of a folder.
     """
     if not model or not Path(model).is_dir():
         return local_files([model])
     if model.startswith(f"{settings.pathvars.results}/") and Path(model, ".snakemake_timestamp").exists():
         return [model]
-    # A link that is set to another folder, whose files may be old, gives other inputs.
+    # The link is resolved, so that pointing it to another folder with old files changes the inputs.
     folder = Path(model).resolve() if Path(model).is_symlink() else Path(model)
     return [str(file) for file in files(folder)] or [model]
 
 
 def deciding(section, without=(), only=None):
-    """A section as a parameter of a rule: what changes no result (`config.FREE`) is left out, and so reruns nothing."""
+    """A section as a parameter of a rule, without keys that change no result (`config.FREE`) and so rerun nothing."""
     chosen = {name: value for name, value in section.deciding().items() if name not in without}
     return to_json({name: value for name, value in chosen.items() if only is None or name in only}).decode()
 
 
 def free(**sections):
-    """What `deciding` leaves out, as options of a script. A resource, since a change of those reruns nothing either."""
+    """The keys that `deciding` leaves out, as options of a script; used as a resource, whose changes rerun nothing."""
     return " ".join(
         f"--{name}.{field}".replace("_", "-") + f" {'null' if value is None else shlex.quote(str(value))}"
         for name, section in sections.items()
@@ -165,8 +165,8 @@ def free(**sections):
     )
 
 
-# Every artifact is built once for all runs that have in common what decides it, in the folder of the first of them:
-# `<results>/` for the default run, `<results>/runs/NAME/` for another. `{home}` is that folder's part after `<results>/`.
+# Runs that agree in everything that decides an artifact share it. It is built once, in the folder of the first of them:
+# `<results>/` for the default run, `<results>/runs/NAME/` for others. `{home}` is the part of it after `<results>/`.
 HOME = "(runs/[^/]+/)?"
 
 
@@ -184,48 +184,48 @@ def run_settings(wildcards):
 
 
 def artifact(name):
-    """Input: an artifact of the job's run, wherever it is shared."""
+    """Input: an artifact of the job's run, which may be in the folder of a run that shares it."""
     return lambda wildcards: f"<results>/{PLAN.home(run_name(wildcards), name)}{configuration.ARTIFACTS[name]}"
 
 
 def in_results(path):
-    """A path of the plan as the rules write it."""
+    """A path of the plan in the form used in rules."""
     return f"<results>{path.removeprefix(settings.pathvars.results)}"
 
 
 def at_home(name):
-    """No input, but a refusal of the artifact under the name of a run that shares another one's."""
+    """An empty input that refuses the path of an artifact under a run that uses another run's artifact."""
 
     def check(wildcards):
         run, one = run_name(wildcards), name.format(**wildcards)
         if wildcards.home != PLAN.home(run, one):
             shared = PLAN.path(run, one)
-            raise WorkflowError(f"the {one} of the run {run} is {shared}, which has the same settings; name that path")
+            raise WorkflowError(f"the {one} of the run {run} is {shared}, which has the same settings; use that path")
         return []
 
     return check
 
 
 def imported(name):
-    """Constraint of `{home}`: the folders of runs that bring an artifact in from elsewhere."""
+    """Constraint of `{home}`: the folders of runs that import an artifact."""
     folders = ["" if run == "default" else f"runs/{run}/" for run in RUNS if plan.is_imported(RUNS[run], name)]
     return f"(?:{'|'.join(map(re.escape, folders))})" if folders else "(?!)"
 
 
 def made(name):
-    """Constraint of `{home}`: all other folders, in which the artifact is made here."""
+    """Constraint of `{home}`: all other folders, for which this workflow makes the artifact."""
     return f"(?!{imported(name)}{configuration.ARTIFACTS[name].split('/')[0]}/){HOME}"
 
 
 def shard_of(table, key):
-    """No input, but a refusal of a shard that the table does not have."""
+    """An empty input that refuses a shard that the table does not have."""
     section = key.split(".")[0]
 
     def check(wildcards):
         shards = getattr(run_settings(wildcards), section).shards
         if not (wildcards.shard == "0" or wildcards.shard[0] != "0" and int(wildcards.shard) < shards):
             raise WorkflowError(
-                f"there is no shard {wildcards.shard} of the {table}: {key} is {shards}, and they are counted from 0"
+                f"there is no shard {wildcards.shard} of the {table}: {key} is {shards}, and shards are counted from 0"
             )
         return []
 
@@ -242,7 +242,7 @@ def shards_of(table, section):
 
 
 def setting(section, without=(), only=None):
-    """Parameter: a section of the job's run, or some of its keys; what changes no result is left out."""
+    """Parameter: a section of the job's run, or some of its keys, without keys that change no result."""
 
     @cache
     def of(run):
@@ -252,7 +252,7 @@ def setting(section, without=(), only=None):
 
 
 def free_settings(*sections):
-    """Resource: what `setting` leaves out of sections, as options of a script."""
+    """Resource: the keys that `setting` leaves out of sections, as options of a script."""
 
     @cache
     def of(run):
@@ -262,7 +262,7 @@ def free_settings(*sections):
 
 
 def engine_base(section):
-    """Input: what an engine samples from, where that is not the base model itself."""
+    """Input: the model that an engine samples from, if it is not the base model itself."""
 
     def find(wildcards):
         needed = configuration.needs_engine_base(run_settings(wildcards), section)
@@ -272,7 +272,7 @@ def engine_base(section):
 
 
 def engine_base_option(wildcards, input):
-    """Parameter: the same as an option of a script."""
+    """Parameter: the input of `engine_base` as an option of a script."""
     return f"--engine-base {shlex.quote(input.engine_base)}" if input.engine_base else ""
 
 
@@ -298,7 +298,7 @@ def judge_settings(run):
 
 @cache
 def judge_free(run, shards=None):
-    """What `judge_settings` and the section `judge` leave out, as options of a script; with another number of shards."""
+    """The keys that `judge_settings` and the section `judge` leave out, as options; optionally with other shards."""
     judge = RUNS[run].judge
     judge = judge.model_copy(update={"model": None, "shards": shards or judge.shards})
     return free(model=plan.judge_model(RUNS[run]), judge=judge)
@@ -306,7 +306,7 @@ def judge_free(run, shards=None):
 
 @cache
 def base_model(run):
-    """Files of a run's base model, and of the initial policy's tokenizer, which may come with the adapter."""
+    """Files of a run's base model and of the initial policy's tokenizer, which may come with the adapter."""
     model = RUNS[run].model
     return files_of(model.base) + files_of(PLAN.tokenizer(run).adapter, tokenizer_files)
 
@@ -320,23 +320,23 @@ def tokenizer(run):
 
 @cache
 def tokenizer_settings(run):
-    """What only the tokenizer's rules need to know of the model, so that a change of quantisation does not rerun them."""
+    """The settings of the model that affect its tokenizer; other changes, such as quantisation, rerun nothing."""
     return PLAN.tokenizer(run).model_dump_json(exclude_unset=True)
 
 
 def pmp_model(wildcards):
-    """Input: the reward model that a run's reward model starts from, if any."""
+    """Input: the pre-trained model that a run's reward model starts from, if any."""
     return artifact("pmp")(wildcards) if run_settings(wildcards).reward_model.init == "pmp" else []
 
 
 def hardware(name):
-    """The resources of a rule that a profile or the rule itself sets to a number or a word; a module may lack the rule."""
+    """The resources of a rule that are numbers or words, from the profile or the rule; a module may lack the rule."""
     found = {}
     proxy = getattr(rules, name, None)
     for key, resource in proxy.rule.resources.items() if proxy else ():
         value = resource.raw if isinstance(resource, Resource) else resource
         if isinstance(value, str):
-            with suppress(ValueError, SyntaxError):  # of a profile, it is Python
+            with suppress(ValueError, SyntaxError):  # in a profile, values are Python expressions
                 value = ast.literal_eval(value)
         if isinstance(value, str | int):
             found[key] = value
@@ -344,5 +344,5 @@ def hardware(name):
 
 
 def options(**values):
-    """Words of a command line, without those that are null."""
+    """Options of a command line, without those that are null."""
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""The demo's world: stand-ins for the public data sets, and its small initial policy. Used by `profiles/demo`."""
+"""The demo's world: stand-ins for the public data sets, and a small initial policy. `profiles/demo` uses them."""
 
 
 rule make_demo_data:
@@ -17,8 +17,8 @@ rule make_demo_data:
         f"python {DEMO}/make_demo_data.py" " --output {params.folder:q} --seed {params.seed} > {log:q} 2>&1"
 
 
-# The demo's initial policy. One made by this script, with its default settings and two threads, is shipped as
-# demo/model, so that the demo starts at once; nothing depends on this rule.
+# The demo's initial policy. demo/model was made by this script with its default settings and two threads, so the demo
+# starts at once; nothing depends on this rule.
 rule train_demo_policy:
     output:
         directory("<results>/demo_policy"),

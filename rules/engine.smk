@@ -1,4 +1,4 @@
-"""What an engine samples from, where the model's weights are of a kind that it does not read."""
+"""The model that an engine samples from, if it cannot read the base model's weights."""
 
 
 rule dequantize_base:

@@ -1,4 +1,4 @@
-"""How good judge, reward models and policies are, beside their training."""
+"""The quality of judge, reward models and policies, measured after their training."""
 
 
 rule evaluate_judge:
@@ -26,7 +26,7 @@ rule evaluate_judge:
         " --preferences {input.preferences:q} {params.labelled:q} --output {output:q} --evaluation {params.evaluation:q} > {log:q} 2>&1"
 
 
-# Outputs that people prefer to the other ones, as responses that the judge compares.
+# Outputs that people prefer, and the other ones, as responses for the judge to compare.
 rule clean_judge_pairs:
     input:
         sources=lambda wildcards: source_files(run_settings(wildcards).evaluation.judge_pairs),
@@ -149,7 +149,7 @@ rule evaluate_reward_model:
         " --evaluation {params.evaluation:q} --batch-size {resources.batch_size:q} > {log:q} 2>&1"
 
 
-# The same of the model of pre-training, which knows no principles.
+# The same for the pre-trained model, which has not learned principles.
 use rule evaluate_reward_model as evaluate_pmp with:
     input:
         reward_model=artifact("pmp"),
@@ -302,7 +302,7 @@ use rule score_answers as score_initial_answers with:
         "<benchmarks>/{home}score_initial_answers.tsv"
 
 
-# The judge's view: the run's answers are output 1, those of its initial policy output 2.
+# The judge compares the run's answers (output 1) with its initial policy's (output 2).
 use rule judge_preferences as judge_answers with:
     input:
         response0=artifact("answers"),
@@ -334,7 +334,7 @@ use rule judge_preferences as judge_answers with:
         shard=0,
 
 
-# The same against another run (`evaluation.against`), whose answers are output 2.
+# The same for another run (`evaluation.against`), whose answers are output 2.
 use rule judge_answers as judge_runs with:
     input:
         response0=artifact("answers"),

@@ -1,4 +1,4 @@
-"""What was made elsewhere, in the place of the stages before it: reward models, and tables of the authors' release."""
+"""Imported artifacts, which replace the stages before them: reward models, and tables of the authors' release."""
 
 
 rule import_authors:
@@ -14,7 +14,7 @@ rule import_authors:
         "<benchmarks>/{home}import_authors.tsv"
     wildcard_constraints:
         home=imported("reward_model"),
-    priority: 100  # a refusal comes before the first long job
+    priority: 100  # a model must be refused before the first long job
     conda:
         "../envs/model.yaml"
     params:
@@ -29,7 +29,7 @@ rule import_authors:
         " --what {params.what} --output {output.artifact:q} {params.options:q} > {log:q} 2>&1"
 
 
-# The same for tables. Who is response0 and who response1 is said by the order of `sampling.paths`.
+# The same for tables. The order of `sampling.paths` says which file is response0 and which is response1.
 use rule import_authors as import_responses with:
     input:
         files=lambda wildcards: run_settings(wildcards).sampling.paths,

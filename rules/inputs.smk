@@ -1,11 +1,11 @@
-"""What the rules of single stages take as inputs and parameters; `common.smk` has what several need."""
+"""Inputs and parameters for the rules of single stages; `common.smk` has those that several stages need."""
 
 # ---- The check of the model ---------------------------------------------------------------------------------------
 
 
 @cache
 def checked_sections(run):
-    """What a part of the check reads is what its stages read, and no more: it runs again just where they would anyway."""
+    """Part of the check -> its sections, exactly those of its stages, so it reruns only when they would anyway."""
     config = RUNS[run]
     training = {"lora": config.lora, "scoring": config.scoring}
     return {
@@ -40,22 +40,22 @@ def checked_files(wildcards):
     }[wildcards.part]
 
 
-# ---- What was made elsewhere --------------------------------------------------------------------------------------
+# ---- Imports ------------------------------------------------------------------------------------------------------
 
 
 def config_file(folder):
-    """The file of a model that says what its layers are, as a list for `files_of`."""
+    """The file that describes a model's layers, as a list for `files_of`."""
     return [folder / "config.json"]
 
 
 @cache
 def base_settings(run):
-    """What a reward model that was made elsewhere is held against."""
+    """The settings that an imported reward model is checked against."""
     return provenance.base_of(RUNS[run].model).model_dump_json(exclude_unset=True)
 
 
 def response_files(wildcards):
-    """The two response files that were made elsewhere, as an option."""
+    """The two imported response files, as an option."""
     return ["--responses", json.dumps(run_settings(wildcards).sampling.paths)]
 
 
@@ -63,39 +63,39 @@ def response_files(wildcards):
 
 
 def trained_tables(wildcards):
-    """Input: tables with all that the runs train on, by the option of `clean_evaluation_prompts` that names them."""
+    """Input: tables with everything that the runs train on, by option of `clean_evaluation_prompts`."""
     return {option: [in_results(path) for path in paths] for option, paths in PLAN.trained().items()}
 
 
 def evaluation_pairs(wildcards):
-    """Input: the pairs that a reward model is measured by, if any."""
+    """Input: the pairs that a reward model is tested on, if any."""
     return artifact("evaluation_pairs")(wildcards) if run_settings(wildcards).evaluation.pairs else []
 
 
 def measuring(wildcards, name):
-    """Input: what the run's reward model was trained on, if it is known, or the judgements of it, if they are needed."""
+    """Input: the records that the run's reward model was trained on, if known, or their judgements, if needed."""
     path = PLAN.measuring(run_name(wildcards), name)
     return in_results(path) if path else []
 
 
 def measuring_judge(wildcards):
-    """Parameter: the section of the judge that measures."""
+    """Parameter: the section of the judge for measurements."""
     return deciding(plan.measuring_judge(run_settings(wildcards)), without=("model",))
 
 
 def measuring_options(wildcards, input):
-    """Parameter: the inputs that a reward model is measured by, as options; those that there are."""
+    """Parameter: the inputs that a reward model is tested on, if they exist, as options."""
     return options(**{name: input.get(name) or None for name in ("records", "preferences", "pairs")})
 
 
 def labelled_pairs(wildcards):
-    """Input: judgements of pairs that people compared, and the outputs that they prefer, if there are any."""
+    """Input: judgements of pairs that people compared, and the outputs that people prefer, if there are any."""
     names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()
     return {name: artifact(name)(wildcards) for name in names}
 
 
 def scorers_input(wildcards):
-    """Input: every reward model of the runs, and what is needed to read texts with it."""
+    """Input: all reward models of the runs, and the files needed to score texts with them."""
     owners = [scorer["name"] for scorer in PLAN.scorers()]
     return {
         "reward_models": [in_results(PLAN.path(run, "reward_model")) for run in owners],
@@ -113,7 +113,7 @@ def scorers_settings():
 
 
 def task_prompt(wildcards):
-    """Parameter: what of the policy's prompt decides how tasks are asked."""
+    """Parameter: the part of the policy's prompt that decides how tasks are asked."""
     config = run_settings(wildcards)
     return deciding(TaskPrompt.of(config.policy_prompt, config.evaluation.tasks_format))
 
@@ -122,13 +122,13 @@ def task_prompt(wildcards):
 
 
 def pictures_and_tables(folder, caption, category, of_run=True):
-    """Output: a folder whose pictures and tables are in Snakemake's report.
+    """Output: a folder whose figures and tables appear in Snakemake's report.
 
     Args:
         folder: path of the folder.
         caption: file in rules/captions.
-        category: of the report.
-        of_run: whether it shows one run, after which it is then filed.
+        category: category in the report.
+        of_run: whether the folder shows a single run, which then becomes its subcategory.
     """
     return report(
         directory(folder),
@@ -141,12 +141,12 @@ def pictures_and_tables(folder, caption, category, of_run=True):
 
 
 def drawn(name):
-    """Input: what a part of the report shows."""
+    """Input: the artifacts that a part of the report shows."""
     return lambda wildcards: [in_results(path) for _, _, path in PLAN.drawn(run_name(wildcards), name)]
 
 
 def drawn_parts(name):
-    """Input: what a part of the report shows of one run, by the option of the script that reads it."""
+    """Input: the artifacts of one run that a part of the report shows, by option of its script."""
 
     def option(artifact):
         return (
@@ -164,27 +164,27 @@ def shown_option(wildcards, input):
 # ---- The demo -----------------------------------------------------------------------------------------------------
 
 
-# What `make_demo_data` writes besides its manifest.
+# Files that `make_demo_data` writes, besides its manifest.
 DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
 DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
 
 
 def demo_world(wildcards):
-    """No input, but a refusal of other data: the oracles measure texts of the demo's world only."""
+    """An empty input that refuses other data: the oracles can only measure texts of the demo's world."""
     made = {f"{settings.pathvars.results}/data/{file}" for file in DEMO_DATA}
     if settings.judge.model:
-        raise WorkflowError("the demo's evaluation measures the initial policy as its judge; set judge.model to null")
+        raise WorkflowError("the demo's evaluation needs the initial policy as the judge; set judge.model to null")
     for run, config in RUNS.items():
         for key in ("model", "policy_prompt", "lora", "scoring", "judge"):
             if getattr(config, key).deciding() != getattr(settings, key).deciding():
                 raise WorkflowError(
-                    f"the demo's evaluation measures runs of one initial policy and judge, but runs.{run} has another {key}"
+                    f"the demo's evaluation needs the same {key} in all runs; remove {key} from runs.{run}"
                 )
         for name, source in config.prompts.sources.items():
             if foreign := sorted(set(source.paths) - made):
                 key = f"prompts.sources.{name}.path" if run == "default" else f"runs.{run}.prompts.sources.{name}.path"
                 raise WorkflowError(
-                    f"evaluation measures the demo's world with the demo's oracles, and {key}, {foreign[0]}, is not of it: "
-                    "there is nothing to measure these runs by"
+                    f"the demo's oracles can only measure the demo's world, but {key} is {foreign[0]}, outside of it; "
+                    "use the target `evaluation` instead of `demo_evaluation`"
                 )
     return []

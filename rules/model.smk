@@ -1,4 +1,4 @@
-"""The model: what the stages rely on is proven before any of them runs."""
+"""The check of the model, which proves what the stages rely on before any of them runs."""
 
 
 rule check_model:
@@ -14,7 +14,7 @@ rule check_model:
     wildcard_constraints:
         home=HOME,
         part="sampling|judging|training|rl",
-    priority: 100  # a refusal comes before the first long job
+    priority: 100  # a model must be refused before the first long job
     conda:
         "../envs/model.yaml"
     threads: 8

@@ -1,4 +1,4 @@
-"""RL: one policy per run, trained against a reward model, the principles chosen here."""
+"""RL: one policy per run, trained against a reward model under the run's principles."""
 
 
 rule train_policy:
@@ -26,11 +26,11 @@ rule train_policy:
         nodes=1,
         ranks=1,
         sampling_batch_size=32,
-        tokens_per_pass=2048,  # with gradients; padding included
+        tokens_per_pass=2048,  # with gradients, including padding
         tokens_per_forward_pass=8192,
         gradient_checkpointing="auto",
         deepspeed="null",
-        engine="--engine.memory 0.4",  # where vLLM runs if it samples (docs/engines.md)
+        engine="--engine.memory 0.4",  # how vLLM runs, if it samples (docs/engines.md)
         free=free_settings("model", "ppo"),
     params:
         model=setting("model"),

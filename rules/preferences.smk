@@ -1,4 +1,4 @@
-"""Synthetic preferences: two responses per prompt, the initial policy's judgements, reward-model data."""
+"""Synthetic preferences: two responses per prompt, the initial policy's judgements, and data for the reward model."""
 
 
 rule sample_responses:
@@ -29,7 +29,7 @@ rule sample_responses:
         ranks=1,
         batch_size=32,
         tensor_parallel="false",
-        engine="--engine.memory 0.9",  # where vLLM runs if it samples (docs/engines.md)
+        engine="--engine.memory 0.9",  # how vLLM runs, if it samples (docs/engines.md)
         free=free_settings("model", "sampling"),
     params:
         model=setting("model"),
@@ -110,7 +110,7 @@ rule gather_responses:
         f"python {SCRIPTS}/gather_shards.py" " --shards {params.shards:q} --output {output.table:q} > {log:q} 2>&1"
 
 
-# The same, of the other scattered table.
+# The same for the other table that is made in shards.
 use rule gather_responses as gather_preferences with:
     input:
         shards=shards_of("{home}preferences/preferences", "judge"),

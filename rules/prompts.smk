@@ -1,4 +1,4 @@
-"""Prompts: those of the synthetic preferences, and those of RL."""
+"""Prompts for the synthetic preferences and for RL."""
 
 
 rule clean_prompts:

@@ -1,4 +1,4 @@
-"""Pictures and tables of every stage, for Snakemake's report: of what the configuration's targets make, no more."""
+"""Figures and tables of every stage for Snakemake's report, from the results of the configuration's targets only."""
 
 
 report: "captions/workflow.rst"

@@ -65,7 +65,7 @@ rule train_reward_model:
         " --gradient-checkpointing {resources.gradient_checkpointing:q} --deepspeed {resources.deepspeed:q} > {log:q} 2>&1"
 
 
-# The same training with other data, starting from the base model.
+# The same training on other data, starting from the base model.
 use rule train_reward_model as train_pmp with:
     input:
         records=artifact("pmp_data"),

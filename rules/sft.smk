@@ -1,4 +1,4 @@
-"""The initial policy, where `model.adapter` is `sft`: the base model, trained on instructions with answers."""
+"""The initial policy, if `model.adapter` is `sft`: the base model, trained on instructions with answers."""
 
 
 rule clean_sft_data:

@@ -99,7 +99,7 @@ def test_weights_that_no_draw_can_use(tmp_path: Path, weight: str) -> None:
         (b"", r"not JSON \(Expecting value in line 1\)"),
         (b"[" * 100_000, "nested too deeply"),
         (b"\xff\xfe[\x00", r"not UTF-8 \(byte 0\)"),
-        (b"[" + b"9" * 5000 + b"]", "a number of thousands of digits"),
+        (b"[" + b"9" * 5000 + b"]", "a number with thousands of digits"),
         (None, "Is a directory"),
     ],
 )

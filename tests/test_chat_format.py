@@ -156,7 +156,9 @@ def test_a_template_without_turns_is_found_when_snakemake_starts(tmp_path: Path)
     raw["judge"]["format"] = "chat"
     configuration.load(raw, ROOT)
     raw["scoring"]["format"] = "chat"
-    with pytest.raises(UserError, match=r"scoring\.format: template .* cannot be a chat: it has no line with a slot"):
+    with pytest.raises(
+        UserError, match=r"scoring\.format: template .* cannot become a chat: it has no line with a slot"
+    ):
         configuration.load(raw, ROOT)
 
 

@@ -80,7 +80,7 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("aggregation.dimensions", ["Concise", "Brave"], ["aggregation.dimensions", "Brave", "judge.json", "Creative"]),
         ("ppo.principles_per_rollout", 20, ["ppo.principles_per_rollout", "20", "14"]),
         ("judge.template", "prompts/templates/policy.txt", ["judge.template", "{OutputA}", "{Definition}"]),
-        ("pmp.template", "prompts/templates/reward_model.txt", ["pmp.template", "{Dimensions}", "not filled"]),
+        ("pmp.template", "prompts/templates/reward_model.txt", ["pmp.template", "{Dimensions}", "nothing fills"]),
         ("reward_model.template", "nowhere.txt", ["reward_model.template", "nowhere.txt", "No such file"]),
         ("judge.principles", "nowhere.json", ["judge.principles", "nowhere.json"]),
         ("model.base", "./models/mine", ["model.base", "./models/mine", "does not exist"]),
@@ -94,14 +94,14 @@ def test_the_file_shows_every_key_and_no_other(raw: dict[str, Any]) -> None:
         ("prompts.sources.oasst1.path", ["a/b", 5], ["prompts.sources.oasst1.path: ", "string (got 5)"]),
         ("prompts.sources.oasst1", "a/b", ["prompts.sources.oasst1: ", "'a/b'"]),
         ("pathvars.result", "x", ["pathvars.result", "unknown key"]),
-        ("pathvars.logs", "a{b}*", ["pathvars.logs: ", "'*' '{' '}' cannot be in these paths"]),
+        ("pathvars.logs", "a{b}*", ["pathvars.logs: ", "'*' '{' '}' cannot be part of this path"]),
         ("pmp.learning_rate", float("inf"), ["pmp.learning_rate", "finite"]),
         ("pmp.max_length", 100, ["pmp.max_length: 100", "no room", "pmp.query_length 256", "pmp.response_length 640"]),
         ("ppo.reward_max_length", 800, ["ppo.reward_max_length: 800", "no room", "ppo.reward_response_length 768"]),
         ("rl_prompts.length_bonus", {"general": 1.0}, ["rl_prompts.length_bonus: ", "reasoning, red_teaming"]),
         ("rl_prompts.length_bonus.hard", 1.0, ["rl_prompts.length_bonus.hard: unknown key", "'red_teaming'"]),
         ("rl_prompts.min_tokens", 300, ["rl_prompts.min_tokens: 300", "rl_prompts.max_tokens 256"]),
-        ("runs.my run", {}, ["runs.my run: not a possible name"]),
+        ("runs.my run", {}, ["runs.my run: not a valid name"]),
         ("runs.default", {"ppo": {}}, ["runs: there must be a run `default: {}`"]),
         ("rl_prompts.sources.math.question_type", "hard", ["question_type", "'hard'", "'reasoning'"]),
     ],
@@ -119,7 +119,7 @@ def check_lines(message: str, said: list[str]) -> None:
     heading, *lines = message.splitlines()
     assert heading == "the configuration is not valid:"
     keys = [line.strip().partition(": ")[::2] for line in lines]
-    assert all(is_key(key) or wrong.startswith(("unknown key", "not a possible name")) for key, wrong in keys), message
+    assert all(is_key(key) or wrong.startswith(("unknown key", "not a valid name")) for key, wrong in keys), message
     assert len({key for key, _ in keys}) == len(keys)
     assert "(got {" not in message
 
@@ -203,7 +203,9 @@ def test_a_run_with_another_base_model_does_not_keep_the_adapter_of_the_first(ra
     changed = set_key(set_key(raw, "model.adapter", "a/b"), "model.revision", "0123abc")
     with pytest.raises(UserError) as error:
         load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None}}), ROOT)
-    check_lines(str(error.value), ["runs.mine.model.base: another model", "set runs.mine.model.adapter, to null"])
+    check_lines(
+        str(error.value), ["runs.mine.model.base: differs from the default", "set runs.mine.model.adapter, to null"]
+    )
     run = load(set_key(changed, "runs.mine", {"model": {"base": "c/d", "revision": None, "adapter": None}}), ROOT)
     assert run["mine"].model.adapter is None
 
@@ -214,7 +216,7 @@ def test_names_of_runs(raw: dict[str, Any], name: str, possible: bool) -> None:
     if possible:
         assert name in load(changed, ROOT)
     else:
-        with pytest.raises(UserError, match="not a possible name"):
+        with pytest.raises(UserError, match="not a valid name"):
             load(changed, ROOT)
 
 

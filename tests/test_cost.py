@@ -270,9 +270,9 @@ def test_who_follows_the_advice_fits(stage: str, memory: float, ranks: int, reco
     found = price(config, shape_1b, assumed, LARGE, hardware)
     assert found.fits == (found.peak <= memory * 1e9)
     assert bool(found.advice) != found.fits
-    if not found.fits and "take larger GPUs" not in found.advice:
+    if not found.fits and "use larger GPUs" not in found.advice:
         assert price(config, shape_1b, assumed, LARGE, follow(found.advice, hardware)).fits, found.advice
-    if "take larger GPUs" in found.advice:
+    if "use larger GPUs" in found.advice:
         least = Hardware(ranks=ranks, batch_size=1, tokens_per_pass=1, tokens_per_forward_pass=1)
         assert not price(config, shape_1b, assumed, LARGE, least).fits
 
@@ -445,7 +445,7 @@ def test_nothing_needs_a_table(small_run: Path, tmp_path: Path, monkeypatch: pyt
     assert not any(one.is_there or one.work.counted for one in found)
     text = "\n".join(price.report(found, plan.runs["default"].plan))
     assert "| response0 | default | 50 * |" in text
-    assert "What is not done takes" in text
+    assert "The remaining stages take" in text
 
 
 def test_a_model_that_is_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

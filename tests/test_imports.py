@@ -94,15 +94,24 @@ def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> 
     ("changes", "said"),
     [
         ({"judge": {"path": "{judged}"}}, "judge.path: .* set sampling.paths"),
-        ({"sampling": {"paths": ["{one}", "{one}"]}}, "sampling.paths: the two responses are in different files"),
+        (
+            {"sampling": {"paths": ["{one}", "{one}"]}},
+            "sampling.paths: the two responses must be in two different files",
+        ),
         ({"sampling": {"paths": ["{one}", "/nowhere/two.json"]}}, "sampling.paths: /nowhere/two.json does not exist"),
-        ({"sampling": {"paths": ["{one}", "owner/two"]}}, "sampling.paths.1: owner/two is no file here: fetch it"),
-        ({"judge": {"path": "owner/judged"}}, "judge.path: owner/judged is no file here"),
-        ({"aggregation": {"path": "owner/records"}}, "aggregation.path: owner/records is no file here"),
+        ({"sampling": {"paths": ["{one}", "owner/two"]}}, "sampling.paths.1: owner/two is not a local file; download"),
+        ({"judge": {"path": "owner/judged"}}, "judge.path: owner/judged is not a local file"),
+        ({"aggregation": {"path": "owner/records"}}, "aggregation.path: owner/records is not a local file"),
         ({"aggregation": {"path": "/nowhere/records.json"}}, "aggregation.path: /nowhere/records.json does not exist"),
         ({"reward_model": {"path": "./nowhere"}}, "reward_model.path: ./nowhere does not exist"),
-        ({"reward_model": {"revision": "abc"}}, "reward_model.revision: only a reward_model.path on the hub has one"),
-        ({"judge": {"model": {"base": "a/b", "adapter": "sft"}}}, "judge.model.adapter: `sft` is for model.adapter"),
+        (
+            {"reward_model": {"revision": "abc"}},
+            "reward_model.revision: only a reward_model.path on the hub has a revision",
+        ),
+        (
+            {"judge": {"model": {"base": "a/b", "adapter": "sft"}}},
+            "judge.model.adapter: `sft` is only for model.adapter",
+        ),
         ({"model": {"adapter": "sft", "adapter_revision": "abc"}}, "model.adapter_revision: the adapter `sft` is made"),
     ],
 )
@@ -168,8 +177,8 @@ def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files:
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        (["{one}", "{one}"], "the two responses are in different files"),
-        (["{one}", "owner/two"], "owner/two is no file here"),
+        (["{one}", "{one}"], "the two responses must be in two different files"),
+        (["{one}", "owner/two"], "owner/two is not a local file"),
         (["{one}"], "Field required"),
     ],
 )

@@ -611,5 +611,5 @@ def test_sft_stands_for_the_adapter_that_is_made(tmp_path):
     }
     assert "other/models/sft" in {one.name for one in plan.origin("default", "response0").inputs}  # for `verify`
     assert {plan.tokenizer(run) for run in plan.runs} == {plan.tokenizer("base")}
-    with pytest.raises(UserError, match=r"sft.max_length: 1024 tokens, but .*demo/model reads 512 at most"):
+    with pytest.raises(UserError, match=r"sft.max_length: 1024 tokens, but .*demo/model reads at most 512"):
         load(raw | {"model": raw["model"] | {"base": str(ROOT / "demo" / "model")}}, ROOT)

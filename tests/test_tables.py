@@ -70,7 +70,7 @@ def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: 
     with pytest.raises(UserError) as told:
         tables.read(path, table)
     said = str(told.value)
-    assert f"is {found}, and a table of {table.name} is expected" in said
+    assert f"is {found}, but a table of {table.name} in Parquet is expected" in said
     assert said.endswith(table.reader)
     assert re.search(r"\b(sampling|judge|aggregation)\.paths?|\.sources|no key reads", said)
     assert "delete" not in said

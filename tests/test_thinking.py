@@ -184,7 +184,7 @@ def test_variables_reach_the_chat_template() -> None:
         ({"template": "chat", "template_variables": {"tokenize": True}}, "tokenize cannot be set"),
         ({"template": "chat", "template_variables": {"not a name": 1}}, "not a name cannot be set"),
         ({"template": "chat", "template_variables": {"x": [1]}}, "template_variables"),
-        ({"template": "chat", "thinking": ["<t>", "<t>"]}, "markers have to differ"),
+        ({"template": "chat", "thinking": ["<t>", "<t>"]}, "markers must differ"),
         ({"template": "chat", "thinking": ["<t>"]}, "thinking"),
         ({"template": "chat", "thinking": ["", "<t>"]}, "thinking"),
     ],

@@ -380,7 +380,11 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("prompts/rl.parquet", lambda path: pl.read_parquet(path)[1:].write_parquet(path), "rows, its manifest counts"),
+        (
+            "prompts/rl.parquet",
+            lambda path: pl.read_parquet(path)[1:].write_parquet(path),
+            "rows, but its manifest counts",
+        ),
         ("prompts/rl.parquet", damage, "prompts/rl.parquet cannot be read"),
         ("prompts/rl.manifest.json", damage, "rl.manifest.json cannot be read as a manifest"),
         (
@@ -405,7 +409,7 @@ def test_every_table_is_held_against_its_rows(copy: Path) -> None:
         whole = pl.read_parquet(copy / "results" / path)
         pl.concat([whole, whole[:1]]).write_parquet(copy / "results" / path)
     found = look(load(copy))
-    assert {path for path, text in found if "rows, its manifest counts" in text} == set(tables)
+    assert {path for path, text in found if "rows, but its manifest counts" in text} == set(tables)
 
 
 def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
@@ -525,7 +529,7 @@ def test_the_commit_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path.write_text(json.dumps(manifest | {"git_commit": "0123456789abcdef-dirty"}))
     monkeypatch.setattr(artifacts, "git_commit", lambda: "fedcba9876543210")
     notes = [str(one) for one in verification.verify(load(copy)).findings if one.kind == "note"]
-    line = f"note: {copy}/results/models/pmp: made by commit 0123456789-dirty, the checkout is at fedcba9876"
+    line = f"note: {copy}/results/models/pmp: made by commit 0123456789-dirty, but the checkout is at fedcba9876"
     assert line in notes
     assert look(load(copy)) == set()
 

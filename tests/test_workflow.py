@@ -244,7 +244,7 @@ def test_hardware_reruns_nothing_and_settings_do(tmp_path: Path) -> None:
     done = snakemake(
         "-n", *elsewhere(tmp_path), "--profile", "profiles/local", "--set-resources", "train_policy:ranks=2"
     )
-    assert "takes the place of all that the profile sets" in done.stdout + done.stderr
+    assert "replaces all resources that the profile sets" in done.stdout + done.stderr
     params = (ROOT / "rules" / "policy.smk").read_text()
     assert "tokens_per_pass" not in params.split("params:")[1].split("shell:")[0]
 

@@ -1,7 +1,7 @@
-"""What each rule asks SLURM for, made of the site's file; profile.yaml says which rule asks for which.
+"""SLURM resources for rules, built from the site file; profile.yaml says which rule requests which resources.
 
-Snakemake evaluates the resources of a profile as Python. So all texts are handed over as Python literals, and come out
-as they stand in the site's file.
+Snakemake evaluates the resources of a profile as Python. All strings are therefore passed as Python literals, which
+evaluate to the strings in the site file.
 """
 
 import argparse
@@ -21,16 +21,16 @@ RENAMED = {
 
 
 def read_site() -> dict[str, Any]:
-    """The site's file: the one that SALMON_SITE names, or the one beside this.
+    """Read the site file: the one that SALMON_SITE names, or site.yaml in this folder.
 
     Raises:
-        ValueError: where a name was not read as one: YAML takes `on` for a truth value; or a key has another name now.
+        ValueError: if a name is not read as a string (YAML reads `on` as a truth value), or a key has been renamed.
     """
     file = Path(os.environ.get("SALMON_SITE") or HERE / "site.yaml")
     site: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     for old, new in RENAMED.items():
         if old in site:
-            raise ValueError(f"{file}: {old} is now {new}: tokens, and not rows; the file that ships has all keys")
+            raise ValueError(f"{file}: {old} is now {new}; set tokens instead of rows, as in profiles/slurm/site.yaml")
     for key in ("account", "cpu_partition", "gpu_partition", "qos", "constraint", "gres"):
         if site[key] is None:
             continue
@@ -44,23 +44,23 @@ SITE = read_site()
 
 
 def literal(value: int | str) -> int | str:
-    """A text as a Python literal without `$`, which Snakemake would take for an environment variable."""
+    """A string as a Python literal without `$`, which Snakemake would read as an environment variable."""
     return repr(value).replace("$", r"\x24") if isinstance(value, str) else value
 
 
 def literals(resources: Resources) -> Resources:
-    """The same for each of some resources."""
+    """Apply `literal` to each resource."""
     return {name: literal(value) for name, value in resources.items()}
 
 
 def gpus(stage: str, nodes: int, **more: int | str) -> Resources:
     """A job on all GPUs of some nodes, one rank per GPU."""
     ranks = SITE["gpus_per_node"]
-    tasks = max(ranks, 2)  # with mpi the executor takes no fewer; launch.sh starts as many as there are ranks
+    tasks = max(ranks, 2)  # with mpi, the executor requires at least 2; launch.sh starts one task per rank
     return literals(
         {
             "slurm_partition": SITE["gpu_partition"],
-            "mpi": "srun",  # the job's shell runs bare, and launch.sh calls srun
+            "mpi": "srun",  # the job's shell runs without srun, and launch.sh calls srun itself
             "nodes": nodes,
             "ranks": ranks,
             "tasks_per_node": tasks,
@@ -75,18 +75,18 @@ def gpus(stage: str, nodes: int, **more: int | str) -> Resources:
 
 
 def parallel(stage: str, nodes: int, **more: int | str) -> Resources:
-    """The same; one model on all GPUs of the job where the site says so."""
+    """The same, with one model on all GPUs of the job if the site file sets tensor_parallel."""
     return gpus(stage, nodes, tensor_parallel=str(SITE["tensor_parallel"]).lower(), **more)
 
 
 def trainer(stage: str, nodes: int, deepspeed: str | None, **more: int | str) -> Resources:
-    """A job on all GPUs of some nodes that is told in time to write a checkpoint.
+    """A job on all GPUs of some nodes that gets a signal to save a checkpoint before its time limit.
 
     Args:
-        stage: whose run time it has.
-        nodes: how many.
-        deepspeed: file of DeepSpeed's settings, from the working directory or, if there is none, from the checkout.
-        more: resources.
+        stage: stage whose run time is used.
+        nodes: number of nodes.
+        deepspeed: DeepSpeed's configuration file, in the working directory or else in the checkout.
+        more: further resources.
     """
     file = "null"
     if deepspeed:
@@ -96,7 +96,7 @@ def trainer(stage: str, nodes: int, deepspeed: str | None, **more: int | str) ->
 
 
 def one_gpu(stage: str, **more: int | str) -> Resources:
-    """A job of one process."""
+    """A job with one process on one GPU."""
     return literals(
         {
             "slurm_partition": SITE["gpu_partition"],
@@ -111,7 +111,7 @@ def one_gpu(stage: str, **more: int | str) -> Resources:
 
 
 def check(stage: str) -> Resources:
-    """The same; of a model that is larger than a GPU in a machine's memory, where it is slow."""
+    """The same; a model larger than a GPU is checked in a machine's memory, which is slow."""
     if not SITE["tensor_parallel"]:
         return one_gpu(stage)
     cores = SITE["gpus_per_node"] * SITE["cpus_per_gpu"]
@@ -119,15 +119,15 @@ def check(stage: str) -> Resources:
 
 
 def whole_memory() -> Resources:
-    """As much of a machine's memory as all of its GPUs have: for a whole model in it."""
+    """The memory of a machine that all of its GPUs together would get, to hold a whole model."""
     return {"mem_mb": SITE["gpus_per_node"] * SITE["mem_mb_per_gpu"]}
 
 
 def log_folder() -> str:
-    """Folder of SLURM's logs: `slurm` in that of the scripts' logs.
+    """Folder of SLURM's logs: `slurm` in the folder of the scripts' logs.
 
-    A profile is read before the configuration, so that this looks for `pathvars` itself: in config.yaml, the files of
-    --configfile and --config.
+    Snakemake reads a profile before the configuration, so this function reads `pathvars` itself from config.yaml, the
+    files of --configfile, and --config.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--configfile", "--configfiles", nargs="+", default=[])

@@ -1,4 +1,4 @@
-"""What `plan` assumes where nothing is known yet: the section `plan` of the configuration. It changes no result."""
+"""The section `plan` of the configuration: what `snakemake plan` assumes about unknowns. It changes no result."""
 
 from typing import Annotated, Literal
 
@@ -12,15 +12,15 @@ TableName = Literal["sft_data", "prompts", "pmp_data", "rl_prompts"]
 
 
 ROWS: dict[TableName, int] = {"sft_data": 288_000, "prompts": 10_000, "pmp_data": 300_000, "rl_prompts": 100_000}
-"""About as many as the paper's data have."""
+"""Approximate numbers of rows in the paper's data."""
 
 
 class Gpu(Section):
-    """What a GPU can do, by its maker's data sheet."""
+    """Performance of a GPU, from the manufacturer's data sheet."""
 
-    memory: Positive = Field(description="GB")
-    tflops: Positive = Field(description="10^12 operations per second in 16 bits, of dense matrices")
-    bandwidth: Positive = Field(description="of its memory, GB per second")
+    memory: Positive = Field(description="memory in GB")
+    tflops: Positive = Field(description="10^12 operations per second in 16 bits, for dense matrices")
+    bandwidth: Positive = Field(description="memory bandwidth in GB per second")
 
 
 GPUS = {
@@ -34,44 +34,42 @@ GPUS = {
     "h200": Gpu(memory=141, tflops=989, bandwidth=4800),
     "b200": Gpu(memory=180, tflops=2250, bandwidth=7700),
 }
-"""NVIDIA's data sheets; rtx: with sums in float32."""
+"""From NVIDIA's data sheets; for rtx cards, with accumulation in float32."""
 
 
 class Assumptions(Section):
-    """What `snakemake plan` assumes; ranges have the pessimist's and the optimist's number."""
+    """What `snakemake plan` assumes; ranges go from the pessimistic to the optimistic value."""
 
     gpu: Annotated[str, OneOf(tuple(GPUS))] | Gpu = Field(
         "a100_80gb",
-        description=f"of the jobs: {', '.join(GPUS)}, or a section of its own: `memory`, `tflops`, `bandwidth`",
+        description=f"GPU of the jobs: {', '.join(GPUS)}, or a section with `memory`, `tflops` and `bandwidth`",
     )
     arithmetic: Range = Field(
-        (0.3, 0.55), description="share of the GPU's arithmetic that passes over many tokens reach"
+        (0.3, 0.55), description="share of the GPU's peak FLOPS that passes over many tokens reach"
     )
-    bandwidth: Range = Field((0.5, 0.85), description="share of its memory's bandwidth")
+    bandwidth: Range = Field((0.5, 0.85), description="share of its memory bandwidth that is reached")
     launch: Range = Field(
         (40.0, 10.0),
-        description="microseconds until the next kernel is launched, which models of few parameters wait for",
+        description="microseconds between two kernel launches, which limit small models",
     )
-    step: Range = Field(
-        (70.0, 10.0), description="milliseconds of a step of sampling beside the model, without an engine"
-    )
+    step: Range = Field((70.0, 10.0), description="milliseconds per sampling step outside the model, without an engine")
     interconnect: Range = Field(
-        (25.0, 200.0), description="GB per second that a GPU gets from others, whose weights ZeRO-3 waits for"
+        (25.0, 200.0), description="GB per second that a GPU receives from the others; ZeRO-3 waits for their weights"
     )
     useful: Range = Field(
-        (0.55, 0.85), description="share of the steps of sampling slots that give a token; the rest waits for others"
+        (0.55, 0.85), description="share of the steps of sampling slots that yield a token; idle slots wait for others"
     )
-    instruction_tokens: Tokens = Field(40, description="of a prompt, without what all prompts have in common")
-    response_tokens: Tokens = Field(200, description="of a response")
+    instruction_tokens: Tokens = Field(40, description="tokens per prompt, without the part that all prompts share")
+    response_tokens: Tokens = Field(200, description="tokens per response")
     rows: dict[TableName, Annotated[int, Field(ge=1, le=10**12)]] = Field(
         ROWS,
-        description="of tables that are not there yet",
+        description="number of rows of tables that do not exist yet",
     )
 
     @field_validator("rows")
     @classmethod
     def _all_tables(cls, rows: dict[TableName, int]) -> dict[TableName, int]:
-        """Those that are not named have the numbers of the paper's data."""
+        """Tables that are not named get the numbers of the paper's data."""
         return ROWS | rows
 
     @property

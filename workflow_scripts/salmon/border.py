@@ -1,4 +1,4 @@
-"""Where files and numbers come in: what a library says about a bad one becomes an error that a user can act on."""
+"""Reading of files and numbers: a library's error about a bad one becomes an error that a user can act on."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,20 +11,20 @@ from pydantic import Field
 from salmon.errors import UserError
 
 LARGEST = 1e12
-"""No setting and no number of a table is larger: sums and squares of such numbers are finite in single precision."""
+"""Bound for settings and numbers in tables: sums and squares up to it are finite in single precision."""
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 @contextmanager
 def reading(what: object, advice: str | Callable[[BaseException], str]) -> Iterator[None]:
-    """Whatever a library raises in this block is about the file that it reads.
+    """Turn whatever a library raises in this block into an error about the file that it reads.
 
     Args:
-        what: the file, or what it is and its name.
-        advice: what to do, the end of the sentence; it may depend on what was raised.
+        what: the file, or a description and its name.
+        advice: what to do, as the end of the sentence; it may depend on the exception.
 
     Raises:
-        UserError: what, why, and what to do. It passes as it is where it is raised inside; so does a lack of memory.
+        UserError: with the file, the reason and the advice. A UserError or a lack of memory inside passes unchanged.
     """
     try:
         yield
@@ -32,7 +32,7 @@ def reading(what: object, advice: str | Callable[[BaseException], str]) -> Itera
         raise
     except BaseException as error:
         kind = type(error).__name__
-        # Panics of libraries in Rust are no `Exception`; torch's lack of memory is an ordinary one.
+        # A panic in a Rust library is not an `Exception`, but torch's lack of memory is.
         if kind == "OutOfMemoryError" or not (isinstance(error, Exception) or kind == "PanicException"):
             raise
         todo = advice if isinstance(advice, str) else advice(error)
@@ -40,7 +40,7 @@ def reading(what: object, advice: str | Callable[[BaseException], str]) -> Itera
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """An error's message in one line."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte {error.start})"
     if isinstance(error, json.JSONDecodeError):
@@ -50,22 +50,22 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "integer string conversion" in str(error):
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     said = " ".join(str(error).split()).rstrip(" .:")
-    if type(error).__name__ == "UnpicklingError":  # torch's text advises to read it whatever it holds
-        said = "it holds more than tensors, or is no pickle"
+    if type(error).__name__ == "UnpicklingError":  # torch's message advises loading it regardless
+        said = "it contains more than tensors, or is not a pickle"
     if not said or isinstance(error, TypeError | LookupError | AttributeError):
         said = ": ".join(filter(None, (type(error).__name__, said)))
     return said if len(said) <= 300 else f"{said[:297]}..."
 
 
 def read_text(path: str | Path, what: str, advice: str) -> str:
-    """Text of a file in UTF-8; errors as of `reading`, which name it as `what path`."""
+    """Text of a UTF-8 file; raises the errors of `reading`, which name it as `what path`."""
     with reading(f"{what} {path}".strip(), advice):
         return Path(path).read_text(encoding="utf-8")
 
 
 def read_json(path: str | Path, what: str, advice: str) -> Any:
-    """Content of a JSON file; errors as of `reading`, which name it as `what path`."""
+    """Content of a JSON file; raises the errors of `reading`, which name it as `what path`."""
     with reading(f"{what} {path}".strip(), advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))

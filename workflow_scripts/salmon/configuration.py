@@ -1,6 +1,6 @@
-"""The whole of a configuration: its sections together, its runs, its targets, and all that it points to.
+"""The whole configuration: its sections, its runs, its targets, and the files that it names.
 
-Only the Snakefile loads one; a script receives the sections it needs (`config`).
+Only the Snakefile loads a whole configuration; a script receives the sections it needs (`config`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,8 +42,8 @@ from salmon.errors import UserError, describe, describe_errors, findings
 from salmon.identity import context_limit, read_config
 
 SFT = "sft"
-"""As `model.adapter`, stands for the adapter that `train_sft` makes; `plan.Plan` knows where that is."""
-SEED_STEP = 1000  # larger than the distance of two seeds in one configuration, so that no draw comes twice
+"""Value of `model.adapter` for the adapter that `train_sft` makes; `plan.Plan` replaces it by the adapter's path."""
+SEED_STEP = 1000  # larger than the distance between two seeds of one configuration, so that no draw is repeated
 NAME = "the configuration"  # in messages
 RunSection = Literal[
     "model",
@@ -110,7 +110,7 @@ ARTIFACTS = {
     "task_figures": "report/tasks",
     "samples": "report/samples",
 }
-"""Name of an artifact -> its path below the results' folder, or that of a run."""
+"""Name of an artifact -> its path below the results folder or a run's folder."""
 
 SOURCES = (
     ("sft_data", "sources"),
@@ -121,17 +121,17 @@ SOURCES = (
     ("evaluation", "judge_pairs"),
     ("evaluation", "prompts"),
 )
-"""Sections, and their keys for data sets by name."""
+"""Sections and their keys that map names to data sets."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A name that people type for artifacts.
+    """A name for artifacts on the command line.
 
     Attributes:
-        artifact: path below the results; with `{run}`, of every run.
-        meaning: what it is and how it is made, for documents.
-        names: of `ARTIFACTS`, where it is several, of every run that has them.
+        artifact: path below the results folder; with `{run}`, one path per run.
+        meaning: description for documents: the rule that makes it, and what it is.
+        names: names in `ARTIFACTS`, if the target stands for several artifacts of every run that has them.
     """
 
     artifact: str
@@ -141,26 +141,26 @@ class Target:
 
 TARGETS = {
     "sft_data": Target(ARTIFACTS["sft_data"], "`clean_sft_data`, instructions with answers"),
-    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy where `model.adapter` is `sft`"),
+    "sft": Target(ARTIFACTS["sft"], "`train_sft`, the initial policy if `model.adapter` is `sft`"),
     "prompts": Target(ARTIFACTS["prompts"], "`clean_prompts`, from OASST1"),
-    "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, scattered over shards"),
-    "response1": Target(ARTIFACTS["response1"], "the same with another seed"),
+    "response0": Target(ARTIFACTS["response0"], "`sample_responses`, one answer per prompt, split into shards"),
+    "response1": Target(ARTIFACTS["response1"], "the same with a different seed"),
     "preferences": Target(
         ARTIFACTS["preferences"],
-        "`judge_preferences`, both orders of each pair under each principle, scattered over shards",
+        "`judge_preferences`, both orders of each pair under each principle, split into shards",
     ),
     "reward_data": Target(ARTIFACTS["reward_data"], "`aggregate_preferences`, principles drawn and negated at random"),
     "pmp_data": Target(ARTIFACTS["pmp_data"], "`clean_pmp_data`, from SHP and HH-RLHF"),
-    "pmp": Target(ARTIFACTS["pmp"], "`train_pmp`, the reward model before it knows principles"),
+    "pmp": Target(ARTIFACTS["pmp"], "`train_pmp`, the reward model before it learns to follow principles"),
     "reward_model": Target(ARTIFACTS["reward_model"], "`train_reward_model`, starting from `pmp`"),
     "rl_prompts": Target(
         ARTIFACTS["rl_prompts"], "`clean_rl_prompts`, from ShareGPT, Dolly, OASST1, OpenOrca and MATH"
     ),
     "policy": Target("runs/default/policy", "`train_policy`, PPO"),
-    "policies": Target("runs/{run}/policy", "every run in `config.yaml`, sharing what they have in common"),
+    "policies": Target("runs/{run}/policy", "`train_policy`, for every run in `config.yaml`"),
     "evaluation": Target(
         "evaluation/*",
-        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and the benchmarks, of all runs",
+        "`evaluate_judge`, `evaluate_reward_model`, `evaluate_policies` and the benchmarks, for all runs",
         (
             *("judge_evaluation", "pmp_evaluation", "reward_evaluation", "policy_evaluation"),
             *("initial_task_evaluation", "task_evaluation", "initial_mt_bench", "mt_bench", "verdicts"),
@@ -168,7 +168,7 @@ TARGETS = {
     ),
     "report": Target(
         "report/*",
-        "the rules `draw_*`: pictures and tables of what the other targets in `config.yaml` make",
+        "`draw_*`, figures and tables of the results of the other targets in `config.yaml`",
         (
             "funnel",
             "sft_figures",
@@ -182,50 +182,50 @@ TARGETS = {
         ),
     ),
     "demo_evaluation": Target("demo_evaluation", "`evaluate_demo`, the demo's measurements against its oracles"),
-    "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy trained anew"),
+    "demo_policy": Target("demo_policy", "`train_demo_policy`, the demo's initial policy, trained again"),
 }
-"""What can be named on the command line of Snakemake and in `targets`."""
+"""Names for Snakemake's command line and for `targets`."""
 
 
 class Config(Section):
-    """The whole of `config.yaml`."""
+    """All sections of `config.yaml`."""
 
-    pathvars: PathVars = Field(PathVars(), description="where things go")
+    pathvars: PathVars = Field(PathVars(), description="output folders")
     targets: list[Annotated[str, OneOf(TARGETS)]] = Field(
-        ["policy"], min_length=1, description="what is built where no target is named"
+        ["policy"], min_length=1, description="targets that are built if none is named"
     )
     seed: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        description=f"number of the repetition: {SEED_STEP} times this is added to every seed of the sections",
+        description=f"number of the repetition; {SEED_STEP} times this is added to every seed in the sections",
     )
     model: Model = Field(description="the initial policy")
     policy_prompt: PolicyPrompt = Field(description="how an instruction becomes a prompt")
-    sft_data: SftData = Field(description="what the initial policy is trained on, where `model.adapter` is `sft`")
-    sft: Sft = Field(description="that training")
-    prompts: Prompts = Field(description="prompts of the synthetic preferences")
-    sampling: Sampling = Field(description="response0 and response1")
+    sft_data: SftData = Field(description="training data of the initial policy, if `model.adapter` is `sft`")
+    sft: Sft = Field(description="training of the initial policy, if `model.adapter` is `sft`")
+    prompts: Prompts = Field(description="prompts for the synthetic preferences")
+    sampling: Sampling = Field(description="sampling of response0 and response1")
     judge: Judge = Field(description="the judging of the responses")
-    aggregation: Aggregation = Field(description="judgements to reward-model records")
+    aggregation: Aggregation = Field(description="how judgements become reward-model records")
     pmp_data: PmpData = Field(description="human preferences for pre-training")
-    lora: Lora = Field(description="every adapter that is trained")
+    lora: Lora = Field(description="adapters of all trained models")
     scoring: Scoring = Field(Scoring(), description="how the reward model reads its texts, in all stages")
     pmp: RewardTraining = Field(description="pre-training of the reward model")
     reward_model: RewardModel = Field(description="the reward model's principle-following stage")
-    rl_prompts: RlPrompts = Field(description="prompts of the RL stage")
+    rl_prompts: RlPrompts = Field(description="prompts for the RL stage")
     ppo: Ppo = Field(description="RL")
-    evaluation: Evaluation = Field(Evaluation(), description="what is measured of judge and reward models")
-    report: Report = Field(Report(), description="what the report shows")
-    plan: Assumptions = Field(Assumptions(), description="what `snakemake plan` assumes; it changes no result")
+    evaluation: Evaluation = Field(Evaluation(), description="measurements of judges, reward models and policies")
+    report: Report = Field(Report(), description="contents of the report")
+    plan: Assumptions = Field(Assumptions(), description="assumptions of `snakemake plan`, which change no result")
     runs: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], dict[RunSection, dict[str, Any]]] = Field(
-        {"default": {}}, description="policies: name -> the settings that differ from the sections above"
+        {"default": {}}, description="policies, as name -> the settings that differ from the sections above"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_and_remove(cls, raw: Any) -> Any:
-        """Fill in `<results>`; what a configuration that is read over another one sets to null is removed."""
+        """Fill in `<results>`, and remove entries that a configuration on top of another one sets to null."""
         if not isinstance(raw, dict):
             return raw
         pathvars = raw.get("pathvars")
@@ -244,23 +244,23 @@ class Config(Section):
     @classmethod
     def _default_is_plain(cls, runs: dict[str, Any]) -> dict[str, Any]:
         if runs.get("default") != {}:
-            raise ValueError("there must be a run `default: {}`; what it should do is set in the sections above")
+            raise ValueError("there must be a run `default: {}`; set its values in the sections above")
         return runs
 
 
 def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> dict[str, Config]:
-    """Validate a raw configuration and everything it points to that can be checked before any job.
+    """Validate a raw configuration and, as far as possible before any job, the files that it names.
 
     Args:
         raw: the merged configuration, as Snakemake holds it.
         root: folder that relative paths start from.
-        checkout: of the workflow, where files that come with it are found (`shipped.find`).
+        checkout: the workflow's checkout, which has the files that come with it (`shipped.find`).
 
     Returns:
         The configuration of every run (see `resolve_runs`).
 
     Raises:
-        UserError: with one line for every finding: key, value, what is allowed.
+        UserError: with one line per finding: key, value, and what is allowed.
     """
     try:
         config = Config.model_validate(shipped.find(_nulls(raw), root, checkout))
@@ -280,19 +280,19 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
 
 
 def _nulls(raw: Any) -> Any:
-    """The same, with null for the text `null`, as which Snakemake reads it in `--config section={key: null}`."""
+    """The same with null for the string `null`, which is how Snakemake reads `--config section={key: null}`."""
     if isinstance(raw, Mapping):
         return {key: _nulls(value) for key, value in raw.items()}
     return None if raw == "null" else raw
 
 
 def resolve_runs(config: Config) -> dict[str, Config]:
-    """The configuration of every run: the sections, with what the run sets differently. `default` comes first.
+    """The configuration of every run: the sections with the run's changes. `default` comes first.
 
-    `seed` is worked into the seeds of the sections.
+    `seed` is added to the seeds of the sections.
 
     Raises:
-        UserError: with one line for every finding, as `load` does.
+        UserError: with one line per finding, as in `load`.
     """
     resolved: dict[str, Config] = {"default": config}
     lines: list[str] = []
@@ -310,7 +310,7 @@ def resolve_runs(config: Config) -> dict[str, Config]:
 
 
 def _left_over(config: Config, name: str, changes: Mapping[RunSection, Any]) -> Iterator[str]:
-    """Findings about a run with another base model that would keep what belongs to the default run's."""
+    """Findings about a run with a different base model that would keep settings of the default run's model."""
     judge = changes.get("judge") or {}
     for key, default, model in (
         ("model", config.model, changes.get("model")),
@@ -322,8 +322,8 @@ def _left_over(config: Config, name: str, changes: Mapping[RunSection, Any]) -> 
             kept = getattr(default, part)
             if kept not in (None, SFT) and part not in model:
                 yield (
-                    f"runs.{name}.{key}.base: another model than the default run's, but would keep its {part} {kept}; "
-                    f"set runs.{name}.{key}.{part}, to null if it has none"
+                    f"runs.{name}.{key}.base: differs from the default run's model, but would keep that model's {part} "
+                    f"{kept}; set runs.{name}.{key}.{part}, to null if there is none"
                 )
 
 
@@ -346,25 +346,25 @@ def field_of(key: str) -> FieldInfo | None:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a type holds, if any."""
+    """The section that a type contains, if any."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := section_in(part))), None)
 
 
 def needs_engine_base(config: "Config", *sections: str) -> bool:
-    """Whether an engine samples in a run whose weights it does not read: in one of some sections, or in any."""
+    """Whether an engine samples in a run but cannot read its weights, in the given sections or in any."""
     engines = {getattr(config, section).engine for section in sections or ("sampling", "ppo", "evaluation")}
     return "vllm" in engines and config.model.quantization == "nf4"
 
 
 def texts_of(ppo: Ppo) -> PpoTexts:
-    """The part of the section that `check_model` reads, so that it runs again for no other change."""
+    """The part of the section that `check_model` reads, so that no other change reruns it."""
     return PpoTexts.model_validate(ppo.model_dump(include=set(PpoTexts.model_fields)))
 
 
 def _shift_seeds(config: Config) -> Config:
-    """Add to every seed of the sections what `seed` says."""
+    """Add `SEED_STEP` times `seed` to every seed of the sections."""
     step = SEED_STEP * config.seed
     raw = config.model_dump(mode="json")
     for section in raw.values():
@@ -375,7 +375,7 @@ def _shift_seeds(config: Config) -> Config:
 
 
 def _fill_results(raw: Any, results: str) -> Any:
-    """Put the results' folder where a text of the configuration has `<results>`."""
+    """Replace `<results>` by the results folder in all strings of the configuration."""
     if isinstance(raw, dict):
         return {key: _fill_results(value, results) for key, value in raw.items()}
     if isinstance(raw, list):
@@ -384,7 +384,7 @@ def _fill_results(raw: Any, results: str) -> Any:
 
 
 def merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
-    """Mappings key by key, to any depth; everything else is replaced."""
+    """Merge mappings key by key, to any depth; everything else is replaced."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -393,7 +393,7 @@ def merge(base: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
 
 
 def read(files: Sequence[Path]) -> dict[str, Any]:
-    """Configuration files, each read over those before it."""
+    """Read configuration files, each on top of those before it."""
     whole: dict[str, Any] = {}
     for file in files:
         try:
@@ -401,13 +401,13 @@ def read(files: Sequence[Path]) -> dict[str, Any]:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} cannot be read as YAML: {error}") from None
         if not isinstance(found, dict):
-            raise UserError(f"{file} is not a mapping of sections, as a configuration is")
+            raise UserError(f"{file} is not a mapping of sections; write `section: {{key: value}}` in it")
         whole = merge(whole, found)
     return whole
 
 
 def check_templates(config: Config, root: Path) -> list[str]:
-    """Findings about the templates a configuration names: missing files, missing slots."""
+    """Findings about the configuration's templates: missing files and missing slots."""
     wanted = [
         ("judge.template", config.judge.template, templates.JUDGE_SLOTS),
         ("pmp.template", config.pmp.template, templates.PMP_SLOTS),
@@ -433,12 +433,13 @@ def check_templates(config: Config, root: Path) -> list[str]:
                 + ", ".join(f"{{{slot}}}" for slot in needed)
             )
         if extra := sorted(slots - set(needed)):
-            lines.append(f"{key}: {path} has slots not filled here: " + ", ".join(f"{{{slot}}}" for slot in extra))
+            unfilled = ", ".join(f"{{{slot}}}" for slot in extra)
+            lines.append(f"{key}: {path} has slots that nothing fills: {unfilled}; remove them")
     return lines
 
 
 def check_chats(config: Config, root: Path) -> list[str]:
-    """Findings about templates that should become chats and have no turns."""
+    """Findings about templates that cannot be split into the turns of a chat."""
     formats = [("judge.format", config.judge.format, [config.judge.template])]
     scored = [config.pmp.template, config.reward_model.template, config.ppo.template]
     formats.append(("scoring.format", config.scoring.format, scored))
@@ -447,17 +448,17 @@ def check_chats(config: Config, root: Path) -> list[str]:
         for path in files if chosen == "chat" else ():
             try:
                 text = templates.read(root / path)
-            except UserError:  # which `check_templates` finds
+            except UserError:  # reported by `check_templates`
                 continue
             try:
                 templates.turns(text)
             except UserError as error:
-                findings.append(f"{key}: template {path} cannot be a chat: {error}")
+                findings.append(f"{key}: template {path} cannot become a chat: {error}")
     return findings
 
 
 def check_principles(config: Config, root: Path) -> list[str]:
-    """Findings about the principles a configuration names: missing files, unknown names, too few to draw."""
+    """Findings about the configuration's principles: missing files, unknown names, too few to draw from."""
     lines = []
     try:
         known = [principle.dimension for principle in principles.read_judged(root / config.judge.principles)]
@@ -480,7 +481,7 @@ def check_principles(config: Config, root: Path) -> list[str]:
         if drawable < config.ppo.principles_per_rollout:
             lines.append(
                 f"ppo.principles_per_rollout: {config.ppo.principles_per_rollout}, but {config.ppo.principles} has "
-                f"{drawable} principles with a weight above 0"
+                f"only {drawable} principles with a weight above 0"
             )
     except UserError as error:
         lines.append(f"ppo.principles: {error}")
@@ -488,9 +489,9 @@ def check_principles(config: Config, root: Path) -> list[str]:
 
 
 def check_paths(config: Config, root: Path) -> list[str]:
-    """Findings about local files and folders that the configuration names and that do not exist.
+    """Findings about local files and folders in the configuration that do not exist.
 
-    Files below the results are made by the workflow and are not looked for.
+    Files below the results folder are made by the workflow and are not checked.
     """
     results = config.pathvars.results
     named = [("model.base", config.model.base), ("model.adapter", config.model.adapter)]
@@ -516,35 +517,35 @@ def check_paths(config: Config, root: Path) -> list[str]:
 
 
 def check_imports(config: Config, root: Path) -> list[str]:
-    """Findings about what was made elsewhere and needs something else of there."""
+    """Findings about imported artifacts that need another import or do not fit other settings."""
     findings = []
     if config.judge.path and not config.sampling.paths:
         findings.append(
-            "judge.path: a preference file numbers the pairs of two response files; set sampling.paths to those, first "
-            "the one that was output 1"
+            "judge.path: a preference file numbers the pairs of two response files; set sampling.paths to those files, "
+            "output 1 first"
         )
     if config.judge.model and config.judge.model.adapter == SFT:
         findings.append(
-            "judge.model.adapter: `sft` is for model.adapter; with judge.model null, the initial policy judges, its "
-            "adapter included"
+            "judge.model.adapter: `sft` is only for model.adapter; set judge.model to null to judge with the initial "
+            "policy and its adapter"
         )
     if config.model.adapter == SFT and config.model.adapter_revision:
-        findings.append("model.adapter_revision: the adapter `sft` is made here and has none; set it to null")
+        findings.append("model.adapter_revision: the adapter `sft` is made here and has no revision; set it to null")
     ready = config.reward_model
     if ready.revision and (ready.path is None or is_local(ready.path)):
-        findings.append("reward_model.revision: only a reward_model.path on the hub has one; set it to null")
+        findings.append("reward_model.revision: only a reward_model.path on the hub has a revision; set it to null")
     return findings
 
 
 def check_lengths(config: Config, root: Path) -> list[str]:
-    """Findings about settings of more tokens than a model reads, local or in the hub's cache.
+    """Findings about lengths beyond what a model can read, for models that are local or in the hub's cache.
 
-    Of a model that is not there yet, each job looks for itself; and so for the preamble of prompts, which is not in
-    sampling.max_length: counting its tokens takes a tokenizer.
+    For other models, each job checks for itself. Jobs also check the preamble of prompts, which sampling.max_length
+    does not include, because counting its tokens needs a tokenizer.
     """
     judge = config.judge.model or config.model
     ppo = config.ppo
-    # What is brought in takes the place of what comes before it.
+    # An imported artifact replaces the stages before it.
     brought = {
         "reward_model.max_length": config.reward_model.path,
         "pmp.max_length": config.reward_model.path,
@@ -568,7 +569,7 @@ def check_lengths(config: Config, root: Path) -> list[str]:
     ):
         limit = context_limit(read_config(model, root))
         findings += [
-            f"{key}: {length} tokens, but {model.base} reads {limit} at most"
+            f"{key}: {length} tokens, but {model.base} reads at most {limit}"
             for key, length in lengths.items()
             if limit is not None and length > limit and not brought.get(key)
         ]

@@ -1,8 +1,8 @@
-"""What each stage takes of a GPU's time and memory: arithmetic on a model's shape and on what there is to compute.
+"""GPU time and memory of each stage, computed from a model's shape and the amount of work.
 
-Times are ranges: each pass takes as long as its arithmetic or, where that is less, as the launching of its kernels;
-4-bit weights are unpacked once for each use in a pass of many rows. Memory is what the objects take that the code
-makes. Both were compared with what was measured on an H100 (`tests/test_cost.py`, benchmarks/gpu-h100.json).
+Times are ranges: each pass takes as long as its arithmetic or as the launches of its kernels, whichever is longer;
+4-bit weights are unpacked once for each use in a pass over many rows. Memory is the sum of the objects that the code
+creates. Both were compared with measurements on an H100 (`tests/test_cost.py`, benchmarks/gpu-h100.json).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,26 +20,26 @@ from salmon.workload import Work
 Range = tuple[float, float]
 
 KERNELS = 14
-"""Kernels per linear layer with LoRA in a forward pass, all else included: a 7B has 3,162 for 224 layers, a 1B 1,546
-for 112 (benchmarks/gpu-h100.json)."""
+"""Kernels per linear layer with LoRA in a forward pass, including all other kernels: a 7B model has 3,162 for 224
+layers, a 1B model 1,546 for 112 (benchmarks/gpu-h100.json)."""
 IN_4_BITS = 1.5
-"""As many times as long where weights are unpacked, by the updates of a 1B (the same file)."""
+"""Slowdown factor if weights are unpacked, measured on the updates of a 1B model (the same file)."""
 UNPACKING = 4.5
-"""Bytes that memory moves per 4-bit weight that is unpacked: half a byte is read, two are written and read again."""
+"""Bytes of memory traffic per unpacked 4-bit weight: half a byte is read, two bytes are written and read again."""
 RESERVED = 1.2e9
-"""Bytes that CUDA, its libraries and NCCL take of a GPU beside PyTorch."""
+"""Bytes that CUDA, its libraries and NCCL take on a GPU in addition to PyTorch."""
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class EngineHardware:
-    """What an engine has of the GPUs: options of `vllm_server.Hardware`.
+    """An engine's share of the GPUs: options of `vllm_server.Hardware`.
 
     Attributes:
-        memory: share of a GPU's.
-        tensor_parallel: GPUs that hold one model.
-        rows: responses at once.
-        is_here: whether it runs on the job's GPUs, and not at an address.
+        memory: share of a GPU's memory.
+        tensor_parallel: number of GPUs that hold one model.
+        rows: number of responses sampled at once.
+        is_here: whether it runs on the job's GPUs rather than at a URL.
     """
 
     memory: float = 0.9
@@ -50,19 +50,19 @@ class EngineHardware:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The resources of a rule, as far as they decide time and memory.
+    """The resources of a rule that affect time and memory.
 
     Attributes:
-        jobs: of the stage.
-        nodes: of a job.
-        ranks: GPUs of a node.
+        jobs: number of jobs of the stage.
+        nodes: number of nodes per job.
+        ranks: number of GPUs per node.
         batch_size: rows that a GPU samples or judges at a time.
-        tokens_per_pass: with gradients.
-        tokens_per_forward_pass: without.
-        recompute: whether activations are; `auto`: where they do not fit.
-        zero: stage of DeepSpeed's sharding; 0: none.
+        tokens_per_pass: tokens of a pass with gradients.
+        tokens_per_forward_pass: tokens of a pass without gradients.
+        recompute: whether activations are recomputed; `auto`: only if they do not fit.
+        zero: stage of DeepSpeed's sharding; 0 for none.
         together: whether all GPUs of a job hold one model.
-        engine: None where our own loop samples.
+        engine: the engine that samples, or None if our own loop does.
     """
 
     jobs: int = 1
@@ -78,34 +78,34 @@ class Hardware:
 
     @property
     def gpus(self) -> int:
-        """Of a job."""
+        """Number of GPUs of a job."""
         return self.nodes * self.ranks
 
     @property
     def divided(self) -> int:
-        """GPUs that hold one model while sampling and judging."""
+        """Number of GPUs that hold one model during sampling and judging."""
         return self.gpus if self.together else self.engine.tensor_parallel if self.engine else 1
 
     @property
     def working(self) -> int:
-        """Models of all jobs, which compute different rows."""
+        """Number of copies of the model over all jobs, each of which computes different rows."""
         return max(1, self.jobs * self.gpus // self.divided)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage takes.
+    """Time, memory and disk space of one stage.
 
     Attributes:
-        seconds: of one of its jobs, the pessimist's first.
-        parts: the same of its parts.
-        memory: bytes of a GPU by what they are for, throughout.
-        phases: bytes on top of `memory`, by phase; they come one after another, and the largest counts.
-        recomputed: whether activations are computed again, which `auto` decides by the memory.
-        fits: whether the GPU has as much.
-        advice: where it does not, or would be refused: what to change.
-        disk: bytes that the stage leaves.
-        passing: bytes of checkpoints until it has ended.
+        seconds: duration of one of its jobs, the pessimistic value first.
+        parts: the same for its parts.
+        memory: bytes of a GPU that are in use throughout, by purpose.
+        phases: bytes on top of `memory`, by phase; phases follow one another, so only the largest counts.
+        recomputed: whether activations are recomputed, which `auto` decides by the memory.
+        fits: whether the GPU has enough memory.
+        advice: what to change if the stage does not fit or would be refused.
+        disk: bytes that stay on disk after the stage.
+        passing: bytes of checkpoints, which are removed when the stage ends.
     """
 
     seconds: Range = (0.0, 0.0)
@@ -120,25 +120,25 @@ class Cost:
 
     @property
     def fixed(self) -> float:
-        """Bytes of a GPU throughout."""
+        """Bytes of a GPU in use throughout."""
         return RESERVED + sum(self.memory.values())
 
     @property
     def peak(self) -> float:
-        """Bytes of a GPU at most."""
+        """Largest number of bytes of a GPU in use."""
         return self.fixed + max(self.phases.values(), default=0.0)
 
 
 @dataclass
 class _Time:
-    """Adds up seconds of one rank.
+    """Adds up the seconds of one rank.
 
     Attributes:
-        shape: of the model.
-        assumed: section `plan`.
+        shape: shape of the model.
+        assumed: the section `plan`.
         is_4_bit: whether weights are unpacked.
-        gathered: bytes of weights that a rank gets from others for each use (ZeRO-3).
-        parts: seconds by part, the pessimist's first.
+        gathered: bytes of weights that a rank receives from others for each use (ZeRO-3).
+        parts: seconds by part, the pessimistic value first.
     """
 
     shape: Shape
@@ -148,13 +148,13 @@ class _Time:
     parts: dict[str, Range] = field(default_factory=dict)
 
     def passes(self, name: str, arithmetic: float, number: float, uses: int = 1) -> None:
-        """Passes over many tokens.
+        """Add passes over many tokens.
 
         Args:
-            name: of the part.
-            arithmetic: operations of a rank, in all passes.
-            number: of passes.
-            uses: how often a pass goes through the layers: forward, backward (whose kernels are twice as many), again.
+            name: name of the part.
+            arithmetic: operations of a rank in all passes.
+            number: number of passes.
+            uses: how often a pass runs through the layers: forward, backward (with twice as many kernels), recomputed.
         """
         card, found = self.assumed.card, []
         for end in self._ends():
@@ -166,18 +166,18 @@ class _Time:
         self._add(name, found)
 
     def sampling(self, name: str, steps: Sequence[float], rows: int, length: float, hardware: Hardware) -> None:
-        """Steps that give each slot a token.
+        """Add steps that give each slot a token.
 
         Args:
-            name: of the part.
-            steps: of a rank, the pessimist's first.
-            rows: slots.
-            length: of a text, prompt included, which a token finds in the cache.
-            hardware: where.
+            name: name of the part.
+            steps: number of steps of a rank, the pessimistic value first.
+            rows: number of slots.
+            length: length of a text, including its prompt, that a token finds in the cache.
+            hardware: hardware of the stage.
         """
         shape, card, found = self.shape, self.assumed.card, []
-        # An engine has 16-bit weights. A matrix product with 4-bit ones reads them as they are for few rows, and
-        # unpacks them for many.
+        # An engine has 16-bit weights. A matrix product with 4-bit weights reads them packed for few rows and unpacks
+        # them for many.
         few = shape.weights("nf4" if self.is_4_bit and not hardware.engine else "none")
         many = shape.linear * UNPACKING + (shape.others + shape.experts) * shape.itemsize if self.is_4_bit else few
         cache = rows * length * shape.cache
@@ -185,13 +185,13 @@ class _Time:
             moved = (read + cache) / hardware.divided / (card.bandwidth * 1e9 * end.bandwidth)
             computed = shape.arithmetic(rows, length, answers=rows) / hardware.divided
             seconds = max(moved, computed / (card.tflops * 1e12 * end.arithmetic))
-            if not hardware.engine:  # which launches all kernels of a step together
+            if not hardware.engine:  # an engine launches all kernels of a step together
                 seconds = max(seconds, shape.modules * KERNELS * end.launch) + end.step
             found.append(number * (seconds + self.gathered / end.interconnect))
         self._add(name, found)
 
     def _ends(self) -> tuple["_End", "_End"]:
-        """The pessimist's numbers, and the optimist's."""
+        """The pessimistic and the optimistic assumptions."""
         one = self.assumed
         slow, fast = (
             _End(share, bandwidth, 1e-6 * launch, 1e-3 * step, 1e9 * interconnect)
@@ -212,14 +212,14 @@ class _Time:
 
     @property
     def seconds(self) -> Range:
-        """In all."""
+        """Seconds of all parts."""
         slow, fast = (sum(part[end] for part in self.parts.values()) for end in (0, 1))
         return slow, fast
 
 
 @dataclass(frozen=True)
 class _End:
-    """Assumptions at one end of their ranges: shares, seconds, bytes per second."""
+    """Assumptions at one end of their ranges, as shares, seconds and bytes per second."""
 
     arithmetic: float
     bandwidth: float
@@ -229,7 +229,7 @@ class _End:
 
 
 def sampling(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
-    """Response0 or response1."""
+    """Cost of sampling response0 or response1."""
 
     def price(hardware: Hardware) -> Cost:
         time = _time(config, shape, assumed)
@@ -252,7 +252,7 @@ def sampling(config: Config, shape: Shape, assumed: Assumptions, work: Work, har
 
 
 def judging(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
-    """The judging of all pairs."""
+    """Cost of judging all pairs."""
 
     def price(hardware: Hardware) -> Cost:
         time = _time(config, shape, assumed)
@@ -272,7 +272,7 @@ def judging(config: Config, shape: Shape, assumed: Assumptions, work: Work, hard
 def training(
     config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware, *, is_sft: bool = False
 ) -> Cost:
-    """SFT, pre-training or training of the reward model."""
+    """Cost of SFT, or of pre-training or training the reward model."""
 
     def price(hardware: Hardware, recomputed: bool) -> Cost:
         ranks = hardware.working
@@ -280,7 +280,7 @@ def training(
         tokens = max(hardware.tokens_per_pass, work.longest if is_sft else 2 * work.longest)
         logits = tokens * shape.vocabulary * PER_LOGIT if is_sft else 0
         kept, again = _activations(shape, shape.autocast, tokens, work.longest)
-        kept += MARGIN * FLOAT32 * shape.lora  # adapters as autocast has them
+        kept += MARGIN * FLOAT32 * shape.lora  # autocast's copies of the adapters
         time = _time(config, shape, assumed, hardware)
         answers = work.tokens if is_sft else 0
         once = shape.arithmetic(work.tokens, work.length, answers=answers, backward=True)
@@ -296,12 +296,12 @@ def training(
 
 
 def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
-    """PPO of one run."""
+    """Cost of one run's PPO."""
     ppo, model = config.ppo, config.model
 
     def price(hardware: Hardware, recomputed: bool) -> Cost:
         ranks = hardware.gpus
-        adapters = (2 if model.adapter else 1) * shape.lora * FLOAT32  # reward model, and reference
+        adapters = (2 if model.adapter else 1) * shape.lora * FLOAT32  # reward model and reference
         memory = {"weights": _weights(config, shape, hardware), "adapters": adapters}
         memory |= _trained(shape.lora, 2, hardware)
         memory |= _of_engine(shape, assumed, hardware, config)
@@ -314,7 +314,7 @@ def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardw
         tokens, answer = work.tokens + work.answers, work.answers / work.rows
         time = _time(config, shape, assumed, hardware)
         time.passes("sampling", shape.arithmetic(work.tokens, work.length) / ranks, work.steps * rows / at_once)
-        # Where all rows of a step are sampled at once, the step ends with the longest of them.
+        # If all rows of a step are sampled at once, the step ends with the longest row.
         waited = work.steps * ppo.response_length, work.steps * min(2 * answer, ppo.response_length)
         shares = sorted(assumed.useful)
         steps = [
@@ -346,12 +346,12 @@ def _time(config: Config, shape: Shape, assumed: Assumptions, hardware: Hardware
 
 
 def slots(hardware: Hardware) -> int:
-    """Rows that are sampled at once."""
+    """Number of rows sampled at once."""
     return hardware.engine.rows if hardware.engine else hardware.batch_size
 
 
 def _of_engine(shape: Shape, assumed: Assumptions, hardware: Hardware, config: Config) -> dict[str, float]:
-    """Bytes that an engine takes of a GPU: its share, or more where 16-bit weights and a cache do not fit into that."""
+    """Bytes that an engine takes on a GPU: its share, or more if 16-bit weights and a cache do not fit into it."""
     engine = hardware.engine
     if engine is None or not engine.is_here:
         return {}
@@ -361,7 +361,7 @@ def _of_engine(shape: Shape, assumed: Assumptions, hardware: Hardware, config: C
 
 
 def _chosen(price: Callable[[Hardware, bool], Cost], assumed: Assumptions) -> Callable[[Hardware], Cost]:
-    """With or without recomputed activations, as the resource says, or as `recompute.is_wanted` would."""
+    """The cost with or without recomputed activations, chosen by the resource or like `recompute.is_wanted`."""
 
     def chosen(hardware: Hardware) -> Cost:
         if hardware.recompute != "auto":
@@ -374,55 +374,55 @@ def _chosen(price: Callable[[Hardware, bool], Cost], assumed: Assumptions) -> Ca
 
 
 def _weights(config: Config, shape: Shape, hardware: Hardware) -> float:
-    """Bytes of the base model's weights; ZeRO-3 divides them, and gathers one layer's at a time."""
+    """Bytes of the base model's weights; ZeRO-3 divides them and gathers one layer at a time."""
     whole = shape.weights(config.model.quantization)
     return whole / hardware.gpus + whole / shape.layers if hardware.zero == 3 else whole
 
 
 def _loading(config: Config, shape: Shape, hardware: Hardware) -> dict[str, float]:
-    """Bytes on top while 4-bit weights are loaded, which ZeRO-3 divides only then."""
+    """Extra bytes while 4-bit weights are loaded, because ZeRO-3 divides them only after loading."""
     if hardware.zero != 3 or config.model.quantization == "none":
         return {}
     return {"loading": shape.weights("nf4") - _weights(config, shape, hardware)}
 
 
 def _trained(lora: int, adapters: int, hardware: Hardware) -> dict[str, float]:
-    """Bytes of trained adapters, their gradients and moments (DeepSpeed divides these, and a copy in float32)."""
+    """Bytes of trained adapters, and of their gradients and moments (DeepSpeed divides these and a float32 copy)."""
     parameters = adapters * lora
     states = (TRAINED + FLOAT32) / hardware.gpus if hardware.zero else TRAINED
     return {"trained adapters": FLOAT32 * parameters, "gradients and moments": states * parameters}
 
 
 def _activations(shape: Shape, graph: tuple[float, float] | None, tokens: int, length: int) -> tuple[float, float]:
-    """Bytes that a pass keeps for its backward pass; and where they are computed again, layer by layer."""
+    """Bytes that a pass keeps for its backward pass, first without recomputation, then recomputed layer by layer."""
     linear, quadratic = graph or (_like_a_llama(shape), 0.0)
     kept = MARGIN * (linear + quadratic * length) * tokens
     return kept, shape.layers * shape.width * shape.itemsize * tokens + kept / shape.layers
 
 
 def _like_a_llama(shape: Shape) -> float:
-    """Bytes that autograd keeps of a token, where they are not known."""
+    """Bytes that autograd keeps per token, if the number is not known."""
     return 34.0 * shape.layers * shape.width * shape.itemsize
 
 
 def _working(shape: Shape) -> float:
-    """Bytes per token of a pass that keeps nothing: some results of one layer."""
+    """Bytes per token of a pass without gradients: the intermediate results of one layer."""
     linear, _ = shape.graph or (_like_a_llama(shape), 0.0)
     return linear / shape.layers
 
 
 def _cache(shape: Shape, rows: int, length: int) -> float:
-    """Bytes while sampling: the cache, of which one layer's is written anew for each token; and the logits."""
+    """Bytes during sampling: the cache, one layer of which is copied for each token, and the logits."""
     return rows * length * shape.cache * (1 + 1 / shape.layers) + 4 * FLOAT32 * rows * shape.vocabulary
 
 
 def _disk(lora: int) -> float:
-    """Bytes that a training leaves: its adapter, in float32."""
+    """Bytes that stay on disk after training: the adapter in float32."""
     return FLOAT32 * lora
 
 
 def _passing(lora: int, hardware: Hardware) -> float:
-    """Bytes of an adapter's checkpoints: those that are kept, and the one that is written before the oldest goes."""
+    """Bytes of an adapter's checkpoints: those kept, plus the one written before the oldest is removed."""
     return (KEPT + 1.0) * (TRAINED + FLOAT32 * (hardware.zero > 0)) * lora
 
 
@@ -433,20 +433,20 @@ def _advised(
     config: Config,
     names: Mapping[str, Sequence[str]],
 ) -> Cost:
-    """The cost with this hardware and, where it does not fit, what to change: found by trying.
+    """The cost with this hardware and, if it does not fit, what to change, found by trying.
 
     Args:
-        price: of any hardware.
-        hardware: the profile's.
-        assumed: section `plan`.
-        config: of the run.
+        price: gives the cost with any hardware.
+        hardware: hardware of the profile.
+        assumed: the section `plan`.
+        config: configuration of the run.
         names: resource -> the phases that it makes smaller.
     """
     free = assumed.card.memory * 1e9
     cost = price(hardware)
     if hardware.together and config.model.quantization != "none":
         return replace(
-            cost, fits=False, advice="tensor_parallel divides 16-bit weights only: set model.quantization to none"
+            cost, fits=False, advice="tensor_parallel divides only 16-bit weights: set model.quantization to none"
         )
     if cost.peak <= free:
         return cost
@@ -455,7 +455,7 @@ def _advised(
     if is_training and hardware.recompute is False:
         others.append(("set gradient_checkpointing to auto", replace(hardware, recompute="auto")))
     if is_training and hardware.zero < 3 and hardware.gpus > 1:
-        others.append(("share the weights by zero3.json", replace(hardware, zero=3, recompute="auto")))
+        others.append(("shard the weights with zero3.json", replace(hardware, zero=3, recompute="auto")))
     if not is_training and config.model.quantization == "none" and hardware.gpus > 1 and not hardware.together:
         others.append(("set tensor_parallel", replace(hardware, together=True)))
     for said, other in others:
@@ -463,14 +463,14 @@ def _advised(
         if price(found).peak <= free:
             return replace(cost, fits=False, advice=", and ".join(filter(None, [said, *changes])))
     quantise = "" if config.model.quantization == "nf4" else "set model.quantization to nf4, or "
-    more = "" if hardware.gpus > 1 and is_training else "share the model among several GPUs (docs/slurm.md), or "
-    return replace(cost, fits=False, advice=f"{quantise}{more}take larger GPUs")
+    more = "" if hardware.gpus > 1 and is_training else "split the model across several GPUs (docs/slurm.md), or "
+    return replace(cost, fits=False, advice=f"{quantise}{more}use larger GPUs")
 
 
 def _smaller(
     price: Callable[[Hardware], Cost], hardware: Hardware, free: float, names: Mapping[str, Sequence[str]]
 ) -> tuple[Hardware, list[str]]:
-    """The hardware with each resource at the largest value at which its phases fit, and what was changed."""
+    """The hardware with each resource at the largest value for which its phases fit, and the changes in words."""
     said = []
     for resource, phases in names.items():
         low, high = 1, int(getattr(hardware, resource))
@@ -498,6 +498,6 @@ def _fits(
     phases: Sequence[str],
     free: float,
 ) -> bool:
-    """Whether some phases fit with a value of a resource."""
+    """Whether some phases fit with this value of a resource."""
     found = price(_with(hardware, resource, value))
     return found.fixed + max((found.phases.get(phase, 0.0) for phase in phases), default=0.0) <= free

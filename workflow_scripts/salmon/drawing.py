@@ -7,7 +7,7 @@ which colour-blind people can distinguish. When the colours run out, lines and m
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -58,9 +58,9 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(drawn: Figure, path: Path) -> None:
+def save(drawn: Figure, file: Path | IO[bytes]) -> None:
     """Write a figure as SVG."""
-    drawn.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def style(number: int) -> dict[str, Any]:

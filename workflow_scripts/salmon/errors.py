@@ -1,4 +1,4 @@
-"""What a user can mend, and how it is told."""
+"""Errors that a user can fix, and their messages."""
 
 import types
 from collections.abc import Iterable, Mapping
@@ -9,15 +9,15 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong, where, and what to do."""
+    """An error that the user can fix; the message says what is wrong, where, and what to do."""
 
 
 def in_field(name: str, message: str) -> PydanticCustomError:
     """An error of one field, for the validator of a whole section to raise.
 
     Args:
-        name: of the field.
-        message: `{section}` in it stands for the key of the section.
+        name: name of the field.
+        message: text of the error, in which `{section}` stands for the key of the section.
     """
     return PydanticCustomError("in_field", message, {"field": name})
 
@@ -26,20 +26,20 @@ def findings(error: ValidationError, model: Any) -> list[str]:
     """Pydantic's findings as lines of `key: what is wrong (got value)`, one per key, for a person who edits the file.
 
     Args:
-        error: of the validation.
-        model: what was validated: a model, or a type that holds some.
+        error: error of the validation.
+        model: model that was validated, or a type that contains models.
     """
     messages: dict[str, list[str]] = {}
     for finding in error.errors(include_url=False):
         key, message = _finding(finding, model)
         told = messages.setdefault(key, [])
-        if message not in told:  # members of a union may say the same
+        if message not in told:  # members of a union may give the same message
             told.append(message)
     return [f"{key or '(top level)'}: {'; or: '.join(told)}" for key, told in messages.items()]
 
 
 def describe_errors(error: ValidationError, model: Any, where: str) -> str:
-    """The findings of `findings`, under a heading that says where they are."""
+    """The findings of a validation, under a heading that says where they are."""
     return describe(findings(error, model), where)
 
 
@@ -49,7 +49,7 @@ def describe(lines: Iterable[str], where: str) -> str:
 
 
 def _finding(finding: ErrorDetails, model: Any) -> tuple[str, str]:
-    """The key of a finding, and what is wrong."""
+    """The key of a finding and its message."""
     location = finding["loc"]
     section = ".".join(_real_keys(location, model))
     message, got = finding["msg"].removeprefix("Value error, "), finding["input"]
@@ -61,7 +61,7 @@ def _finding(finding: ErrorDetails, model: Any) -> tuple[str, str]:
         field = finding["ctx"]["field"]
         return f"{section}.{field}" if section else field, message.replace("{section}.", f"{section}." * bool(section))
     elif location[-1:] == ("[key]",):
-        return section, f"{'unknown key' if finding['type'] == 'literal_error' else 'not a possible name'}; {message}"
+        return section, f"{'unknown key' if finding['type'] == 'literal_error' else 'not a valid name'}; {message}"
     if isinstance(got, Mapping | BaseModel):
         return section, message
     shown = repr(got)
@@ -69,7 +69,7 @@ def _finding(finding: ErrorDetails, model: Any) -> tuple[str, str]:
 
 
 def _real_keys(location: tuple[int | str, ...], model: Any) -> list[str]:
-    """The part of pydantic's location that the file has, too: no `[key]`, and not which member of a union it was."""
+    """The part of pydantic's location that exists in the file: without `[key]` and the member of a union."""
     keys: list[str] = []
     kind = model
     for part in location:
@@ -86,7 +86,7 @@ def _real_keys(location: tuple[int | str, ...], model: Any) -> list[str]:
 
 
 def _bare(kind: Any) -> Any:
-    """A type without annotations, and without None beside it."""
+    """A type without its annotations and without `| None`."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     members = [member for member in get_args(kind) if member is not type(None)]

@@ -1,4 +1,4 @@
-"""The artifacts of a configuration: what decides each, and where it is, which runs share that have it in common."""
+"""The artifacts of a configuration: what decides each, where each is, and which runs share it."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -71,7 +71,7 @@ ON_GPUS: dict[Name, str] = {
     "reward_model": "train_reward_model",
     "policy": "train_policy",
 }
-"""What `price` prices -> the rule that makes it."""
+"""Artifact that `price` covers -> the rule that makes it."""
 SCATTERED: frozenset[Name] = frozenset({"response0", "response1", "preferences"})
 """Tables that are made in shards."""
 CHECKED: dict[Name, Name] = {
@@ -86,30 +86,30 @@ CHECKED: dict[Name, Name] = {
     "reward_model": "check_training",
     "policy": "check_rl",
 }
-"""What comes after a part of `check_model` -> that part."""
+"""Artifact -> the part of `check_model` that must pass before it."""
 OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements", "run_judgements"})
 OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
-"""What every run has of its own."""
+"""Artifacts that runs never share."""
 OF_POLICIES: frozenset[Name] = frozenset(
     {"evaluation_prompts", "initial_answers", "initial_scores", "policy_evaluation", *OF_ANSWERS}
 )
-"""What there is where policies are measured."""
+"""Artifacts that exist if policies are measured."""
 OF_JUDGED_PAIRS: frozenset[Name] = frozenset({"preferred_outputs", "other_outputs", "judged_pairs"})
-"""What there is where the judge is held against people."""
+"""Artifacts that exist if the judge is tested on human preferences."""
 OF_TASKS: frozenset[Name] = frozenset({"initial_task_evaluation", "task_evaluation"})
-"""What there is where lm-eval's tasks are named."""
+"""Artifacts that exist if the configuration names lm-eval tasks."""
 OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
-"""What there is where the questions of MT-Bench are named."""
+"""Artifacts that exist if the configuration names MT-Bench's questions."""
 COUNTED: tuple[Name, ...] = (
     *("sft_data", "prompts", "response0", "response1", "preferences", "reward_data", "pmp_data", "rl_prompts"),
     *("evaluation_prompts", "evaluation_pairs", "initial_answers", "answers"),
     *("judged_pairs", "answer_judgements", "run_judgements"),
 )
-"""Tables in whose manifests rows are counted on their way from raw data to records."""
+"""Tables whose manifests count the rows kept and dropped on the way from raw data to records."""
 DRAWN: dict[Name, tuple[Name, ...]] = {
     "funnel": COUNTED,
     "sft_figures": ("sft",),
-    "judge_figures": ("judge_evaluation", "preferences"),  # which say the same, but for people's pairs
+    "judge_figures": ("judge_evaluation", "preferences"),  # shows the first that exists; only the first has human pairs
     "pmp_figures": ("pmp", "pmp_evaluation"),
     "reward_figures": ("reward_model", "reward_evaluation"),
     "training_figures": ("policy",),
@@ -117,22 +117,22 @@ DRAWN: dict[Name, tuple[Name, ...]] = {
     "task_figures": ("initial_task_evaluation", "task_evaluation"),
     "samples": ("initial_answers", "answers"),
 }
-"""Part of the report -> what it shows, as far as it is made."""
+"""Part of the report -> the artifacts that it shows, if they exist."""
 OF_ALL_RUNS: frozenset[Name] = frozenset({"funnel", "training_figures", "policy_figures", "task_figures", "samples"})
 """Parts of the report that show all runs together."""
 
 INITIAL = "initial policy"
-"""What the policy that runs start from is called where policies are compared; a further one is called after its run."""
+"""Name of the policy that runs start from, in comparisons; further initial policies are named after their runs."""
 
 
 class Plan:
     """The artifacts of all runs.
 
     Args:
-        runs: as `configuration.load` has them.
+        runs: runs as `configuration.load` returns them.
 
     Attributes:
-        runs: the same, with the place of the adapter that `train_sft` makes where `model.adapter` is `sft`.
+        runs: the same runs; a `model.adapter` of `sft` is replaced by the path of the adapter that `train_sft` makes.
     """
 
     def __init__(self, runs: Mapping[str, Config]) -> None:
@@ -142,7 +142,7 @@ class Plan:
         self.wanted = cache(self._wanted)
         self.runs = dict(runs)
         self._made: Collection[str] = ()
-        # What decides that adapter is none of itself.
+        # These paths can be computed first, because the adapter does not decide itself.
         places = {run: self.path(run, "sft") for run in runs}
         for run, config in runs.items():
             if config.model.adapter == SFT:
@@ -151,28 +151,29 @@ class Plan:
         self._made = {*places.values(), *(self.path(run, "policy") for run in runs)}
 
     def path(self, run: str, name: Name) -> str:
-        """Where a run's artifact is."""
+        """The path of a run's artifact."""
         return f"{self.runs[run].pathvars.results}/{self.home(run, name)}{ARTIFACTS[name]}"
 
     def tokenizer(self, run: str) -> Model:
-        """As much of a run's model as its tokenizer depends on; adapters that the rules make have none of their own.
+        """The part of a run's model that its tokenizer depends on; adapters made by rules have no tokenizer.
 
-        Whether they are there does not matter: what decides an artifact must not change while others are built.
+        This does not depend on whether such adapters exist already: what decides an artifact must not change while
+        others are built.
         """
         model = self.runs[run].model
         return tokenizer_model(model.without_adapter() if model.adapter in self._made else model)
 
     def home(self, run: str, name: Name) -> str:
-        """The part of the path between the results' folder and the artifact's own: the folder of its owner.
+        """The folder of an artifact's owner, which is the path between the results folder and the artifact.
 
         Returns:
-            Empty for the default run, `runs/NAME/` for another.
+            Empty for the default run, `runs/NAME/` for other runs.
         """
         owner = self.owner(run, name)
         return f"runs/{owner}/" if name in OWN or owner != "default" else ""
 
     def has(self, run: str, name: Name) -> bool:
-        """Whether a run has an artifact at all."""
+        """Whether a run has an artifact."""
         config = self.runs[run]
         if name in DRAWN:
             needed = {"samples": bool(self.shown_sources()), "pmp_figures": self.has(run, "pmp_evaluation")}
@@ -191,7 +192,7 @@ class Plan:
         ):
             if name in names:
                 return bool(asked)
-        # Of what was made elsewhere, there is nothing that it was made from.
+        # Artifacts from which an imported artifact was made do not exist here.
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
             return not ready and config.aggregation.path is None
@@ -200,7 +201,7 @@ class Plan:
         return name != "reward_evaluation" or not ready or bool(evaluation.pairs)
 
     def target_paths(self, target: str) -> list[str]:
-        """The artifacts of a target (`configuration.TARGETS`), of every run where it has one for each."""
+        """The artifacts of a target (`configuration.TARGETS`), over all runs."""
         one, results = TARGETS[target], self.runs["default"].pathvars.results
         if one.names:
             names = [name for name in NAMES if name in one.names]
@@ -210,9 +211,9 @@ class Plan:
         return list(dict.fromkeys(paths))
 
     def drawn(self, run: str, name: Name) -> list[tuple[Name, str, str]]:
-        """What a part of the report shows: artifact, the first run that has it, and path.
+        """The artifacts that a part of the report shows, each with the first run that has it and its path.
 
-        It is what the configuration's other targets make: a report makes nothing of its own.
+        Only artifacts of the configuration's other targets are shown: the report builds no results.
         """
         found: dict[str, tuple[Name, str, str]] = {}
         for one in DRAWN[name]:
@@ -223,7 +224,7 @@ class Plan:
         return [*found.values()][: 1 if name == "judge_figures" else None]
 
     def shown_sources(self) -> list[str]:
-        """Sources of the evaluation's prompts whose texts the report may show."""
+        """Sources of evaluation prompts whose texts the report may show."""
         config = self.runs["default"]
         world = f"{config.pathvars.results}/data/"
         return [
@@ -256,7 +257,7 @@ class Plan:
         return found
 
     def _wanted(self) -> frozenset[str]:
-        """All that the targets consist of, but for the report; where it is alone, of policies and their evaluation."""
+        """All artifacts that the targets need, without the report; for the report alone, of policies and evaluation."""
         targets = [target for target in self.runs["default"].targets if target != "report"]
         left = [path for target in targets or ("policies", "evaluation") for path in self.target_paths(target)]
         names = [name for name in NAMES if name not in DRAWN]
@@ -274,19 +275,19 @@ class Plan:
         return frozenset(found & known.keys())
 
     def _owner(self, run: str, name: Name) -> str:
-        """The first run whose artifact is decided by the same; a policy, and what is made of it, is its run's own."""
+        """The first run whose artifact is decided by the same values; runs never share those in `OWN`."""
         if name in OWN:
             return run
         mine = self._what_decides(run, name)
         return next(other for other in self.runs if self._what_decides(other, name) == mine)
 
     def _deciding(self, run: str, name: Name) -> tuple[object, ...]:
-        # Without the keys: a judge that is spelled out may well be the initial policy.
+        # Keys are ignored: a judge that is spelled out in the configuration may equal the initial policy.
         origin = replace(self.origin(run, name), keys={})
         return origin.values(), origin.inputs
 
     def _origin(self, run: str, name: Name) -> Origin:
-        """What decides a run's artifact; of responses and judgements, what decides the whole table."""
+        """What decides a run's artifact; for responses and judgements, what decides the whole table."""
         config = self.runs[run]
         model = config.model
         if is_imported(config, name):
@@ -362,7 +363,7 @@ class Plan:
         return origin
 
     def _evaluated(self, run: str, name: Name) -> Origin:
-        """The same, of what is measured of judges and reward models after the training."""
+        """The same for measurements of judges and reward models after training."""
         config = self.runs[run]
         model = config.model
         match name:
@@ -400,7 +401,7 @@ class Plan:
         return origin
 
     def _compared(self, run: str, name: Name) -> Origin:
-        """The same, of policies; and of judged pairs, which are judged as their answers are."""
+        """The same for policies, and for judged pairs, which are judged like the policies' answers."""
         config = self.runs[run]
         model = config.model
         match name:
@@ -462,10 +463,10 @@ class Plan:
         return origin
 
     def initial_name(self, run: str) -> str:
-        """What a run's initial policy is called in MT-Bench, whose judges tell models apart by their names.
+        """The name of a run's initial policy in MT-Bench, whose judges tell models apart by name.
 
         Returns:
-            `initial`, or of a further one `initial-NAME` after the first run that has it.
+            `initial`, or `initial-NAME` for a further initial policy, with the name of the first run that has it.
         """
         origins = {other: self._initial_mt_bench(other, "initial") for other in self.runs}
         decided = {other: (origin.values(), origin.inputs) for other, origin in origins.items()}
@@ -479,7 +480,7 @@ class Plan:
         )
 
     def _shown(self, run: str, name: Name) -> Origin:
-        """The same, of a part of the report."""
+        """The same for a part of the report."""
         match name:
             case "funnel":
                 return provenance.draw_funnel(self.counted())
@@ -493,7 +494,7 @@ class Plan:
                 return self._shown_of_one(run, name)
 
     def _shown_of_one(self, run: str, name: Name) -> Origin:
-        """The same, of a part that shows what one rule has written of a run."""
+        """The same for a part that shows the output of one rule for one run."""
         paths = {one: path for one, _, path in self.drawn(run, name)}
         first, *more = (paths.get(one) for one in DRAWN[name])
         match name:
@@ -505,10 +506,10 @@ class Plan:
                 return provenance.draw_reward_model(first, *(more or (None,)))
 
     def trained(self) -> dict[str, list[str]]:
-        """Tables with all prompts that a stage of any run trains on: all policies answer the same ones.
+        """Tables with all prompts that a stage of any run trains on, because all policies answer the same prompts.
 
-        What was made elsewhere has its prompts in what was brought in; those of a ready reward model, or of an adapter
-        that is there already, are not known.
+        The prompts of imported artifacts are in the imported files; those of an imported reward model or of an existing
+        adapter are unknown.
 
         Returns:
             Option of `clean_evaluation_prompts` -> paths.
@@ -525,14 +526,14 @@ class Plan:
         return {option: list(dict.fromkeys(paths)) for option, paths in found.items()}
 
     def trained_twice(self) -> dict[str, str]:
-        """Run -> an earlier one whose policy is decided by the same, so that it will be the same."""
+        """Run -> an earlier run whose policy is decided by the same values, so both policies will be equal."""
         runs = list(self.runs)
         decided = [self._what_decides(run, "policy") for run in runs]
         firsts = {run: runs[decided.index(own)] for run, own in zip(runs, decided, strict=True)}
         return {run: first for run, first in firsts.items() if first != run}
 
     def scorers(self) -> list[dict[str, Any]]:
-        """Every reward model of the runs, with the fields of `score_answers.Scorer`."""
+        """All reward models of the runs, with the fields of `score_answers.Scorer`."""
         found = []
         trained_by = [config.ppo.principles for config in self.runs.values() if config.ppo.principles_per_rollout]
         for run, config in self.runs.items():
@@ -553,8 +554,8 @@ class Plan:
         return found
 
     def compared(self) -> list[dict[str, Any]]:
-        """The policies that are measured, initial ones first, with the fields of `evaluate_policies.Policy`."""
-        initial: dict[str, str] = {}  # the run that has an initial policy's answers -> what that policy is called
+        """The policies that are measured, initial policies first, with the fields of `evaluate_policies.Policy`."""
+        initial: dict[str, str] = {}  # run that has an initial policy's answers -> name of that policy
         trained: list[dict[str, Any]] = []
         for run in self.runs:
             if not self.has(run, "answers"):
@@ -589,14 +590,14 @@ class Plan:
         return before + trained
 
     def judged(self, run: str) -> dict[str, str]:
-        """What a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
+        """The texts that a model behind an endpoint compares, with the fields of `judge_by_endpoint.Arguments`."""
         names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
         return {name: self.path(run, name) for name in names if self.has(run, name)}
 
     def measuring(self, run: str, name: Literal["reward_data", "preferences"]) -> str | None:
-        """What a run's reward model was trained on, by which it is measured, if that is known.
+        """The data of a run's reward model that are used to measure it, if they are known.
 
-        Judgements are needed only where records are also made of those whose two orders disagree.
+        Judgements are needed only if records are also made from pairs whose two orders disagree.
         """
         config = self.runs[run]
         if config.reward_model.path:
@@ -605,7 +606,7 @@ class Plan:
         return None if name == "preferences" and unneeded else self.path(run, name)
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
-        """What decides one shard of a run's table, which is one of `SCATTERED`."""
+        """What decides one shard of a run's table, one of `SCATTERED`."""
         config = self.runs[run]
         if table == "preferences":
             origin = provenance.judge_preferences(
@@ -628,7 +629,7 @@ class Plan:
 
 
 def _prompted(config: Config) -> Name | None:
-    """The artifact that has the prompts of a run's synthetic preferences, if any has."""
+    """The artifact that has the prompts of a run's synthetic preferences, if there is one."""
     if config.reward_model.path:
         return None
     if config.aggregation.path:
@@ -637,7 +638,7 @@ def _prompted(config: Config) -> Name | None:
 
 
 def is_imported(config: Config, name: Name) -> bool:
-    """Whether the configuration names an artifact that was made elsewhere."""
+    """Whether the configuration imports an artifact."""
     paths: dict[Name, object] = {
         "response0": config.sampling.paths,
         "response1": config.sampling.paths,
@@ -649,7 +650,7 @@ def is_imported(config: Config, name: Name) -> bool:
 
 
 def _imported(config: Config, name: Name) -> Origin:
-    """What decides an artifact that was made elsewhere."""
+    """What decides an imported artifact."""
     responses, principles = config.sampling.paths or (), config.judge.principles
     if name in ("response0", "response1"):
         return provenance.import_responses(responses, int(name == "response1"), import_cut(config))
@@ -662,12 +663,12 @@ def _imported(config: Config, name: Name) -> Origin:
 
 
 def import_cut(config: Config) -> str | None:
-    """Where responses that are there already end: judgements that are there, too, are paired with what was judged."""
+    """Where imported responses end: imported judgements refer to the part of a response that was judged."""
     return JUDGED_UP_TO if config.judge.path else None
 
 
 def measuring_judge(config: Config) -> Judge:
-    """The judge of what is measured: no answer is too short, or a concise policy would be judged by its long ones."""
+    """The judge for measurements. No answer is too short, or only a concise policy's long answers would count."""
     return config.judge.model_copy(update={"shards": 1, "min_characters": 0})
 
 

@@ -1,4 +1,4 @@
-"""What a configuration's runs cost with the hardware of a profile: the stages, each with its work and its cost."""
+"""The cost of a configuration's runs on the hardware of a profile: work and cost of each stage."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,16 +24,16 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Priced:
-    """One artifact that takes GPUs.
+    """One artifact that needs GPUs.
 
     Attributes:
-        name: of the artifact.
-        run: the first that has it.
-        path: where it is.
-        is_there: whether it is made already.
-        work: what is computed.
-        hardware: the profile's.
-        cost: what that takes.
+        name: name of the artifact.
+        run: the first run that has it.
+        path: path of the artifact.
+        is_there: whether the artifact exists already.
+        work: amount of computation.
+        hardware: hardware that the profile gives it.
+        cost: time, memory and disk space that the work takes.
     """
 
     name: Name
@@ -46,20 +46,20 @@ class Priced:
 
     @property
     def gpu_hours(self) -> Range:
-        """Of all jobs, the optimist's last."""
+        """GPU hours of all jobs; the optimistic value comes last."""
         slow, fast = (self.hardware.jobs * self.hardware.gpus * seconds / 3600 for seconds in self.cost.seconds)
         return slow, fast
 
 
 def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
-    """Every artifact of the targets that takes GPUs, in the order of the DAG; those of the evaluation are left out.
+    """Every artifact of the targets that needs GPUs, in the order of the DAG, without those of the evaluation.
 
     Args:
-        plan: of all runs.
+        plan: plan of all runs.
         resources: rule -> resources of the profile.
 
     Raises:
-        UserError: where a base model's configuration cannot be read, or the profile lacks a rule.
+        UserError: if a base model's configuration cannot be read, or the profile lacks a rule.
     """
     shapes: dict[str, Shape] = {}
     tokenizers: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
             if path in works or path not in plan.wanted() or is_imported(config, name):
                 continue
             model = judge_model(config) if name == "preferences" else config.model
-            # The judge has a tokenizer of its own where it is another model.
+            # A judge that is another model has its own tokenizer.
             reads = plan.tokenizer(run) if model == config.model else model
             key = repr((model.model_dump(exclude={"adapter", "adapter_revision"}), config.lora))
             if key not in shapes:
@@ -84,14 +84,14 @@ def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
                 found = _cost(
                     name, config.model_copy(update={"model": model}), shapes[key], config.plan, work, hardware
                 )
-            except UserError as error:  # which the stage would say, too
+            except UserError as error:  # the stage would raise the same error
                 works[path] = work = Work(rows=0, tokens=0)
                 found = Cost(fits=False, advice=str(error))
             yield Priced(name, run, path, Path(path).exists(), work, hardware, found)
 
 
 def _tokenizer(model: Model) -> Any:
-    """The tokenizer, or None where it is not at hand: lengths are guessed then."""
+    """The tokenizer, or None if it is not available, in which case lengths are estimated."""
     try:
         return load_tokenizer(model)
     except UserError:
@@ -122,15 +122,15 @@ def _recompute(setting: str) -> bool | Literal["auto"]:
 
 
 def _zero(file: str) -> int:
-    """Stage of a file of DeepSpeed's settings, 0 without one."""
+    """ZeRO stage in a DeepSpeed configuration file; 0 without a file."""
     if file == "null":
         return 0
-    found = read_json(file, "", "it has to be a DeepSpeed configuration in JSON")
+    found = read_json(file, "", "it must be a DeepSpeed configuration in JSON")
     return int(found.get("zero_optimization", {}).get("stage", 0))
 
 
 def _engine(words: str) -> EngineHardware:
-    """The options of an engine that matter here."""
+    """The options of an engine that affect its cost."""
     options = dict(re.findall(r"--engine\.([\w-]+)[ =](\S+)", words))
     return EngineHardware(
         memory=float(options.get("memory", 0.9)),
@@ -141,7 +141,7 @@ def _engine(words: str) -> EngineHardware:
 
 
 def _work(plan: Plan, run: str, name: Name, counter: Counter, hardware: Hardware, works: Mapping[str, Work]) -> Work:
-    """What there is to compute."""
+    """The work of a stage."""
 
     def table(of: Name) -> Path:
         return Path(plan.path(run, of))
@@ -166,7 +166,7 @@ def _work(plan: Plan, run: str, name: Name, counter: Counter, hardware: Hardware
 
 
 def _cost(name: Name, config: Config, measured: Shape, assumed: Assumptions, work: Work, hardware: Hardware) -> Cost:
-    """What that takes."""
+    """The cost of that work."""
     match name:
         case "response0" | "response1":
             return cost.sampling(config, measured, assumed, work, hardware)
@@ -178,13 +178,13 @@ def _cost(name: Name, config: Config, measured: Shape, assumed: Assumptions, wor
 
 
 def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
-    """Lines of Markdown: what is computed, what that takes, what does not fit."""
+    """Lines of Markdown: the work, its cost, and stages that do not fit."""
     found = [*priced]
     card = assumed.card
     yield f"GPU: {card.memory:g} GB, {card.tflops:g} TFLOPS, {card.bandwidth:g} GB/s (`plan.gpu`)."
-    yield "A range has an optimist's number and a pessimist's."
-    yield "*: rows or lengths are assumed (`plan.rows`, `plan.response_tokens`). They are counted where the tables are"
-    yield "there: `prompts`, `pmp_data` and `rl_prompts` need no GPU, and `response0` tells how long responses are."
+    yield "A range goes from the optimistic to the pessimistic value."
+    yield "*: rows or lengths are assumed (`plan.rows`, `plan.response_tokens`). They are counted if the tables exist:"
+    yield "`prompts`, `pmp_data` and `rl_prompts` need no GPU, and `response0` shows how long responses are."
     yield ""
     head = ("stage", "run", "rows", "tokens read", "tokens sampled", "steps", "passes per GPU", "jobs x GPUs")
     yield from _table((*head, "GPU hours", "hours per job"), [_counts(one) for one in found])
@@ -192,13 +192,13 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
     yield ""
     hours = _range(sum(one.gpu_hours[end] for one in left) for end in (0, 1))
     stays = sum(one.cost.disk for one in left)
-    yield f"What is not done takes {hours} GPU hours, and leaves {_size(stays)} GB of models."
-    yield "The evaluation, jobs without a GPU and tables are not counted."
+    yield f"The remaining stages take {hours} GPU hours and leave {_size(stays)} GB of models on disk."
+    yield "The evaluation, jobs without a GPU and tables are not included."
     yield ""
-    yield from _table(("stage", "run", "GB of a GPU", "of which", "GB of disk"), [_sizes(one) for one in found])
+    yield from _table(("stage", "run", "GB per GPU", "of which", "GB on disk"), [_sizes(one) for one in found])
     yield ""
-    yield "Of the parts in brackets, which come one after another, the largest counts. On disk: what stays; and"
-    yield "checkpoints, until the stage has ended."
+    yield "Phases in brackets follow one another, so only the largest counts. On disk: first the files that stay, then"
+    yield "checkpoints, which are removed when the stage ends."
     for one in left:
         if not one.cost.fits:
             what = f"does not fit into {card.memory:g} GB" if one.work.rows else "would be refused"
@@ -207,7 +207,7 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
 
 
 def _counts(one: Priced) -> list[str]:
-    """A row of the first table."""
+    """A row of the table of work and time."""
     work, hardware = one.work, one.hardware
     passes = f"{work.passes:,}" + (f" + {work.forward_passes:,} forward" if work.forward_passes else "")
     times = ["done", ""] if one.is_there else [_range(one.gpu_hours), _range(end / 3600 for end in one.cost.seconds)]
@@ -225,14 +225,14 @@ def _counts(one: Priced) -> list[str]:
 
 
 def _sizes(one: Priced) -> list[str]:
-    """A row of the second table."""
+    """A row of the table of memory and disk space."""
     found = one.cost
     parts = [f"{name} {_size(size)}" for name, size in found.memory.items()]
     phases = [f"{name} {_size(size)}" for name, size in found.phases.items()]
     parts += [f"[{', '.join(phases)}]"] if phases else []
     parts += ["activations recomputed"] if found.recomputed else []
     disk = f"{_size(found.disk)}; {_size(found.passing)}" if found.disk else ""
-    return [one.name, one.run, f"{found.peak / GB:.1f}{'' if found.fits else ' **too many**'}", ", ".join(parts), disk]
+    return [one.name, one.run, f"{found.peak / GB:.1f}{'' if found.fits else ' **too large**'}", ", ".join(parts), disk]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -242,11 +242,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _size(size: float) -> str:
-    """In GB, of two digits."""
+    """A size in GB with two digits."""
     return f"{float(f'{size / GB:.2g}'):,g}"
 
 
 def _range(ends: Iterable[float]) -> str:
-    """Two numbers of two digits each, the smaller first."""
+    """Two numbers with two digits each, the smaller first."""
     low, high = (f"{float(f'{end:.2g}'):,g}" for end in sorted(ends))
     return low if low == high else f"{low} to {high}"

@@ -1,7 +1,7 @@
-"""What decides an artifact: its settings and inputs, for manifests, for fingerprints, and to find what is stale.
+"""What decides an artifact: its settings and inputs, for manifests, for fingerprints, and to find stale artifacts.
 
-One function for each rule. The script that makes an artifact and `verification`, which compares its manifest with the
-configuration, call the same one, so that they cannot differ.
+There is one function per rule. The script that makes an artifact and `verification`, which compares its manifest with
+the configuration, call the same function, so they cannot differ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +44,8 @@ class Input:
 
     Attributes:
         name: path or hub id.
-        kind: how it is identified.
-        revision: on the hub.
+        kind: kind of input, which decides how it is identified.
+        revision: revision on the hub.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Input:
     revision: str | None = None
 
     def identity(self) -> str:
-        """The hash of what is local, the revision of what is on the hub.
+        """The hash of a local input, or the revision of an input on the hub.
 
         Raises:
-            UserError: where it does not exist or is damaged.
+            UserError: if it does not exist or is damaged.
         """
         if self.kind == "file":
             return artifacts.hash_path(Path(self.name))
@@ -72,10 +72,10 @@ class Origin:
     """What decides an artifact.
 
     Attributes:
-        settings: as the manifest holds them: sections of the configuration, and values that stand alone.
-        inputs: what it is made from; of two of the same name the last one counts.
-        keys: name in `settings` -> key of the configuration, where that is another one.
-        unrecorded: names of settings and inputs that manifests of earlier versions do not have.
+        settings: settings as in the manifest: sections of the configuration, and single values.
+        inputs: inputs that the artifact is made from; if two have the same name, the last one counts.
+        keys: name in `settings` -> key of the configuration, if they differ.
+        unrecorded: names of settings and inputs that manifests of earlier versions lack.
     """
 
     settings: Mapping[str, Any]
@@ -87,26 +87,26 @@ class Origin:
         """Name -> identity of the inputs.
 
         Raises:
-            UserError: where one does not exist or is damaged.
+            UserError: if one does not exist or is damaged.
         """
         return {one.name: one.identity() for one in {one.name: one for one in self.inputs}.values()}
 
     def values(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Key of the configuration -> value, of all settings that decide something.
+        """Key of the configuration -> value, for all settings that change the result.
 
         Args:
-            settings: of another artifact of the kind, read from its manifest; None for these.
+            settings: settings of another artifact of this kind, from its manifest; None for this artifact's.
         """
         plain = artifacts.plain(self.settings if settings is None else settings)
         named = {self.keys.get(name, name): value for name, value in plain.items() if name in self.settings}
         return {key: value for key, value in _leaves(named) if not is_free(key)}
 
     def fingerprint(self, identities: Mapping[str, str], packages: Mapping[str, str] | None = None) -> str:
-        """Equal exactly where a run may continue another one; see `artifacts.fingerprint`.
+        """A fingerprint that is equal exactly if a run may resume another one; see `artifacts.fingerprint`.
 
         Args:
-            identities: of the inputs.
-            packages: name and version of an engine outside of this environment.
+            identities: identities of the inputs.
+            packages: name and version of an engine outside this environment.
         """
         return artifacts.fingerprint(self.values() | ({"packages": packages} if packages else {}), identities)
 
@@ -147,38 +147,38 @@ def _sources(named: Mapping[str, Source]) -> list[Input]:
 
 
 def _alone(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of settings of a section that stand alone in a manifest."""
+    """Keys for settings of a section that are single values in a manifest."""
     return {name: f"{section}.{name}" for name in settings}
 
 
 def clean_prompts(prompts: Prompts) -> Origin:
-    """Prompts of the synthetic preferences."""
+    """Prompts for the synthetic preferences."""
     return Origin({"prompts": prompts}, _sources(prompts.sources))
 
 
 def clean_rl_prompts(rl_prompts: RlPrompts, tokenizer: Model) -> Origin:
-    """Prompts of RL."""
+    """Prompts for RL."""
     inputs = _sources(rl_prompts.sources) + _model(tokenizer, "tokenizer")
     return Origin({"rl_prompts": rl_prompts, "model": tokenizer}, inputs)
 
 
 def clean_pmp_data(pmp_data: PmpData) -> Origin:
-    """Records of PMP."""
+    """Records for PMP."""
     return Origin({"pmp_data": pmp_data}, _sources(pmp_data.sources))
 
 
 def dequantize_base(model: Model) -> Origin:
-    """The base model that an engine serves, whose 4-bit weights are written as what they stand for."""
+    """The base model that an engine serves: the 4-bit weights, dequantized."""
     return Origin({"model": model}, _model(model))
 
 
 def clean_sft_data(sft_data: SftData) -> Origin:
-    """Examples of the initial policy."""
+    """Examples for training the initial policy."""
     return Origin({"sft_data": sft_data}, _sources(sft_data.sources))
 
 
 def train_sft(examples: Path | str, *, model: Model, lora: Lora, policy_prompt: PolicyPrompt, sft: Sft) -> Origin:
-    """The initial policy, whose adapter `model` does not have."""
+    """The initial policy; `model` comes without its adapter."""
     return Origin(
         {"model": model, "lora": lora, "policy_prompt": policy_prompt, "sft": sft},
         _files(examples, *policy_prompt.files) + _model(model),
@@ -188,7 +188,7 @@ def train_sft(examples: Path | str, *, model: Model, lora: Lora, policy_prompt: 
 def sample_responses(
     prompts: Path | str, index: int, shard: int, *, model: Model, sampling: Sampling, policy_prompt: PolicyPrompt
 ) -> Origin:
-    """One shard of the responses: the settings of the other response do not decide it."""
+    """One shard of the responses, which does not depend on the settings of the other response."""
     alone = sampling.model_dump(exclude={"paths", "seeds", "shards"})
     return Origin(
         {
@@ -207,7 +207,7 @@ def sample_responses(
 def judge_preferences(
     response0: Path | str, response1: Path | str, principles: Path | str, shard: int, *, model: Model, judge: Judge
 ) -> Origin:
-    """One shard of the judgements, by a model that need not be the one of the settings."""
+    """One shard of the judgements, by a model that may differ from `judge.model`."""
     alone = judge.model_dump(exclude={"path", "model", "shards"})
     return Origin(
         {"model": model, **alone, "shard": shard, "shards": judge.shards},
@@ -218,7 +218,7 @@ def judge_preferences(
 
 
 def gather_shards(shard: Origin) -> Origin:
-    """The table of all shards, given what decides one of them."""
+    """The table of all shards, given what decides one shard."""
     settings = {name: value for name, value in shard.settings.items() if name not in OF_ONE_SHARD}
     names = frozenset(one.name for one in shard.inputs)
     return replace(shard, settings=settings, unrecorded=shard.unrecorded | names)
@@ -233,9 +233,9 @@ def aggregate_preferences(
     aggregation: Aggregation,
     turn_markers: Sequence[str],
 ) -> Origin:
-    """Records of the reward model."""
+    """Records for the reward model."""
     return Origin(
-        # Not set by anybody: 0.1.0 had the variance of the means.
+        # The variance is not a setting: version 0.1.0 used the variance of the means.
         {"aggregation": aggregation, "turn_markers": list(turn_markers), "variance": "of both orders pooled"},
         _files(preferences, response0, response1, principles),
         keys=_alone("judge", {"turn_markers": None}),
@@ -253,7 +253,7 @@ def train_reward_model(
     lora: Lora,
     scoring: Scoring,
 ) -> Origin:
-    """A reward model of either stage; what it starts from is an input, whatever `reward_model.init` says."""
+    """A reward model of either stage; the model that it starts from is an input, whatever `reward_model.init` says."""
     if isinstance(settings, RewardModel):
         settings = RewardTraining.model_validate(settings.model_dump(exclude={"path", "revision", "init"}))
     return Origin(
@@ -263,24 +263,24 @@ def train_reward_model(
 
 
 def import_responses(paths: Sequence[str], index: int, cut_at: str | None) -> Origin:
-    """Responses that are there already; both files have to fit each other."""
+    """Imported responses; the two files must match."""
     settings = {"paths": list(paths), "index": index, "cut_at": cut_at}
     return Origin(settings, _files(*paths), keys=_alone("sampling", {"paths": None}))
 
 
 def import_preferences(path: str, paths: Sequence[str], principles: Path | str) -> Origin:
-    """Judgements that are there already, of responses that are."""
+    """Imported judgements of imported responses."""
     keys = _alone("judge", {"path": None}) | _alone("sampling", {"paths": None})
     return Origin({"path": path, "paths": list(paths)}, _files(path, *paths, principles), keys=keys)
 
 
 def import_records(path: str, principles: Path | str) -> Origin:
-    """Records of the reward model that are there already."""
+    """Imported records for the reward model."""
     return Origin({"path": path}, _files(path, principles), keys=_alone("aggregation", {"path": None}))
 
 
 def import_reward_model(path: str, revision: str | None, model: Model) -> Origin:
-    """A reward model that is there already, which has to fit the base model's layers."""
+    """An imported reward model, which must fit the base model's layers."""
     base = [f"{model.base}/config.json"] if is_local(model.base) else []
     return Origin(
         {"reward_model": {"path": path, "revision": revision}, "model": base_of(model).model_dump(exclude_unset=True)},
@@ -289,7 +289,7 @@ def import_reward_model(path: str, revision: str | None, model: Model) -> Origin
 
 
 def base_of(model: Model) -> Model:
-    """As much of a model as a reward model that is there already is held against: which base it is."""
+    """The part of a model that an imported reward model is checked against, namely its base model."""
     return Model.model_validate(model.model_dump(include={"base", "revision", "trust_remote_code"}))
 
 
@@ -311,7 +311,7 @@ def train_policy(
             "policy_prompt": policy_prompt,
             "ppo": ppo,
             "scoring": scoring,
-            "warm-up": "from 0",  # not set by anybody: 0.1.0 counted from 1
+            "warm-up": "from 0",  # not a setting: version 0.1.0 counted from 1
         },
         _files(prompts, reward_model, ppo.principles, ppo.template, *policy_prompt.files) + _model(model),
     )
@@ -329,7 +329,7 @@ def check_model(
     tokenizer: Model | None,
     ppo: PpoTexts | None,
 ) -> Origin:
-    """A report on a model: what a part of the check reads is what its stages read, and no more."""
+    """A report on a model; each part of the check reads exactly what the stages after it read."""
     settings: dict[str, Any] = {"model": model}
     inputs = _model(model)
     if "sampling" in parts:
@@ -340,7 +340,7 @@ def check_model(
         inputs += _files(judge.template, judge.principles) + (_model(judge.model) if judge.model else [])
     if "training" in parts:
         settings |= {"lora": lora, "scoring": scoring}
-        # Before the model, which may have the same name, and whose weights count.
+        # The tokenizer comes first: the model may have the same name, and its weights must count.
         inputs = (_model(tokenizer, "tokenizer") if tokenizer else []) + inputs
     if "rl" in parts:
         settings |= {"policy_prompt": policy_prompt, "lora": lora, "scoring": scoring}
@@ -353,17 +353,17 @@ def check_model(
 
 
 def clean_judge_pairs(evaluation: Evaluation, which: str) -> Origin:
-    """One side of the pairs that the judge is held against."""
+    """One side of the pairs that the judge is tested on."""
     settings = evaluation.model_dump(include={"judge_pairs", "min_score_ratio", "seed"})
     for source in settings["judge_pairs"].values():
-        del source["principles"]  # which are chosen when the judgements are counted
+        del source["principles"]  # principles are chosen only when the judgements are counted
     return Origin({**settings, "which": which}, _sources(evaluation.judge_pairs), keys=_alone("evaluation", settings))
 
 
 def evaluate_judge(
     preferences: Path | str, judged: Path | str | None, labelled: Path | str | None, *, evaluation: Evaluation
 ) -> Origin:
-    """What judgements say of the judge, and people's preferences if there are any."""
+    """Measurements of the judge from its judgements, and from human preferences if there are any."""
     about = {name: source.principles for name, source in evaluation.judge_pairs.items()} if judged else {}
     return Origin(
         {"seed": evaluation.seed, "about": about},
@@ -373,7 +373,7 @@ def evaluate_judge(
 
 
 def clean_evaluation_pairs(pmp_data: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
-    """Pairs that reward models are measured by, none of them of `pmp_data`."""
+    """Pairs to test reward models on, none of them from `pmp_data`."""
     settings = evaluation.model_dump(include={"pairs", "min_score_ratio", "seed"})
     return Origin(settings, _sources(evaluation.pairs) + _files(*pmp_data), keys=_alone("evaluation", settings))
 
@@ -393,7 +393,7 @@ def evaluate_reward_model(
     scoring: Scoring,
     evaluation: Evaluation,
 ) -> Origin:
-    """The numbers of a reward model; of its training, what decides which records were held out, and their texts."""
+    """Measurements of a reward model, with the training settings that decide the held-out records and their texts."""
     read = ["template", "max_length", "query_length", "response_length"]
     read += ["eval_examples", "seed"] if records else []
     alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
@@ -417,7 +417,7 @@ def evaluate_reward_model(
 
 
 def clean_evaluation_prompts(trained: Sequence[Path | str], *, evaluation: Evaluation) -> Origin:
-    """Prompts that policies are measured by."""
+    """Prompts on which policies are measured."""
     settings = {"prompts": evaluation.prompts, "seed": evaluation.seed}
     return Origin(settings, _sources(evaluation.prompts) + _files(*trained), keys=_alone("evaluation", settings))
 
@@ -431,7 +431,7 @@ def sample_answers(
     ppo: Ppo,
     evaluation: Evaluation,
 ) -> Origin:
-    """Answers of a policy, the initial one where none is given."""
+    """Answers of a policy; None stands for the initial policy."""
     read = {name: getattr(ppo, name) for name in ("temperature", "query_length", "response_length")}
     return Origin(
         {"model": model, "policy_prompt": policy_prompt, **read, "seed": evaluation.seed, "engine": evaluation.engine},
@@ -441,7 +441,7 @@ def sample_answers(
 
 
 def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> Origin:
-    """Scores of answers; a scorer has the fields of `score_answers.Scorer`."""
+    """Scores of answers; each scorer has the fields of `score_answers.Scorer`."""
     inputs = _files(answers)
     plain = {}
     for scorer in scorers:
@@ -456,7 +456,7 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
 
 
 OF_POLICY = ("answers", "scores", "judgements", "verdicts", "versus")
-"""The tables of a policy that it is compared by, those that it has."""
+"""Tables of a policy that are used to compare it, if it has them."""
 
 
 def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
@@ -470,18 +470,18 @@ def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Eval
 
 
 TASKS = ("tasks", "tasks_limit", "tasks_data", "tasks_folder")
-"""Keys of `evaluation` that say what `evaluate_tasks` does, but for the format, which is in `TaskPrompt`."""
+"""Keys of `evaluation` that `evaluate_tasks` reads; the format is in `TaskPrompt`."""
 
 
 def task_files(evaluation: Evaluation) -> list[str]:
-    """The files of the tasks that lm-eval has not, ours and the user's."""
+    """The files of tasks that are not part of lm-eval: our own and the user's."""
     folders = [shipped.TASKS, *([Path(evaluation.tasks_folder)] if evaluation.tasks_folder else [])]
     files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     return sorted(str(file) for file in files if "__pycache__" not in file.parts)
 
 
 def evaluate_tasks(policy: Path | str | None, *, model: Model, prompt: TaskPrompt, evaluation: Evaluation) -> Origin:
-    """What a policy reaches in tasks of lm-eval, the initial one where none is given."""
+    """A policy's results in lm-eval's tasks; None stands for the initial policy."""
     read = {name: getattr(evaluation, name) for name in TASKS}
     files = _files(policy, *task_files(evaluation), *evaluation.tasks_data.values())
     return Origin(
@@ -492,13 +492,13 @@ def evaluate_tasks(policy: Path | str | None, *, model: Model, prompt: TaskPromp
 
 
 MT_BENCH = ("mt_bench", "mt_bench_tokens", "seed", "engine")
-"""Keys of `evaluation` that say what `answer_mt_bench` does."""
+"""Keys of `evaluation` that `answer_mt_bench` reads."""
 
 
 def answer_mt_bench(
     policy: Path | str | None, name: str, *, model: Model, policy_prompt: PolicyPrompt, evaluation: Evaluation
 ) -> Origin:
-    """Answers of a policy to MT-Bench, of the initial one where none is given."""
+    """Answers of a policy to MT-Bench; None stands for the initial policy."""
     read = {key: getattr(evaluation, key) for key in MT_BENCH}
     return Origin(
         {"model": model, "policy_prompt": policy_prompt, **read, "name": name},
@@ -519,7 +519,7 @@ def judge_by_endpoint(
     *,
     evaluation: Evaluation,
 ) -> Origin:
-    """Verdicts of a model behind an endpoint on a policy's answers against those of the initial policy."""
+    """Verdicts of a model behind an endpoint, which compares a policy's answers with the initial policy's."""
     endpoint = evaluation.judge_endpoint
     questions = evaluation.mt_bench if mt_bench else None
     files = _files(answers, initial_answers, mt_bench, initial_mt_bench, questions)
@@ -531,39 +531,39 @@ def judge_by_endpoint(
 
 
 def draw_funnel(tables: Sequence[Mapping[str, Any]]) -> Origin:
-    """Counts of rows; a table has the fields of `draw_funnel.Counted`."""
+    """Counts of rows; each table has the fields of `draw_funnel.Counted`."""
     counted = [f"{table['name']} of {table['run']}" for table in tables]
     return Origin({"counted": counted}, _files(*(table["path"] for table in tables)))
 
 
 def draw_judge(measured: Path | str | None, preferences: Path | str | None, *, evaluation: Evaluation) -> Origin:
-    """Pictures of the judge, which was measured, or is by its judgements."""
+    """Figures of the judge, from its measurements or else from its judgements."""
     settings = {} if measured else {"seed": evaluation.seed}
     return Origin(settings, _files(measured, preferences), keys={"seed": "evaluation.seed"})
 
 
 def draw_reward_model(model: Path | str | None, measured: Path | str | None) -> Origin:
-    """Pictures of a training and of what was measured of its model."""
+    """Figures of a training and of the measurements of its model."""
     return Origin({}, _files(model, measured))
 
 
 def draw_training(runs: Sequence[Mapping[str, Any]]) -> Origin:
-    """Curves of PPO; a run has the fields of `draw_training.Run`."""
+    """Curves of PPO; each run has the fields of `draw_training.Run`."""
     return Origin({"drawn": [run["name"] for run in runs]}, _files(*(run["policy"] for run in runs)))
 
 
 def draw_policies(evaluation: Path | str) -> Origin:
-    """Pictures of the policies."""
+    """Figures of the policies."""
     return Origin({}, _files(evaluation))
 
 
 def draw_tasks(policies: Sequence[Mapping[str, Any]]) -> Origin:
-    """Benchmarks; a policy has the fields of `draw_tasks.Policy`."""
+    """Benchmarks; each policy has the fields of `draw_tasks.Policy`."""
     return Origin({"drawn": [one["name"] for one in policies]}, _files(*(one["measured"] for one in policies)))
 
 
 def draw_samples(policies: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> Origin:
-    """Answers side by side; a policy has the fields of `draw_samples.Policy`."""
+    """Answers side by side; each policy has the fields of `draw_samples.Policy`."""
     shown = {"drawn": [policy["name"] for policy in policies], "shown_sources": list(sources)}
     return Origin(shown, _files(*(policy["answers"] for policy in policies)))
 
@@ -575,7 +575,7 @@ def evaluate_demo(
     *,
     settings: Mapping[str, Any],
 ) -> Origin:
-    """The demo's measurements; of the settings, those that stand alone are its own."""
+    """The demo's measurements; settings that are single values are its own."""
     model: Model = settings["model"]
     return Origin(
         settings, _model(model) + _files(reward_model, pmp, *policies), keys={"reward_settings": "reward_model"}

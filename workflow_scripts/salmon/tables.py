@@ -1,7 +1,7 @@
-"""Every table of the workflow: its columns, their types, which may be null, and what each means.
+"""Every table of the workflow: its columns with their types and meanings, and which of them may be null.
 
-Writers build their rows with a table's `schema`, readers open a file with `read`, and docs/tables.md is written from
-here (`make docs-reference`).
+Writers build their rows with a table's `schema`, and readers open a file with `read`. `make docs-reference` writes
+docs/tables.md from this module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from salmon.errors import UserError
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its type, what it holds, and whether that may be missing."""
+    """One column: its type, its meaning, and whether it may be null."""
 
     type: pl.DataType
     meaning: str
@@ -29,12 +29,12 @@ class Table:
     """One kind of table, stored as Parquet.
 
     Attributes:
-        name: as in messages and documents.
-        files: where the workflow writes it, below the results.
+        name: name in messages and documents.
+        files: path of the table below the results folder.
         meaning: what one row is, and how the rows are ordered.
-        key: columns that no two rows have in common.
-        columns: by name, in their order.
-        reader: which key of the configuration reads such rows in another format, for messages.
+        key: columns whose values identify a row.
+        columns: columns by name, in their order.
+        reader: for messages: the key of the configuration that reads such rows in another format.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Table:
 
     @property
     def schema(self) -> dict[str, pl.DataType]:
-        """Name -> polars type, in the order of the columns."""
+        """Name -> polars type, in column order."""
         return {name: column.type for name, column in self.columns.items()}
 
     def select(self, *names: str) -> dict[str, pl.DataType]:
-        """The part of the schema with these columns."""
+        """The schema of these columns."""
         return {name: self.columns[name].type for name in names}
 
 
@@ -58,14 +58,14 @@ _STRING, _BOOL, _REAL = pl.String(), pl.Boolean(), pl.Float64()
 _PROMPT = {
     "prompt_id": Column(_STRING, "hash of source, instruction and input: 20 hexadecimal digits"),
     "source": Column(_STRING, "name of the source in the configuration"),
-    "instruction": Column(_STRING, "what the user asks for"),
-    "input": Column(_STRING, "text that the instruction is about; empty where there is none"),
+    "instruction": Column(_STRING, "text of the user's request"),
+    "input": Column(_STRING, "text that the instruction is about; empty if there is none"),
 }
 
 PROMPTS = Table(
     "prompts",
     "prompts/oasst1.parquet",
-    "One prompt, in the order of the sources and, within one, of first appearance. No two have the same text.",
+    "One prompt per row, ordered by source and then by first appearance. No two prompts have the same text.",
     ("prompt_id",),
     _PROMPT,
     "prompts.sources reads data sets and prompt files",
@@ -74,7 +74,7 @@ PROMPTS = Table(
 RL_PROMPTS = Table(
     "RL prompts",
     "prompts/rl.parquet",
-    "One prompt of the RL stage, ordered and distinct as the prompts are.",
+    "One prompt of the RL stage per row, ordered and distinct like the prompts.",
     ("prompt_id",),
     {
         **_PROMPT,
@@ -87,43 +87,45 @@ RL_PROMPTS = Table(
 SFT_EXAMPLES = Table(
     "SFT examples",
     "sft/examples.parquet",
-    "One instruction with an answer that the initial policy learns, ordered and distinct as the prompts are.",
+    "One instruction per row with an answer that the initial policy learns, ordered and distinct like the prompts.",
     ("example_id",),
     {
         "example_id": Column(_STRING, "hash of source, instruction, input and output"),
         **_PROMPT,
         "prompt_id": Column(_STRING, "hash of source, instruction and input, which several examples may share"),
         "output": Column(_STRING, "the answer"),
-        "is_whole": Column(_BOOL, "whether the answer ends there; of one that was cut off, no end is learnt"),
+        "is_whole": Column(_BOOL, "whether the answer is complete; from one that was cut off, no end is learned"),
     },
     "sft_data.sources reads instructions with answers",
 )
 
 PROMPT_TOO_LONG = "prompt_too_long"
-"""The finish reason of a prompt that leaves no room for a response, and was not sampled."""
+"""Finish reason if the prompt leaves no room for a response, so nothing was sampled."""
 IMPORTED = "imported"
-"""The finish reason of a response that was sampled elsewhere, of which nobody knows why it ended."""
+"""Finish reason of an imported response, because the true reason is not known."""
 
 RESPONSES = Table(
     "responses",
     "responses/response{0,1}.parquet",
-    "One prompt and the initial policy's response to it, ordered by prompt_id.",
+    "One prompt per row with the initial policy's response, ordered by prompt_id.",
     ("prompt_id",),
     {
         **_PROMPT,
-        "response": Column(_STRING, "text without special tokens and thinking, up to the stop string; may be empty"),
+        "response": Column(
+            _STRING, "response before the stop string, without special tokens or thinking; may be empty"
+        ),
         "finish_reason": Column(
             _STRING,
-            "why the response ended: `eos` the policy ended its turn, `stop` a stop string appeared, `length` no room "
-            f"was left, `{PROMPT_TOO_LONG}` the prompt left no room for a response, `{IMPORTED}` not known: it is from "
-            "a file of `sampling.paths`",
+            "why the response ended: `eos`, the policy ended its turn; `stop`, a stop string appeared; `length`, no "
+            f"room was left; `{PROMPT_TOO_LONG}`, the prompt left no room for a response; `{IMPORTED}`, unknown, as it "
+            "comes from `sampling.paths`",
         ),
         "prompt_tokens": Column(
-            pl.Int32(), "number of tokens of the whole prompt, template included; null if imported", nullable=True
+            pl.Int32(), "number of tokens of the whole prompt, including the template; null if imported", nullable=True
         ),
         "response_tokens": Column(
             pl.Int32(),
-            "number of tokens sampled, those of thinking and of the end included; null if imported",
+            "number of tokens sampled, including thinking and the end of turn; null if imported",
             nullable=True,
         ),
     },
@@ -133,13 +135,14 @@ RESPONSES = Table(
 ANSWERS = Table(
     "answers",
     "evaluation/{initial_,}answers.parquet",
-    "One prompt that nothing was trained on and a policy's answer to it, ordered by prompt_id.",
+    "One prompt per row that was not used in training, with a policy's answer, ordered by prompt_id.",
     ("prompt_id",),
     {
         **RESPONSES.columns,
         "kl": Column(
             _REAL,
-            "log probability of the tokens less that under the initial policy, at the temperature of RL; 0 of its own",
+            "log probability of the tokens minus their log probability under the initial policy, at RL's temperature; "
+            "0 for the initial policy itself",
         ),
     },
     "sampling.paths reads responses",
@@ -148,28 +151,29 @@ ANSWERS = Table(
 SCORES = Table(
     "scores of answers",
     "evaluation/{initial_,}scores.parquet",
-    "One answer under one principle alone, by one reward model.",
+    "One answer per row, scored by one reward model under a single principle.",
     ("reward_model", "dimension", "opposite", "prompt_id"),
     {
-        "reward_model": Column(_STRING, "the first run that has it"),
-        "dimension": Column(_STRING, "name of the principle; ` (RL)` behind it: as `ppo.principles` words it"),
-        "opposite": Column(_BOOL, "whether its negative definition is shown"),
+        "reward_model": Column(_STRING, "name of the first run that has this reward model"),
+        "dimension": Column(_STRING, "name of the principle; ` (RL)` after it: in the wording of `ppo.principles`"),
+        "opposite": Column(_BOOL, "whether the principle is negated, that is, its negative definition is shown"),
         "prompt_id": _PROMPT["prompt_id"],
-        "score": Column(_REAL, "the reward"),
+        "score": Column(_REAL, "reward of the answer"),
     },
-    "no key reads such a table, which `snakemake evaluation` makes",
+    "`snakemake evaluation` makes this table, and no key reads one",
 )
 
 VERDICTS = Table(
     "verdicts",
     "evaluation/verdicts.parquet",
-    "One answer of a policy against that of its initial policy, in one order, judged by a model behind an endpoint.",
+    "One comparison per row: a policy's answer against its initial policy's, in one order, judged by a model behind an "
+    "endpoint.",
     ("kind", "prompt_id", "policy_first"),
     {
         "kind": Column(_STRING, "`prompts`: an answer to evaluation.prompts; `mt_bench`: a dialogue of MT-Bench"),
-        "prompt_id": Column(_STRING, "as in the answers; of a dialogue, its question_id"),
-        "policy_first": Column(_BOOL, "whether the policy's answer was shown before that of the initial policy"),
-        "preferred": Column(_STRING, "`policy`, `initial` or `tie`; null where there is no verdict", nullable=True),
+        "prompt_id": Column(_STRING, "as in the answers; for a dialogue, its question_id"),
+        "policy_first": Column(_BOOL, "whether the policy's answer was shown before the initial policy's"),
+        "preferred": Column(_STRING, "`policy`, `initial` or `tie`; null if there is no verdict", nullable=True),
         "reason": Column(
             _STRING,
             "why a verdict is missing: `unreadable` if the judge's answer does not contain one; `content_filter` or "
@@ -177,47 +181,48 @@ VERDICTS = Table(
             nullable=True,
         ),
     },
-    "no key reads such a table, which `snakemake evaluation` makes",
+    "`snakemake evaluation` makes this table, and no key reads one",
 )
 
 JUDGEMENTS = Table(
     "judgements",
     "preferences/preferences.parquet",
-    "One pair of responses under one principle, ordered by prompt_id and then as the principles are. "
+    "One pair of responses per row under one principle, ordered by prompt_id and then by the order of the principles. "
     "Output 1 is response0, output 2 is response1.",
     ("prompt_id", "dimension"),
     {
         "prompt_id": _PROMPT["prompt_id"],
         "dimension": Column(_STRING, "name of the principle"),
-        "s12": Column(_REAL, "logit(a) - logit(b) with output 1 as (a): positive where output 1 is preferred"),
-        "s21": Column(_REAL, "logit(b) - logit(a) with output 2 as (a): positive where output 1 is preferred"),
+        "s12": Column(_REAL, "logit(a) - logit(b) with output 1 as (a): positive if output 1 is preferred"),
+        "s21": Column(_REAL, "logit(b) - logit(a) with output 2 as (a): positive if output 1 is preferred"),
     },
     "judge.path reads the preference files of the authors' release",
 )
 
 RECORD_TEXTS = ("instruction", "input", "output_1", "output_2")
-"""Columns of preference records that hold texts of the data."""
+"""Columns of preference records that hold texts from the data."""
 _RECORD = {
-    "record_id": Column(_STRING, "names the record"),
-    "prompt_id": Column(_STRING, "names the prompt; a prompt may give several records"),
+    "record_id": Column(_STRING, "id of the record"),
+    "prompt_id": Column(_STRING, "id of the prompt; several records may have the same prompt"),
     "source": _PROMPT["source"],
     "instruction": _PROMPT["instruction"],
     "input": _PROMPT["input"],
-    "output_1": Column(_STRING, "one of two outputs, in an order drawn at random"),
-    "output_2": Column(_STRING, "the other one of the two outputs"),
+    "output_1": Column(_STRING, "one of the two outputs, in random order"),
+    "output_2": Column(_STRING, "the other output"),
     "preference": Column(pl.Int8(), "which output is better, 1 or 2"),
-    "dimensions": Column(pl.List(_STRING), "names of the principles shown; empty where none is"),
+    "dimensions": Column(pl.List(_STRING), "names of the principles shown; empty if none is"),
     "negated": Column(pl.List(_BOOL), "for each principle shown, whether it is shown negated"),
     "definitions": Column(
-        pl.List(_STRING), "for each principle shown, its text as shown: the negative definition where it is negated"
+        pl.List(_STRING), "for each principle shown, the text shown: its negative definition if it is negated"
     ),
     "scores": Column(
-        pl.List(_REAL), "for each principle shown, its score, negated as the principle is; above 0 it favours output_1"
+        pl.List(_REAL),
+        "for each principle shown, its score, negated if the principle is; a score above 0 favours output_1",
     ),
     "deciding": Column(
-        _STRING, "name of the principle that decided; null where a rule, the sum of all or a person did", nullable=True
+        _STRING, "name of the principle that decided; null if a rule, the sum of all or a person did", nullable=True
     ),
-    "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null where none did", nullable=True),
+    "rule": Column(_STRING, "the rule that decided, `refusal` or `language`; null if none did", nullable=True),
     "flipped": Column(_BOOL, "whether label noise reversed the preference"),
     "swapped": Column(_BOOL, "whether output_1 is response1; null if imported", nullable=True),
     "instruction_language": Column(
@@ -235,7 +240,7 @@ _READ_PAIRS = "pmp_data.sources reads data sets and files of pairs"
 
 
 def _records(name: str, files: str, meaning: str, columns: Sequence[str], reader: str, **more: str) -> Table:
-    """A table of preference records; `more` says what some columns mean in this one."""
+    """A table of preference records; `more` has the meanings of columns that are special to it."""
     own = {column: replace(_RECORD[column], meaning=more.get(column, _RECORD[column].meaning)) for column in columns}
     return Table(name, files, meaning, ("record_id",), own, reader)
 
@@ -243,15 +248,14 @@ def _records(name: str, files: str, meaning: str, columns: Sequence[str], reader
 PREFERENCE_RECORDS = _records(
     "preference records",
     "reward_data/*.parquet",
-    "A view, not a file of its own: what the training of a reward model reads of a preference record, in either of the "
-    "next two tables.",
+    "A view, not a separate file: the columns of the next two tables that the training of a reward model reads.",
     ("record_id", "prompt_id", *RECORD_TEXTS, "preference", "definitions", "dimensions", "negated", "deciding"),
     f"{_READ_RECORDS}, and {_READ_PAIRS}",
 )
 PMP_RECORDS = _records(
     "PMP records",
     "reward_data/pmp.parquet",
-    "One pair of answers of which a person preferred one, shuffled; no principle is shown.",
+    "One pair of answers per row, of which a person preferred one, in random order; no principle is shown.",
     (
         "record_id",
         "prompt_id",
@@ -265,7 +269,7 @@ PMP_RECORDS = _records(
     ),
     _READ_PAIRS,
     record_id="hash of source, query and outputs",
-    prompt_id="hash of source and of where the dialogue begins, which several records may share",
+    prompt_id="hash of source and beginning of the dialogue, which several records may share",
     instruction="the query: a post, or a dialogue up to the answer",
     input="always empty",
     preference="which output the person preferred, 1 or 2",
@@ -278,17 +282,17 @@ EVALUATION_PAIRS = replace(
     PMP_RECORDS,
     name="evaluation pairs",
     files="evaluation/pairs.parquet",
-    meaning="One pair of answers of which a person preferred one, that reward models are held against; as PMP records.",
+    meaning="One pair of answers per row, of which a person preferred one, to test reward models on; like PMP records.",
     columns={
         **PMP_RECORDS.columns,
-        "subset": Column(_STRING, "part of the source, as RewardBench names its own; null where there is none", True),
+        "subset": Column(_STRING, "part of the source, if it has parts, as RewardBench does; else null", True),
     },
-    reader="no key reads such a table, which `snakemake evaluation` makes",
+    reader="`snakemake evaluation` makes this table, and no key reads one",
 )
 PRINCIPLE_RECORDS = _records(
     "principle records",
     "reward_data/principle_preferences.parquet",
-    "One pair of responses with the principles drawn for it, ordered by prompt_id and pass.",
+    "One pair of responses per row with the principles drawn for it, ordered by prompt_id and pass.",
     (
         *("record_id", "prompt_id", *RECORD_TEXTS, "preference", "dimensions", "negated", "definitions", "scores"),
         *("deciding", "rule", "flipped", "swapped", "instruction_language", "output_1_language", "output_2_language"),
@@ -296,7 +300,7 @@ PRINCIPLE_RECORDS = _records(
     _READ_RECORDS,
     record_id="prompt_id and number of the pass, as in `PROMPT_ID-0`",
     preference="which output is better, 1 or 2, after rules and label noise",
-    deciding="name of the principle that decided; null where a rule or the sum of all did",
+    deciding="name of the principle that decided; null if a rule or the sum of all did",
 )
 
 TABLES = (
@@ -315,25 +319,23 @@ TABLES = (
 )
 
 
-MEND = "correct it, or move it away and let it be built again"
-"""What to do about a file that may be somebody's own."""
+MEND = "correct it, or move it away and build it again"
+"""Advice about a damaged file that may be the user's own."""
 # How files of other formats begin.
 _BEGINNINGS = {b"{": "JSON", b"[": "JSON", b"\x1f\x8b": "packed with gzip", b"PK": "a zip archive", b"\x80": "a pickle"}
 
 
 def _rebuild(error: BaseException) -> str:
-    """What to do about a file that cannot be read."""
+    """Advice about a file that cannot be read."""
     missing = isinstance(error, FileNotFoundError)
-    return (
-        "build it first, or correct its name" if missing else "copy it again, or move it away and let it be built again"
-    )
+    return "build it first, or correct its name" if missing else "copy it again, or move it away and build it again"
 
 
 def _check_format(path: Path, table: Table) -> None:
-    """Refuse a file that is no Parquet: it says what it is, what is expected, and which key reads it.
+    """Refuse a file that is not Parquet.
 
     Raises:
-        UserError: naming them.
+        UserError: with the format found, the table expected, and the key of the configuration that reads it.
     """
     if not path.is_file():
         return
@@ -344,26 +346,26 @@ def _check_format(path: Path, table: Table) -> None:
             (what for begin, what in _BEGINNINGS.items() if start.lstrip().startswith(begin)), "something else"
         )
         raise UserError(
-            f"{path} cannot be read: it is {found if start else 'empty'}, and a table of {table.name} is expected, in "
-            f"Parquet ({table.files}); name the right file. {table.reader}"
+            f"{path} cannot be read: it is {found if start else 'empty'}, but a table of {table.name} in Parquet is "
+            f"expected ({table.files}); name the right file. {table.reader}"
         )
 
 
 def reading_table(where: object) -> AbstractContextManager[None]:
-    """What is raised in this block is about this table; see `border.reading`."""
+    """Turn what is raised in this block into an error about this table; see `border.reading`."""
     return reading(where, _rebuild)
 
 
 def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.LazyFrame:
-    """Open a Parquet file of ours, checking that it is whole and has the columns it must have, of their types.
+    """Open a Parquet file of the workflow and check that it is complete and has the required columns and types.
 
     Args:
-        path: of the file.
-        table: what it should be.
-        columns: those that are wanted; None for all. Others may be there too, and are left out.
+        path: path of the file.
+        table: the table that it should be.
+        columns: columns to read; None for all. Further columns are ignored.
 
     Raises:
-        UserError: naming the file and what is missing or of another type.
+        UserError: naming the file and the columns that are missing or have a different type.
     """
     _check_format(path, table)
     wanted = table.select(*(columns or table.columns))
@@ -371,10 +373,10 @@ def read(path: Path, table: Table, columns: Sequence[str] | None = None) -> pl.L
     wrong = [f"{name} ({kind}, found {schema.get(name)})" for name, kind in wanted.items() if schema.get(name) != kind]
     if wrong:
         raise UserError(
-            f"{path} lacks columns: {', '.join(wrong)}; as a table of {table.name} it needs them: name the right file. "
+            f"{path} lacks columns: {', '.join(wrong)}, which a table of {table.name} needs; name the right file. "
             f"{table.reader}"
         )
-    # Without the statistics that a file keeps of its columns, which could hide rows, and damage.
+    # A file's column statistics are not used, because wrong ones could hide rows and damage.
     return pl.scan_parquet(path, glob=False, use_statistics=False).select(list(wanted))
 
 
@@ -382,17 +384,17 @@ def schema_of(path: Path) -> pl.Schema:
     """The columns of a Parquet file.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     with reading_table(path):
         return pl.scan_parquet(path, glob=False).collect_schema()
 
 
 def number_of_rows(path: Path) -> int:
-    """Rows of a Parquet file, as it says itself.
+    """Number of rows of a Parquet file, from its metadata.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     with reading_table(path):
         rows: int = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
@@ -400,10 +402,10 @@ def number_of_rows(path: Path) -> int:
 
 
 def check_written(path: Path, table: Table) -> None:
-    """Refuse a file of ours that is not the table it should be: a column forgotten, of another type, or null.
+    """Refuse an output that is not the table it should be: a column is missing, has another type, or has nulls.
 
     Raises:
-        RuntimeError: naming the columns; a mistake in the program, which polars fills with nulls in silence.
+        RuntimeError: naming the columns. This is a bug in the program, which polars hides by filling in nulls.
     """
     schema = schema_of(path)
     if dict(schema) != table.schema:
@@ -415,11 +417,11 @@ def check_written(path: Path, table: Table) -> None:
 
 
 def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
-    """Read all rows once, and refuse nulls where the table has none, numbers that are none, and two rows of one key.
+    """Read all rows once and refuse nulls where none may be, numbers that are not finite, and repeated keys.
 
     Args:
-        rows: some or all columns of the table, those of its key among them.
-        table: what they are rows of.
+        rows: some or all columns of the table, including its key.
+        table: the table that the rows belong to.
         where: the file, for messages.
 
     Raises:
@@ -434,7 +436,7 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
     numbers = [name for name in names if _element(table, name).is_float()]
     flaws |= {(too_large, name): _holds(name, table, _no_number) for name in numbers}
     with reading_table(where):
-        # Every column is read to its end, whatever is looked for in it: damage shows here, and not later.
+        # Every column is read to its end, so that damage shows here and not later.
         every = pl.all().null_count().name.suffix(" ")
         counts = rows.select(every, *(flaw.sum().alias(" ".join(at)) for at, flaw in flaws.items()))
         found = counts.collect(engine="streaming").row(0, named=True)
@@ -453,13 +455,13 @@ def check_rows(rows: pl.LazyFrame, table: Table, where: object) -> None:
 
 
 def _element(table: Table, name: str) -> pl.DataType:
-    """Type of a column, or of what its lists hold."""
+    """Type of a column, or of the elements of its lists."""
     kind = table.columns[name].type
     return kind.inner if isinstance(kind, pl.List) else kind  # type: ignore[return-value]
 
 
 def _holds(name: str, table: Table, flaw: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
-    """Whether a column has a flaw, itself or in its lists."""
+    """Whether a column or its lists have a flaw."""
     column = pl.col(name)
     if isinstance(table.columns[name].type, pl.List):
         inside = column.list.eval(flaw(pl.element())).list.any().fill_null(False)
@@ -468,5 +470,5 @@ def _holds(name: str, table: Table, flaw: Callable[[pl.Expr], pl.Expr]) -> pl.Ex
 
 
 def _no_number(value: pl.Expr) -> pl.Expr:
-    """Whether a number is none that can be computed with."""
+    """Whether a number is unusable: not finite, or too large."""
     return ~(value.is_finite() & (value.abs() <= LARGEST))

@@ -1,7 +1,7 @@
-"""Which artifacts are what the configuration says: manifests against settings, inputs, rows and the code's commit.
+"""Check artifacts against the configuration: compare manifests with settings, inputs, rows and the code's commit.
 
-Snakemake forgets why something was built when results are moved, shared with another checkout, or lose their
-`.snakemake` folder. Manifests go where the results go.
+Snakemake loses the record of why an artifact was built when results are moved, shared with another checkout, or
+separated from their `.snakemake` folder. Manifests stay with the results.
 """
 
 import itertools
@@ -81,7 +81,7 @@ IMPORTS: dict[Name, str] = {
     "reward_data": "import_records",
     "reward_model": "import_authors",
 }
-"""The same where it was made elsewhere."""
+"""Imported artifact -> the rule that imports it."""
 NOT_SET = object()
 
 
@@ -90,11 +90,11 @@ class Artifact:
     """A file or folder that a rule makes.
 
     Attributes:
-        path: where it is.
-        rule: which makes it.
-        origin: what decides it; None where that is not in the configuration.
-        whole: of a shard, the table that it is a part of.
-        checked: the part of `check_model` that comes before it, or before its shards.
+        path: path of the artifact.
+        rule: rule that makes it.
+        origin: what decides it; None if that is not in the configuration.
+        whole: for a shard, the table that it is part of.
+        checked: the part of `check_model` that must pass before it or before its shards.
     """
 
     path: str
@@ -105,19 +105,19 @@ class Artifact:
 
     @property
     def manifest(self) -> Path:
-        """Its manifest."""
+        """Path of its manifest."""
         return artifacts.manifest_path(Path(self.path))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what was found.
+    """One line of the report.
 
     Attributes:
-        kind: `stale`: not what the configuration says; `follows`: made of something stale; `missing`: wanted by the
-            targets and not built; `note`: worth knowing.
-        path: of the artifact.
-        text: what is wrong, empty where the kind says it.
+        kind: `stale`: differs from the configuration; `follows`: made from something stale; `missing`: needed by the
+            targets but not built; `note`: for information.
+        path: path of the artifact.
+        text: what is wrong; empty if the kind says it.
     """
 
     kind: Literal["stale", "follows", "missing", "note"]
@@ -130,7 +130,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What was found, in the order in which things are built."""
+    """All findings, in the order in which artifacts are built."""
 
     findings: list[Finding] = field(default_factory=list)
     stale: list[Artifact] = field(default_factory=list)
@@ -138,16 +138,16 @@ class Report:
 
     @property
     def forcerun(self) -> list[str]:
-        """What Snakemake has to be told to rebuild; what follows from it, it finds itself."""
+        """Artifacts and rules for Snakemake's --forcerun; Snakemake itself finds what depends on them."""
         # All files of the demo's data come from one job.
         return [one.rule if one.rule == "make_demo_data" else one.path for one in self.stale]
 
 
 def inventory(runs: Mapping[str, Config]) -> dict[str, Artifact]:
-    """All artifacts of a configuration by their paths, what others are made of before them.
+    """All artifacts of a configuration by path, each after the artifacts that it is made from.
 
     Args:
-        runs: as `configuration.load` has them.
+        runs: runs as `configuration.load` returns them.
     """
     return {one.path: one for one in _inventory(runs)}
 
@@ -197,7 +197,7 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
 
 
 def _shards(table: Artifact, origin: Callable[[int], Origin]) -> Iterator[Artifact]:
-    """The shards of a table that are there."""
+    """The shards of a table that exist."""
     folder = Path(table.path).with_suffix(".shards")
     rule = "judge_preferences" if table.rule == "gather_preferences" else "sample_responses"
     for number in sorted(int(file.stem) for file in folder.glob("*.parquet") if file.stem.isdigit()):
@@ -211,17 +211,17 @@ def _source_paths(config: Config) -> Iterator[str]:
 
 
 def verify(runs: Mapping[str, Config], only: Callable[[str], bool] = lambda path: True) -> Report:
-    """Hold every artifact that is there against the configuration.
+    """Compare every existing artifact with the configuration.
 
     Args:
-        runs: as `configuration.load` has them.
-        only: whether to look at the artifact of a path.
+        runs: runs as `configuration.load` returns them.
+        only: whether to check the artifact with a given path.
     """
     known = inventory(runs)
     made_from = {path: _made_from(artifact, known) for path, artifact in known.items()}
     wanted = _wanted(runs, known, made_from)
     report, verifier = Report(), _Verifier(known)
-    behind: dict[str, str] = {}  # artifact that is stale or follows -> the first stale one before it
+    behind: dict[str, str] = {}  # artifact that is stale or follows -> the first stale artifact before it
     commits: dict[str, list[str]] = defaultdict(list)
     for path, artifact in known.items():
         if not only(path):
@@ -248,19 +248,19 @@ def verify(runs: Mapping[str, Config], only: Callable[[str], bool] = lambda path
         if here and commit != here:
             shown = paths[0] if len(paths) == 1 else f"{len(paths)} artifacts ({paths[0]}, …)"
             report.findings.append(
-                Finding("note", shown, f"made by commit {_short(commit)}, the checkout is at {_short(here)}")
+                Finding("note", shown, f"made by commit {_short(commit)}, but the checkout is at {_short(here)}")
             )
     return report
 
 
 def _made_from(artifact: Artifact, known: Mapping[str, Artifact]) -> list[str]:
-    """The artifacts that one is made from, itself or a file in it named as an input."""
+    """The artifacts that an artifact is made from: an input is such an artifact or a file in one."""
     names = [one.name for one in artifact.origin.inputs] if artifact.origin else []
     return [path for name in names for path in (name, str(Path(name).parent)) if path in known]
 
 
 def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from: Mapping[str, list[str]]) -> set[str]:
-    """What the configuration's targets consist of; shards only where their table is not there."""
+    """Paths that the configuration's targets need; shards only if their table does not exist."""
     left = [path for target in runs["default"].targets for path in Plan(runs).target_paths(target)]
     wanted: set[str] = set()
     while left:
@@ -273,7 +273,7 @@ def _wanted(runs: Mapping[str, Config], known: Mapping[str, Artifact], made_from
 
 
 class _Verifier:
-    """Looks at artifacts, and hashes each input once.
+    """Checks artifacts and hashes each input once.
 
     Args:
         known: paths of all artifacts of the configuration.
@@ -284,7 +284,7 @@ class _Verifier:
         self.identities: dict[Input, str | None] = {}
 
     def look(self, artifact: Artifact) -> tuple[list[str], str | None]:
-        """Reasons why an artifact is stale, and the commit that made it."""
+        """The reasons why an artifact is stale, and the commit that made it."""
         try:
             manifest = _read(artifact.manifest)
             reasons = [*self._differences(artifact, manifest), *_rows(artifact, manifest["counts"])]
@@ -297,16 +297,16 @@ class _Verifier:
         if origin is None:
             return
         recorded: dict[str, str] = dict(manifest["inputs"])
-        inputs = {short_name(one.name): one for one in origin.inputs}  # as manifests call them
+        inputs = {short_name(one.name): one for one in origin.inputs}  # by their names in manifests
         named: set[str] = set()  # in settings that have changed
         old, new = origin.values(manifest["settings"]), origin.values()
         for key in {**new, **old}:
             if key in OF_ONE_SHARD and artifact.whole and Path(artifact.whole).exists():
-                continue  # the table is there, and does not depend on it
+                continue  # the table exists and does not depend on it
             then, now = old.get(key, NOT_SET), new.get(key, NOT_SET)
             if then == now or (then is NOT_SET and (_is_default(key, now) or _unrecorded(key, origin))):
                 continue
-            if now is NOT_SET and then is None:  # where there is a section now
+            if now is NOT_SET and then is None:  # now a section is there instead
                 continue
             if self._same_files(then, now, recorded, inputs):
                 continue
@@ -317,7 +317,7 @@ class _Verifier:
             yield f"inputs changed ({', '.join(changed)})"
 
     def _same_files(self, then: Any, now: Any, recorded: Mapping[str, str], inputs: Mapping[str, Input]) -> bool:
-        """Whether two settings name files of the same contents, which have only been moved."""
+        """Whether two settings name files with the same contents, which have only been moved."""
         old, new = list(_names(then)), list(_names(now))
         return len(old) == len(new) > 0 and all(
             one == other
@@ -333,7 +333,7 @@ class _Verifier:
     def _changed(
         self, artifact: Artifact, recorded: dict[str, str], inputs: Mapping[str, Input], origin: Origin
     ) -> Iterator[str]:
-        """Names of inputs that are not the recorded ones. What is not there any more cannot be compared."""
+        """Names of inputs that differ from the recorded ones; inputs that no longer exist cannot be compared."""
         folder = Path(artifact.path).with_suffix(".shards")
         left = dict(recorded)
         elsewhere: list[Input] = []
@@ -342,7 +342,7 @@ class _Verifier:
                 elsewhere.append(one)
             elif self._identity(one) not in (left.pop(name), None):
                 yield name
-        for one in elsewhere:  # recorded by other names, where the results have been moved
+        for one in elsewhere:  # recorded under other names, if the results have been moved
             identity = self._identity(one)
             same = (name for name in left if left[name] == identity and HASH.fullmatch(left[name]))
             tail = Path(one.name).parts[-2:]
@@ -356,14 +356,15 @@ class _Verifier:
         yield from (name for name in left if Path(name).parent.name != folder.name)
 
     def _is_another(self, recorded: str, name: str) -> bool:
-        """Whether a recorded name fits another artifact of the configuration better than one that is not there.
+        """Whether a recorded name fits another artifact of the configuration better than a missing one.
 
-        Then that one is not the recorded one moved, but a run's own, which the settings have made necessary.
+        If so, the missing artifact is not the recorded one at a new place. It is a run's own artifact, which changed
+        settings require.
         """
         return any(_shared_end(recorded, path) > _shared_end(recorded, name) for path in self.known)
 
     def _identity(self, one: Input) -> str | None:
-        """Identity of an input; None where it is not there."""
+        """Identity of an input; None if it does not exist."""
         if one not in self.identities:
             there = Path(one.name).expanduser().exists() or not is_local(one.name)
             self.identities[one] = one.identity() if there else None
@@ -380,7 +381,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A manifest.
 
     Raises:
-        UserError: where there is none, or it cannot be read.
+        UserError: if there is none, or it cannot be read.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -393,20 +394,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[str]:
-    """A table with other rows than its manifest counts."""
+    """Report a table whose number of rows differs from its manifest."""
     path = Path(artifact.path)
     if path.suffix == ".parquet":
         rows, counted = tables.number_of_rows(path), set(rows_counted(counts).values())
         if counted != {rows}:
-            yield f"{rows} rows, its manifest counts {', '.join(map(str, counted)) or 'none'}"
+            yield f"{rows} rows, but its manifest counts {', '.join(map(str, counted)) or 'none'}"
 
 
 FORMER: dict[str, Any] = {"ppo.cut_markers": [], "cut_at": None}
-"""Settings whose default, if they have one, is not what was done before there were any -> what was done."""
+"""Settings whose default differs from the behaviour before they existed -> the value for that behaviour."""
 
 
 def _is_default(key: str, value: Any) -> bool:
-    """Whether a setting that an older manifest does not have has the value that does what was done before."""
+    """Whether a setting that an older manifest lacks has the value that keeps the earlier behaviour."""
     if key in FORMER:
         return bool(FORMER[key] == value)
     found = field_of(key)
@@ -418,19 +419,19 @@ def _plain(value: Any) -> Any:
 
 
 def _unrecorded(key: str, origin: Origin) -> bool:
-    """Whether a setting is one that older manifests do not have."""
+    """Whether a setting is one that older manifests lack."""
     names = [origin.keys.get(name, name) for name in origin.unrecorded]
     return any(key.startswith(f"{name}.") for name in names)
 
 
 def _short(commit: str) -> str:
-    """A commit as people read it, with its `-dirty`."""
+    """A short commit hash, with its `-dirty` if it has one."""
     name, _, dirty = commit.partition("-")
     return f"{name[:10]}-{dirty}" if dirty else name[:10]
 
 
 def _names(value: Any) -> Iterator[str]:
-    """Texts in a setting, which may name files."""
+    """Strings in a setting, which may name files."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -438,6 +439,6 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value in a line."""
+    """A value in one line."""
     text = "not set" if value is NOT_SET else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return repr(text) if "\n" in text else text if len(text) <= 80 else f"{text[:77]}..."

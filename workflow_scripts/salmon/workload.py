@@ -1,7 +1,7 @@
-"""How much each stage computes: rows, tokens and passes, counted on the tables that are there.
+"""The work of each stage: rows, tokens and passes, counted on the tables that exist.
 
-Of a table that is not there yet, the section `plan` says how many rows it may have, and how long texts may be. The
-rest, such as splits, steps and passes, is worked out by the functions that the stages themselves call.
+For a table that does not exist yet, the section `plan` assumes the number of rows and the lengths of texts. Splits,
+steps and passes come from the functions that the stages themselves call.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,28 +26,28 @@ from salmon.tables import PROMPT_TOO_LONG, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
 from salmon.text import cut_at_markers, join_instruction
 
 SHOWN_STEPS = 16
-"""PPO steps on which lengths of reward texts and passes are counted; tokens of queries are counted on all."""
+"""Number of PPO steps on which reward texts and passes are counted; tokens of queries are counted on all steps."""
 
 OF_A_CHAT = 20
-"""Tokens that a chat template adds to an instruction, where there is no tokenizer to ask."""
+"""Tokens that a chat template is assumed to add to an instruction if no tokenizer is available."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes, all of its jobs together.
+    """The work of a stage, over all of its jobs.
 
     Attributes:
-        rows: prompts, pairs, records trained on (each as often as it is), or rollouts.
-        tokens: that the model reads, without padding, in one pass over all rows.
+        rows: number of prompts, pairs, rollouts, or training records (each counted as often as it is used).
+        tokens: tokens that the model reads, without padding, in one pass over all rows.
         answers: tokens that are sampled.
-        scored: tokens that the reward model reads, in RL.
-        length: of a text, on average, in tokens.
-        longest: of a text, at most.
-        prompt: of what is read before the first token is sampled, at most.
-        steps: of the optimiser's outer loop; 0 where nothing is trained.
-        passes: of a rank, over all rows, with gradients; or batches, where nothing is trained.
-        forward_passes: of a rank without gradients, of one model.
-        counted: whether rows and lengths are a table's; otherwise the configuration assumes them.
+        scored: tokens that the reward model reads in RL.
+        length: mean length of a text in tokens.
+        longest: largest length of a text in tokens.
+        prompt: largest number of tokens read before the first token is sampled.
+        steps: steps of the optimiser's outer loop; 0 if nothing is trained.
+        passes: a rank's passes with gradients over all rows; batches if nothing is trained.
+        forward_passes: a rank's passes of one model without gradients.
+        counted: whether rows and lengths come from a table rather than from assumptions.
     """
 
     rows: int
@@ -65,12 +65,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Counter:
-    """Counts the stages of one run.
+    """Counts the work of one run's stages.
 
     Attributes:
-        config: of the run.
-        assumed: section `plan`.
-        tokenizer: of the models; None where it is not at hand: then a token is assumed to have four characters.
+        config: configuration of the run.
+        assumed: the section `plan`.
+        tokenizer: tokenizer of the models; without one (None), a token is assumed to have four characters.
     """
 
     config: Config
@@ -78,13 +78,13 @@ class Counter:
     tokenizer: PreTrainedTokenizerBase | None
 
     def sampling(self, prompts: Path, responses: Path, before: Path, batch_size: int) -> Work:
-        """Responses to prompts.
+        """Work of sampling responses to prompts.
 
         Args:
-            prompts: table, which need not be there.
-            responses: likewise; where it is, its lengths are those.
-            before: of another sampling, whose mean length is taken where there are no responses yet.
-            batch_size: rows at a time of all ranks of all jobs.
+            prompts: table of prompts, which need not exist.
+            responses: table of responses, which need not exist; if it does, its lengths are used.
+            before: table of an earlier sampling, whose mean length is used if there are no responses yet.
+            batch_size: rows at a time, over all ranks of all jobs.
         """
         prompt, settings = self.config.policy_prompt, self.config.sampling
         lengths, counted = self._queries(prompts, prompt, "prompts")
@@ -107,12 +107,12 @@ class Counter:
         )
 
     def judging(self, prompts: Path, responses: tuple[Path, Path], batch_size: int) -> Work:
-        """Both orders of each pair of responses under each principle, what they have in common computed once.
+        """Work of judging both orders of each pair under each principle; common prefixes are computed once.
 
         Args:
-            prompts: table, for the number of pairs where there are no responses yet.
-            responses: both tables, which need not be there.
-            batch_size: pairs at a time of all ranks of all jobs.
+            prompts: table of prompts, which gives the number of pairs if there are no responses yet.
+            responses: both tables of responses, which need not exist.
+            batch_size: pairs at a time, over all ranks of all jobs.
         """
         settings = self.config.judge
         principles = read_judged(settings.principles)
@@ -148,7 +148,7 @@ class Counter:
         )
 
     def sft(self, examples: Path, budget: int, ranks: int) -> Work:
-        """Instructions with answers."""
+        """Work of SFT on instructions with answers."""
         settings = self.config.sft
         if examples.is_file() and self.tokenizer:
             columns = ("example_id", "prompt_id", "instruction", "input", "output", "is_whole")
@@ -166,15 +166,15 @@ class Counter:
         return _trained(settings, rows, lengths, lengths, sft.NAME, budget, ranks, counted)
 
     def reward(self, records: Path, stage: str, responses: Path, judged: int, budget: int, ranks: int) -> Work:
-        """The reward model's training or pre-training.
+        """Work of training or pre-training the reward model.
 
         Args:
-            records: table, which need not be there.
+            records: table of records, which need not exist.
             stage: `pmp` or `reward_model`.
-            responses: likewise, for the lengths of outputs where there are no records.
-            judged: pairs that are judged, of which the records are made.
+            responses: table of responses, which need not exist; it gives the lengths of outputs without records.
+            judged: number of judged pairs, from which the records are made.
             budget: tokens per pass.
-            ranks: of the job.
+            ranks: number of ranks of the job.
         """
         settings: RewardTraining = getattr(self.config, stage)
         if records.is_file() and self.tokenizer:
@@ -201,18 +201,18 @@ class Counter:
         return _trained(settings, rows, sums, rectangles, reward_model.NAME, budget, ranks, counted, texts=2)
 
     def rl(self, prompts: Path, responses: Path, budget: int, forward_budget: int, ranks: int) -> Work:
-        """PPO: rollouts, their measuring, scoring and updating.
+        """Work of PPO: sampling, measuring and scoring rollouts, and updating the models.
 
         Args:
-            prompts: table of RL prompts, which need not be there.
-            responses: of the initial policy; where it is there, rollouts are taken to be as long as these.
+            prompts: table of RL prompts, which need not exist.
+            responses: the initial policy's responses; if they exist, rollouts are assumed to have their mean length.
             budget: tokens per pass with gradients.
-            forward_budget: without.
-            ranks: of the job.
+            forward_budget: tokens per pass without gradients.
+            ranks: number of ranks of the job.
         """
         settings, prompt = self.config.ppo, self.config.policy_prompt
         lengths, counted = self._queries(prompts, prompt, "rl_prompts")
-        if not counted:  # prompts that are used are short enough
+        if not counted:  # longer prompts would not be used
             lengths = [min(length, settings.query_length) for length in lengths]
         fits = [row for row, length in enumerate(lengths) if length <= settings.query_length]
         table = checked.read(prompts, RL_PROMPTS).collect()[fits] if counted else None
@@ -252,7 +252,7 @@ class Counter:
         )
 
     def _scored(self, table: pl.DataFrame | None, step: int, prompts: int, answer: int) -> list[int]:
-        """Tokens of the reward texts of a step, with responses of `answer` tokens."""
+        """Tokens of each reward text of a step, for responses of `answer` tokens."""
         settings = self.config.ppo
         answer = min(answer, settings.reward_response_length)
         rows = ppo.rows_of_step(step, prompts, settings)
@@ -282,7 +282,7 @@ class Counter:
         return [min(len(text) + answer, settings.reward_max_length) for text in texts]
 
     def _answer(self, *responses: Path) -> tuple[int, bool]:
-        """Tokens of a response, by the first table that is there and says it; and whether one does."""
+        """Mean tokens of a response from the first table that has them, and whether there is such a table."""
         for path in filter(Path.is_file, responses):
             found = checked.read(path, RESPONSES).select("response_tokens").collect()["response_tokens"].drop_nulls()
             if len(found):
@@ -290,7 +290,7 @@ class Counter:
         return self.assumed.response_tokens, False
 
     def _pairs(self, first: Path, second: Path) -> Iterator[Pair]:
-        """The pairs that are judged."""
+        """The pairs to judge."""
         settings, columns = self.config.judge, ("prompt_id", "response", "finish_reason")
         one, other = checked.read(first, RESPONSES), checked.read(second, RESPONSES).select(columns)
         for row in one.join(other, on="prompt_id", suffix="_1").collect().iter_rows(named=True):
@@ -300,7 +300,7 @@ class Counter:
                 yield Pair(row["prompt_id"], join_instruction(row["instruction"], row["input"]), *outputs)
 
     def _queries(self, prompts: Path, prompt: PolicyPrompt, name: TableName) -> tuple[list[int], bool]:
-        """Tokens of each prompt as the policy reads it; and whether they were counted."""
+        """Tokens of each prompt as the policy reads it, and whether they were counted."""
         if not (prompts.is_file() and self.tokenizer):
             each = self._shared(prompt) + self.assumed.instruction_tokens
             return [each] * self._rows(prompts, name)[0], False
@@ -313,35 +313,35 @@ class Counter:
         return lengths, True
 
     def _rows(self, table: Path, name: TableName) -> tuple[int, bool]:
-        """Rows of a table, or those that are assumed."""
+        """Number of rows of a table, counted or assumed, and whether it was counted."""
         if not table.is_file():
             return self.assumed.rows[name], False
         return int(pl.scan_parquet(table).select(pl.len()).collect().item()), True
 
     def _shared(self, prompt: PolicyPrompt) -> int:
-        """Tokens that all prompts of the policy begin with."""
+        """Number of tokens at the beginning that all prompts of the policy share."""
         if self.tokenizer:
             return shared_tokens(self.tokenizer, prompt, read_preamble(prompt))
         return OF_A_CHAT if prompt.is_chat else self._count(read_preamble(prompt))
 
     def _principle(self) -> int:
-        """Tokens of a principle's sentence."""
+        """Mean tokens of a principle's definition."""
         sentences = [principle.definition for principle in read_judged(self.config.judge.principles)]
         return round(fmean(map(self._count, sentences)))
 
     def _count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Number of tokens of a text."""
         return len(tokenize(self.tokenizer, [text])[0]) if self.tokenizer else -(-len(text) // 4)
 
 
 def packed(prompts: Sequence[list[int]]) -> int:
-    """Tokens of prompts that begin alike, the beginning counted once (`margins`)."""
+    """Tokens of prompts with a common beginning, which is counted once (`margins`)."""
     head = common_prefix(prompts)
     return head + sum(len(prompt) - head for prompt in prompts)
 
 
 def _made_up(rows: int) -> pl.DataFrame:
-    """Rows of nothing but an id."""
+    """Rows that have only an id."""
     return pl.DataFrame({"prompt_id": [str(row) for row in range(rows)]}, schema={"prompt_id": pl.String()})
 
 
@@ -356,21 +356,21 @@ def _trained(
     counted: bool,
     texts: int = 1,
 ) -> Work:
-    """What a training computes: the split, the order and the passes are those of `training`.
+    """Work of a training stage, with the split, order and passes of `training`.
 
     Args:
-        settings: of the stage.
-        rows: `prompt_id` of each.
-        lengths: tokens of each, without padding.
-        rectangles: with.
-        name: of the draws.
+        settings: settings of the stage.
+        rows: `prompt_id` of each row.
+        lengths: tokens of each row, without padding.
+        rectangles: tokens of each row, with padding.
+        name: name of the random draws.
         budget: tokens per pass.
-        ranks: of the job.
-        counted: whether the lengths are a table's.
-        texts: of a row.
+        ranks: number of ranks of the job.
+        counted: whether the lengths come from a table.
+        texts: number of texts per row.
     """
     if settings.batch_size % ranks:
-        raise UserError(f"a batch_size of {settings.batch_size} is not a multiple of the {ranks} processes that train")
+        raise UserError(f"the batch_size {settings.batch_size} is not a multiple of the {ranks} training processes")
     train, held = training.split(rows.with_row_index("place"), settings.eval_examples, settings.seed, name)
     places = train["place"].to_list()
     order = training.training_order(len(places), settings.batch_size, settings.epochs, settings.seed, name)
@@ -378,7 +378,7 @@ def _trained(
     _, passes = training.micro_batches(order, padded, settings.batch_size, budget, ranks) if order else ([], 0)
     steps = len(order) // settings.batch_size
     if not steps:
-        raise UserError(f"{len(rows)} rows do not fill a step of {settings.batch_size}, beside those held out")
+        raise UserError(f"{len(rows)} rows, less those held out, do not fill one step of {settings.batch_size}")
     tokens = sum(lengths[places[row]] for row in order)
     held_tokens = sum(lengths[place] for place in held["place"])
     return Work(
