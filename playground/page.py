@@ -1,8 +1,8 @@
 """What the page of the playground does, and how it looks."""
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from playground import tables
 from playground.results import Policy
-from playground.workbench import Workbench
+from playground.workbench import Workbench, decode
 from salmon.border import reason
 from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
@@ -56,90 +56,131 @@ class Page:
         self.by_name = {one.dimension: one for one in self.found.principles}
 
     def ask(
-        self, instruction: str, chosen: list[str], temperature: float, seed: float | None, tokens: float
+        self, before: str, instruction: str, chosen: list[str], temperature: float, seed: float | None, tokens: float
     ) -> Iterator[list[Any]]:
-        """Sample the answers of the chosen policies one after another, as they grow."""
-        answers: list[Any] = ["" if name in chosen else gr.skip() for name in self.names]
-        try:
-            if not chosen:
-                raise UserError("Choose at least one policy.")
-            for place, name in enumerate(self.names):
-                if name not in chosen:
-                    continue
-                policy = self.bench.policies[name]
+        """Sample the answers of the chosen policies one after another, as they grow; `before` was asked last.
+
+        Yields:
+            What has been asked, and one answer for each policy.
+        """
+        # Answers to something else would be taken for answers to this.
+        kept = gr.skip() if instruction == before else ""
+        answers: list[Any] = ["" if name in chosen else kept for name in self.names]
+        failed: dict[str, str] = {}
+        for place, name in enumerate(self.names):
+            if name not in chosen:
+                continue
+            policy = self.bench.policies[name]
+            try:
                 for text in self.bench.answers(
                     policy, instruction, temperature=temperature, seed=int(seed or 0), max_tokens=int(tokens)
                 ):
                     answers[place] = text
-                    yield answers
-        except Exception as error:
-            raise gr.Error(sentence_of(error), print_exception=False) from None
+                    yield [instruction, *answers]
+                if not answers[place].strip():
+                    answers[place] = gr.update(value="", placeholder="(the answer is empty)")
+                    yield [instruction, *answers]
+            except Exception as error:
+                failed[name] = sentence_of(error)
+        if not chosen:
+            raise gr.Error("Choose at least one policy.", print_exception=False)
+        if failed:
+            same = len(failed) == len(chosen)
+            said = next(iter(failed.values())) if same else " ".join(f"{name}: {why}" for name, why in failed.items())
+            raise gr.Error(said, print_exception=False)
 
     def shown(self, ticked: list[str], negated: list[str], own: str) -> list[tuple[str, str]]:
         """The principles that are shown: label and sentence."""
         found = []
         for name in ticked:
             one = self.by_name[name]
-            reverse = name in negated
-            found.append(
-                (f"{name}, negated" if reverse else name, one.negative_definition if reverse else one.definition)
-            )
+            is_negated = name in negated
+            label, sentence = (f"{name}, negated", one.negative_definition) if is_negated else (name, one.definition)
+            found.append((label, sentence))
         return [*found, (OWN, own.strip())] if own.strip() else found
 
     def score(
         self, scorer_name: str, ticked: list[str], negated: list[str], own: str, instruction: str, *answers: str
     ) -> str:
-        """The table of rewards."""
-        scorer = self.bench.scorers[scorer_name]
-        given = {name: text for name, text in zip(self.names, answers, strict=True) if text}
+        """The table of rewards, or the sentence that says why there is none."""
+        try:
+            return self._score(scorer_name, self.shown(ticked, negated, own), instruction, self._given(answers))
+        except Exception as error:
+            return tables.note(sentence_of(error))
+
+    def _given(self, answers: Sequence[str | None]) -> dict[str, str]:
+        pairs = zip(self.names, answers, strict=True)
+        return {name: text for name, text in pairs if text and text.strip()}
+
+    def _score(self, name: str, shown: list[tuple[str, str]], instruction: str, given: dict[str, str]) -> str:
+        scorer = self.bench.scorers[name]
+        takes = self.bench.reads_principles(scorer)
         if not given:
             return tables.note(NOTHING_YET)
-        shown = self.shown(ticked, negated, own)
-        takes = self.bench.reads_principles(scorer)
         if takes and not shown:
             return tables.note("Tick a principle, or write one of your own.")
+        rows = [(label, sentence, [sentence]) for label, sentence in shown]
         if not takes:
             rows = [("whatever is ticked", "This reward model reads no principles.", list[str]())]
-        else:
-            rows = [(label, sentence, [sentence]) for label, sentence in shown]
-            if len(shown) > 1:
-                rows.insert(0, ("all of these together", "", [sentence for _, sentence in shown]))
-        rewards = self.bench.rewards(scorer, instruction, list(given.values()), [sentences for *_, sentences in rows])
-        return tables.scores(list(given), [(*row[:2], found) for row, found in zip(rows, rewards, strict=True)])
+        elif len(shown) > 1:
+            rows.insert(0, ("all of these together", "", [sentence for _, sentence in shown]))
+        rewards, cut = self.bench.rewards(
+            scorer, instruction, list(given.values()), [sentences for *_, sentences in rows]
+        )
+        table = tables.scores(list(given), [(*row[:2], found) for row, found in zip(rows, rewards, strict=True)])
+        long = ", ".join(answer for place, answer in enumerate(given) if place in cut)
+        return table + (
+            tables.note(f"Too long for the reward model, which read only the beginning: {long}.") if cut else ""
+        )
 
     def compare(
-        self, first: str, second: str, ticked: list[str], negated: list[str], own: str, instruction: str, *answers: str
-    ) -> str:
-        """What the judge says of two answers; and its prompts, folded."""
-        given = dict(zip(self.names, answers, strict=True))
-        if first == second or not (given.get(first) and given.get(second)):
+        self, first: str, second: str, own_name: str, ticked: list[str], negated: list[str], own: str, instruction: str,
+        *answers: str,
+    ) -> str:  # fmt: skip
+        """What the judge says of two answers; and its prompts, folded.
+
+        The judge is asked about a principle as it is, and its verdict about the negation is the opposite, as in the
+        workflow (`aggregate_preferences`).
+        """
+        given = self._given(answers)
+        if first == second or not (first in given and second in given):
             raise UserError("Choose two policies that have answered.")
-        shown = [
-            JudgedPrinciple(dimension=a, definition=b, negative_definition=b)
-            for a, b in self.shown(ticked, negated, own)
-        ]
-        if not shown:
+        asked = [self.by_name[name] for name in ticked]
+        if own.strip():
+            if not own_name.strip():
+                raise UserError(
+                    "Give your principle a name: an adjective or a short noun. The judge's prompt asks for the more … "
+                    "output."
+                )
+            asked.append(JudgedPrinciple(dimension=own_name.strip(), definition=own.strip(), negative_definition="-"))
+        if not asked:
             raise UserError("Tick a principle, or write one of your own: the judge goes by one at a time.")
-        verdicts, prompts = self.bench.judge(instruction, given[first], given[second], shown)
-        return tables.verdicts(first, second, verdicts) + tables.judge_prompts(verdicts, prompts)
+        verdicts, cut = self.bench.judge(instruction, given[first], given[second], asked)
+        verdicts = [
+            replace(one, dimension=f"{one.dimension}, negated", s12=-one.s12, s21=-one.s21)
+            if one.dimension in negated and one.dimension in ticked
+            else one
+            for one in verdicts
+        ]
+        note = tables.note("The answers are too long for the judge, which read only their beginnings.") if cut else ""
+        return tables.verdicts(first, second, verdicts) + note + tables.judge_prompts(verdicts)
 
     def texts(
         self, scorer_name: str, ticked: list[str], negated: list[str], own: str, instruction: str, *answers: str
     ) -> str:
         """The exact texts that policies and the reward model read."""
+        bench = self.bench
         parts = [
-            (f"What {name} continues", self.bench.tokenizers[name].decode(self.bench.prompt(policy, instruction)))
-            for name, policy in self.bench.policies.items()
+            (f"What {name} continues", decode(bench.tokenizers[name], bench.prompt(policy, instruction)))
+            for name, policy in bench.policies.items()
         ]
-        scorer = self.bench.scorers[scorer_name]
-        given = {name: text for name, text in zip(self.names, answers, strict=True) if text}
-        if given:
-            name, answer = next(iter(given.items()))
+        scorer = bench.scorers[scorer_name]
+        for name, answer in [*self._given(answers).items()][:1]:
             sentences = [sentence for _, sentence in self.shown(ticked, negated, own)]
-            [tokens] = self.bench.reward_texts(
-                scorer, instruction, [answer], [sentences if self.bench.reads_principles(scorer) else []]
-            )
-            parts.append((f"What {scorer_name} scores, for the answer of {name}", self.bench.tokenizer.decode(tokens)))
+            shown = sentences if bench.reads_principles(scorer) else []
+            [tokens], _ = bench.reward_texts(scorer, instruction, [answer], [shown])
+            text = decode(bench.scorer_tokenizers[scorer_name], tokens)
+            parts.append((f"What {scorer_name} scores, for the answer of {name}", text))
         return "\n\n".join(f"=== {title}\n{text}" for title, text in tables.merged(parts))
 
 
@@ -174,7 +215,7 @@ def build(bench: Workbench) -> gr.Blocks:
             "# SALMON playground\nAsk the policies, then tick principles: the reward model follows whatever it is "
             "shown, plain, negated, or in your own words. You can edit the answers; they are scored as they stand."
         )
-        for sentence in bench.results.left_out:
+        for sentence in bench.results.notes:
             gr.Markdown(f"*{sentence}*")
         parts = _parts(page)
         if bench.results.judge:
@@ -193,14 +234,18 @@ def _parts(page: Page) -> Parts:
     """Instruction, answers and rewards."""
     policies, dimensions = page.found.policies, [one.dimension for one in page.found.principles]
     longest = max(policy.ppo.response_length for policy in policies)
+    most = min(max(MOST, longest), page.bench.limit or MOST)
     with gr.Row():
         instruction = gr.Textbox(label="Instruction", lines=2, scale=5, elem_id="instruction")
-        ask = gr.Button("Ask", variant="primary", scale=1, elem_id="ask")
+        with gr.Column(scale=1, min_width=120):
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            stop = gr.Button("Stop", elem_id="stop")
+    before = gr.State("")
     with gr.Row():
         chosen = gr.CheckboxGroup(page.names, value=page.names, label="Policies", scale=4, elem_id="policies")
         temperature = gr.Slider(0, 1.5, value=policies[0].ppo.temperature, step=0.1, label="Temperature")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-        tokens = gr.Slider(1, max(MOST, longest), value=min(longest, MOST), step=1, label="Tokens at most")
+        tokens = gr.Slider(1, most, value=min(longest, most), step=1, label="Tokens at most")
     answers: list[gr.Textbox] = []
     for start in range(0, len(policies), A_ROW):
         with gr.Row():
@@ -220,7 +265,7 @@ def _parts(page: Page) -> Parts:
                     [*scorers], value=best or next(iter(scorers)), label="Reward model", elem_id="scorer"
                 ),
                 ticked=gr.CheckboxGroup(dimensions, label="Principles shown", elem_id="principles"),
-                negated=gr.CheckboxGroup([], label="Of these, negated", elem_id="negated"),
+                negated=gr.CheckboxGroup(dimensions, label="Of these, negated", elem_id="negated"),
                 own=gr.Textbox(label="A principle in your own words", placeholder="The output …", elem_id="own"),
                 scores=gr.HTML(render=False, elem_id="scores", value=tables.note(NOTHING_YET)),
             )
@@ -229,22 +274,16 @@ def _parts(page: Page) -> Parts:
     asked = gr.on(
         [ask.click, instruction.submit],
         page.ask,
-        [instruction, *parts.sampling],
-        answers,
+        [before, instruction, *parts.sampling],
+        [before, *answers],
         show_progress="minimal",
         **ALONE,
     )
-    score = spoken(page.score)
-    asked.then(score, parts.live, parts.scores, show_progress="minimal", **ALONE)
-    parts.ticked.change(
-        lambda names, before: gr.CheckboxGroup(choices=names, value=[name for name in before if name in names]),
-        [parts.ticked, parts.negated],
-        parts.negated,
-        show_progress="hidden",
-    )
-    changes = [parts.scorer.change, parts.ticked.change, parts.negated.change, parts.own.input]
+    stop.click(None, cancels=[asked])
+    asked.then(page.score, parts.live, parts.scores, show_progress="minimal", **ALONE)
+    changes = [parts.scorer.change, parts.ticked.change, parts.negated.change, parts.own.input, instruction.input]
     changes += [one.input for one in answers]
-    gr.on(changes, score, parts.live, parts.scores, show_progress="minimal", trigger_mode="always_last", **ALONE)
+    gr.on(changes, page.score, parts.live, parts.scores, show_progress="minimal", trigger_mode="always_last", **ALONE)
     return parts
 
 
@@ -254,9 +293,12 @@ def _judge(page: Page, parts: Parts) -> None:
     with gr.Row():
         first = gr.Dropdown(page.names, value=page.names[0], label="One answer", elem_id="first")
         second = gr.Dropdown(page.names, value=page.names[-1], label="The other", elem_id="second")
+        own_name = gr.Textbox(
+            label="Name of your own principle", placeholder="an adjective, such as concise", elem_id="own-name"
+        )
         compare = gr.Button("Ask the judge", elem_id="judge")
     verdicts = gr.HTML(elem_id="verdicts")
-    compare.click(spoken(page.compare), [first, second, *parts.live[1:]], verdicts, **ALONE)
+    compare.click(spoken(page.compare), [first, second, own_name, *parts.live[1:]], verdicts, **ALONE)
 
 
 def describe(policy: Policy) -> str:

@@ -1,27 +1,27 @@
 """What a folder of results holds for the playground: policies, reward models and the judge, as their manifests say."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from salmon import principles, shipped
+from salmon import artifacts, principles, shipped
 from salmon.border import read_json
-from salmon.config import Model, PolicyPrompt, Ppo, RewardTraining, Scored, Scoring
+from salmon.config import Model, PolicyPrompt, Ppo, Scored
 from salmon.errors import UserError, describe_errors
 from salmon.principles import JudgedPrinciple, WeightedPrinciple
 
 INITIAL = "initial policy"
 PRINCIPLES = "prompts/principles/judge.json"
-"""Principles that are offered where the results do not say which ones the judge had."""
+"""Principles that are offered if the results do not say which ones the judge had."""
 END = 10  # of so many parts of the steps, the last one is the end
-CURVES = ("score", "kl_sequence", "response_tokens")
 
 S = TypeVar("S", bound=BaseModel)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,11 @@ class Policy:
     """A policy, trained or initial.
 
     Attributes:
-        name: of the run, or `INITIAL`.
-        folder: of its adapter; None for an initial policy.
+        name: name of the run, or `INITIAL`.
+        folder: folder of its adapter; None for an initial policy.
         model: the initial policy.
+        reward_model: folder of the reward model that it was trained with, if it was found.
+        scoring: how that reward model reads its texts.
         principles: the principles that were shown to the reward model in RL.
         steps: metrics of each step of PPO, in order.
     """
@@ -41,8 +43,17 @@ class Policy:
     model: Model
     prompt: PolicyPrompt
     ppo: Ppo
-    principles: list[WeightedPrinciple]
-    steps: list[Mapping[str, float]]
+    reward_model: Path | None = None
+    scoring: Scored = field(default_factory=Scored)
+    principles: list[WeightedPrinciple] = field(default_factory=list)
+    steps: list[Mapping[str, float]] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> tuple[str, str | None] | None:
+        """Folder or hub id of its adapter, and the revision."""
+        if self.folder:
+            return str(self.folder), None
+        return (self.model.adapter, self.model.adapter_revision) if self.model.adapter else None
 
     def curve(self, key: str) -> tuple[float, float] | None:
         """A metric at the first step, and its mean over the last tenth of the steps."""
@@ -52,13 +63,22 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A reward model, and how its texts are made."""
+    """A reward model, and how its texts are made.
+
+    Attributes:
+        tokenizer: the model whose tokenizer is used.
+        max_length: in tokens; likewise `query_length` and `response_length`.
+    """
 
     name: str
     folder: Path
     model: Model
-    scoring: Scoring
-    settings: RewardTraining
+    tokenizer: Model
+    scoring: Scored
+    template: Path
+    max_length: int
+    query_length: int
+    response_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,75 +89,234 @@ class JudgeSettings:
     form: Scored
     template: Path
     max_length: int
+    turn_markers: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All of it, of one base model.
+    """Everything that is offered, on one base model.
 
     Attributes:
         policies: initial ones first.
-        left_out: why something in the folder is not offered, a sentence for each.
+        notes: what is not offered and why, and what has changed since; a sentence for each.
     """
 
     policies: list[Policy]
     scorers: list[Scorer]
     judge: JudgeSettings | None
     principles: list[JudgedPrinciple]
-    left_out: list[str]
+    notes: list[str]
 
 
-def read(folder: Path, principles_file: Path | None = None) -> Results:
+def read(folder: Path, principles_file: Path | None = None, run: str | None = None) -> Results:
     """Find what the playground offers.
 
     Args:
-        folder: of results, such as results/demo.
+        folder: results, such as results/demo.
         principles_file: JSON list of dimension, definition, negative_definition; without it, that of the judge.
+        run: run whose base model is used; without it, the base model with most policies.
 
     Raises:
-        UserError: where the folder holds no reward model, or a manifest cannot be read.
+        UserError: if the folder holds no policy or no reward model.
     """
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: `make demo` makes results/demo; name your results with --results"
         )
-    scorers = [_scorer(path, folder) for path in sorted(folder.glob("**/models/*/manifest.json")) if _has_head(path)]
-    trained = [_policy(path) for path in sorted(folder.glob("runs/*/policy/manifest.json"))]
-    if not scorers:
-        raise UserError(
-            f"{folder} holds no reward model (models/reward_model): build one first, such as with `snakemake --profile "
-            "… reward_model`"
-        )
-    judgements = sorted(folder.glob("**/preferences/preferences.manifest.json"))
-    judge = _judge(judgements[0]) if judgements else None
-    if not trained:
-        raise UserError(
-            f"{folder} holds no policy (runs/…/policy): build one first, such as with `snakemake --profile … policy`"
-        )
-    base = trained[0].model
-    policies = [*_initial(trained), *trained]
-    offered: list[Policy | Scorer] = [*policies, *scorers]
-    left_out = [
-        f"{one.name} is not offered: its base model is {one.model.base}, and that of {trained[0].name} is {base.base}"
-        for one in offered
-        if not _same_base(one.model, base)
-    ]
-    if judge and not _same_base(judge.model, base):
-        left_out.append(f"the judge is not offered: its base model is {judge.model.base}")
-        judge = None
-    file = principles_file or (_principles(judgements[0]) if judgements else locate(PRINCIPLES))
-    return Results(
-        policies=[one for one in policies if _same_base(one.model, base)],
-        scorers=[one for one in scorers if _same_base(one.model, base)],
-        judge=judge,
-        principles=principles.read_judged(file),
-        left_out=left_out,
-    )
+    return _Reader(folder).read(principles_file, run)
 
 
-def locate(path: str) -> Path:
-    """A file that a manifest names: from the working directory, or from the checkout."""
-    return next((one for one in (Path(path), shipped.CHECKOUT / path) if one.exists()), Path(path))
+class _Reader:
+    """Reads manifests, and collects what is wrong with them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.notes: list[str] = []
+
+    def read(self, principles_file: Path | None, run: str | None) -> Results:
+        found = (self._try(path.parent.parent.name, self._policy, path) for path in self._manifests("runs/*/policy"))
+        trained = [one for one in found if one]
+        if not trained:
+            raise self._nothing("policy", "runs/…/policy")
+        if run and run not in {one.name for one in trained}:
+            raise UserError(f"there is no run {run}; the runs are {', '.join(one.name for one in trained)}")
+        scorers = [*self._scorers(trained)]
+        if not scorers:
+            raise self._nothing("reward_model", "models/reward_model")
+        policies = [*_initial(trained), *trained]
+
+        def worth(key: tuple[object, ...]) -> tuple[bool, bool, int]:
+            of_run = any(one.name == run and _base(one.model) == key for one in trained)
+            return of_run, any(_base(one.model) == key for one in scorers), sum(_base(p.model) == key for p in policies)
+
+        base = max((_base(one.model) for one in trained), key=worth)
+        judgements = next(iter(self._manifests("**/preferences", "preferences.manifest.json")), None)
+        judge = self._try("the judge", self._judge, judgements, trained[0]) if judgements else None
+        named = [(one.name, one.model) for one in policies] + [(one.name, one.model) for one in scorers]
+        for name, model in [*named, *([("the judge", judge.model)] if judge else [])]:
+            if _base(model) != base:
+                self.notes.append(
+                    f"{name} is not offered: its base model is {model.base} ({model.quantization}, {model.dtype}), and "
+                    f"the page has {base[0]} ({base[2]}, {base[3]}); start it with --run to choose"
+                )
+        scorers = [one for one in scorers if _base(one.model) == base]
+        if not scorers:
+            raise UserError(
+                f"{self.root} holds no reward model on {base[0]}, the base model of {run or 'its policies'}"
+            )
+        return Results(
+            policies=[one for one in policies if _base(one.model) == base],
+            scorers=scorers,
+            judge=judge if judge and _base(judge.model) == base else None,
+            principles=principles.read_judged(principles_file or self._judged_principles(judgements)),
+            notes=self.notes,
+        )
+
+    def locate(self, name: str) -> Path:
+        """A file or folder that a manifest names.
+
+        A relative name starts from the directory in which Snakemake ran. The results may have moved since, so it is
+        looked for in the results, in the folders above them, in the working directory, and in the checkout.
+        """
+        parts = Path(name).parts
+        inside = (
+            self.root.joinpath(*parts[place:]) for place in range(len(parts)) if parts[place] in ("models", "runs")
+        )
+        above = (parent / name for parent in self.root.parents)
+        places = (*inside, *above, Path(name), shipped.CHECKOUT / name)
+        return next((place.resolve() for place in places if place.exists()), Path(name))
+
+    def _manifests(self, folders: str, name: str = "manifest.json") -> list[Path]:
+        found = (folder / name for folder in sorted(self.root.glob(folders)) if not folder.name.startswith("."))
+        return [path for path in found if path.is_file()]
+
+    def _try(self, name: str, function: Callable[..., T], *arguments: Any) -> T | None:
+        """What a function reads; if it cannot, a note says why."""
+        try:
+            return function(*arguments)
+        except KeyError as error:
+            why = f"its manifest has no {error}; it is of another version"
+        except (UserError, ValueError) as error:
+            why = str(error)
+        self.notes.append(f"{name} is not offered: {why}")
+        return None
+
+    def _nothing(self, target: str, where: str) -> UserError:
+        why = "".join(f"; {note}" for note in self.notes)
+        return UserError(
+            f"{self.root} holds no usable {target.replace('_', ' ')} ({where}){why}. Build one first, such as with "
+            f"`snakemake {target} --profile …`"
+        )
+
+    def _unchanged(self, manifest: Mapping[str, Any], name: str, what: str) -> Path:
+        """A file that a manifest names, with a note if it has changed since."""
+        path, known = self.locate(name), manifest.get("inputs", {}).get(name)
+        if known and path.is_file() and artifacts.hash_path(path) != known:
+            self.notes.append(f"{name} has changed since {what} was made: the page uses it as it is now")
+        return path
+
+    def _policy(self, path: Path) -> Policy:
+        manifest = _read(path)
+        settings, name = manifest["settings"], path.parent.parent.name
+        ppo = _section(Ppo, settings["ppo"], path)
+        prompt = _section(PolicyPrompt, settings["policy_prompt"], path)
+        if not prompt.is_chat:
+            prompt = prompt.model_copy(update={"template": str(self._unchanged(manifest, prompt.template, name))})
+        shown: list[WeightedPrinciple] | None = []
+        if ppo.principles_per_rollout:
+            file = self._unchanged(manifest, ppo.principles, name)
+            shown = self._try(f"the list of principles of {name}", principles.read_weighted, file)
+        names = [one for one in manifest.get("inputs", {}) if one not in (settings["model"]["base"],
+                 settings["model"].get("adapter"))]  # fmt: skip
+        reward_models = [one for one in map(self.locate, names) if (one / "adapter_config.json").is_file()]
+        metrics = path.with_name("metrics.jsonl")
+        return Policy(
+            name=name,
+            folder=path.parent,
+            model=self._model(settings, path),
+            prompt=prompt,
+            ppo=ppo.model_copy(update={"template": str(self.locate(ppo.template))}),
+            reward_model=reward_models[0] if reward_models else None,
+            scoring=_section(Scored, settings.get("scoring", {}), path),
+            principles=shown or [],
+            steps=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
+        )
+
+    def _scorers(self, policies: list[Policy]) -> Iterator[Scorer]:
+        """The reward models in the results, and those elsewhere that the policies were trained with."""
+        folders = [path.parent for path in self._manifests("models/*") + self._manifests("runs/*/models/*")]
+        folders = [
+            folder for folder in folders if {"reward_model", "pmp"} & _read(folder / "manifest.json")["settings"].keys()
+        ]
+        folders += [one.reward_model for one in policies if one.reward_model]
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+            by = next((one for one in policies if one.reward_model and one.reward_model.resolve() == folder), None)
+            if found := self._try(str(folder), self._scorer, folder, by, policies[0]):
+                yield found
+
+    def _scorer(self, folder: Path, by: Policy | None, first: Policy) -> Scorer:
+        """A reward model; `by` is a policy that was trained with it, if there is one."""
+        path = folder / "manifest.json"
+        manifest = _read(path) if path.is_file() else {"settings": {}}
+        settings = manifest["settings"]
+        training = settings.get("reward_model") or settings.get("pmp") or {}
+        name = self._name(folder)
+        tokenizer = (by or first).model
+        if "template" in training:
+            return Scorer(
+                name=name,
+                folder=folder,
+                model=self._model(settings, path).without_adapter(),
+                tokenizer=tokenizer,
+                scoring=_section(Scored, settings.get("scoring", {}), path),
+                template=self._unchanged(manifest, training["template"], name),
+                max_length=training["max_length"],
+                query_length=training["query_length"],
+                response_length=training["response_length"],
+            )
+        if by is None:
+            raise UserError("it was imported, and no policy in the results says how its texts are made")
+        return Scorer(
+            name=name,
+            folder=folder,
+            model=by.model.without_adapter(),
+            tokenizer=tokenizer,
+            scoring=by.scoring,
+            template=Path(by.ppo.template),
+            max_length=by.ppo.reward_max_length,
+            query_length=by.ppo.reward_query_length,
+            response_length=by.ppo.reward_response_length,
+        )
+
+    def _name(self, folder: Path) -> str:
+        if not folder.is_relative_to(self.root):
+            return str(folder)
+        parts = folder.relative_to(self.root).parts
+        return f"{parts[-1]} of {parts[1]}" if parts[0] == "runs" else parts[-1]
+
+    def _judge(self, path: Path, first: Policy) -> JudgeSettings | None:
+        manifest = _read(path)
+        settings = manifest["settings"]
+        if "template" not in settings:
+            raise UserError("the judgements were imported, and do not say how the judge was asked")
+        return JudgeSettings(
+            model=self._model(settings, path) if "model" in settings else first.model,
+            form=_section(Scored, settings, path),
+            template=self._unchanged(manifest, settings["template"], "the judgements"),
+            max_length=settings["max_length"],
+            turn_markers=settings.get("turn_markers", []),
+        )
+
+    def _judged_principles(self, judgements: Path | None) -> Path:
+        manifest = _read(judgements) if judgements else {"settings": {}}
+        name = manifest["settings"].get("principles", PRINCIPLES)
+        return self._unchanged(manifest, name, "the judgements")
+
+    def _model(self, settings: Mapping[str, Any], path: Path) -> Model:
+        """The section `model`, with local folders where they are found now."""
+        model = _section(Model, settings["model"], path)
+        names = {"base": str(self.locate(model.base)), "adapter": model.adapter and str(self.locate(model.adapter))}
+        return model.model_copy(update=names)
 
 
 def _initial(trained: list[Policy]) -> Iterator[Policy]:
@@ -147,79 +326,23 @@ def _initial(trained: list[Policy]) -> Iterator[Policy]:
         if one.model not in known:
             name = INITIAL if not known else f"{INITIAL} of {one.name}"
             known.append(one.model)
-            yield Policy(name, None, one.model, one.prompt, one.ppo, [], [])
+            yield Policy(name, None, one.model, one.prompt, one.ppo)
 
 
-def _policy(manifest: Path) -> Policy:
-    settings = _settings(manifest)
-    ppo = _section(Ppo, settings["ppo"], manifest)
-    metrics = manifest.with_name("metrics.jsonl")
-    prompt = _section(PolicyPrompt, settings["policy_prompt"], manifest)
-    return Policy(
-        name=manifest.parent.parent.name,
-        folder=manifest.parent,
-        model=_model(settings, manifest),
-        prompt=prompt if prompt.is_chat else prompt.model_copy(update={"template": str(locate(prompt.template))}),
-        ppo=ppo,
-        principles=principles.read_weighted(locate(ppo.principles)) if ppo.principles_per_rollout else [],
-        steps=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
-    )
-
-
-def _scorer(manifest: Path, root: Path) -> Scorer:
-    settings = _settings(manifest)
-    training = settings.get("reward_model") or settings["pmp"]
-    names = manifest.parent.relative_to(root).parts
-    return Scorer(
-        name=" ".join([names[-1], *(f"of {run}" for run in names[1:2] if names[0] == "runs")]),
-        folder=manifest.parent,
-        model=_model(settings, manifest).without_adapter(),
-        scoring=_section(Scoring, settings["scoring"], manifest),
-        settings=_section(RewardTraining, {**training, "template": str(locate(training["template"]))}, manifest),
-    )
-
-
-def _judge(manifest: Path) -> JudgeSettings | None:
-    settings = _settings(manifest)
-    if "template" not in settings:  # judgements of others
-        return None
-    form = {"format": settings["format"], "template_variables": settings["template_variables"]}
-    return JudgeSettings(
-        model=_model(settings, manifest),
-        form=_section(Scored, form, manifest),
-        template=locate(settings["template"]),
-        max_length=settings["max_length"],
-    )
-
-
-def _principles(manifest: Path) -> Path:
-    return locate(_settings(manifest).get("principles", PRINCIPLES))
-
-
-def _has_head(manifest: Path) -> bool:
-    return bool({"reward_model", "pmp"} & _settings(manifest).keys())
-
-
-def _settings(manifest: Path) -> dict[str, Any]:
-    found = read_json(manifest, "manifest", "build the artifact again").get("settings")
-    if not isinstance(found, dict):
+def _read(manifest: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(manifest, "manifest", "build the artifact again")
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise UserError(f"{manifest} has no settings; build the artifact again")
     return found
-
-
-def _model(settings: Mapping[str, Any], manifest: Path) -> Model:
-    """The section `model`, with local folders where they are found from here."""
-    model = _section(Model, settings["model"], manifest)
-    names = {"base": str(locate(model.base)), "adapter": model.adapter and str(locate(model.adapter))}
-    return model.model_copy(update=names)
 
 
 def _section(kind: type[S], raw: Mapping[str, Any], manifest: Path) -> S:
     try:
         return kind.model_validate({key: value for key, value in raw.items() if key in kind.model_fields})
     except ValidationError as error:
-        raise UserError(describe_errors(error, kind, f"{manifest}, which another version may have written,")) from None
+        raise UserError(describe_errors(error, kind, str(manifest))) from None
 
 
-def _same_base(one: Model, other: Model) -> bool:
-    return (one.base, one.revision, one.quantization) == (other.base, other.revision, other.quantization)
+def _base(model: Model) -> tuple[str, str | None, str, str]:
+    """What models must have in common to share one base in memory."""
+    return model.base, model.revision, model.quantization, model.dtype

@@ -77,12 +77,13 @@ def verdicts(first: str, second: str, found: Sequence[Verdict]) -> str:
     return table(["principle", "read first", "read second", "preferred"], map(row, found)) + explained
 
 
-def judge_prompts(found: Sequence[Verdict], prompts: Sequence[tuple[str, str]]) -> str:
+def judge_prompts(found: Sequence[Verdict]) -> str:
     """The prompts of the judge, folded."""
     return "".join(
-        f"<details><summary>The judge, {escape(one.dimension)}, {order}</summary><pre>{escape(text)}</pre></details>"
-        for one, texts in zip(found, prompts, strict=True)
-        for order, text in zip(("one answer first", "the other first"), texts, strict=True)
+        f"<details><summary>The judge's prompt: {escape(one.dimension.removesuffix(', negated'))}, {order}</summary>"
+        f"<pre>{escape(text)}</pre></details>"
+        for one in found
+        for order, text in zip(("one answer first", "the other first"), one.prompts, strict=True)
     )
 
 

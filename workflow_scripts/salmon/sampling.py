@@ -19,6 +19,7 @@ __all__ = [
     "Ranks",
     "Sampler",
     "TransformersSampler",
+    "Watch",
     "replay",
     "tokens_of_beginning",
     "without_thinking",
