@@ -37,7 +37,7 @@ class Arguments(script.Arguments):
     )
     port: int = Field(7860, ge=1, le=65535, description="of the page")
     host: str = Field(
-        "127.0.0.1", description="address to listen on; anything but this machine's own is open to others"
+        "127.0.0.1", description="address to listen on; with another one, other machines can use the page"
     )
     device: str = Field("auto", description="`cpu`, `cuda`, or `auto`: a GPU if there is one")
 
@@ -71,7 +71,7 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> None:
         )
     except OSError as error:
         raise UserError(f"{host}:{port} cannot be used ({reason(error)}): name another port with --port") from None
-    log.info("open http://%s:%d in a browser; Ctrl-C ends it", host, port)
+    log.info("open http://%s:%d in a browser; Ctrl-C stops the playground", host, port)
     blocks.block_thread()
 
 

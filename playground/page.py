@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 OWN = "my own principle"
 MOST = 1024  # tokens of an answer that can be asked for
-A_ROW = 3  # answers beside each other
+A_ROW = 3  # answers side by side
 NOTHING_YET = "Ask something, or type an answer: its rewards appear here."
 
 
@@ -99,7 +99,7 @@ class Page:
         if takes and not shown:
             return tables.note("Tick a principle, or write one of your own.")
         if not takes:
-            rows = [("whatever is ticked", "This reward model reads no principles.", list[str]())]
+            rows = [("any principle", "This reward model reads no principles.", list[str]())]
         else:
             rows = [(label, sentence, [sentence]) for label, sentence in shown]
             if len(shown) > 1:
@@ -119,7 +119,7 @@ class Page:
             for a, b in self.shown(ticked, negated, own)
         ]
         if not shown:
-            raise UserError("Tick a principle, or write one of your own: the judge goes by one at a time.")
+            raise UserError("Tick a principle, or write one of your own: the judge needs one to compare by.")
         verdicts, prompts = self.bench.judge(instruction, given[first], given[second], shown)
         return tables.verdicts(first, second, verdicts) + tables.judge_prompts(verdicts, prompts)
 

@@ -18,7 +18,7 @@ from salmon.principles import JudgedPrinciple, WeightedPrinciple
 INITIAL = "initial policy"
 PRINCIPLES = "prompts/principles/judge.json"
 """Principles that are offered where the results do not say which ones the judge had."""
-END = 10  # of so many parts of the steps, the last one is the end
+END = 10  # the end is the last of this many parts of the steps
 CURVES = ("score", "kl_sequence", "response_tokens")
 
 S = TypeVar("S", bound=BaseModel)

@@ -191,7 +191,7 @@ class Workbench:
         """
         settings: JudgeSettings | None = self.results.judge
         if settings is None:
-            raise UserError("These results hold no judgements, so that it is not known how the judge is asked.")
+            raise UserError("These results hold no judgements, so the settings of the judge are unknown.")
         tokenizer = load_tokenizer(settings.model)
         template = encoding.read_template(tokenizer, settings.template, settings.form, "judge.format")
         pair = Pair("playground", instruction, one, other)

@@ -163,7 +163,7 @@ def metrics(
     """The numbers in lm-eval's results, by task and metric; see `Benchmarks.measure`.
 
     Intervals are by question, because several items may share one (HHH). If a metric is not a mean over the items, its
-    interval is 1.96 of lm-eval's standard errors to both sides.
+    interval is plus or minus 1.96 times lm-eval's standard error.
 
     Args:
         results: task -> `METRIC,FILTER` -> value; tasks and groups of them.
