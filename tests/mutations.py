@@ -1,4 +1,4 @@
-"""What may be wrong with an input: mutations of files and options, each of which leaves it broken, or means the same.
+"""Possible faults of an input: mutations of files and options, which break the input or leave its meaning unchanged.
 
 A mutation never makes another good input: a changed word of a template, a prompt less in a source that has no manifest,
 other weights of the same shape are what somebody may want, and no script can tell. So bytes are flipped in the footer
@@ -121,7 +121,7 @@ JSON = (*ANY, cut, utf16, latin1, high_bit, deep, long_number, json_change(other
 
 
 def extra_key(value: Any, rng: random.Random) -> Any:
-    """Which nobody reads."""
+    """A change that nothing reads."""
     if isinstance(value, dict):
         return value | {"unheard_of": [1, {"a": None}]}
     return [item | {"unheard_of": 1} for item in value]

@@ -1,4 +1,4 @@
-"""Scripts as processes: started by hand, by torchrun, and killed."""
+"""Run scripts as processes: by hand or under torchrun, and kill them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Small tokenizers and models of which everything is known; nothing is downloaded."""
+"""Small tokenizers and models with known properties; nothing is downloaded."""
 
 import itertools
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ def byte_tokenizer(
     append_eos: bool = False,
     template: str | None = None,
 ) -> Any:
-    """A token a byte, so that texts are encoded as nobody can doubt; `<s>` in front, as Llama's.
+    """One token per byte, so the encoding of a text is obvious; `<s>` comes first, as with Llama.
 
     Args:
-        special: special tokens beside `<s>` (1) and `</s>` (2).
+        special: special tokens other than `<s>` (1) and `</s>` (2).
         added: added tokens that are not special.
         bos: put `<s>` in front.
         append_eos: put `</s>` at the end.

@@ -1,4 +1,4 @@
-"""An adapter that comes with a tokenizer or a chat template of its own is used with it, in all stages."""
+"""An adapter that comes with its own tokenizer or chat template is used with it, in all stages."""
 
 import json
 import shutil

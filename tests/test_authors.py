@@ -1,4 +1,4 @@
-"""The authors' tables: responses, judgements and records become ours, or are refused for what does not fit."""
+"""The authors' tables: responses, judgements and records are converted to ours, or refused with the reason."""
 
 import json
 import random

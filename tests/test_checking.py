@@ -1,4 +1,4 @@
-"""check_model: passes what is right, and refuses in sentences what a later stage would find."""
+"""check_model passes correct models, and refuses in a sentence what would fail in a later stage."""
 
 import dataclasses
 import json

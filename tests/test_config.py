@@ -1,4 +1,4 @@
-"""The configuration is validated completely before any job, with errors that a person can act on."""
+"""The whole configuration is validated before any job, with errors that a person can act on."""
 
 import copy
 import json

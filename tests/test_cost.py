@@ -1,4 +1,4 @@
-"""What `plan` says: sizes against loaded models, memory and time against an H100, counts against a run."""
+"""The output of `plan`: sizes against loaded models, memory and time against an H100, counts against a run."""
 
 import json
 import math

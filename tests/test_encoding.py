@@ -1,4 +1,4 @@
-"""Texts to token ids: what every stage reads is the template's special tokens and the data's text."""
+"""From texts to token ids: special tokens come only from the template, and the data are plain text."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Errors of the trainings name the keys that the user has set, of the section that is at fault."""
+"""Errors of the trainings name the keys that the user has set, in the section that is at fault."""
 
 import json
 import re

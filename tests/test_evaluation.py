@@ -1,4 +1,4 @@
-"""What is measured of judge and reward models: each number again the slow way, and the scripts on real files."""
+"""Measurements of judge and reward models: each number is recomputed the slow way; the scripts run on real files."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The overlays for models that people use: each is a configuration of the whole paper's run, and its kind is tested."""
+"""The overlays for common models: each is a configuration of the paper's whole run, and its architecture is tested."""
 
 import json
 import math

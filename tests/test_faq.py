@@ -1,4 +1,4 @@
-"""The pages for people who begin: their links, and the code that they show."""
+"""The pages for beginners: their links, and the code that they show."""
 
 import re
 from pathlib import Path

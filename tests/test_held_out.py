@@ -1,4 +1,4 @@
-"""What policies and reward models are measured by: nothing that any stage trains on, and all of it counted."""
+"""The data that policies and reward models are measured on: nothing that any stage trains on, and all rows counted."""
 
 import itertools
 import json

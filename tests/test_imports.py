@@ -1,4 +1,4 @@
-"""Starting in the middle: what was made elsewhere in the place of the stages before it, through Snakemake."""
+"""Starting in the middle: artifacts from elsewhere replace the stages before them, through Snakemake."""
 
 import json
 from pathlib import Path

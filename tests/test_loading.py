@@ -164,7 +164,7 @@ def test_such_an_adapter_saved_as_plain_lora_is_right_in_rl(llama: Path, tmp_pat
     ],
 )
 def test_patterns_of_an_adapter_are_mapped_with_its_keys(tmp_path: Path, patterns: dict[str, Any]) -> None:
-    """An adapter that was trained on the language model alone, put on it beside its tower."""
+    """An adapter that was trained on the language model alone, loaded onto the model with its tower."""
     zoo.build("gemma3_vision", tmp_path / "m")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
     text = AutoModelForCausalLM.from_config(whole.config.text_config)

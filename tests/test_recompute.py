@@ -1,4 +1,4 @@
-"""Whether activations are recomputed: what a pass keeps is foretold, and memory decides."""
+"""Whether activations are recomputed: the kept memory is predicted, and the free memory decides."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The script that samples responses: what it writes, and that nothing but the settings decides it."""
+"""The script that samples responses: its output, which only the settings decide."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Reading public data sets: what every kind of file gives, and what is said of every kind of bad one."""
+"""Reading public data sets: the rows of every kind of file, and the message for every kind of bad one."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Benchmarks: the numbers are those of lm-eval's own command line, and those that are computed again by hand."""
+"""Benchmarks: the numbers equal those of lm-eval's own command line, and those computed by hand."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its Python runs as printed, and Snakemake takes its command lines."""
+"""docs/tutorial.md: its Python runs as printed, and Snakemake accepts its command lines."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What `snakemake verify` finds: on a small run of the whole DAG, each key of the configuration changed in its turn."""
+"""What `snakemake verify` finds on a small run of the whole DAG, with each key of the configuration changed in turn."""
 
 import json
 import shutil
@@ -488,7 +488,7 @@ def test_manifests_of_earlier_versions(copy: Path) -> None:
 
 
 def test_missing(copy: Path) -> None:
-    """What the targets need; what is there is held against the manifest all the same."""
+    """Only what the targets need is missing; what exists is compared with its manifest in any case."""
     shutil.rmtree(copy / "results" / "models" / "pmp")
     (copy / "results" / "prompts" / "rl.parquet").unlink()
     runs = load(copy)
