@@ -64,7 +64,7 @@ def test_a_table_that_is_not_whole_is_not_written(tmp_path: Path, change: Any, s
     ],
 )
 def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: bytes, found: str) -> None:
-    """The message names the expected table, the file's format and the key that reads it; it never says to delete the file."""
+    """It names the expected table, the file's format and the key that reads it; it never says to delete the file."""
     path = tmp_path / "mine.parquet"
     path.write_bytes(content)
     with pytest.raises(UserError) as told:
