@@ -529,7 +529,7 @@ def test_files_of_different_prompts(work: Path, settings: config.Model) -> None:
     ):
         changed.write_parquet(work / "response1.parquet")
         with pytest.raises(
-            UserError, match=rf"response0.*not of the same prompts: 1 .*prompt_id {key}; build both"
+            UserError, match=rf"response0.*have different prompts: 1 .*prompt_id {key}; build both"
         ) as e:
             run(work, settings)
         assert "response1.parquet" in str(e.value)

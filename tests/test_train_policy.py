@@ -222,7 +222,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "empty table": (lambda w: ({"prompts": changed_table(w, lambda t: t[:0])}, {}), "0 prompts in 2 epochs"),
     "too few prompts": (lambda w: ({}, {"rollout_batch_size": 60, "minibatch_size": 60}), "25 prompts in 2 epochs"),
-    "all prompts too long": (lambda w: ({}, {"query_length": 1}), "query_length is 1, of which .* no instruction fits"),
+    "all prompts too long": (lambda w: ({}, {"query_length": 1}), "query_length is 1, and .* no instruction fits"),
     "no reward model": (lambda w: ({"reward-model": w.folder / "none"}, {}), "none does not exist; build it first"),
     "no head": (lambda w: ({"reward-model": without_head(w)}, {}), "holds no head"),
     "unknown key": (lambda w: ({}, {"temprature": 1.0}), "ppo.temprature: unknown key"),

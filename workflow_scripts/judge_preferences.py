@@ -4,7 +4,6 @@ Reference step 1, paper section 3.2; see `salmon/judging.py` for the judge. resp
 """
 
 import logging
-from collections import Counter
 from pathlib import Path
 
 import polars as pl
@@ -27,8 +26,7 @@ from salmon import (
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair
-from salmon.tables import JUDGEMENTS, PROMPT_TOO_LONG, RESPONSES
-from salmon.text import cut_at_markers, join_instruction
+from salmon.tables import JUDGEMENTS, RESPONSES
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 
@@ -59,7 +57,7 @@ def main(arguments: Arguments) -> None:
     inputs = origin.identify()
     judged = principles.read_judged(arguments.principles)
     table = read_shard(arguments)
-    pairs, counts = select_pairs(table, arguments.judge)
+    pairs, counts = judging.select_pairs(table, arguments.judge)
 
     work = WorkFolder(arguments.output)
     if work.open(origin.fingerprint(inputs)):
@@ -143,26 +141,8 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
                 f"another text there, such as prompt_id {min(alone)}; build both again from one table of prompts, and "
                 "set the same ppo.query_length for runs whose answers are compared (evaluation.against)"
             )
-    partners = second.select("prompt_id", response_1="response", finish_reason_1="finish_reason")
     mine = shards.rows_of(first, arguments.shard, arguments.judge.shards)
-    return mine.join(partners, on="prompt_id", how="left", maintain_order="left").collect()
-
-
-def select_pairs(table: pl.DataFrame, judge: config.Judge) -> tuple[list[Pair], Counter[str]]:
-    """The pairs to judge, their responses cut at the first turn marker, and the counts of omitted pairs."""
-    pairs = []
-    counts = Counter(pairs=table.height, prompt_too_long=0, too_short=0)
-    for row in table.iter_rows(named=True):
-        if PROMPT_TOO_LONG in (row["finish_reason"], row["finish_reason_1"]):
-            counts["prompt_too_long"] += 1
-            continue
-        outputs = [cut_at_markers(row[name], judge.turn_markers) for name in ("response", "response_1")]
-        if min(map(len, outputs)) < judge.min_characters:
-            counts["too_short"] += 1
-            continue
-        instruction = join_instruction(row["instruction"], row["input"])
-        pairs.append(Pair(row["prompt_id"], instruction, *outputs))
-    return pairs, counts
+    return judging.with_partners(mine, second)
 
 
 def sort_judgements(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str]) -> pl.DataFrame:

@@ -6,21 +6,26 @@ together; `prove` finds out which way of doing so is right for a model.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import polars as pl
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from salmon import distributed
+from salmon.config import Judge as JudgeSettings
 from salmon.encoding import Template, guard, token_spans, tokenize
 from salmon.errors import UserError
 from salmon.margins import Way, margins, output_layer, prefill
 from salmon.principles import JudgedPrinciple
+from salmon.tables import PROMPT_TOO_LONG
 from salmon.templates import fill
+from salmon.text import cut_at_markers, join_instruction
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,33 @@ class Pair:
     instruction: str
     output_1: str
     output_2: str
+
+
+def with_partners(first: pl.LazyFrame, second: pl.LazyFrame) -> pl.DataFrame:
+    """Rows of response0 that have a partner in response1, each with it.
+
+    Returns:
+        The table RESPONSES, in the order of `first`, with response_1 and finish_reason_1.
+    """
+    partners = second.select("prompt_id", response_1="response", finish_reason_1="finish_reason")
+    return first.join(partners, on="prompt_id", maintain_order="left").collect()
+
+
+def select_pairs(table: pl.DataFrame, settings: JudgeSettings) -> tuple[list[Pair], Counter[str]]:
+    """The pairs to judge, their responses cut at the first turn marker, and the counts of omitted pairs."""
+    pairs = []
+    counts = Counter(pairs=table.height, prompt_too_long=0, too_short=0)
+    for row in table.iter_rows(named=True):
+        if PROMPT_TOO_LONG in (row["finish_reason"], row["finish_reason_1"]):
+            counts["prompt_too_long"] += 1
+            continue
+        outputs = [cut_at_markers(row[name], settings.turn_markers) for name in ("response", "response_1")]
+        if min(map(len, outputs)) < settings.min_characters:
+            counts["too_short"] += 1
+            continue
+        instruction = join_instruction(row["instruction"], row["input"])
+        pairs.append(Pair(row["prompt_id"], instruction, *outputs))
+    return pairs, counts
 
 
 @dataclass(frozen=True, slots=True)

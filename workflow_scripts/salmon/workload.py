@@ -4,7 +4,7 @@ For a table that does not exist yet, the section `plan` assumes the number of ro
 steps and passes come from the functions that the stages themselves call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,18 +12,18 @@ from statistics import fmean
 import polars as pl
 from transformers import PreTrainedTokenizerBase
 
-from salmon import batching, checked, ppo, reward_model, sft, training
+from salmon import batching, checked, judging, ppo, reward_model, sft, training
 from salmon.assumptions import Assumptions, TableName
 from salmon.config import PolicyPrompt, RewardTraining, Training
 from salmon.configuration import Config
 from salmon.encoding import prompt_text, read_preamble, read_template, shared_tokens, tokenize
 from salmon.errors import UserError
-from salmon.judging import Judge, Pair
+from salmon.judging import Judge
 from salmon.margins import common_prefix
 from salmon.principles import draw_principles, read_judged, read_weighted
 from salmon.randomness import rng
-from salmon.tables import PROMPT_TOO_LONG, RESPONSES, RL_PROMPTS, SFT_EXAMPLES
-from salmon.text import cut_at_markers, join_instruction
+from salmon.tables import RESPONSES, RL_PROMPTS, SFT_EXAMPLES
+from salmon.text import join_instruction
 
 SHOWN_STEPS = 16
 """Number of PPO steps on which reward texts and passes are counted; tokens of queries are counted on all steps."""
@@ -129,7 +129,8 @@ class Counter:
                 max_length=settings.max_length,
                 device="cpu",
             )
-            for pair in self._pairs(*responses):
+            first, second = (checked.read(path, RESPONSES) for path in responses)
+            for pair in judging.select_pairs(judging.with_partners(first, second), settings)[0]:
                 if prompts_of := judge.encode(pair):
                     lengths += [packed(prompts_of.order_12), packed(prompts_of.order_21)]
         else:
@@ -288,16 +289,6 @@ class Counter:
             if len(found):
                 return round(fmean(found)), True
         return self.assumed.response_tokens, False
-
-    def _pairs(self, first: Path, second: Path) -> Iterator[Pair]:
-        """The pairs to judge."""
-        settings, columns = self.config.judge, ("prompt_id", "response", "finish_reason")
-        one, other = checked.read(first, RESPONSES), checked.read(second, RESPONSES).select(columns)
-        for row in one.join(other, on="prompt_id", suffix="_1").collect().iter_rows(named=True):
-            outputs = [cut_at_markers(row[name], settings.turn_markers) for name in ("response", "response_1")]
-            too_long = PROMPT_TOO_LONG in (row["finish_reason"], row["finish_reason_1"])
-            if not too_long and min(map(len, outputs)) >= settings.min_characters:
-                yield Pair(row["prompt_id"], join_instruction(row["instruction"], row["input"]), *outputs)
 
     def _queries(self, prompts: Path, prompt: PolicyPrompt, name: TableName) -> tuple[list[int], bool]:
         """Tokens of each prompt as the policy reads it, and whether they were counted."""
