@@ -95,8 +95,8 @@ class Benchmarks:
             UserError: if its data are unavailable, or it runs code that the model writes.
         """
         advice = (
-            "without a network, the data must be in the hub's cache, or for our own tasks be named in "
-            "evaluation.tasks_data"
+            "without a network, the data must be in the hub's cache, or, for this workflow's own "
+            "tasks, be named in evaluation.tasks_data"
         )
         with reading(f"the data of the task {task} (evaluation.tasks)", advice):
             loaded = self.manager.load([task])["tasks"]
