@@ -230,7 +230,7 @@ def slow_weights(rollout: ppo.Rollout) -> list[float]:
 
 
 def slow_gradient(world: World, shared: SharedBase, rollouts: Sequence[ppo.Rollout]) -> torch.Tensor:
-    """Of the loss as the paper writes it: one token after the other, a mean over all real tokens."""
+    """The gradient of the paper's loss: one token after the other, a mean over all real tokens."""
     settings, total = world.ppo(), sum(len(rollout.response) for rollout in rollouts)
     for rollout in rollouts:
         with shared.use("policy"):

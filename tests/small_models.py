@@ -43,7 +43,7 @@ def byte_tokenizer(
 
 
 def spaced_tokenizer(*, special: Sequence[str] = ()) -> Any:
-    """As Llama-2's: a space is put before a text, and bytes stand for what is not in the vocabulary."""
+    """A tokenizer like Llama-2's: it puts a space before a text, and encodes as bytes what is not in its vocabulary."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh<>/s|."]
     bpe = Tokenizer(
         models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)

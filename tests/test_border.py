@@ -134,7 +134,7 @@ def test_numbers_of_tables(tmp_path: Path, value: float) -> None:
 
 
 def test_damage_inside_of_a_table_is_found_when_it_is_opened(tmp_path: Path) -> None:
-    """Of the column that is read last, and that nothing is looked for in."""
+    """The damage is in the column that is read last and not searched for anything."""
     rows = pl.DataFrame(
         {"prompt_id": map(str, range(500)), "dimension": "a", "s12": [n * 0.1 for n in range(500)], "s21": 1.0},
         schema=JUDGEMENTS.schema,

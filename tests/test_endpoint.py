@@ -226,7 +226,7 @@ def test_a_rate_limit_holds_for_all_requests(server: Server) -> None:
     ],
 )
 def test_a_refusal_says_what_to_do(tmp_path: Path, server: Server, status: int, code: str, said: str) -> None:
-    """And shows neither the key nor a text; what was judged is kept."""
+    """The message shows neither the key nor a text; what was judged is kept."""
     body = json.dumps({"error": {"message": f"secret instruction, {SECRET}", "code": code}}).encode()
     given = arguments(tmp_path, server, max_requests=1, retries=1)
     server.judge = lambda a, b: server.replies.extend([(status, {}, body)] * 2) or "tie"  # from the second one on

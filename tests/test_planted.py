@@ -120,7 +120,7 @@ def plant_beside(folder: Path, mark: Path, auto_map: bool) -> None:
 
 
 def test_a_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
-    """That the others do not run says something only if these would."""
+    """The other payloads prove something only because these would run."""
     for number, plant in enumerate((pickled, saved_by_torch, saved_by_numpy)):
         mark = tmp_path / f"mark{number}"
         plant(tmp_path / "file", mark)

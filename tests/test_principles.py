@@ -113,7 +113,7 @@ def test_definitions_demand_what_the_papers_do(name: str) -> None:
 
 
 def test_a_principle_in_several_files_has_one_definition() -> None:
-    """But for one: in RL, `Comprehensive` is about questions that seek information."""
+    """The exception: in RL, `Comprehensive` is limited to questions that seek information."""
     known: dict[str, str] = {}
     for file in FILES.glob("*.json"):
         for entry in json.loads(file.read_text(encoding="utf-8")):
@@ -189,7 +189,7 @@ def test_draw_is_weighted_and_without_replacement() -> None:
 
 @pytest.mark.parametrize("question_type", ["general", "reasoning"])
 def test_principles_without_weights_are_drawn_uniformly(tmp_path: Path, question_type: str) -> None:
-    """As often as each other, also one that the question type would boost."""
+    """All are equally frequent, even one that the question type would boost."""
     file = tmp_path / "p.json"
     names = ["Concise", "Ethical", "Reasonable"]
     file.write_text(json.dumps([{"dimension": name, "definition": "d"} for name in names]))

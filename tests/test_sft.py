@@ -256,7 +256,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("end", TEMPLATES)
 def test_a_chat_template_says_how_an_answer_ends(end):
-    """And what it begins with, where the template has no beginning of the assistant's turn."""
+    """It also says how the answer begins, if the template has no beginning of the assistant's turn."""
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=TEMPLATES[end])
     prompt = PolicyPrompt(template="chat", stop=[])
     [example] = encode(tokenizer, prompt, ("Why?", "So <|im_end|> it is.", True))
@@ -578,7 +578,7 @@ def configuration(folder: Path, **changes: Any) -> Path:
 
 
 def test_the_workflow_starts_with_sft(tmp_path):
-    """Whatever reads the initial policy depends on it; what trains on the base model alone does not."""
+    """Everything that reads the initial policy depends on it; trainings on the base model alone do not."""
 
     def jobs(*targets: str, **changes: Any) -> str:
         file = configuration(tmp_path, **changes)

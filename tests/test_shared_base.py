@@ -299,7 +299,7 @@ def test_gradient_checkpointing_changes_no_gradient(shared: SharedBase) -> None:
 
 
 def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folder: Path) -> None:
-    """Where nothing has changed, the ratio of new and old policy must be 1."""
+    """As long as nothing has changed, the ratio of new and old policy must be 1."""
     lora = LORA.model_copy(update={"dropout": 0.5})
     shared = SharedBase(settings(plain, adapter_folder, "fresh"), lora, reward_folder, torch.device("cpu"), seed=1)
     assert [module.p for module in shared.modules() if isinstance(module, nn.Dropout)].count(0.5) == 14
@@ -336,7 +336,7 @@ def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Mode
 def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     plain: Model, adapter_folder: Path, reward_folder: Path, dtype: str
 ) -> None:
-    """As PPO has it: sample, then train. On some CPUs bitsandbytes would leave all gradients zero (models.prepare).
+    """The order in PPO: sample, then train. On some CPUs bitsandbytes would leave all gradients zero (models.prepare).
 
     Against a model of the same 4-bit weights, written out in float32; what remains is the rounding of `dtype`.
     """

@@ -143,7 +143,7 @@ def test_what_snakemake_deletes_after_it_was_finished_is_put_back(
 
 
 def test_an_artifact_made_again_by_hand_replaces_the_one_that_is_there(tmp_path: Path) -> None:
-    """Of the same settings and inputs: the old one may be damaged."""
+    """Both have the same settings and inputs, but the old one may be damaged."""
     for text in ("damaged", "made"):
         folder = WorkFolder(tmp_path / "policy")
         assert not folder.open("mark")
