@@ -287,5 +287,5 @@ def test_answers_are_scored_by_what_every_run_was_trained_by() -> None:
         assert {one.definition for one in principles.read_weighted(file)} <= set(found.values())
     assert all(name.endswith(")") and "(RL" in name for name, _ in [*found][4:])
     assert principles.to_measure(folder / "judge.json", dimensions, []).keys() == {*[*found][:4]}
-    with pytest.raises(UserError, match="no principle Loud, which the settings show"):
+    with pytest.raises(UserError, match="does not define the principle Loud, which the settings name"):
         principles.to_measure(folder / "judge.json", ["Loud"], [])
