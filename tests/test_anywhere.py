@@ -90,7 +90,7 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
     )
     page = (tmp_path / "it's.html").read_text()
     assert "filename=funnel.svg;base64," in page
-    assert "as the manifests of the" in page
+    assert "Rows from the raw data to the records" in page
     listed = snakemake(where, "-n", target, *own, before=before)
     assert f"{rule}train_policy " in listed
     assert f"{rule}clean_rl_prompts" not in listed

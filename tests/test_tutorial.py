@@ -52,7 +52,7 @@ def test_it_shows_what_each_block_prints() -> None:
 @pytest.mark.parametrize("words", dry_runs(), ids=shlex.join)
 def test_snakemake_takes_its_command_lines(words: list[str], tmp_path: Path) -> None:
     """They run as dry runs, independently of what has been built."""
-    assert set(FILES) == {"creative.json", "mine.yaml"}
+    assert set(FILES) == {"creative.json", "creative.yaml"}
     for name, text in FILES.items():
         (tmp_path / name).write_text(text.replace("creative.json", str(tmp_path / "creative.json")))
     here = [str(tmp_path / word) if word in FILES else word for word in words]

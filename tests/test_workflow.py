@@ -203,7 +203,7 @@ def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
             "runs/no_pmp/reward_data/principle_preferences.parquet",
             "the reward_data of the run no_pmp is results/reward_data/principle_preferences.parquet",
         ),
-        ("demo_evaluation", "prompts.sources.oasst1.path, OpenAssistant/oasst1, is not of it"),
+        ("demo_evaluation", "prompts.sources.oasst1.path is OpenAssistant/oasst1, outside of it"),
     ],
 )
 def test_what_no_rule_should_make_is_refused(target: str, said: str) -> None:
