@@ -4,7 +4,7 @@
 
 No model runs. Rollouts are as long as questions and answers of OASST1 (four characters count as a token; the prompt's
 preamble is added), and their numbers are the paper's. The table compares passes of one or two rollouts, each computed
-by the rank that sampled it (this project's first way), with `batching.passes`, which divides a minibatch anew.
+by the rank that sampled it (this project's first way), with `batching.passes`, which divides each minibatch again.
 
 It prints means over minibatches: passes of the rank with most passes, relative to the mean rank; and the tokens,
 padding included, that the slowest rank computes in each pass (under ZeRO all wait for it), relative to the mean rank's

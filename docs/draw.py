@@ -438,7 +438,7 @@ def positions() -> Figure:
     _texts(sheet, 1.6)
     _tensors(sheet, 29.6)
     y = 68.6
-    sheet.title(1, y, "The reward model reads a text of its own; its score is part of S")
+    sheet.title(1, y, "The reward model reads its own text; its score is part of S")
     x = 1.0
     parts = (
         ("response as text, without thinking", 24.0, FIRST),

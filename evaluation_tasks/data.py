@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 
 HHH = "HuggingFaceH4/hhh_alignment"
-PARQUET = "refs/convert/parquet"  # the hub's own conversion: the data set is a script, which nobody runs any more
+PARQUET = "refs/convert/parquet"  # the hub's own conversion: the data set itself is a script, which is no longer run
 
 
 def hhh(part: str, hhh: str | None = None, **_: Any) -> DatasetDict:

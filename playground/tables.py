@@ -49,8 +49,8 @@ def scores(names: Sequence[str], rows: Sequence[tuple[str, str, Sequence[float]]
         return f"<tr><td>{escape(label)}<small>{escape(sentence)}</small></td>{''.join(cells)}</tr>"
 
     explained = note(
-        "Rewards of each answer (columns) when the reward model is shown the principle of the row. Only differences "
-        "within a row mean something; the highest is in bold."
+        "Rewards of each answer (columns) when the reward model is shown the principle of the row. Compare only "
+        "numbers within a row; the highest is in bold."
     )
     return table(["shown", *names], [row(*one) for one in rows]) + explained
 

@@ -164,7 +164,7 @@ def shown_option(wildcards, input):
 # ---- The demo -----------------------------------------------------------------------------------------------------
 
 
-# Files that `make_demo_data` writes, besides its manifest.
+# Files that `make_demo_data` writes, without its manifest.
 DEMO_DATA = ["oasst1.jsonl", "shp.jsonl", "hh_rlhf.jsonl", "openorca.parquet", "sharegpt.json", "sharegpt_90k.json"]
 DEMO_DATA += ["dolly.jsonl", "math.jsonl", "held_out.jsonl"]
 

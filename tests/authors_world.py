@@ -1,4 +1,4 @@
-"""Files in the layouts of the authors' release, made of known contents: no line of theirs is in here."""
+"""Files in the layouts of the authors' release, with known contents; nothing is copied from theirs."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def publish_adapter(standard: Path, folder: Path, nested: str = "adapter_model/l
 
 
 def publish_reward_model(standard: Path, folder: Path, bias: float = 1.5) -> Path:
-    """A standard reward model as their release has it, its head in a pickle of its own."""
+    """A standard reward model as their release has it, with its head in a separate pickle."""
     publish_adapter(standard, folder)
     head = load_file(standard / ADAPTER)[SCORE]
     torch.save({"weight": head, "bias": torch.tensor([bias])}, folder / "adapter_model" / "reward_head")

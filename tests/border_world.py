@@ -1,4 +1,4 @@
-"""Inputs of all scripts, small, made by the scripts themselves of a few rows and a tiny model; and command lines."""
+"""Small inputs of all scripts, made by the scripts themselves from a few rows and a tiny model; and command lines."""
 
 import gzip
 import json

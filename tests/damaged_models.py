@@ -1,4 +1,4 @@
-"""Small models and adapters whose files are changed, so that they are not what their configuration says."""
+"""Small models and adapters with changed files, which no longer match their configuration."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Scripts run in forks of one process that has imported everything: a run takes as long as its work, and no longer.
+"""Run scripts in forks of one process that has imported everything, so a run takes no longer than its work.
 
 `python tests/forks.py` is that process. It reads one JSON line a run and answers with one: exit status and log. It must
 not compute anything itself, because the threads of polars, tokenizers and torch do not survive a fork.

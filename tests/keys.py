@@ -1,4 +1,4 @@
-"""Keys of the configuration, as its JSON schema has them."""
+"""Keys of the configuration, from its JSON schema."""
 
 import json
 from collections.abc import Iterator

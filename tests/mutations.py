@@ -1,4 +1,4 @@
-"""What may be wrong with an input: mutations of files and options, each of which leaves it broken, or means the same.
+"""Possible faults of an input: mutations of files and options, which break the input or leave its meaning unchanged.
 
 A mutation never makes another good input: a changed word of a template, a prompt less in a source that has no manifest,
 other weights of the same shape are what somebody may want, and no script can tell. So bytes are flipped in the footer
@@ -121,7 +121,7 @@ JSON = (*ANY, cut, utf16, latin1, high_bit, deep, long_number, json_change(other
 
 
 def extra_key(value: Any, rng: random.Random) -> Any:
-    """Which nobody reads."""
+    """A change that nothing reads."""
     if isinstance(value, dict):
         return value | {"unheard_of": [1, {"a": None}]}
     return [item | {"unheard_of": 1} for item in value]
@@ -172,7 +172,7 @@ def no_counts(value: dict[str, Any], rng: random.Random) -> Any:
 
 
 def other_manifest(path: Path, rng: random.Random) -> None:
-    """Of another kind of table."""
+    """A manifest of another kind of table."""
     root = next(parent for parent in path.parents if (parent / "own.jsonl").exists())
     here = kind(path)
     others = [each for each in sorted(root.rglob("*.manifest.json")) if kind(each) != here]
@@ -255,7 +255,7 @@ def rows_twice(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
 
 
 def a_row_for_another(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
-    """As many as before, one of them twice."""
+    """The same number of rows, one of them twice."""
     return pl.concat([rows[1:], rows[1:].sample(1, seed=rng.randrange(99))])
 
 
@@ -645,7 +645,7 @@ OPTIONS += (number_out_of_range,) * 8
 
 
 def erase(path: Path) -> None:
-    """Delete whatever is there."""
+    """Delete what is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

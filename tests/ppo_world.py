@@ -27,7 +27,7 @@ from salmon.tokenizers import load_tokenizer
 
 LORA = Lora(r=4)
 STEPS = 6  # of the settings below: 2 epochs of 25 prompts in steps of 8
-CHECKPOINT = 4  # every so many steps, which 6 is no multiple of
+CHECKPOINT = 4  # steps between checkpoints; 6 is not a multiple of it
 TYPES = ["general", "reasoning", "red_teaming"]
 
 
@@ -127,7 +127,7 @@ class World:
 
 @contextlib.contextmanager
 def kept_logging() -> Iterator[None]:
-    """A script sets up logging for a process of its own."""
+    """A script sets up logging as if the process were its own."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = []
@@ -230,7 +230,7 @@ def slow_weights(rollout: ppo.Rollout) -> list[float]:
 
 
 def slow_gradient(world: World, shared: SharedBase, rollouts: Sequence[ppo.Rollout]) -> torch.Tensor:
-    """Of the loss as the paper writes it: one token after the other, a mean over all real tokens."""
+    """The gradient of the paper's loss: one token after the other, a mean over all real tokens."""
     settings, total = world.ppo(), sum(len(rollout.response) for rollout in rollouts)
     for rollout in rollouts:
         with shared.use("policy"):

@@ -1,4 +1,4 @@
-"""What Snakemake reruns of the demo when a key of the configuration is changed: `python tests/reruns.py [CHECKOUT]`.
+"""What Snakemake reruns in the demo when a key of the configuration changes: `python tests/reruns.py [CHECKOUT]`.
 
 Of a copy of the checkout, with something in the place of every result: Snakemake's records and the files' times
 count here, as in `tests/test_workflow.py`. Prints a table in Markdown.

@@ -1,4 +1,4 @@
-"""Scripts as processes: started by hand, by torchrun, and killed."""
+"""Run scripts as processes: by hand or under torchrun, and kill them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports what the tests import."""
+    """The environment of a process that imports what the tests import."""
     return os.environ | {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT}"}
 
 

@@ -1,4 +1,4 @@
-"""Small tokenizers and models of which everything is known; nothing is downloaded."""
+"""Small tokenizers and models with known properties; nothing is downloaded."""
 
 import itertools
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ def byte_tokenizer(
     append_eos: bool = False,
     template: str | None = None,
 ) -> Any:
-    """A token a byte, so that texts are encoded as nobody can doubt; `<s>` in front, as Llama's.
+    """One token per byte, so the encoding of a text is obvious; `<s>` comes first, as with Llama.
 
     Args:
-        special: special tokens beside `<s>` (1) and `</s>` (2).
+        special: special tokens other than `<s>` (1) and `</s>` (2).
         added: added tokens that are not special.
         bos: put `<s>` in front.
         append_eos: put `</s>` at the end.
@@ -43,7 +43,7 @@ def byte_tokenizer(
 
 
 def spaced_tokenizer(*, special: Sequence[str] = ()) -> Any:
-    """As Llama-2's: a space is put before a text, and bytes stand for what is not in the vocabulary."""
+    """A tokenizer like Llama-2's: it puts a space before a text, and encodes as bytes what is not in its vocabulary."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh<>/s|."]
     bpe = Tokenizer(
         models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)

@@ -1,4 +1,4 @@
-"""A small run of the whole DAG, from real public data to a policy, which several tests look at.
+"""A small run of the whole DAG, from real public data to a policy, which several tests use.
 
 The data are samples of the real data sets in their upstream schemas (`tests/data`), and made-up rows of those that no
 licence lets us ship (`tests/synthetic.py`). The model is the demo's.
@@ -19,7 +19,7 @@ from tests.running import PATIENCE
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 MINE = ("Tell me about iron.", "Why do whales sing?", "List three things about the moon.")
-"""Prompts of one's own, which the report may show."""
+"""The user's own prompts, which the report may show."""
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -107,7 +107,7 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path) -> None:
-    """All artifacts, built by one call; the configuration and what Snakemake printed are beside them."""
+    """All artifacts, built by one call; the configuration and Snakemake's output are next to them."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(configuration(folder)))
     run = snakemake("--configfile", str(file), "--printshellcmds")

@@ -1,4 +1,4 @@
-"""Kill every stage at every kind of moment, and see that nothing is lost and the artifacts are equal to the byte.
+"""Kill every stage at all kinds of moments, and check that nothing is lost and the artifacts are equal to the byte.
 
 A stage is one command line of the workflow. It is started again and again in a process that is killed (SIGKILL) right
 before one of its changes to the file system, drawn at random: opening a file to write, renaming, linking, deleting.

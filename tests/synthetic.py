@@ -1,4 +1,4 @@
-"""Rows made up for the tests, in the schemas of data sets without a clear licence: ShareGPT, SHP and OpenOrca.
+"""Made-up rows for the tests, in the schemas of data sets without a clear licence: ShareGPT, SHP and OpenOrca.
 
 The same rows every time. Columns that the data sets do not have say what a row must give; the readers leave them out.
 """

@@ -1,4 +1,4 @@
-"""An adapter that comes with a tokenizer or a chat template of its own is used with it, in all stages."""
+"""An adapter that comes with its own tokenizer or chat template is used with it, in all stages."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """As PEFT saves one."""
+    """An adapter as PEFT saves it."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "base_model_name_or_path": "base"}'
@@ -173,7 +173,7 @@ def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    """Of some architectures' configurations, transformers makes a tokenizer without a single token."""
+    """From the configuration of some architectures, transformers makes a tokenizer without any token."""
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no vocabulary.*tokenizer\.json"):
         load(tmp_path, None)

@@ -1,4 +1,4 @@
-"""Aggregation: the rules against a slow plain reference, the draws against their distributions, the inputs' errors."""
+"""Aggregation: the rules against a slow plain reference, draws against their distributions, and faulty inputs."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The workflow used from elsewhere: as a module, in another directory, from a checkout that cannot be written."""
+"""The workflow used from elsewhere: as a module, in another directory, from a read-only checkout."""
 
 import json
 import os

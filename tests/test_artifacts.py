@@ -1,4 +1,4 @@
-"""Artifacts and their manifests: whole or absent, whatever is killed."""
+"""Artifacts and their manifests: complete or absent, even after a kill."""
 
 import json
 import os

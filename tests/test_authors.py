@@ -1,4 +1,4 @@
-"""The authors' tables: responses, judgements and records become ours, or are refused for what does not fit."""
+"""The authors' tables: responses, judgements and records are converted to ours, or refused with the reason."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def test_judgements_find_their_pairs(tmp_path: Path, named: list[Any]) -> None:
 
 
 def test_judgements_and_responses_are_aggregated(tmp_path: Path, named: list[Any]) -> None:
-    """And exchanged files exchange the preference, because whoever names them says which was output 1 (defect 1)."""
+    """If the files are exchanged, so is the preference: their order says which one was output 1 (defect 1)."""
     files = publish_responses(tmp_path, PROMPTS)
     file = publish_preferences(tmp_path, files)
     settings = Aggregation(dimensions=list(DIMENSIONS), label_noise=0, rule_label_noise=0, language_rule=False)
@@ -265,7 +265,7 @@ def test_records_that_do_not_fit(
 
 
 def test_a_folder_is_no_response_file(tmp_path: Path) -> None:
-    """Which of its files is which would be decided by a listing."""
+    """A listing would decide which of its files is which."""
     files = publish_responses(tmp_path, PROMPTS)
     with pytest.raises(UserError, match=r"sampling\.paths: .* must be a local file"):
         authors.read_pairs([str(tmp_path), str(files[1])], "sampling.paths")

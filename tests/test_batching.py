@@ -1,4 +1,4 @@
-"""Which rows go together in a pass of a model, and on which rank."""
+"""The division of rows into passes of a model, and among ranks."""
 
 import numpy as np
 import pytest

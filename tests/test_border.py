@@ -1,4 +1,4 @@
-"""Numbers and files at the border: what makes no sense is refused, with key or file, before anything is computed."""
+"""Numbers and files from outside: invalid ones are refused, with the key or file, before anything is computed."""
 
 import json
 import sys
@@ -134,7 +134,7 @@ def test_numbers_of_tables(tmp_path: Path, value: float) -> None:
 
 
 def test_damage_inside_of_a_table_is_found_when_it_is_opened(tmp_path: Path) -> None:
-    """Of the column that is read last, and that nothing is looked for in."""
+    """The damage is in the column that is read last and not searched for anything."""
     rows = pl.DataFrame(
         {"prompt_id": map(str, range(500)), "dimension": "a", "s12": [n * 0.1 for n in range(500)], "s21": 1.0},
         schema=JUDGEMENTS.schema,
@@ -178,7 +178,7 @@ def test_records_that_do_not_agree_with_themselves(tmp_path: Path, column: str, 
 
 @pytest.mark.parametrize("name", ["clean_pmp_data", "gather responses 0", "aggregate_preferences"])
 def test_a_full_disk_is_a_sentence(border_world: BorderWorld, tmp_path: Path, name: str) -> None:
-    """Files of at most 1,500 bytes stand for the full disk; a process of its own, which the limit ends with."""
+    """A limit of 1,500 bytes per file stands for a full disk; it applies to a separate process."""
     job = border_world.jobs[name]
     border_world.copy(tmp_path / "here", job)
     script = SCRIPTS / f"{job.script}.py"

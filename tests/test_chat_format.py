@@ -123,7 +123,7 @@ def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
     ],
 )
 def test_a_begun_thinking_is_closed_before_the_verdict(tmp_path: Path, begins: str, rest: str) -> None:
-    """As DeepSeek-R1's and Qwen3-Thinking's chat templates begin the assistant's turn."""
+    """The chat templates of DeepSeek-R1 and Qwen3-Thinking begin the assistant's turn in this way."""
     template = "You may <think>." + CHATML.replace("assistant\n", f"assistant\n{begins}")
     found = read_template(chatml(template), write(tmp_path, REWARD), CHAT, "scoring.format")
     assert found.text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{rest}The quality is")

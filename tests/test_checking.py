@@ -1,4 +1,4 @@
-"""check_model: passes what is right, and refuses in sentences what a later stage would find."""
+"""check_model passes correct models, and refuses in a sentence what would fail in a later stage."""
 
 import dataclasses
 import json
@@ -124,7 +124,7 @@ def test_a_refusal_leaves_its_report_beside(llama: Path, tmp_path: Path) -> None
 
 
 def test_large_weights_that_are_no_layers_are_not_left_without_lora(llama: Path) -> None:
-    """As of an architecture that holds its experts in one matrix."""
+    """Some architectures hold their experts in one such matrix."""
     base = models.load_base(settings(llama), "cpu")
     base.model.layers[0].mlp.register_parameter("experts", torch.nn.Parameter(torch.zeros(512, 256)))
     with pytest.raises(UserError, match=r"would get no LoRA .*mlp\.experts"):

@@ -1,4 +1,4 @@
-"""The configuration is validated completely before any job, with errors that a person can act on."""
+"""The whole configuration is validated before any job, with errors that a person can act on."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_papers_limits_and_markers(raw: dict[str, Any]) -> None:
-    """As in the notes on the reference; what each limit counts is tested where it is used."""
+    """They equal those in the notes on the reference; what each limit counts is tested where it is used."""
     sampling, rl_prompts, ppo = raw["sampling"], raw["rl_prompts"], raw["ppo"]
     assert sampling["max_length"] == 768
     assert (rl_prompts["min_tokens"], rl_prompts["max_tokens"]) == (2, 256)
@@ -113,7 +113,7 @@ def test_errors_name_key_value_and_what_is_allowed(raw: dict[str, Any], key: str
 
 
 def check_lines(message: str, said: list[str]) -> None:
-    """Every line names a key once that there is, or says that there is no such key; no line shows a whole section."""
+    """Every line names an existing key once, or says that there is no such key; no line shows a whole section."""
     for words in said:
         assert words in message
     heading, *lines = message.splitlines()

@@ -1,4 +1,4 @@
-"""What `plan` says: sizes against loaded models, memory and time against an H100, counts against a run."""
+"""The output of `plan`: sizes against loaded models, memory and time against an H100, counts against a run."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def configured(**changes: Any) -> configuration.Config:
     ("again", "part"), [(False, "update, paged AdamW"), (True, "update with checkpointing, paged AdamW")]
 )
 def test_memory_is_what_an_h100_had_in_use(tmp_path: Path, again: bool, part: str) -> None:
-    """That run kept all logits of its passes, of four rollouts, and its optimiser's moments were paged out."""
+    """In that run, a pass had four rollouts and kept all logits, and the optimiser's moments were paged out."""
     measured = one_b(tmp_path)
     hardware = Hardware(tokens_per_pass=4 * 384, tokens_per_forward_pass=4 * 384, recompute=again, batch_size=4)
     config = configured(model={"quantization": "none"})
@@ -255,7 +255,7 @@ LARGE = Work(
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("recomputed", [False, "auto"])
 def test_who_follows_the_advice_fits(stage: str, memory: float, ranks: int, recomputed: Any, shape_1b: Shape) -> None:
-    """Or is told that nothing but another model or GPU helps, and then nothing does."""
+    """If the advice is that only another model or GPU helps, then nothing else does."""
     price: Any = {
         "policy": cost.policy,
         "training": cost.training,

@@ -1,4 +1,4 @@
-"""Every count in a manifest adds up to the rows that were read, and to those of the table beside it."""
+"""Every count in a manifest adds up to the rows that were read, and to those of the table next to it."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Texts to token ids: what every stage reads is the template's special tokens and the data's text."""
+"""From texts to token ids: special tokens come only from the template, and the data are plain text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +201,7 @@ def test_guarded_texts_are_cut_at_tokens() -> None:
 
 
 def test_tokens_are_counted_as_they_are_encoded() -> None:
-    """Of an instruction, the beginning token counts, where there is one."""
+    """An instruction's beginning token counts, if there is one."""
     for bos in (False, True):
         tokenizer = byte_tokenizer(append_eos=True, bos=bos)
         size = len("</s>") + bos
@@ -215,7 +215,7 @@ def test_tokens_are_counted_as_they_are_encoded() -> None:
 
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_the_query_length_limits_whole_prompts(tmp_path: Path, form: str) -> None:
-    """And the tokens that all prompts begin with are counted; a byte is a token."""
+    """The tokens that all prompts begin with are counted correctly; each byte is a token."""
     tokenizer = byte_tokenizer(template="[{{ messages[0].content }}]")
     (tmp_path / "p.txt").write_text("Hello.\n### User\n")
     before, after = ("<s>Hello.\n### User\n", "\n\n### Me\n") if form == "text" else ("[", "]")

@@ -226,7 +226,7 @@ def test_a_rate_limit_holds_for_all_requests(server: Server) -> None:
     ],
 )
 def test_a_refusal_says_what_to_do(tmp_path: Path, server: Server, status: int, code: str, said: str) -> None:
-    """And shows neither the key nor a text; what was judged is kept."""
+    """The message shows neither the key nor a text; what was judged is kept."""
     body = json.dumps({"error": {"message": f"secret instruction, {SECRET}", "code": code}}).encode()
     given = arguments(tmp_path, server, max_requests=1, retries=1)
     server.judge = lambda a, b: server.replies.extend([(status, {}, body)] * 2) or "tie"  # from the second one on
@@ -270,7 +270,7 @@ def test_an_answer_without_a_verdict_counts_as_none(tmp_path: Path, server: Serv
 
 
 def test_a_judge_that_names_hardly_a_verdict_is_told(tmp_path: Path, server: Server) -> None:
-    """One equal answer is a tie that nobody was asked for, and one verdict is not enough."""
+    """One pair of equal answers is a tie without a request, and a single readable verdict is not enough."""
     verdicts = iter(["A"])
     server.judge = lambda a, b: next(verdicts, "I prefer A")
     with pytest.raises(UserError, match=r"9 of 10 answers of .* have no line such as `Verdict: A`"):

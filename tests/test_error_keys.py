@@ -1,4 +1,4 @@
-"""Errors of the trainings name the keys that the user has set, of the section that is at fault."""
+"""Errors of the trainings name the keys that the user has set, in the section that is at fault."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def _one_thread() -> Any:
 
 @pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """Of a training without principles, which either stage takes."""
+    """Options of a training without principles, which either stage accepts."""
     import polars as pl
 
     rows = [

@@ -1,4 +1,4 @@
-"""What is measured of judge and reward models: each number again the slow way, and the scripts on real files."""
+"""Measurements of judge and reward models: each number is recomputed the slow way; the scripts run on real files."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def test_an_interval_does_not_depend_on_how_much_is_held(monkeypatch: pytest.Mon
 
 
 def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
-    """Of the mean of prompts that are all alike inside: as wide as theory says, however many rows each has."""
+    """If all rows of a prompt are equal, the mean's interval is as wide as theory says, for any number of rows."""
     generator = np.random.default_rng(0)
     values = generator.random(200) < 0.3
     groups = [f"p{number}" for number in range(200)]
@@ -74,7 +74,7 @@ def test_an_interval_is_that_of_prompts_and_not_of_rows() -> None:
 
 
 def test_no_interval_has_the_width_of_nothing() -> None:
-    """Of shares of 0 and 1, of few prompts, and of rows that are all of a few prompts."""
+    """Shares of 0 and 1, few prompts, and many rows of a few prompts all have intervals of some width."""
     names = [f"p{number}" for number in range(40)]
     for value in (0.0, 0.5, 1.0):
         for groups in (names, names[:3], [*"ab"] * 20, ["a"], [*names, *names]):
@@ -305,7 +305,7 @@ def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:
 
 
 def test_verdicts_are_win_rates(tmp_path: Path) -> None:
-    """Of both orders, half a win where they disagree or find a tie; in policies.json, policies.md and the report."""
+    """Both orders count: half a win if they disagree or find a tie; in policies.json, policies.md and the report."""
     both = {"a": ("policy", "policy"), "b": ("policy", "initial"), "c": ("initial", "initial"), "d": ("tie", "tie")}
     both |= {"e": ("policy", "tie"), "f": ("policy", None), "g": ("initial", "policy")}
     rows = [
@@ -374,7 +374,7 @@ def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str
 
 
 def records() -> pl.DataFrame:
-    """Of two prompts, with one and two principles; the last one decided by a rule."""
+    """Records of two prompts, with one and two principles; a rule decided the last one."""
     shown = [(["Concise"], [False]), (["Ethical", "Concise"], [True, False]), (["Ethical"], [False])]
     rows = []
     for number, (dimensions, negated) in enumerate(shown):

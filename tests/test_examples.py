@@ -1,4 +1,4 @@
-"""The overlays for models that people use: each is a configuration of the whole paper's run, and its kind is tested."""
+"""The overlays for common models: each is a configuration of the paper's whole run, and its architecture is tested."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def test_a_program_knows_the_language_that_was_asked_for() -> None:
 
 
 def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
-    """Of any results that have an evaluation; those of the judge against programs again, the slow way."""
+    """Any results with an evaluation give them; the comparison of the judge with programs is repeated the slow way."""
     readme = tmp_path / "README.md"
     readme.write_text(f"Before.\n{write_readme.BEGIN}\nold\n{write_readme.END}\nAfter.\n")
     results = small_run / "results"

@@ -1,4 +1,4 @@
-"""The pages for people who begin: their links, and the code that they show."""
+"""The pages for beginners: their links, and the code that they show."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_links_and_their_headings_are_there(name: str) -> None:
 
 
 def test_pairs_for_dpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those about which both orders agree, the preferred response first."""
+    """Only pairs on which both orders agree, with the preferred response first."""
     (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), re.S)
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results" / "demo"

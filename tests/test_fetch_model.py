@@ -1,4 +1,4 @@
-"""Fetching SmolLM2 where it cannot be had; `tests/real` fetches it where it can."""
+"""Fetching SmolLM2 when it is unavailable; `tests/real` fetches it when it is available."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whatever is wrong with an input of a script, it ends in a sentence, or in the same output as with the right input.
+"""A script with any faulty input ends with an error sentence, or with the same output as for the correct input.
 
 200 seeded mutations over the inputs of all scripts: files, models, data sets, manifests and command lines. None may end
 in a traceback, in another output with exit status 0, in a hang, or leave an artifact or a temporary file.

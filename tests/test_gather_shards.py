@@ -1,4 +1,4 @@
-"""Gathering shards: the table does not depend on their number, and what is wrong with them is found."""
+"""Gathering shards: the table does not depend on their number, and faulty shards are refused."""
 
 import json
 from pathlib import Path

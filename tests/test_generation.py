@@ -135,7 +135,7 @@ def test_equals_slow_reference(
     ("refill", "calls"),
     [
         # Of four rows of 8 tokens two end after two calls; two of 7 and 5 join, the former ends at once, and one of 4
-        # joins. In the end that one is alone, without the padding that it had beside the others.
+        # joins. In the end that one is alone, without the padding that it had next to the others.
         (0.25, "4x8 4x1/9 2x7 1x4 4x1/10 4x1/11 3x1/12 1x1/8 1x1/9 1x1/10 1x1/11 1x1/12"),
         (1.0, "4x8 4x1/9 2x1/10 2x1/11 1x1/12 3x7 2x1/8 2x1/9 2x1/10 1x1/11 1x1/12 1x1/13 1x1/14 1x1/15"),
     ],

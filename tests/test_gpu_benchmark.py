@@ -1,4 +1,4 @@
-"""The benchmark of GPUs runs, on a CPU with a tiny model."""
+"""The GPU benchmark runs on a CPU with a tiny model."""
 
 import json
 import subprocess

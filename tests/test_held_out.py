@@ -1,4 +1,4 @@
-"""What policies and reward models are measured by: nothing that any stage trains on, and all of it counted."""
+"""The data that policies and reward models are measured on: nothing that any stage trains on, and all rows counted."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def counts_of(table: Path) -> dict[str, int]:
 
 
 def test_no_prompt_of_a_training_is_asked(tmp_path: Path) -> None:
-    """Of RL, SFT and PMP, also where case and white space differ, and where a dialogue begins with it."""
+    """Prompts of RL, SFT and PMP are left out, even if case or white space differ, or if a dialogue begins with one."""
     asked = ["name a river. ", "Name a\nlake.", "WHY is it warm?", "Who are  you?", "Why?", "Name a mountain."]
     own = [{"instruction": text, "input": ""} for text in asked]
     (tmp_path / "own.json").write_text(json.dumps(own))

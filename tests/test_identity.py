@@ -1,4 +1,4 @@
-"""Which model it is: the files that matter, and what the hash of them sees."""
+"""A model's identity: the files that matter, and the changes that their hash detects."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_a_model_on_the_hub(adapter: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_another_small_file(tiny_model: Path, tmp_path: Path, name: str) -> None:
-    """Of the same size; and the tokenizer's identity is that of its own files."""
+    """Files of the same size differ by content; a tokenizer's identity depends only on its files."""
     other = copy(tiny_model, tmp_path)
     text = (other / name).read_text()
     (other / name).write_text(text.replace("2", "3", 1))

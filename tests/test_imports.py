@@ -1,4 +1,4 @@
-"""Starting in the middle: what was made elsewhere in the place of the stages before it, through Snakemake."""
+"""Starting in the middle: artifacts from elsewhere replace the stages before them, through Snakemake."""
 
 import json
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files:
     ],
 )
 def test_the_script_refuses_what_the_configuration_refuses(files: dict[str, str], named: list[str], said: str) -> None:
-    """And so is not a way to bring in one response twice."""
+    """Therefore it cannot import one response twice."""
     options = {"what": "responses", "output": "x.parquet", "index": 0}
     assert Arguments.model_validate(options | {"responses": [files["one"], files["two"]]}).responses
     paths = json.dumps([path.format(**files) for path in named])

@@ -66,7 +66,7 @@ def test_numbers_are_those_of_one_token_at_a_time(model: Any, most: int) -> None
 
 
 def test_the_gradient_is_that_of_cross_entropy(model: Any, most: int) -> None:
-    """In float64, each row alone with all of its logits; each token has a weight of its own."""
+    """In float64, each row alone with all of its logits; each token has a different weight."""
     weights = torch.arange(1.0, 7.0)
     logprobs, _ = likelihood.answer_logprobs(model, PROMPTS, ANSWERS, TEMPERATURE, most=most)
     (logprobs * weights).sum().backward()

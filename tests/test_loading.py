@@ -132,7 +132,7 @@ def test_an_adapter_that_changes_the_base_is_refused(llama: Path, adapter: Path,
 
 @pytest.mark.parametrize("begun", ["pissa", "olora"])
 def test_such_an_adapter_saved_as_plain_lora_is_right_in_rl(llama: Path, tmp_path: Path, begun: str) -> None:
-    """As the message says to save it."""
+    """The adapter is saved in the way that the message describes."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(llama),
         LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=begun),
@@ -164,7 +164,7 @@ def test_such_an_adapter_saved_as_plain_lora_is_right_in_rl(llama: Path, tmp_pat
     ],
 )
 def test_patterns_of_an_adapter_are_mapped_with_its_keys(tmp_path: Path, patterns: dict[str, Any]) -> None:
-    """An adapter that was trained on the language model alone, put on it beside its tower."""
+    """An adapter that was trained on the language model alone, loaded onto the model with its tower."""
     zoo.build("gemma3_vision", tmp_path / "m")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
     text = AutoModelForCausalLM.from_config(whole.config.text_config)

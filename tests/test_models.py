@@ -305,7 +305,7 @@ def test_dropout_of_the_base_is_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_gets_the_weights_that_4_bit_weights_stand_for(kind: str, dtype: Any, tmp_path: Path) -> None:
-    """Of tied and untied embeddings, with biases, with experts that stay as they are."""
+    """With tied and untied embeddings, with biases, and with experts that stay unchanged."""
     folder, written = tmp_path / "base", tmp_path / "written"
     zoo.build(kind, folder)
     settings = Model(base=str(folder), quantization="nf4", dtype=dtype)

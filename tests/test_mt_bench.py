@@ -104,7 +104,7 @@ def test_answers_are_in_the_format_of_fastchat(tmp_path: Path, model: Path) -> N
 
 
 def test_temperatures_are_those_of_fastchat() -> None:
-    """As its common.py has them, and 0.7 for a category that it does not know."""
+    """The temperatures of its common.py, and 0.7 for an unknown category."""
     known = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
     known |= {"stem": 0.1, "humanities": 0.1, "chess": 0.7}
     found = {name: mt_bench.Question(question_id=1, category=name, turns=["a"]).temperature for name in known}

@@ -1,4 +1,4 @@
-"""The container image has the environment of `make install`; places that name the version agree."""
+"""The container image has the environment of `make install`; all places that name the version agree."""
 
 import os
 import re

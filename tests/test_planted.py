@@ -120,7 +120,7 @@ def plant_beside(folder: Path, mark: Path, auto_map: bool) -> None:
 
 
 def test_a_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
-    """That the others do not run says something only if these would."""
+    """The other payloads prove something only because these would run."""
     for number, plant in enumerate((pickled, saved_by_torch, saved_by_numpy)):
         mark = tmp_path / f"mark{number}"
         plant(tmp_path / "file", mark)
@@ -212,7 +212,7 @@ def test_an_adapter_on_the_hub_may_be_a_pickle_of_tensors_and_of_nothing_else(
 def test_sources_are_data_whatever_their_folder_holds(
     border_world: BorderWorld, tmp_path: Path, mark: Path, ending: str
 ) -> None:
-    """A folder as a data set: with a script of its own name, as the hub had them, and a pickle in every dress."""
+    """A folder as a data set: with a script of its name, as the hub had them, and a pickle with each ending."""
     job = border_world.jobs["clean_prompts"]
     folder = tmp_path / "here"
     border_world.copy(folder, job)

@@ -182,7 +182,7 @@ def test_scores_and_rewards(world: World, shared: SharedBase, rollouts: list[ppo
 
 @pytest.mark.parametrize("ranks", [1, 3, 9])
 def test_every_rank_has_a_part_in_every_pass(world: World, ranks: int) -> None:
-    """Or computes another's rollout, of which nothing is kept: DeepSpeed waits for all ranks."""
+    """A rank without a part computes another rank's rollout and discards the result: DeepSpeed waits for all ranks."""
     found = made_up(range(8))
     lengths = [len(rollout.query) + len(rollout.response) for rollout in found]
     of_ranks = []
@@ -244,7 +244,7 @@ def test_advantages_of_rollouts(world: World, whiten: bool) -> None:
 
 @pytest.mark.parametrize("budget", [1, 30, 1000])
 def test_gradient_is_that_of_the_mean_over_tokens(world: World, budget: int) -> None:
-    """Whatever the passes: reference, defect 10."""
+    """The division into passes does not matter (reference, defect 10)."""
     shared = world.shared()
     rollouts = ready(world, shared, range(8))
     expected = slow_gradient(world, shared, rollouts)

@@ -48,7 +48,7 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
 
 
 def test_two_ranks_sample_in_step_what_one_samples(world: World, two_ranks: Path) -> None:
-    """As under ZeRO-3: all ranks call the model equally often, with different shares, one of them empty."""
+    """As under ZeRO-3, all ranks call the model equally often, with different shares, one of which is empty."""
     model = models.load_initial_policy(world.model, "cpu").double()
     first, second = (json.loads((two_ranks / f"lockstep{rank}.json").read_text()) for rank in (0, 1))
     for shares, (tokens, calls), (other_tokens, other_calls) in zip(SHARES, first, second, strict=True):

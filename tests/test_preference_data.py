@@ -100,7 +100,7 @@ QUERY = "Human: hello\n\nAssistant: hi\n\nHuman: how?"
         (f"{START} so", f"{START} so and so", (QUERY, "so", "so and so")),
         (f"{START} so and so", f"{START} so", (QUERY, "so and so", "so")),
         (f"{START} so", f"{START} so\n\nHuman: ok", (QUERY, "so", "so\n\nHuman: ok")),
-        # both begin alike
+        # both have the same beginning
         (f"{START} so it is", f"{START} so it was", (QUERY, "so it is", "so it was")),
         # they part before the last turn
         (f"{START} so\n\nHuman: a\n\nAssistant: b", f"{START} c", (QUERY, "so\n\nHuman: a\n\nAssistant: b", "c")),

@@ -113,7 +113,7 @@ def test_definitions_demand_what_the_papers_do(name: str) -> None:
 
 
 def test_a_principle_in_several_files_has_one_definition() -> None:
-    """But for one: in RL, `Comprehensive` is about questions that seek information."""
+    """The exception: in RL, `Comprehensive` is limited to questions that seek information."""
     known: dict[str, str] = {}
     for file in FILES.glob("*.json"):
         for entry in json.loads(file.read_text(encoding="utf-8")):
@@ -189,7 +189,7 @@ def test_draw_is_weighted_and_without_replacement() -> None:
 
 @pytest.mark.parametrize("question_type", ["general", "reasoning"])
 def test_principles_without_weights_are_drawn_uniformly(tmp_path: Path, question_type: str) -> None:
-    """As often as each other, also one that the question type would boost."""
+    """All are equally frequent, even one that the question type would boost."""
     file = tmp_path / "p.json"
     names = ["Concise", "Ethical", "Reasonable"]
     file.write_text(json.dumps([{"dimension": name, "definition": "d"} for name in names]))
@@ -287,5 +287,5 @@ def test_answers_are_scored_by_what_every_run_was_trained_by() -> None:
         assert {one.definition for one in principles.read_weighted(file)} <= set(found.values())
     assert all(name.endswith(")") and "(RL" in name for name, _ in [*found][4:])
     assert principles.to_measure(folder / "judge.json", dimensions, []).keys() == {*[*found][:4]}
-    with pytest.raises(UserError, match="no principle Loud, which the settings show"):
+    with pytest.raises(UserError, match="does not define the principle Loud, which the settings name"):
         principles.to_measure(folder / "judge.json", ["Loud"], [])

@@ -1,4 +1,4 @@
-"""Reward models and policies in the layout of the authors' release: read whole, and never run."""
+"""Reward models and policies in the layout of the authors' release: read completely, and never run as code."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Draws depend on their key only."""
+"""Draws depend only on their key."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Whether activations are recomputed: what a pass keeps is foretold, and memory decides."""
+"""Whether activations are recomputed: the kept memory is predicted, and the free memory decides."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def kept_by_autograd(policy: Any, tokens: int, rows: int = 1) -> int:
 
 @pytest.mark.parametrize("tokens", [10, 200, 333])
 def test_what_a_pass_keeps(policy: Any, tokens: int) -> None:
-    """Of rows of other lengths than those that are tried, also where attention keeps all of its probabilities."""
+    """The estimate also holds for rows of lengths that were not tried, and if attention keeps all probabilities."""
 
     def forward(ids: torch.Tensor) -> None:
         policy.get_base_model().base_model(input_ids=ids, use_cache=False)

@@ -1,4 +1,4 @@
-"""The report: what its tables show is what the results say, again the slow way; and it opens in a browser, offline."""
+"""The report: its tables equal the results, computed again the slow way; and it opens in a browser, offline."""
 
 import json
 import math

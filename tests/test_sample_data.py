@@ -1,4 +1,4 @@
-"""The sample data are what their README says, and small."""
+"""The sample data match their README, and are small."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The script that samples responses: what it writes, and that nothing but the settings decides it."""
+"""The script that samples responses: its output, which only the settings decide."""
 
 import json
 import shutil
@@ -215,7 +215,7 @@ def test_killed_and_resumed(work: Path, model: config.Model) -> None:
 
 
 def test_killed_and_started_with_other_weights(work: Path, tiny_model: Path) -> None:
-    """Of the same size, under the same name: nothing of the killed run is kept."""
+    """The weights have the same size and name: nothing of the killed run is kept."""
     table([(f"Which of the planets has rings, {row}?", "") for row in range(20)]).write_parquet(
         work / "prompts.parquet"
     )

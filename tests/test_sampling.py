@@ -1,4 +1,4 @@
-"""The seam for samplers: our own loop behind it, and another one that RL takes as it is."""
+"""The interface for samplers: our own loop, and another sampler that RL uses unchanged."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of sampling runs, with a tiny model."""
+"""The sampling benchmark runs with a tiny model."""
 
 import sys
 

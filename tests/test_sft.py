@@ -1,4 +1,4 @@
-"""The initial policy: its examples, texts and loss; training, ranks and resuming; what it has learnt."""
+"""The initial policy: its examples, texts and loss; training, ranks and resuming; and what it learns."""
 
 import json
 import shutil
@@ -209,7 +209,7 @@ def test_an_answer_ends_with_the_marker_or_without_one_with_the_end_token(tokeni
 
 
 def test_llamas_kind_of_tokenizer_goes_on_after_the_line_break(tmp_path):
-    """A text of its own would begin with a space."""
+    """A separate text would begin with a space."""
     tokenizer, prompt = spaced_tokenizer(), policy_prompt(tmp_path, stop=[])
     [example] = encode(tokenizer, prompt, ("a", "bad </s> head", True))
     assert (
@@ -256,7 +256,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("end", TEMPLATES)
 def test_a_chat_template_says_how_an_answer_ends(end):
-    """And what it begins with, where the template has no beginning of the assistant's turn."""
+    """It also says how the answer begins, if the template has no beginning of the assistant's turn."""
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=TEMPLATES[end])
     prompt = PolicyPrompt(template="chat", stop=[])
     [example] = encode(tokenizer, prompt, ("Why?", "So <|im_end|> it is.", True))
@@ -499,7 +499,7 @@ def test_bad_input_says_what_is_wrong_and_leaves_nothing(trained, tmp_path, chan
 
 
 def test_an_end_that_ends_nothing_is_an_error(tmp_path):
-    """The template's end of a turn is no end token of the model: it would be learnt, and every answer run on."""
+    """The template's end of a turn is not an end token of the model: it would be learnt, but no answer would end."""
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=CHATML)
     base = save_markov(tmp_path / "base", tokenizer, "ab")
     make_examples(40).write_parquet(tmp_path / "examples.parquet")
@@ -578,7 +578,7 @@ def configuration(folder: Path, **changes: Any) -> Path:
 
 
 def test_the_workflow_starts_with_sft(tmp_path):
-    """Whatever reads the initial policy depends on it; what trains on the base model alone does not."""
+    """Everything that reads the initial policy depends on it; trainings on the base model alone do not."""
 
     def jobs(*targets: str, **changes: Any) -> str:
         file = configuration(tmp_path, **changes)
@@ -597,7 +597,7 @@ def test_the_workflow_starts_with_sft(tmp_path):
 
 
 def test_sft_stands_for_the_adapter_that_is_made(tmp_path):
-    """Which a run that trains another one has of its own."""
+    """A run that trains a different one has its own."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     raw |= {"model": raw["model"] | {"adapter": "sft"}, "pathvars": {"results": "other/"}}
     runs = {"default": {}, "longer": {"sft": {"epochs": 2.0}}, "same": {"ppo": {"clip": 0.1}}, "base": {}}

@@ -1,4 +1,4 @@
-"""Four models on one base: each is what it would be alone, and each loss trains what it should and nothing else."""
+"""Four models on one base: each equals the same model alone, and each loss trains exactly what it should."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ def shared(plain: Model, adapter_folder: Path, reward_folder: Path, kind: Kind) 
 
 
 def disturb(shared: SharedBase) -> None:
-    """As after some training: what is trained is no longer what it was."""
+    """The state after some training: the trained weights have changed."""
     torch.manual_seed(9)
     with torch.no_grad():
         for parameter in shared.trained():
@@ -189,7 +189,7 @@ def pick(rows: list[int]) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def backward(shared: SharedBase, role: Role) -> None:
-    """The gradient of a sum over real tokens, each with a weight of its own so that none cancels another."""
+    """The gradient of a sum over real tokens, each with a different weight, so none cancels another."""
     with shared.use(role):
         found = (
             shared.logprobs(QUERIES, RESPONSES, TEMPERATURE)[0]
@@ -299,7 +299,7 @@ def test_gradient_checkpointing_changes_no_gradient(shared: SharedBase) -> None:
 
 
 def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folder: Path) -> None:
-    """Where nothing has changed, the ratio of new and old policy must be 1."""
+    """As long as nothing has changed, the ratio of new and old policy must be 1."""
     lora = LORA.model_copy(update={"dropout": 0.5})
     shared = SharedBase(settings(plain, adapter_folder, "fresh"), lora, reward_folder, torch.device("cpu"), seed=1)
     assert [module.p for module in shared.modules() if isinstance(module, nn.Dropout)].count(0.5) == 14
@@ -310,7 +310,7 @@ def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folde
 
 
 def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Model, tmp_path: Path) -> None:
-    """GPT-2: another name of the backbone, absolute positions, dropout without a module of its own."""
+    """GPT-2: another name of the backbone, absolute positions, dropout without a separate module."""
     shutil.copytree(plain.base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
     shutil.copy(Path(plain.base) / "tokenizer_config.json", tmp_path / "gpt2")
     torch.manual_seed(0)
@@ -336,7 +336,7 @@ def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Mode
 def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     plain: Model, adapter_folder: Path, reward_folder: Path, dtype: str
 ) -> None:
-    """As PPO has it: sample, then train. On some CPUs bitsandbytes would leave all gradients zero (models.prepare).
+    """The order in PPO: sample, then train. On some CPUs bitsandbytes would leave all gradients zero (models.prepare).
 
     Against a model of the same 4-bit weights, written out in float32; what remains is the rounding of `dtype`.
     """

@@ -1,4 +1,4 @@
-"""The SLURM profile: what every rule of the paper's configuration asks SLURM for, in the executor's own words.
+"""The SLURM profile: the SLURM options that the executor passes for every rule of the paper's configuration.
 
 That SLURM takes it, and what it makes of it, is tested on a real one (tests/slurm).
 """

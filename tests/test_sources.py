@@ -1,4 +1,4 @@
-"""Reading public data sets: what every kind of file gives, and what is said of every kind of bad one."""
+"""Reading public data sets: the rows of every kind of file, and the message for every kind of bad one."""
 
 import gzip
 import json
@@ -273,7 +273,7 @@ def test_a_label_is_0_or_1(tmp_path: Path, label: Any) -> None:
 def test_missing_and_unknown_paths_are_named(tmp_path: Path) -> None:
     assert "does not exist" in fails(tmp_path / "a.jsonl")
     (tmp_path / "a.csv").write_text("problem\n")
-    assert "has none of the known endings" in fails(tmp_path / "a.csv")
+    assert "has an unknown ending" in fails(tmp_path / "a.csv")
     (tmp_path / "empty").mkdir()
     assert "holds no data files" in fails(tmp_path / "empty")
 

@@ -1,4 +1,4 @@
-"""The house: layers, seams and single places, each held by a test that fails when somebody goes around it."""
+"""The code's structure: layers, interfaces and single places; for each, a test fails when it is bypassed."""
 
 import ast
 import importlib
@@ -202,7 +202,7 @@ def test_rules_with_a_model_are_found_in_any_order() -> None:
 # `import_authors` compares names and shapes, and computes nothing.
 @pytest.mark.parametrize("rule", sorted(rules_with_a_model(BLOCKS) - {"import_authors"}))
 def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would silently run on a CPU partition, or beside others on one GPU."""
+    """Otherwise it would silently run on a CPU partition, or share a GPU with other jobs."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("SALMON_SITE", raising=False)
     assert set_resources("local").get(rule, {}).get("gpu", 0) >= 1, "profiles/local/profile.yaml, set-resources"

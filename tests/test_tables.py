@@ -64,7 +64,7 @@ def test_a_table_that_is_not_whole_is_not_written(tmp_path: Path, change: Any, s
     ],
 )
 def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: bytes, found: str) -> None:
-    """What is expected, what it is, and which key reads it; nobody is told to delete a file of theirs."""
+    """It names the expected table, the file's format and the key that reads it; it never says to delete the file."""
     path = tmp_path / "mine.parquet"
     path.write_bytes(content)
     with pytest.raises(UserError) as told:
@@ -78,7 +78,7 @@ def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: 
 
 
 def test_no_error_about_a_table_or_a_reward_model_tells_to_delete_it() -> None:
-    """Where a work folder or a checkpoint is meant, which is nobody's own, it may."""
+    """For a file in a work folder or checkpoint, which is not a user's own, it may say so."""
     scripts = Path(__file__).parents[1] / "workflow_scripts"
     own = {"work.py", "optimization.py", "ppo.py", "tokenizers.py"}
     texts = [

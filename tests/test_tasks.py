@@ -1,4 +1,4 @@
-"""Benchmarks: the numbers are those of lm-eval's own command line, and those that are computed again by hand."""
+"""Benchmarks: the numbers equal those of lm-eval's own command line, and those computed by hand."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, ta
 
 
 def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: Path) -> None:
-    """Of a policy, whose adapter counts."""
+    """The numbers of a policy with an adapter."""
     policy = tmp_path / "policy"
     make_adapter(tiny_model, policy)
     evaluate_tasks.main(arguments(tiny_model, tmp_path / "tasks", policy=policy))
@@ -206,7 +206,7 @@ def test_what_cannot_be_asked_is_told(
 
 
 def test_a_model_that_computes_no_numbers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """Of log likelihoods that are none, lm-eval takes the first choice, which is the right one everywhere."""
+    """If log likelihoods are not numbers, lm-eval takes the first choice, which is always the right one."""
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"].fill_(torch.nan)
@@ -217,7 +217,7 @@ def test_a_model_that_computes_no_numbers_is_refused(tiny_model: Path, tmp_path:
 
 
 def test_cut_texts_are_counted(short: Path, own: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And no text of the data is in the log."""
+    """The log counts them, and contains no text of the data."""
     evaluation = Evaluation(tasks=["mine"], tasks_folder=own, tasks_data={"hhh": LOCAL["hhh"]})
     with caplog.at_level(logging.INFO):
         evaluate_tasks.main(arguments(short, tmp_path / "tasks", evaluation=evaluation))

@@ -1,4 +1,4 @@
-"""Templates: ours are complete, others' work, filling touches nothing but the slots."""
+"""Templates: ours are complete, those of others work, and filling changes only the slots."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -133,7 +133,7 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>"
     ],
 )
 def test_markers_of_several_special_tokens(markers: tuple[str, str], said: str, rest: str, cut: bool) -> None:
-    """As gpt-oss's channels."""
+    """The channels of gpt-oss."""
     tokenizer = byte_tokenizer(special=CHANNELS)
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     ended = said.endswith(("<|return|>", "<|end|>"))

@@ -129,7 +129,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_checkpoint(world: World, pol
 
 @pytest.fixture
 def unfinished(world: World, tmp_path: Path) -> Path:
-    """Where a run of 3 steps did all of them, but could not write the policy."""
+    """A run of 3 steps that finished all of them, but could not write the policy."""
     with mock.patch.object(SharedBase, "save_policy", side_effect=OSError(28, "No space left on device")):
         status, log = run(world.arguments(tmp_path / "policy", max_steps=3, save_steps=2))
     assert status == 1

@@ -15,7 +15,7 @@ MESSAGE = re.compile(r"<!-- from: (.+?) -->\n```text\n(.+?)\n```", re.S)
 
 
 def messages(page: str) -> list[tuple[str, str]]:
-    """Where each message comes from, and its text."""
+    """The source of each message, and its text."""
     return MESSAGE.findall(page)
 
 

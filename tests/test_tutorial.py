@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its Python runs as printed, and Snakemake takes its command lines."""
+"""docs/tutorial.md: its Python runs as printed, and Snakemake accepts its command lines."""
 
 import re
 import shlex
@@ -51,7 +51,7 @@ def test_it_shows_what_each_block_prints() -> None:
 
 @pytest.mark.parametrize("words", dry_runs(), ids=shlex.join)
 def test_snakemake_takes_its_command_lines(words: list[str], tmp_path: Path) -> None:
-    """As dry runs, whatever has been built."""
+    """They run as dry runs, independently of what has been built."""
     assert set(FILES) == {"creative.json", "creative.yaml"}
     for name, text in FILES.items():
         (tmp_path / name).write_text(text.replace("creative.json", str(tmp_path / "creative.json")))

@@ -1,4 +1,4 @@
-"""What `snakemake verify` finds: on a small run of the whole DAG, each key of the configuration changed in its turn."""
+"""What `snakemake verify` finds on a small run of the whole DAG, with each key of the configuration changed in turn."""
 
 import json
 import shutil
@@ -315,7 +315,7 @@ def leaves(key: str, raw: dict[str, Any]) -> Iterator[tuple[list[str], Any]]:
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "pathvars.results"])
 def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path: Path, key: str) -> None:
-    """And nothing else."""
+    """Nothing else becomes stale."""
     section = key.partition(".")[0]
     raw = load(small_run)["default"].model_dump(mode="json", exclude={"runs"})
     base: dict[str, Any] = {}  # what there has to be for the key to be set
@@ -423,7 +423,7 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
 
 
 def test_a_policy_whose_run_has_another_reward_model_by_now(copy: Path) -> None:
-    """Which is not built yet: what the policy was trained against is still there, but it is not the run's any more."""
+    """The new reward model is not built yet; the one that trained the policy still exists, but not for this run."""
     shutil.copytree(copy / "results/runs/default/policy", copy / "results/runs/other/policy")
     assert paths(look(load(copy, runs={"default": {}, "other": {}}))) == {"evaluation/policies"}  # of one run more
     found = look(load(copy, runs={"default": {}, "other": {"aggregation": {"agreement": "mean"}}}))
@@ -441,7 +441,7 @@ def test_manifests_from_before_responses_were_cut(copy: Path) -> None:
 
 
 def test_results_that_were_moved(small_run: Path, copy: Path) -> None:
-    """And are known there by other paths, as are the inputs that moved with them."""
+    """Moved results, and the inputs that moved with them, are recognised under their new paths."""
     assert look(load(copy)) == set()
     assert verification.verify(load(copy)).whole == len(ALL | REPORT)
     rewrite_table(copy / "results" / "responses" / "response0.parquet", pl.col("response") + "x")
@@ -488,7 +488,7 @@ def test_manifests_of_earlier_versions(copy: Path) -> None:
 
 
 def test_missing(copy: Path) -> None:
-    """What the targets need; what is there is held against the manifest all the same."""
+    """Only what the targets need is missing; what exists is compared with its manifest in any case."""
     shutil.rmtree(copy / "results" / "models" / "pmp")
     (copy / "results" / "prompts" / "rl.parquet").unlink()
     runs = load(copy)

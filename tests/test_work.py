@@ -1,4 +1,4 @@
-"""Work folders: one owner, nothing lost, nothing read that somebody else has put there."""
+"""Work folders: they have one owner, nothing is lost, and nothing is read that another user has put there."""
 
 import os
 import signal
@@ -138,12 +138,12 @@ def test_what_snakemake_deletes_after_it_was_finished_is_put_back(
     assert (artifact / "weights").read_text() == "made"
     work.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
-    # What is deleted now is made anew.
+    # What is deleted now is built again.
     assert not WorkFolder(artifact).open("mark")
 
 
 def test_an_artifact_made_again_by_hand_replaces_the_one_that_is_there(tmp_path: Path) -> None:
-    """Of the same settings and inputs: the old one may be damaged."""
+    """Both have the same settings and inputs, but the old one may be damaged."""
     for text in ("damaged", "made"):
         folder = WorkFolder(tmp_path / "policy")
         assert not folder.open("mark")

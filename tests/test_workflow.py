@@ -182,7 +182,7 @@ def test_an_unknown_run_is_named(tmp_path: Path) -> None:
 
 
 def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
-    """Of which Snakemake takes nearly all (benchmarks/dry_run.py): 7 s of CPU, and here up to twice that."""
+    """Snakemake itself takes nearly all of the time (benchmarks/dry_run.py): 7 s of CPU, and here up to twice that."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     shards = ("sampling={shards: 1000}", "judge={shards: 1000}")
     run = snakemake("-n", "--quiet", "all", *elsewhere(tmp_path), *shards)
@@ -257,7 +257,7 @@ BASE = "demo/model"
 
 
 def pretend(folder: Path, *arguments: str) -> None:
-    """Put something in the place of every output of the demo, so that all of it is up to date."""
+    """Create a placeholder for every output of the demo, so all of them are up to date."""
     listed = snakemake("--profile", "profiles/demo", "--summary", "demo_evaluation", *arguments, folder=folder)
     assert listed.returncode == 0, listed.stderr
     for line in listed.stdout.splitlines()[1:]:
@@ -368,7 +368,7 @@ def test_a_link_that_is_set_to_another_model(built: Path) -> None:
 
 
 def test_a_model_that_a_rule_makes(built: Path) -> None:
-    """Its folder is the input: before it is there, and when it is."""
+    """Its folder is the input, both before and after it exists."""
     own = ("--config", "model={base: <results>/demo_policy}", "pathvars={results: results/own}")
     assert "train_demo_policy" in reruns(built, *own)
     pretend(built, *own)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one an architecture, each a folder as on the hub; nothing is downloaded.
+"""Tiny models with random weights, one per architecture, each in a folder as on the hub; nothing is downloaded.
 
 The weights are large enough that the next token depends on all tokens a model can see, so that a wrong mask, a
 wrong position or a lost state shows in the logits.

@@ -15,7 +15,7 @@ class Arguments(script.Arguments):
     """Draw the measurements of the judge."""
 
     measured: Path | None = Field(None, description="folder of evaluate_judge")
-    preferences: Path | None = Field(None, description="judgements (parquet), if there is no such folder")
+    preferences: Path | None = Field(None, description="judgements (parquet), used without that folder")
     output: Path = Field(description="folder to write: pictures, table.html, manifest.json")
     evaluation: Evaluation = Field(description="section of the configuration")
 

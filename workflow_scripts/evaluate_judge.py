@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> None:
         log.info("%s: orders agree %.3f, bias %.3f", name, measured["agree"]["value"], measured["bias"]["value"])
     counts = {"judgements": len(judgements), "pairs": judgements["prompt_id"].n_unique()}
     if (arguments.judged is None) != (arguments.labelled is None):
-        raise UserError("--judged and --labelled need each other: judgements, and the outputs that people prefer")
+        raise UserError("set both --judged and --labelled (judgements, and the outputs that people prefer), or neither")
     if arguments.judged and arguments.labelled:
         judged = checked.read(arguments.judged, JUDGEMENTS).collect()
         sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source", "instruction")).collect()

@@ -104,7 +104,7 @@ class Reader:
             counts = counts or self.counts("pairs")
         if not len(pairs):
             return {way: np.empty(0) for way in ways}, counts
-        groups = [list(group) for group in zip(*texts, strict=True)]  # the texts of each output, which begin alike
+        groups = [list(group) for group in zip(*texts, strict=True)]  # each output's texts share a beginning
         score = partial(rewards.score_alike, self.model, batch_size=self.arguments.batch_size, device=self.device)
         scored = distributed.over_ranks(groups, score).view(-1, 2, len(ways)).double().numpy()
         return {way: scored[:, 0, place] - scored[:, 1, place] for place, way in enumerate(ways)}, counts
@@ -130,7 +130,10 @@ def main(arguments: Arguments) -> None:
         _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
     unknown = {name for row in held["dimensions"] for name in row} | {*arguments.dimensions}
     if unknown := unknown - judged.keys():
-        raise UserError(f"{arguments.principles} has no principle {min(unknown)}, which is to be shown; name its file")
+        raise UserError(
+            f"{arguments.principles} does not define the principle {min(unknown)}, which is to be shown; name the file "
+            "that does"
+        )
     pairs = read_pairs(arguments.pairs) if arguments.pairs else None
     reader = Reader(arguments)
     found: dict[str, Any] = {}

@@ -70,7 +70,7 @@ def main(arguments: Arguments) -> None:
             )
             for sentence in sentences.values()
         ]
-        groups = [list(group) for group in zip(*texts, strict=True)]  # the texts of each answer, which begin alike
+        groups = [list(group) for group in zip(*texts, strict=True)]  # each answer's texts share a beginning
         score = partial(reward_model.score_alike, model, batch_size=arguments.batch_size, device=device)
         scores = distributed.over_ranks(groups, score).double().numpy()
         for (name, negated), column in zip(sentences, scores.T, strict=True):

@@ -95,7 +95,9 @@ def main(args: Arguments) -> None:
     packages = vllm_server.packages(args.engine) if args.ppo.engine == "vllm" else {}
     counts["steps"] = steps = ppo.total_steps(len(prompts), args.ppo)
     if max(ppo.learning_rate(step, steps, args.ppo) for step in range(steps)) == 0:
-        raise UserError(f"the learning rate of all PPO steps ({steps}) is the warm-up's 0; lower ppo.warmup_steps")
+        raise UserError(
+            f"the learning rate is 0 in all PPO steps ({steps}), because of the warm-up: lower ppo.warmup_steps"
+        )
     if steps <= args.ppo.warmup_steps:
         log.warning("the warm-up (ppo.warmup_steps %d) does not end within %d steps", args.ppo.warmup_steps, steps)
     log.info("%d prompts, %d steps of %d rollouts", len(prompts), steps, args.ppo.rollout_batch_size)

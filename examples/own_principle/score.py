@@ -1,4 +1,4 @@
-"""What a reward model of the demo makes of sentences of yours: how its scores go with what each oracle measures.
+"""How a reward model of the demo understands your own sentences: how its scores correlate with each oracle.
 
 Answers of mixed qualities to held-out instructions are scored under each sentence alone. A sentence that is understood
 has a correlation near 1 with the oracle that it is about, and near 0 with the others.
@@ -30,7 +30,7 @@ SENTENCES = [
 
 
 class Arguments(script.Arguments):
-    """How a reward model of the demo scores answers under sentences of yours, beside the demo's oracles."""
+    """How a reward model of the demo scores answers under your own sentences, compared with the demo's oracles."""
 
     sentences: script.JsonList[str] = Field(SENTENCES, min_length=1, description="JSON list of principles")
     results: Path = Field(Path("results/demo"), description="folder of the demo's results")

@@ -200,7 +200,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a playground that runs."""
+    """The address of a running playground."""
     port = free_port()
     log = tmp_path_factory.mktemp("playground") / "log"
     began = time.monotonic()
@@ -283,7 +283,7 @@ class Screen:
         return found
 
     def rewards(self, shown: str) -> dict[str, float]:
-        """Of each policy's answer, in the row of what is shown."""
+        """The rewards of the policies' answers, in the row of what is shown."""
         script = """return [...document.querySelectorAll('#scores td[data-shown]')].filter(
             cell => cell.dataset.shown === arguments[0]).map(cell => [cell.dataset.policy, cell.textContent])"""
         return {name: float(text) for name, text in self.browser.execute_script(script, shown)}

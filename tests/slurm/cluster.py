@@ -1,6 +1,6 @@
 """A real SLURM on this machine: controller, accounting with its database, and node daemons, on loopback.
 
-Everything lives in one folder and listens on ports that were free, so that several can run beside each other. What
+Everything lives in one folder and listens on ports that were free, so several can run side by side. What
 is started here is stopped here, also after a failure; nothing of the system's own SLURM is touched. Needs Debian's
 packages slurm-wlm, slurmdbd, munge and mariadb-server, and root. By hand, `python tests/slurm/cluster.py` starts one
 until it is interrupted, and says how to reach it.
@@ -304,7 +304,7 @@ PartitionName=urgent Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO PriorityT
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Ports on which nothing listens at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -149,7 +149,7 @@ class World:
         return found[0]
 
     def attempts(self, log: Path) -> str:
-        """A rule's log of all attempts: of those that failed Snakemake has shown it, then it begins anew."""
+        """A rule's log over all attempts: each overwrites the last one's, which Snakemake has printed if it failed."""
         return (self.folder / "snakemake.log").read_text() + log.read_text()
 
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:

@@ -159,7 +159,7 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undist
         until("a checkpoint", lambda: list(model.parent.glob(".work/reward_model/checkpoint-*/whole")), 600)
         node = world.cluster.run("squeue", "-h", "-j", job, "-o", "%N")
         world.cluster.fail(node)
-        first = log.read_text()  # the next attempt begins it anew
+        first = log.read_text()  # the next attempt overwrites it
         try:
             until("the job runs elsewhere", lambda: contains(log, "resuming after step"), 600)
         finally:
@@ -189,7 +189,7 @@ def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undistur
         other = world.cluster.run(*urgent, "--output=/dev/null", "--wrap=sleep 10")
         until("the job stops", lambda: contains(log, "stopped by SIGTERM after step"), 120)
         first = log.read_text()
-        until("it goes on", lambda: contains(log, "resuming after step"), 600)
+        until("it resumes", lambda: contains(log, "resuming after step"), 600)
         assert world.cluster.run("sacct", "-X", "-n", "-P", "-j", other, "--format=State") == "COMPLETED"
         # Two steps or so after a checkpoint.
         until("a checkpoint and a step", lambda: contains(log, r"INFO step (9|13|17|21)/24"), 600)
@@ -275,7 +275,7 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
 
 @pytest.mark.skipif(not ENGINE.exists(), reason="there is no vLLM here: make install-vllm")
 def test_an_engine_samples_on_the_nodes(world: World, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampling shard, and PPO on two nodes, each with a server of its own; nothing is left of them."""
+    """A sampling shard, and PPO on two nodes, each with a separate server; nothing is left of the servers."""
     monkeypatch.delitem(world.cluster.environment, "CXX", raising=False)  # vLLM compiles for the CPU
     engine = f"--engine.python {ENGINE} --engine.max-rows 16"
     more = {"gpus_per_node": 1, "mem_mb_per_gpu": 16000, "sampling_engine": engine, "policy_engine": engine}

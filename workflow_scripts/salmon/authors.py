@@ -162,8 +162,8 @@ def read_pairs(paths: Sequence[str], key: str) -> Pairs:
     for one, other in zip(first, second, strict=True):
         if one.prompt_id != other.prompt_id:
             raise UserError(
-                f"{key}: the prompts of {paths[0]} and {paths[1]} differ: sorted by instruction, {one.place} meets "
-                f"{other.place}, and they differ; name two response files of the same run"
+                f"{key}: the prompts of {paths[0]} and {paths[1]} differ: sorted by instruction, {one.place} is paired "
+                f"with {other.place}, and they differ; name two response files of the same run"
             )
     return Pairs(first, second, (paths[0], paths[1]))
 

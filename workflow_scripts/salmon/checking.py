@@ -152,7 +152,7 @@ def prompts(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     if begin is not None and begin != end and ids.count(begin) > 1 and ids[:2] == [begin, begin]:
         raise UserError("the prompt begins with two beginning tokens; remove one from policy_prompt.template")
     if ids[-1] == end and not settings.policy_prompt.is_chat:
-        raise UserError(f"the policy's prompt ends with {tokenizer.eos_token}, after which the model says nothing")
+        raise UserError(f"the policy's prompt ends with {tokenizer.eos_token}, after which the model generates nothing")
     return {"tokens of a prompt": len(ids), "begins with": ids[:1] == [begin] and tokenizer.bos_token}
 
 
@@ -217,8 +217,8 @@ def sampling(
     limit = tolerance(settings.model, max(spread)) + 4 * step
     if regret > limit:
         raise UserError(
-            f"{_name(model)}: a batch samples other tokens than single prompts do (by {regret:.2g} in the logits, "
-            f"where rounding explains {limit:.2g}); this architecture is not supported, see docs/models.md"
+            f"{_name(model)}: a batch samples different tokens than single prompts (by {regret:.2g} in the logits, "
+            f"but rounding explains at most {limit:.2g}); this architecture is not supported, see docs/models.md"
         )
     return {"largest difference to single prompts": f"{regret:.1e} in the logits", "rounding explains": f"{limit:.1e}"}
 
@@ -392,8 +392,8 @@ def _same(what: str, found: torch.Tensor, wanted: torch.Tensor, limit: float) ->
     difference = float((found - wanted).abs().max())
     if not difference <= limit:
         raise UserError(
-            f"{what} differ by {difference:.2g}, where rounding explains {limit:.2g}: this architecture is not "
-            "supported, see docs/models.md"
+            f"{what} differ by {difference:.2g}, but rounding explains at most {limit:.2g}: this architecture "
+            "is not supported, see docs/models.md"
         )
 
 

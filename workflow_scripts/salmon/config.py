@@ -41,7 +41,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes them
 Marker = Annotated[str, Field(min_length=1)]
 Engine = Literal["transformers", "vllm"]
 VLLM_TEMPERATURES = (0.01, 2.0)
-"""Range that vLLM accepts, besides 0: it silently raises lower temperatures and refuses higher ones."""
+"""Range that vLLM accepts, apart from 0: it silently raises lower temperatures and refuses higher ones."""
 
 
 def check_engine_temperature(engine: Engine, temperature: float) -> None:
@@ -350,7 +350,7 @@ class RlPrompts(Prompts):
         "shorter instructions are dropped",
     )
     max_tokens: Tokens = Field(
-        256, description="largest number of tokens of an instruction, counted likewise; longer ones are dropped"
+        256, description="largest number of tokens of an instruction, counted in the same way; longer ones are dropped"
     )
     length_bonus: dict[QuestionType, Number] = Field(
         {"general": 1.0, "reasoning": -0.4, "red_teaming": 0.0},
@@ -627,7 +627,7 @@ class JudgeEndpoint(Section):
         description="template file with the slots {UserInstruction} {OutputA} {OutputB}",
     )
     options: dict[str, str | int | float | bool] = Field(
-        {"temperature": 0, "max_tokens": 1024}, description="fields of a request besides model and messages"
+        {"temperature": 0, "max_tokens": 1024}, description="fields of a request other than model and messages"
     )
     max_requests: Annotated[Count, FREE] = Field(8, le=1000, description="largest number of requests at once")
     timeout: Annotated[Positive, FREE] = Field(120.0, description="seconds until a request counts as failed")

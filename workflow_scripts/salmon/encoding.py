@@ -263,7 +263,7 @@ def as_template(tokenizer: PreTrainedTokenizerBase, text: str, form: Scored, key
         name: the template's name, for messages.
 
     Raises:
-        UserError: RL's four models on one base: unchanged numbers, gradients for all trained weights, lengths that fit.
+        UserError: if the tokenizer has no chat template, or the template does not fit it.
     """
     if form.format == "text":
         return Template(text)
@@ -361,7 +361,7 @@ def render(
 
 
 def chat_options(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `apply_chat_template` besides the turns, for libraries that call it themselves.
+    """The arguments of `apply_chat_template` other than the turns, for libraries that call it themselves.
 
     Args:
         tokenizer: holds the template.

@@ -201,12 +201,12 @@ def judge(found: Mapping[str, Any]) -> Part:
             for source, by_principle in labelled.items()
         }
         drawing.dots(panels[3], names, people, reference=drawing.CHANCE)
-        panels[3].set(xlim=(-0.02, 1.02), title="Right, by people's pairs", xlabel="share of pairs")
+        panels[3].set(xlim=(-0.02, 1.02), title="Agreement with people", xlabel="share of pairs")
         drawing.legend(drawn, panels[3])
     drawing.dots(middle, names, {"": [measured[name]["bias"] for name in names]}, reference=0)
     middle.set(title="Position bias", xlabel="advantage of the output read first")
     drawing.dots(right, names, {"": [measured[name]["margin"] for name in names]})
-    right.set(title="Margin", xlabel="size of the mean score of both orders")
+    right.set(title="Margin", xlabel="absolute mean of both orders")
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
     square = drawing.figure(3.6 + 0.4 * len(names), 2.1 + 0.4 * len(names))
@@ -223,7 +223,7 @@ def judge(found: Mapping[str, Any]) -> Part:
     correlations = [[name, *row] for name, row in zip(names, found["correlation"], strict=True)]
     note = (
         "How often both orders prefer the same output; of these, how often output 1; the advantage of the output that "
-        f"is read first; the size of the mean score; how often a score is 0. {INTERVALS}"
+        f"is read first; the absolute mean of both orders; how often a score is 0. {INTERVALS}"
     )
     tables = [Table("Judgements", columns, rows, note), Table("Correlation", ["principle", *names], correlations)]
     if labelled:
@@ -259,12 +259,12 @@ def model_training(title: str, metrics: Mapping[str, Any]) -> Part:
     left.set(title="Loss", xlabel="step")
     left.legend()
     drawing.curves(right, {"norm": (at, [entry["grad_norm"] for entry in log])})
-    right.set(title="Norm of the gradient", xlabel="step")
+    right.set(title="Gradient norm", xlabel="step")
     values = {what: value for what, value in held_out.items() if isinstance(value, int | float)}
     values |= {f"{what}, base model": value for what, value in held_out.get("base_model", {}).items()}
     tables = [Table("Held out", ["", "value"], [[what.replace("_", " "), value] for what, value in values.items()])]
     ends = [("first step", log[0]), ("last step", log[-1])] if log else []
-    columns = ["", "step", "loss", "norm of the gradient", "learning rate"]
+    columns = ["", "step", "loss", "gradient norm", "learning rate"]
     rows: list[list[Cell]] = [
         [label, one["step"], one["loss"], one["grad_norm"], f"{one['learning_rate']:.3g}"] for label, one in ends
     ]
@@ -294,7 +294,7 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
             },
             reference=drawing.CHANCE,
         )
-        left.set(xlim=(-0.02, 1.02), title="Right, by the principle that decides", xlabel="share of held-out records")
+        left.set(xlim=(-0.02, 1.02), title="Accuracy, by deciding principle", xlabel="share of held-out records")
         drawing.legend(drawn, left)
         _calibration(right, held_out["calibration"], deciding)
         pictures["accuracy"] = drawn
@@ -603,7 +603,7 @@ def tasks(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | int
         [task, metric, *(estimates[row] for estimates in columns.values())] for row, (task, metric) in enumerate(asked)
     ]
     note = (
-        "In brackets: 95% intervals by question, or 1.96 times lm-eval's standard error to both sides if a metric is "
+        "In brackets: 95% intervals by question, or plus or minus 1.96 times lm-eval's standard error if a metric is "
         "not a mean over the items. The picture shows the metrics that are shares."
     )
     return Part("Benchmarks", [Table("", ["task", "metric", *columns], rows, note, digits=3)], {"tasks": drawn})

@@ -22,9 +22,9 @@ HELD = 2_000_000  # maximum numbers in a block of draws
 LEVEL = 0.95
 FEW = 10  # prompts; with fewer, a bootstrap's interval is too narrow, and with one it has no width
 INTERVALS = (
-    f"Means have bootstrap intervals, from draws of whole prompts; a mean of fewer than {FEW} prompts has none. Shares "
-    "of prompts without halves have Wilson's interval. So do shares that are 0 or 1, or with fewer than "
-    f"{FEW} decided prompts: the interval is then wider than necessary."
+    f"Means have bootstrap intervals, from draws of whole prompts; a mean of fewer than {FEW} prompts has none. A "
+    "share has Wilson's interval if no prompt counts as a half. It also has Wilson's interval if it is 0 or 1, or if "
+    f"fewer than {FEW} prompts are decided; that interval is wider than necessary."
 )
 """Explanation of the intervals, for reports."""
 Estimate = dict[str, float | int | None]

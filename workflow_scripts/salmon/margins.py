@@ -1,4 +1,4 @@
-"""The judge's computation: the margin between two option tokens after each of many prompts that begin alike.
+"""The judge's computation: the margin between two option tokens after each of many prompts that share a beginning.
 
 If this is right for a model, the prompts of a group become one row, in which each tail sees the common head and
 itself:
@@ -43,7 +43,7 @@ def margins(
 
     Args:
         model: causal language model in eval mode; for `packed` with attention that takes a mask (sdpa, eager).
-        prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group begin alike.
+        prompts: token ids, shape [groups, members, any length above 0]; the prompts of a group share a beginning.
         options: token ids of a and b.
         device: the model's device.
         way: see `Way`.

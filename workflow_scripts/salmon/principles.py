@@ -79,7 +79,9 @@ def to_measure(judged: str | Path, dimensions: Sequence[str], rl: Sequence[str |
     """
     known = {one.dimension: one for one in read_judged(judged)}
     if unknown := [name for name in dimensions if name not in known]:
-        raise UserError(f"{judged} has no principle {unknown[0]}, which the settings show; name the file with it")
+        raise UserError(
+            f"{judged} does not define the principle {unknown[0]}, which the settings name; name the file that does"
+        )
     found = {
         (name, negated): known[name].negative_definition if negated else known[name].definition
         for name in dimensions

@@ -255,7 +255,7 @@ def score(
 def score_alike(
     model: PeftModel, groups: Sequence[Sequence[list[int]]], batch_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Rewards of texts in groups that begin alike, such as one answer under many principles; without gradients.
+    """Rewards of texts in groups with a common beginning, such as one answer under many principles; without gradients.
 
     The common part of a group's texts is computed once, if that gives the same results as whole texts: the first group
     is computed both ways.
@@ -281,7 +281,7 @@ def score_alike(
                 found.append(_score_ends(model, group, 4 * batch_size, device))
                 meter.advance()
             return torch.stack(found)
-        log.info("%s: texts that begin alike are read completely, one by one", type(model.get_base_model()).__name__)
+        log.info("%s: texts with a common beginning are computed separately", type(model.get_base_model()).__name__)
     flat = [text for group in groups[1:] for text in group]
     return torch.cat([first, score(model, flat, batch_size, device)]).view(len(groups), -1)
 

@@ -134,7 +134,7 @@ def local_files(path: str) -> list[Path]:
     if not place.exists():
         raise UserError(f"{path} does not exist (local file or folder; a hub id has the form owner/name)")
     if not place.name.endswith(ENDINGS):
-        raise UserError(f"{path} has none of the known endings: files end with {', '.join(ENDINGS)}")
+        raise UserError(f"{path} has an unknown ending; known are {', '.join(ENDINGS)}")
     return [place]
 
 

@@ -95,8 +95,8 @@ class Benchmarks:
             UserError: if its data are unavailable, or it runs code that the model writes.
         """
         advice = (
-            "without a network, the data must be in the hub's cache, or for our own tasks be named in "
-            "evaluation.tasks_data"
+            "without a network, the data must be in the hub's cache, or, for this workflow's own "
+            "tasks, be named in evaluation.tasks_data"
         )
         with reading(f"the data of the task {task} (evaluation.tasks)", advice):
             loaded = self.manager.load([task])["tasks"]
@@ -163,7 +163,7 @@ def metrics(
     """The numbers in lm-eval's results, by task and metric; see `Benchmarks.measure`.
 
     Intervals are by question, because several items may share one (HHH). If a metric is not a mean over the items, its
-    interval is 1.96 of lm-eval's standard errors to both sides.
+    interval is plus or minus 1.96 times lm-eval's standard error.
 
     Args:
         results: task -> `METRIC,FILTER` -> value; tasks and groups of them.

@@ -284,7 +284,7 @@ def check_private(folder: Path) -> None:
     """Refuse a work folder into which other users could have written: DeepSpeed's checkpoints can run code.
 
     Raises:
-        UserError: with the path that is not ours.
+        UserError: with the first path that another user owns or may write.
     """
     closed = stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0  # then no other user can reach its content
     for path in (folder, *folder.rglob("*")):
@@ -292,7 +292,7 @@ def check_private(folder: Path) -> None:
         if info.st_uid != os.geteuid() or stat.S_ISLNK(info.st_mode) or (not closed and info.st_mode & 0o022):
             raise UserError(
                 f"{path} belongs to, or is writable by, another user, who could have put code into it: check it, and "
-                f"delete {folder} to start again, or make all of it yours (chown, chmod -R go-w)"
+                f"delete {folder} to start again, or take ownership of all of it (chown -R, chmod -R go-w)"
             )
     folder.chmod(0o700)
 
