@@ -93,11 +93,16 @@ def read_settings(rollouts: int) -> Ppo:
 
 
 def draw(rollouts: int, settings: Ppo) -> tuple[list[ppo.Rollout], list[list[int]]]:
-    """Rollouts that are neither measured nor scored, and the reward model's texts for them."""
+    """Rollouts that are neither measured nor scored, and the reward model's texts for them.
+
+    Their lengths are evenly spaced quantiles of the real ones, so that few rollouts stand for all.
+    """
     random = np.random.default_rng(0)
     lengths = real_lengths(settings)
+    ordered = lengths[np.argsort(lengths.sum(1), kind="stable")]
+    places = ((np.arange(rollouts) + 0.5) / rollouts * len(ordered)).astype(int)
     found, texts = [], []
-    for place, (asked, said) in enumerate(lengths[random.permutation(len(lengths))[:rollouts]].tolist()):
+    for place, (asked, said) in enumerate(random.permutation(ordered[places]).tolist()):
         query, response = (random.integers(3, VOCABULARY, number).tolist() for number in (asked, said))
         found.append(ppo.Rollout(place, query, "", "general", 0.0, response, "", True))
         read = min(len(response), settings.reward_response_length) + 200  # 200 tokens for template and principles

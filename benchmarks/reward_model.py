@@ -1,7 +1,7 @@
 """Seconds and memory of a step of a reward model's training: the authors' way, TRL's RewardTrainer, and the product.
 
     pip install --no-deps --target FOLDER trl==1.16.0
-    python benchmarks/reward_model.py --trl FOLDER [--pairs 16] [--steps 3] [--rounds 3] [--threads 2]
+    python benchmarks/reward_model.py --trl FOLDER [--pairs 16] [--steps 3] [--rounds 3] [--budget 2048]
 
 Base model and LoRA are those of benchmarks/ppo.py, in float32 on a CPU. A text has an answer as long as OASST1's (four
 characters count as a token; at most 768 tokens), the question (at most 128) and 200 tokens of template and principles;
@@ -9,9 +9,9 @@ at most 1,280, the paper's limits. A pair's two texts differ in the answer. In e
 and none recomputes activations.
 
 The authors' way pads every text to the limit, and computes logits that are not used. TRL (1.16) pads to the longest
-text of a pass, with as many pairs as the authors' way, in the order of the data; it gets tokens, so its tokeniser is
-not measured. The product's passes have at most 2,048 tokens, padding included. Rows between these show each change's
-contribution. Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
+text of a pass, with as many pairs as the authors' way or with one pair, in the order of the data; it gets tokens, so
+its tokeniser is not measured. The product's passes have at most `budget` tokens, padding included. Rows between these
+show each change's contribution. Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
 """
 
 import argparse
@@ -49,6 +49,7 @@ WAYS = {
     "masked": "passes by length, with a mask",
     "salmon": "passes by length, without a mask: the product",
     "trl": "TRL's RewardTrainer",
+    "trl_alone": "the same, one pair per pass",
 }
 Pairs = list[tuple[list[int], list[int]]]
 """Tokens of the preferred text, and of the other one."""
@@ -98,7 +99,7 @@ def authors(folder: Path, pairs: Pairs, size: int, _: Path, *, logits: bool = Tr
     return time.perf_counter() - began
 
 
-def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
+def trl(folder: Path, pairs: Pairs, size: int, output: Path, *, per_pass: int = PAIRS_PER_PASS) -> float:
     """Seconds of `RewardTrainer.train`."""
     from trl import RewardConfig, RewardTrainer  # type: ignore[import-not-found]
 
@@ -106,8 +107,8 @@ def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "base"))
     config = RewardConfig(
         output_dir=str(output),
-        per_device_train_batch_size=PAIRS_PER_PASS,
-        gradient_accumulation_steps=size // PAIRS_PER_PASS,
+        per_device_train_batch_size=per_pass,
+        gradient_accumulation_steps=size // per_pass,
         num_train_epochs=1,
         learning_rate=1e-5,
         max_length=MAX_LENGTH,
@@ -132,14 +133,16 @@ def trl(folder: Path, pairs: Pairs, size: int, output: Path) -> float:
     return time.perf_counter() - began
 
 
-def salmon(folder: Path, pairs: Pairs, size: int, output: Path, *, masked: bool = False) -> float:
+def salmon(
+    folder: Path, pairs: Pairs, size: int, output: Path, *, budget: int = TOKENS_PER_PASS, masked: bool = False
+) -> float:
     """Seconds of `training.train`; texts are already tokens, as for TRL."""
     arguments = train_reward_model.Arguments(
         records=folder / "none",
         output=output / "rm",
         model=Model(base=str(folder / "base"), quantization="none", dtype="float32"),
         lora=LORA,
-        tokens_per_pass=TOKENS_PER_PASS,
+        tokens_per_pass=budget,
         gradient_checkpointing=False,
         reward_model=RewardModel(
             template="none",
@@ -185,8 +188,9 @@ def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
         sys.path.append(str(arguments.trl))
     pairs = draw(arguments.pairs * arguments.steps)
     ways: dict[str, Any] = {
-        **{"authors": authors, "no_logits": partial(authors, logits=False), "trl": trl},
-        **{"masked": partial(salmon, masked=True), "salmon": salmon},
+        **{"authors": authors, "no_logits": partial(authors, logits=False)},
+        **{"trl": trl, "trl_alone": partial(trl, per_pass=1)},
+        **{"masked": partial(salmon, masked=True), "salmon": partial(salmon, budget=arguments.budget)},
     }
     with tempfile.TemporaryDirectory() as output:
         seconds = ways[way](folder, pairs, arguments.pairs, Path(output))
@@ -199,6 +203,7 @@ def main() -> None:
     """Print the table, or run one way of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="folder with TRL; without it, TRL is left out")
+    parser.add_argument("--budget", type=int, default=TOKENS_PER_PASS, help="tokens of a pass of the product's")
     parser.add_argument("--pairs", type=int, default=16, help="pairs per step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
@@ -211,7 +216,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        found = in_turn([way for way in WAYS if way != "trl" or arguments.trl], folder, arguments.rounds)
+        found = in_turn([way for way in WAYS if not way.startswith("trl") or arguments.trl], folder, arguments.rounds)
     mean = found["salmon"]["tokens"]
     print(f"steps of {arguments.pairs} pairs, whose texts have {mean:.0f} tokens on average\n")
     print("| | seconds per step | the product's speed | peak memory of the process |")

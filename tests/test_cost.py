@@ -21,6 +21,7 @@ from salmon.assumptions import Assumptions
 from salmon.config import Lora, Model
 from salmon.cost import Hardware
 from salmon.errors import UserError
+from salmon.optimization import BUCKET, read_deepspeed
 from salmon.plan import Plan
 from salmon.principles import read_judged
 from salmon.shape import Shape
@@ -319,24 +320,42 @@ def test_zero3_waits_for_weights_and_4_bit_ones_are_read_whole(shape_1b: Shape) 
 def test_ranks_share_time_and_zero_shares_memory(tmp_path: Path) -> None:
     measured = one_b(tmp_path)
     config, work = configured(model={"quantization": "none"}), rollouts()
-    one = cost.policy(
-        config,
-        measured,
-        Assumptions(launch=(1e-9, 1e-9), interconnect=(1e9, 1e9)),
-        work,
-        Hardware(batch_size=4, recompute=True),
-    )
-    two = cost.policy(
-        config,
-        measured,
-        Assumptions(launch=(1e-9, 1e-9), interconnect=(1e9, 1e9)),
-        work,
-        Hardware(ranks=2, batch_size=4, recompute=True, zero=3),
+    one, of_zero2, two = (
+        cost.policy(
+            config,
+            measured,
+            Assumptions(launch=(1e-9, 1e-9), interconnect=(1e9, 1e9)),
+            work,
+            Hardware(ranks=ranks, batch_size=4, recompute=True, zero=zero),
+        )
+        for ranks, zero in ((1, 0), (2, 2), (2, 3))
     )
     assert two.parts["updating"][0] == pytest.approx(one.parts["updating"][0] / 2)
     weights = measured.weights("none")
     assert two.memory["weights"] == pytest.approx(weights / 2 + weights / measured.layers)
     assert two.memory["gradients and moments"] == pytest.approx(one.memory["gradients and moments"] / 12 * 16 / 2)
+    # Two buffers of float32, as the file for ZeRO-2 and `read_deepspeed` say.
+    assert "DeepSpeed's buffers" not in one.memory
+    for stage, buffers, sharded in ((2, 2, of_zero2), (3, 1, two)):
+        found = read_deepspeed(ROOT / f"profiles/deepspeed/zero{stage}.json")["zero_optimization"]
+        assert (found["stage"], found["reduce_bucket_size"]) == (stage, BUCKET)
+        assert sharded.memory["DeepSpeed's buffers"] == buffers * 4 * BUCKET
+
+
+def test_without_resources_the_scripts_have_their_defaults() -> None:
+    import judge_preferences
+    import sample_responses
+    import train_policy
+
+    def default(script: Any, name: str) -> Any:
+        return script.Arguments.model_fields[name].default
+
+    sampled = default(sample_responses, "batch_size")
+    judged, policy = default(judge_preferences, "batch_size"), default(train_policy, "sampling_batch_size")
+    expected = {"response0": sampled, "response1": sampled, "preferences": judged, "policy": policy}
+    assert expected == price.BATCH_SIZE
+    assert default(train_policy, "engine").memory == price.ENGINE_MEMORY
+    assert default(sample_responses, "engine").memory == 0.9
 
 
 # -- counts, against a run

@@ -329,7 +329,14 @@ def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Mode
     torch.testing.assert_close((logprobs_of(shared, "policy"), values_of(shared)), together, atol=0, rtol=0)
 
 
-# -- 4 bit
+# -- 16 and 4 bit
+
+
+def test_float16_is_refused(plain: Model, adapter_folder: Path, reward_folder: Path) -> None:
+    """Losses are divided by all tokens of a minibatch: most gradients would be 0, and nothing would say so."""
+    model = settings(plain, adapter_folder, "adapter").model_copy(update={"dtype": "float16"})
+    with pytest.raises(UserError, match=r"model\.dtype is float16, .* set it to bfloat16"):
+        SharedBase(model, LORA, reward_folder, torch.device("cpu"), seed=1)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

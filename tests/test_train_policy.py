@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from salmon import ppo
 from salmon.config import Model
@@ -66,12 +67,21 @@ def test_what_a_run_writes(world: World, policy: Path) -> None:
 
 
 def test_hardware_settings_change_no_step(world: World, policy: Path, tmp_path: Path) -> None:
-    """Other batches on the GPU, other memory: the same run up to rounding."""
-    hardware = {"sampling-batch-size": 8, "tokens-per-pass": 1, "gradient-checkpointing": "false"}
-    status, log = run(world.arguments(tmp_path / "policy", hardware))
-    assert status == 0, log
-    start = weights(world.adapter)
-    assert relative(weights(tmp_path / "policy") - start, weights(policy) - start) < 1e-3
+    """Other batches on the GPU, other memory: the same run up to rounding; recomputing calls the layers more often."""
+    start, forward = weights(world.adapter), LlamaMLP.forward
+    calls = dict.fromkeys(("false", "true"), 0)
+    for recomputed in calls:
+
+        def counted(*arguments: Any, recomputed: str = recomputed, **named: Any) -> Any:
+            calls[recomputed] += 1
+            return forward(*arguments, **named)
+
+        hardware = {"sampling-batch-size": 8, "tokens-per-pass": 1, "gradient-checkpointing": recomputed}
+        with mock.patch.object(LlamaMLP, "forward", counted):
+            status, log = run(world.arguments(tmp_path / recomputed, hardware))
+        assert status == 0, log
+        assert relative(weights(tmp_path / recomputed) - start, weights(policy) - start) < 1e-3
+    assert calls["true"] > calls["false"]
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: Path, tmp_path: Path) -> None:
@@ -107,11 +117,14 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
     said = failing([sys.executable, "-c", signalled("SIGTERM", 3), *world.arguments(output)])
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in said
     assert not output.exists()
-    status, log = run(world.arguments(output))
+    # On a GPU with less memory: up to rounding the same.
+    status, log = run(world.arguments(output, {"tokens-per-pass": 1, "tokens-per-forward-pass": 100}))
     assert status == 0, log
     assert "resuming after step 3" in log
-    assert (output / "adapter_model.safetensors").read_bytes() == (policy / "adapter_model.safetensors").read_bytes()
-    assert read_metrics(output) == read_metrics(policy)
+    start = weights(world.adapter)
+    assert relative(weights(output) - start, weights(policy) - start) < 1e-3
+    for found, expected in zip(read_metrics(output), read_metrics(policy), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_checkpoint(world: World, policy: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from salmon.assumptions import Assumptions
 from salmon.checkpoints import KEPT
 from salmon.configuration import Config
 from salmon.likelihood import LOGITS, PER_LOGIT
+from salmon.optimization import BUCKET
 from salmon.recompute import MARGIN, TRAINED
 from salmon.shape import Shape
 from salmon.workload import Work
@@ -390,7 +391,13 @@ def _trained(lora: int, adapters: int, hardware: Hardware) -> dict[str, float]:
     """Bytes of trained adapters, and of their gradients and moments (DeepSpeed divides these and a float32 copy)."""
     parameters = adapters * lora
     states = (TRAINED + FLOAT32) / hardware.gpus if hardware.zero else TRAINED
-    return {"trained adapters": FLOAT32 * parameters, "gradients and moments": states * parameters}
+    # ZeRO-2 fills one buffer while it reduces the other.
+    buffers = {0: 0, 2: 2, 3: 1}[hardware.zero] * FLOAT32 * BUCKET
+    return {
+        "trained adapters": FLOAT32 * parameters,
+        "gradients and moments": states * parameters,
+        **({"DeepSpeed's buffers": buffers} if buffers else {}),
+    }
 
 
 def _activations(shape: Shape, graph: tuple[float, float] | None, tokens: int, length: int) -> tuple[float, float]:

@@ -96,7 +96,8 @@ def answer_logprobs(
     def read(states: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
         return ppo_math.token_logprobs(logits_of(causal, states), drawn, temperature, with_entropy=with_entropy)
 
-    if has_apart(causal, tokens[:1, :2]):
+    # The same trial on all ranks, so that all of them decide alike: ZeRO-3 gathers weights at each call.
+    if has_apart(causal, torch.arange(2, device=tokens.device)[None]):
         states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
         count = math.ceil(max(len(drawn), most) * causal.config.get_text_config().vocab_size / LOGITS)
         again = count > 1 and torch.is_grad_enabled()
@@ -148,6 +149,8 @@ def has_apart(causal: PreTrainedModel, tokens: Tensor) -> bool:
         try:
             states = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             away = (logits_of(causal, states).float() - whole).abs().max().item()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model with remote code may raise anything
             log.debug("%s: %s", type(causal).__name__, error)
             away = math.inf

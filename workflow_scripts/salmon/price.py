@@ -98,6 +98,11 @@ def _tokenizer(model: Model) -> Any:
         return None
 
 
+BATCH_SIZE: dict[Name, int] = {"response0": 16, "response1": 16, "preferences": 4, "policy": 32}
+ENGINE_MEMORY = 0.4
+"""Defaults of the scripts, for stages whose resources are not given: rows at a time, and the policy's engine."""
+
+
 def _hardware(name: Name, config: Config, resources: Mapping[str, Any]) -> Hardware:
     """The resources of a rule as numbers."""
     shards = {"response0": config.sampling.shards, "response1": config.sampling.shards}
@@ -107,13 +112,13 @@ def _hardware(name: Name, config: Config, resources: Mapping[str, Any]) -> Hardw
         jobs=shards.get(name, 1),
         nodes=int(resources.get("nodes", 1)),
         ranks=int(resources.get("ranks", 1)),
-        batch_size=int(resources.get("sampling_batch_size", resources.get("batch_size", 1))),
+        batch_size=int(resources.get("sampling_batch_size", resources.get("batch_size", BATCH_SIZE.get(name, 1)))),
         tokens_per_pass=int(resources.get("tokens_per_pass", 2048)),
         tokens_per_forward_pass=int(resources.get("tokens_per_forward_pass", 8192)),
         recompute=_recompute(str(resources.get("gradient_checkpointing", "auto")).lower()),
         zero=_zero(str(resources.get("deepspeed") or "null")),
         together=str(resources.get("tensor_parallel", "false")).lower() == "true" and sampled.get(name) != "vllm",
-        engine=_engine(str(resources.get("engine", ""))) if sampled.get(name) == "vllm" else None,
+        engine=_engine(name, str(resources.get("engine", ""))) if sampled.get(name) == "vllm" else None,
     )
 
 
@@ -129,11 +134,11 @@ def _zero(file: str) -> int:
     return int(found.get("zero_optimization", {}).get("stage", 0))
 
 
-def _engine(words: str) -> EngineHardware:
-    """The options of an engine that affect its cost."""
+def _engine(name: Name, words: str) -> EngineHardware:
+    """The options of a stage's engine that affect its cost."""
     options = dict(re.findall(r"--engine\.([\w-]+)[ =](\S+)", words))
     return EngineHardware(
-        memory=float(options.get("memory", 0.9)),
+        memory=float(options.get("memory", ENGINE_MEMORY if name == "policy" else 0.9)),
         tensor_parallel=int(options.get("tensor-parallel", 1)),
         rows=int(options.get("max-rows", 256)),
         is_here="url" not in options,

@@ -38,6 +38,12 @@ class SharedBase(nn.Module):
 
     def __init__(self, model: Model, lora: Lora, reward_model: Path, device: torch.device, *, seed: int) -> None:
         super().__init__()
+        if model.dtype == "float16":
+            # A minibatch's loss is divided by all of its tokens, and float16 ends at 6e-8.
+            raise UserError(
+                "model.dtype is float16, in which most of RL's gradients would silently become 0: set it to bfloat16, "
+                "or to float32 on a GPU without bfloat16"
+            )
         head = read_head(reward_model).to(device)  # first, to refuse a bad head before the base model is loaded
         base = prepare(load_base(model, device), model)
         if head.shape[1] != head_width(base):
