@@ -231,6 +231,9 @@ def follow(advice: str, hardware: Hardware) -> Hardware:
         hardware = replace(hardware, zero=3, recompute="auto")
     if "set tensor_parallel" in advice:
         hardware = replace(hardware, together=True)
+    for key, value in re.findall(r"--engine\.([\w-]+) to ([\d.]+\d|\d)", advice):
+        number = float(value) if key == "memory" else int(value)
+        hardware = replace(hardware, engine=replace(hardware.engine, **{key.replace("-", "_"): number}))
     for name, value in re.findall(r"lower (?:sampling_)?(\w+) to (\d+)", advice):
         assert 0 < int(value) < getattr(hardware, name)
         hardware = replace(hardware, **{name: int(value)})
@@ -251,11 +254,26 @@ LARGE = Work(
 )
 
 
-@pytest.mark.parametrize("stage", ["policy", "training", "sampling", "judging"])
+HARDWARE: list[tuple[str, Any, int, float | None]] = [
+    *((stage, recomputed, 0, None) for stage in ("sampling", "judging") for recomputed in (False, "auto")),
+    *(
+        (stage, recomputed, zero, None)
+        for stage in ("policy", "training")
+        for recomputed in (False, "auto")
+        for zero in (0, 2)
+    ),
+    *(("policy", "auto", zero, 0.9) for zero in (0, 2)),
+    ("sampling", "auto", 0, 0.9),
+]
+"""Stage, gradient_checkpointing, ZeRO stage, and an engine's share of the memory."""
+
+
 @pytest.mark.parametrize("memory", [2.5, 4.0, 6.0, 9.0, 13.0, 24.0])
 @pytest.mark.parametrize("ranks", [1, 8])
-@pytest.mark.parametrize("recomputed", [False, "auto"])
-def test_who_follows_the_advice_fits(stage: str, memory: float, ranks: int, recomputed: Any, shape_1b: Shape) -> None:
+@pytest.mark.parametrize(("stage", "recomputed", "zero", "engine"), HARDWARE)
+def test_who_follows_the_advice_fits(
+    stage: str, memory: float, ranks: int, recomputed: Any, zero: int, engine: float | None, shape_1b: Shape
+) -> None:
     """If the advice is that only another model or GPU helps, then nothing else does."""
     price: Any = {
         "policy": cost.policy,
@@ -266,7 +284,13 @@ def test_who_follows_the_advice_fits(stage: str, memory: float, ranks: int, reco
     config = configured(model={"quantization": "none"})
     assumed = Assumptions.model_validate({"gpu": {"memory": memory, "tflops": 70, "bandwidth": 600}})
     hardware = Hardware(
-        ranks=ranks, batch_size=512, tokens_per_pass=2**15, tokens_per_forward_pass=2**16, recompute=recomputed
+        ranks=ranks,
+        batch_size=512,
+        tokens_per_pass=2**15,
+        tokens_per_forward_pass=2**16,
+        recompute=recomputed,
+        zero=zero if ranks > 1 else 0,
+        engine=cost.EngineHardware(memory=engine) if engine else None,
     )
     found = price(config, shape_1b, assumed, LARGE, hardware)
     assert found.fits == (found.peak <= memory * 1e9)
@@ -274,7 +298,13 @@ def test_who_follows_the_advice_fits(stage: str, memory: float, ranks: int, reco
     if not found.fits and "use larger GPUs" not in found.advice:
         assert price(config, shape_1b, assumed, LARGE, follow(found.advice, hardware)).fits, found.advice
     if "use larger GPUs" in found.advice:
-        least = Hardware(ranks=ranks, batch_size=1, tokens_per_pass=1, tokens_per_forward_pass=1)
+        least = Hardware(
+            ranks=ranks,
+            batch_size=1,
+            tokens_per_pass=1,
+            tokens_per_forward_pass=1,
+            engine=hardware.engine and replace(hardware.engine, memory=0.05, tensor_parallel=ranks),
+        )
         assert not price(config, shape_1b, assumed, LARGE, least).fits
 
 

@@ -5,7 +5,7 @@ Times are ranges: each pass takes as long as its arithmetic or as the launches o
 creates. Both were compared with measurements on an H100 (`tests/test_cost.py`, benchmarks/gpu-h100.json).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -241,7 +241,7 @@ def sampling(config: Config, shape: Shape, assumed: Assumptions, work: Work, har
         steps = [answers / at_once / share for share in sorted(assumed.useful)]
         time.sampling("answers", steps, at_once, work.length, hardware)
         if hardware.engine:
-            return Cost(time.seconds, time.parts, _of_engine(shape, assumed, hardware, config), {})
+            return Cost(time.seconds, time.parts, _of_engine(shape, assumed, hardware, config.sampling.max_length), {})
         memory = {"weights": shape.weights(config.model.quantization) / hardware.divided}
         if config.model.adapter:
             memory["adapters"] = shape.lora * FLOAT32 / hardware.divided
@@ -305,7 +305,7 @@ def policy(config: Config, shape: Shape, assumed: Assumptions, work: Work, hardw
         adapters = (2 if model.adapter else 1) * shape.lora * FLOAT32  # reward model and reference
         memory = {"weights": _weights(config, shape, hardware), "adapters": adapters}
         memory |= _trained(shape.lora, 2, hardware)
-        memory |= _of_engine(shape, assumed, hardware, config)
+        memory |= _of_engine(shape, assumed, hardware, config.ppo.query_length + config.ppo.response_length)
         rows = work.rows / work.steps / ranks
         at_once = max(1, min(slots(hardware), round(rows)))
         longest = max(work.longest, ppo.reward_max_length)
@@ -351,12 +351,15 @@ def slots(hardware: Hardware) -> int:
     return hardware.engine.rows if hardware.engine else hardware.batch_size
 
 
-def _of_engine(shape: Shape, assumed: Assumptions, hardware: Hardware, config: Config) -> dict[str, float]:
-    """Bytes that an engine takes on a GPU: its share, or more if 16-bit weights and a cache do not fit into it."""
+def _of_engine(shape: Shape, assumed: Assumptions, hardware: Hardware, length: int) -> dict[str, float]:
+    """Bytes that an engine takes on a GPU: its share, or more if 16-bit weights and a cache do not fit into it.
+
+    Args:
+        length: tokens of the longest row.
+    """
     engine = hardware.engine
     if engine is None or not engine.is_here:
         return {}
-    length = config.sampling.max_length
     least = shape.weights("none") / engine.tensor_parallel + shape.cache * length
     return {"engine": max(engine.memory * assumed.card.memory * 1e9, least)}
 
@@ -465,13 +468,33 @@ def _advised(
         others.append(("shard the weights with zero3.json", replace(hardware, zero=3, recompute="auto")))
     if not is_training and config.model.quantization == "none" and hardware.gpus > 1 and not hardware.together:
         others.append(("set tensor_parallel", replace(hardware, together=True)))
+    others += _other_engines(hardware)
     for said, other in others:
         found, changes = _smaller(price, other, free, names)
         if price(found).peak <= free:
             return replace(cost, fits=False, advice=", and ".join(filter(None, [said, *changes])))
-    quantise = "" if config.model.quantization == "nf4" else "set model.quantization to nf4, or "
+    # An engine's weights have 16 bits in any case.
+    quantise = (
+        ""
+        if config.model.quantization == "nf4" or (hardware.engine and not is_training)
+        else "set model.quantization to nf4, or "
+    )
     more = "" if hardware.gpus > 1 and is_training else "split the model across several GPUs (docs/slurm.md), or "
     return replace(cost, fits=False, advice=f"{quantise}{more}use larger GPUs")
+
+
+def _other_engines(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
+    """The same hardware with an engine that takes less of each GPU, or is divided among all of them."""
+    engine = hardware.engine
+    if engine is None or not engine.is_here:
+        return
+    shares = [share / 20 for share in range(19, 0, -1) if share / 20 < engine.memory]
+    divided = replace(engine, tensor_parallel=hardware.gpus // hardware.nodes)
+    for one in (engine, divided) if divided.tensor_parallel > engine.tensor_parallel else (engine,):
+        said = [] if one is engine else [f"set --engine.tensor-parallel to {one.tensor_parallel}"]
+        for memory in [engine.memory, *shares]:
+            words = said + ([f"lower --engine.memory to {memory}"] if memory < engine.memory else [])
+            yield " and ".join(words), replace(hardware, engine=replace(one, memory=memory))
 
 
 def _smaller(
