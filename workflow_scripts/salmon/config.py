@@ -160,7 +160,7 @@ class Model(Section):
     adapter_revision: str | None = Field(None, description="commit, tag or branch of the adapter")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, double quantised, or none")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="number type of weights and computation"
+        "bfloat16", description="number type of weights and computation; RL refuses float16"
     )
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], FREE] = Field(
         "sdpa", description="attention kernel; the judge uses sdpa if this is flash_attention_2"
