@@ -74,7 +74,7 @@ class Example:
         sentences: position in the prefix where a sentence of an answer ends -> the sentence.
         scores: position in the prefix right after an answer -> the oracles' scores of the answer.
         truths: position where a statement about the answers ends (counted through prefix and all branches) -> how true
-            it is of the first answer and of the second, from 0 to 1; nan if there is no second.
+            it is of the first answer and of the second, from 0 to 1; nan without a second answer.
     """
 
     prefix: list[int]

@@ -114,7 +114,7 @@ class Workbench:
         """Tokens of what a policy continues.
 
         Raises:
-            UserError: if there is no instruction, or the prompt is longer than those of RL.
+            UserError: if the instruction is empty, or the prompt is longer than those of RL.
         """
         if not instruction.strip():
             raise UserError("There is nothing to answer yet: write an instruction.")
@@ -217,7 +217,7 @@ class Workbench:
         """Verdicts about two answers, by principle; and whether the answers were too long to be read to their ends.
 
         Raises:
-            UserError: if there is no judge, or the pair does not fit.
+            UserError: if the results have no judge, or the pair does not fit.
         """
         settings, tokenizer = self.results.judge, self.judge_tokenizer
         if settings is None or tokenizer is None:

@@ -92,7 +92,7 @@ def scaled_scores(
         Scores, shape [pairs]; above 0 they favour output 1.
 
     Raises:
-        ValueError: if all scores are equal, so that there is no scale.
+        ValueError: if all scores are equal, which leaves no scale.
     """
     pooled = np.concatenate([s12, s21])
     if pooled.size == 0 or pooled.min() == pooled.max():

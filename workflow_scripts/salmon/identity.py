@@ -220,7 +220,7 @@ def _samples(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, list[tuple
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
-    """Maximum tokens that a model reads, from its config.json; None if there is no limit.
+    """Maximum tokens that a model reads, from its config.json; None without a limit.
 
     With rotary positions of the types longrope and dynamic, the frequencies follow the longest text of a batch. Beyond
     the length of pre-training, a text's numbers then depend on its neighbours and on how much of it was cached.

@@ -4,7 +4,7 @@ The same for examples, which have an answer.
 
 `formats` defines what a row gives. A draw under a limit takes the prompts with the smallest hash of (seed, source,
 text): it depends on the seed and on the contents of the data set, not on the order of its rows. Memory holds four times
-the prompts that a limit allows, or all kept prompts if there is no limit.
+the prompts that a limit allows, or all kept prompts without a limit.
 """
 
 import logging
