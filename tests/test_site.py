@@ -1,6 +1,5 @@
 """The documentation as a site: it is built without a warning, everything is in it, and it needs no network."""
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pydantic import BaseModel
 
 from salmon.configuration import Config, section_in
 from salmon.tables import TABLES
+from tests.browser import check_quiet, chromium, needs_chromium
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -147,40 +147,18 @@ def test_a_broken_link_fails(tmp_path: Path, text: str, named: str) -> None:
     assert named in done.stderr
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WORDS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1300,900"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # whatever it looks for is not found
-)
-
-
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium here: apt-get install chromium chromium-driver")
+@needs_chromium
 def test_a_site_that_is_opened_from_the_disk_has_its_search(site: Path) -> None:
-    from selenium import webdriver
-    from selenium.webdriver.common.by import By
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for word in WORDS:
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    try:
+    with chromium() as browser:
         browser.get((site / "index.html").as_uri())
-        field = browser.find_element(By.CSS_SELECTOR, "[data-md-component=search-query]")
+        field = browser.find_element("css selector", "[data-md-component=search-query]")
         field.click()
         field.send_keys("negation_probability")
         found: list[str] = []
         end = time.monotonic() + 60
         while not found and time.monotonic() < end:
             time.sleep(0.1)
-            links = browser.find_elements(By.CSS_SELECTOR, ".md-search-result__link")
+            links = browser.find_elements("css selector", ".md-search-result__link")
             found = [str(link.get_attribute("href")) for link in links]
         assert any(address.startswith((site / "configuration.html").as_uri()) for address in found)
-        sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
-        assert [address for address in asked if not address.startswith((site.as_uri(), "data:", "about:"))] == []
-        assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    finally:
-        browser.quit()
+        check_quiet(browser, site.as_uri(), "data:", "about:")

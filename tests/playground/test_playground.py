@@ -25,11 +25,11 @@ from salmon import encoding, judging, models, reward_model
 from salmon.errors import UserError
 from salmon.sampling import TransformersSampler
 from salmon.tokenizers import load_tokenizer
+from tests.browser import check_quiet, chromium, needs_chromium
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(os.environ.get("PLAYGROUND_RESULTS", ROOT / "results" / "demo"))
 PICTURES = os.environ.get("PLAYGROUND_PICTURES")  # folder for screenshots
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ANSWERS = ["It is small. It is red.", "First, it is small. Second, it is red, and so it is a thing that one can see."]
 
 
@@ -153,7 +153,8 @@ def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path: Path) -> None:
     change(tmp_path / "models/reward_model/manifest.json", lambda raw: raw["inputs"].update({name: "0"}))
     found = results.read(tmp_path)
     assert [one.name for one in found.scorers] == ["reward_model"]
-    assert {one.name for one in found.policies} == {INITIAL, "comprehensive", "default", "methodical"}
+    runs = {folder.parent.name for folder in DEMO.glob("runs/*/policy")}
+    assert {one.name for one in found.policies} == {INITIAL, *runs} - {"concise", "control"}
     for said in (
         r"pmp is not offered: its base model is other/model",
         r"concise is not offered: its manifest has no 'policy_prompt'",
@@ -224,22 +225,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no chromium here: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for word in (
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--window-size=1400,1600"),
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # there is no other machine
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
+    with chromium() as browser:
+        yield browser
 
 
 def until(holds: Callable[[], Any], what: str, seconds: float = 90) -> Any:
@@ -301,6 +288,7 @@ class Screen:
             self.browser.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
 
 
+@needs_chromium
 def test_principles_steer_the_score_in_a_browser(
     browser: Any, address: str, found: results.Results, instruction: str
 ) -> None:
@@ -384,12 +372,7 @@ def test_principles_steer_the_score_in_a_browser(
     screen.picture("playground_error")
 
     assert json.loads(urllib.request.urlopen(f"{address}/config").read())["run_history"] is False
-    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"}
-    assert asked
-    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-    assert elsewhere == []
+    check_quiet(browser, address, "data:", "blob:")
 
     # The fixture ends the server in the middle of this.
     screen.type("#instruction textarea", instruction)
