@@ -152,7 +152,7 @@ def test_what_the_engine_has_stopped_too_early_is_sampled_on(
 
 def test_refusals(world: World, tmp_path: Path, sampler: vllm.VllmSampler, prompts: list[list[int]]) -> None:
     for model, longest, message in (
-        (Model(base=str(world.base)), 20, "quantises"),
+        (Model(base=str(world.base)), 20, "quantised by bitsandbytes"),
         (world.model, 20_000, "x is 20000, but the model reads 4096 tokens"),
     ):
         with (
