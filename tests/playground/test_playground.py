@@ -120,6 +120,11 @@ def change(manifest: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest.write_text(json.dumps(raw))
 
 
+def move_inputs(raw: dict[str, Any]) -> None:
+    """Names that exist nowhere: those of the demo may exist in the working directory, too."""
+    raw["inputs"] = {name.replace("results/", "elsewhere/"): value for name, value in raw["inputs"].items()}
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no folder .*make demo"):
         results.read(tmp_path / "none")
@@ -127,6 +132,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         results.read(tmp_path)
     for name in ("concise", "control"):
         shutil.copytree(DEMO / "runs" / name, tmp_path / "runs" / name)
+        change(tmp_path / "runs" / name / "policy/manifest.json", move_inputs)
     with pytest.raises(UserError, match="holds no usable reward model"):
         results.read(tmp_path)
     shutil.copytree(DEMO / "models", tmp_path / "models")
