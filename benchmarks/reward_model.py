@@ -11,7 +11,8 @@ and none recomputes activations.
 The authors' way pads every text to the limit, and computes logits that are not used. TRL (1.16) pads to the longest
 text of a pass, with as many pairs as the authors' way or with one pair, in the order of the data; it gets tokens, so
 its tokeniser is not measured. The product's passes have at most `budget` tokens, padding included. Rows between these
-show each change's contribution. Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
+show each change's contribution. The product computes the longer and the shorter texts of a pass separately
+(`reward_model.collate_pairs`). Each way runs in a separate process, in turn, `rounds` times; the table shows medians.
 """
 
 import argparse
@@ -47,7 +48,8 @@ WAYS = {
     "authors": "the authors' way",
     "no_logits": "the same without logits",
     "masked": "passes by length, with a mask",
-    "salmon": "passes by length, without a mask: the product",
+    "padded": "the same without a mask",
+    "salmon": "the same, longer and shorter texts apart: the product",
     "trl": "TRL's RewardTrainer",
     "trl_alone": "the same, one pair per pass",
 }
@@ -134,7 +136,14 @@ def trl(folder: Path, pairs: Pairs, size: int, output: Path, *, per_pass: int = 
 
 
 def salmon(
-    folder: Path, pairs: Pairs, size: int, output: Path, *, budget: int = TOKENS_PER_PASS, masked: bool = False
+    folder: Path,
+    pairs: Pairs,
+    size: int,
+    output: Path,
+    *,
+    budget: int = TOKENS_PER_PASS,
+    apart: bool = True,
+    masked: bool = False,
 ) -> float:
     """Seconds of `training.train`; texts are already tokens, as for TRL."""
     arguments = train_reward_model.Arguments(
@@ -156,8 +165,8 @@ def salmon(
             response_length=RESPONSE,
         ),
     )
-    lengths = [2 * max(map(len, pair)) for pair in pairs]
-    rows, passes = training.micro_batches(range(len(pairs)), lengths, size, arguments.tokens_per_pass, 1)
+    layout = range(len(pairs)), [2 * max(map(len, pair)) for pair in pairs], size, budget, 1
+    rows, passes = training.micro_batches(*layout), training.passes_per_step(*layout)
     work = WorkFolder(arguments.output)
     work.open("benchmark", "")
     settings = training.trainer_arguments(arguments, work.path, len(pairs) // size, passes, torch.device("cpu"))
@@ -168,7 +177,8 @@ def salmon(
 
     def batch(chosen: list[int]) -> training.Batch:
         texts = [text for place in chosen for text in pairs[place]]
-        return {**reward_model.collate(texts), "labels": torch.ones(len(chosen), dtype=torch.long)}
+        collate = reward_model.collate_pairs if apart else reward_model.collate
+        return {**collate(texts), "labels": torch.ones(len(chosen), dtype=torch.long)}
 
     loss = partial(train_reward_model.batch_loss, batch_size=size)
     began = time.perf_counter()
@@ -190,7 +200,9 @@ def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
     ways: dict[str, Any] = {
         **{"authors": authors, "no_logits": partial(authors, logits=False)},
         **{"trl": trl, "trl_alone": partial(trl, per_pass=1)},
-        **{"masked": partial(salmon, masked=True), "salmon": partial(salmon, budget=arguments.budget)},
+        "masked": partial(salmon, budget=arguments.budget, apart=False, masked=True),
+        "padded": partial(salmon, budget=arguments.budget, apart=False),
+        "salmon": partial(salmon, budget=arguments.budget),
     }
     with tempfile.TemporaryDirectory() as output:
         seconds = ways[way](folder, pairs, arguments.pairs, Path(output))

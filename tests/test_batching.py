@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from salmon.batching import passes, right_pad
+from salmon.batching import halves, passes, right_pad
 
 
 def costs(parts: list[list[list[int]]], lengths: list[int]) -> np.ndarray:
@@ -49,6 +49,52 @@ def test_ranks_do_not_wait_long_for_each_other(ranks: int) -> None:
     found = costs(passes(lengths, 8192, ranks), lengths)
     assert found.max(axis=1).sum() < 1.15 * found.sum() / ranks
     assert found.sum() < 1.1 * sum(lengths)  # of which little is padding
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_rectangles_with_the_least_padding(seed: int) -> None:
+    """No other division has fewer tokens; a second rectangle that saves too little is not made."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 30, random.integers(1, 9)).tolist()
+    longer, shorter = halves(lengths)
+    assert sorted(longer + shorter) == list(range(len(lengths)))
+    assert lengths[longer[0]] == max(lengths)
+
+    def area(rows: list[int]) -> int:
+        return len(rows) * max((lengths[row] for row in rows), default=0)
+
+    every = range(2 ** len(lengths))
+    divisions = ([[row for row in range(len(lengths)) if bits >> row & 1 == side] for side in (0, 1)] for bits in every)
+    least = area(longer) + area(shorter)
+    assert least == min(area(one) + area(other) for one, other in divisions)
+    saved = area([*longer, *shorter]) - least
+    assert bool(shorter) == (saved > 0)
+    assert halves(lengths, saving=saved)[1] == []
+    if saved:
+        assert halves(lengths, saving=saved - 1) == (longer, shorter)
+
+
+def test_halves_of_no_rows() -> None:
+    assert halves([]) == ([], [])
+
+
+def test_ranks_compute_alike_where_rectangles_do_not_say_what_a_row_costs() -> None:
+    """A row costs what it says, up to its rectangle; the parts of a pass cost about the same."""
+    random = np.random.default_rng(1)
+    rows = random.integers(100, 1200, 64)
+    true = (rows * random.uniform(0.5, 1.0, 64)).astype(int).tolist()
+
+    def cost(part: list[int]) -> int:
+        return sum(true[row] for row in part)
+
+    def waited_for(found: list[list[list[int]]]) -> int:
+        return sum(max(map(cost, each)) for each in found)
+
+    plain, dealt = passes(rows.tolist(), 2048, 8), passes(rows.tolist(), 2048, 8, cost=cost)
+    assert sorted(row for each in dealt for part in each for row in part) == list(range(64))
+    assert costs(dealt, rows.tolist()).max() <= 2048
+    assert len(dealt) == len(plain)
+    assert waited_for(dealt) < 0.97 * waited_for(plain)
 
 
 def test_padding_on_the_right() -> None:

@@ -496,6 +496,14 @@ def test_nothing_needs_a_table(small_run: Path, tmp_path: Path, monkeypatch: pyt
     assert "| response0 | default | 50 * |" in text
     assert "The remaining stages take" in text
 
+    def seconds(name: str, end: int) -> float:
+        return max(one.cost.seconds[end] for one in found if one.name == name)
+
+    for end, hours in enumerate(price.wall_hours(found)):
+        judged = max(seconds("response0", end), seconds("response1", end)) + seconds("preferences", end)
+        rewarded = max(judged, seconds("pmp", end)) + seconds("reward_model", end)
+        assert hours * 3600 == pytest.approx(seconds("sft", end) + rewarded + seconds("policy", end))
+
 
 def test_a_model_that_is_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

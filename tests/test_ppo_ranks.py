@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from salmon import models
 from tests.ppo_rank import SHARES, in_step
@@ -13,6 +14,7 @@ from tests.ppo_world import MINIBATCHES, World, read_metrics, ready, relative, r
 from tests.running import ROOT, SCRIPTS, launch
 
 pytestmark = pytest.mark.ranks
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,12 @@ def test_sharding_of_a_four_bit_model_trains_as_two_whole_ones(world: World, tmp
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
     for name in ("gradient_norm", "value_loss", "policy_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-2), name
+    # Each adapter has moved, and in the same direction. Adam's first step has the size of the rate in every element, so
+    # one whose gradient is mostly rounding in bfloat16 goes either way.
+    first, whole, shards = (
+        load_file(each / WEIGHTS) for each in (world.adapter, tmp_path / "whole", tmp_path / "shards")
+    )
+    for name, before in first.items():
+        moved, expected = (after[name].double().flatten() - before.double().flatten() for after in (shards, whole))
+        assert moved.norm() > 0, name
+        assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.9, name

@@ -81,6 +81,9 @@ def test_memory_decides(policy: Any, tokens: int) -> None:
     assert wanted(0.98 * needed)
     assert not wanted(1.15 * needed)  # rows are taken for as long as the longest
     assert wanted(1.15 * needed, besides=int(0.2 * needed))
+    with mock.patch.object(recompute.distributed, "world", return_value=4):  # a quarter of 16 bytes, not 12
+        assert not wanted(1.15 * needed - 8 * number, divided=True)
+        assert wanted(0.98 * needed - 8 * number, divided=True)
     assert wanted(1e15, sharded=True)
     assert wanted(1e15, setting=True)
     assert not wanted(0, setting=False)

@@ -235,6 +235,9 @@ def test_collate_pads_right():
     batch = reward_model.collate([[5, 6, 7], [8]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    pairs = reward_model.collate_pairs([[5, 6, 7], [8], [4, 4, 4, 4], [3, 3]])
+    assert pairs["longer"].tolist() == [True, False, True, False]
+    assert reward_model.tokens_of_pairs([(3, 1), (4, 2)]) == 2 * 4 + 2 * 2
 
 
 def test_reward_is_read_at_the_last_token_by_mask_also_where_it_is_the_padding_token(tiny_model):
@@ -289,7 +292,8 @@ def test_training_order_is_whole_batches_of_seeded_permutations():
 def test_every_step_has_its_rows_in_as_many_passes_as_the_others(ranks, budget):
     lengths = [random.Random(i).randrange(1, 100) for i in range(48)]
     order = training.training_order(48, 8, 2.0, seed=1, what="reward model")
-    found, passes = training.micro_batches(order, lengths, 8, budget, ranks)
+    layout = order, lengths, 8, budget, ranks
+    found, passes = training.micro_batches(*layout), training.passes_per_step(*layout)
     assert len(found) == 12 * passes * ranks
     assert all(found)
     for step in range(12):

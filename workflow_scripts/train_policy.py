@@ -34,7 +34,7 @@ from salmon import (
 from salmon.config import Lora, Model, PolicyPrompt, Ppo, Scoring
 from salmon.errors import UserError
 from salmon.formats import QUESTION_TYPES
-from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, read_deepspeed
+from salmon.optimization import Optimizer, ReplicatedOptimizer, ShardedOptimizer, buffer_bytes, read_deepspeed
 from salmon.principles import WeightedPrinciple, read_weighted
 from salmon.sampling import Ranks, Sampler, TransformersSampler
 from salmon.shared_base import SharedBase, check_lengths
@@ -162,7 +162,8 @@ def recomputes(args: Arguments, shared: SharedBase) -> bool:
         longest=args.ppo.query_length + args.ppo.response_length,
         tokens=args.tokens_per_pass,
         device=shared.device,
-        besides=likelihood.PER_LOGIT * likelihood.LOGITS,
+        besides=likelihood.PER_LOGIT * likelihood.LOGITS + (buffer_bytes(2) if args.deepspeed else 0),
+        divided=args.deepspeed is not None,
         sharded=is_deepspeed_zero3_enabled(),
     )
 

@@ -85,20 +85,28 @@ def main(arguments: Arguments) -> None:
         distributed.leave()
         return
     tokenize = partial(reward_model.record_tokens, tokenizer, template, settings=settings, stage=stage)
-    (lengths, tokens), world = pair_lengths(tokenize, train), distributed.world()
-    counts["tokens"] = sum(tokens[row] for row in order)
-    rows, passes = training.micro_batches(order, lengths, settings.batch_size, arguments.tokens_per_pass, world)
+    lengths = pair_lengths(tokenize, train)
+    counts["tokens"] = sum(sum(lengths[row]) for row in order)
+    padded = [2 * max(pair) for pair in lengths]
+    layout = order, padded, settings.batch_size, arguments.tokens_per_pass, distributed.world()
+    passes = training.passes_per_step(*layout)
     trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
     training.choose_recomputation(arguments, trainer_arguments, model, 2 * settings.max_length, device)
+    saving = reward_model.worth_a_call(model, device)
 
-    def batch(indices: list[int]) -> training.Batch:
-        chosen = train[indices]
-        return {**reward_model.collate(tokenize(chosen)), "labels": torch.tensor(chosen["preference"].to_list())}
+    def cost(part: list[int]) -> int:
+        return reward_model.tokens_of_pairs([lengths[row] for row in part], saving)
+
+    def batch(part: list[int]) -> training.Batch:
+        chosen = train[part]
+        texts = reward_model.collate_pairs(tokenize(chosen), saving)
+        return {**texts, "labels": torch.tensor(chosen["preference"].to_list())}
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
     loss = partial(batch_loss, batch_size=settings.batch_size)
+    rows = training.micro_batches(*layout, cost)
     trainer = training.train(model, trainer_arguments, rows, batch, loss, stage=stage, work=work)
     texts = tokenize(held)
     at_once = max(1, arguments.tokens_per_pass // settings.max_length)
@@ -107,10 +115,8 @@ def main(arguments: Arguments) -> None:
     training.write(trainer, work, origin.manifest(inputs, counts), reward_model.evaluate(held, rewards.view(-1, 2)))
 
 
-def pair_lengths(
-    tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame
-) -> tuple[list[int], list[int]]:
-    """Tokens of each pair: in a batch (twice the longer text's), and of both texts alone.
+def pair_lengths(tokenize: Callable[[pl.DataFrame], list[list[int]]], records: pl.DataFrame) -> list[tuple[int, int]]:
+    """Tokens of both texts of each pair.
 
     Each rank counts a share of the pairs.
 
@@ -119,18 +125,16 @@ def pair_lengths(
         records: N records.
 
     Returns:
-        Two lists of N numbers, equal on all ranks.
+        N pairs, equal on all ranks.
     """
     rank, world = distributed.rank(), distributed.world()
     slices = range(rank * COUNTED, len(records), world * COUNTED)
     mine: dict[int, list[tuple[int, int]]] = {}
     for start in script.progress(slices, total=len(slices), what=f"parts of {COUNTED} pairs counted"):
         texts = tokenize(records[start : start + COUNTED])
-        pairs = zip(map(len, texts[::2]), map(len, texts[1::2]), strict=True)
-        mine[start] = [(2 * max(pair), sum(pair)) for pair in pairs]
+        mine[start] = [*zip(map(len, texts[::2]), map(len, texts[1::2]), strict=True)]
     found = {start: lengths for of_rank in distributed.gather(mine) for start, lengths in of_rank.items()}
-    both = [each for start in sorted(found) for each in found[start]]
-    return [padded for padded, _ in both], [tokens for _, tokens in both]
+    return [pair for start in sorted(found) for pair in found[start]]
 
 
 def read_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Template:

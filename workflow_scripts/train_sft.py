@@ -63,10 +63,8 @@ def main(arguments: Arguments) -> None:
     counts["tokens"] = sum(lengths[index] for index in order)
     counts["answer_tokens"] = sum(lengths[index] - train[index].prompt for index in order)
 
-    world = distributed.world()
-    micro_batches, passes = training.micro_batches(
-        order, lengths, settings.batch_size, arguments.tokens_per_pass, world
-    )
+    layout = order, lengths, settings.batch_size, arguments.tokens_per_pass, distributed.world()
+    passes = training.passes_per_step(*layout)
     work = WorkFolder(arguments.output)
     trainer_arguments = training.trainer_arguments(arguments, work.path, counts["steps"], passes, device)
     origin = provenance.train_sft(
@@ -86,6 +84,7 @@ def main(arguments: Arguments) -> None:
         return sft.collate([train[index] for index in indices])
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
+    micro_batches = training.micro_batches(*layout)
     trainer = training.train(model, trainer_arguments, micro_batches, batch, sft.batch_loss, stage="sft", work=work)
     at_once = max(1, arguments.tokens_per_pass // settings.max_length)
     score = partial(sft.score, trainer.model, batch_size=at_once, device=device)

@@ -1,7 +1,7 @@
 """Rows of different lengths as batches: how to group them, and how to pad them to rectangles."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,34 @@ def dealt(lengths: Sequence[int], rank: int, world: int) -> list[int]:
     return sorted(by_length)
 
 
-def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int = 0) -> list[list[list[int]]]:
+def halves(lengths: Sequence[int], saving: float = 0) -> tuple[list[int], list[int]]:
+    """Divide rows into two rectangles, the longer rows and the shorter ones, with as little padding as possible.
+
+    Args:
+        lengths: each row's length, in tokens.
+        saving: the second rectangle must save more tokens than this.
+
+    Returns:
+        Row indices of both, longest first; the second may be empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+    def tokens(longer: int) -> float:
+        rest = order[longer:]
+        return longer * lengths[order[0]] + (len(rest) * lengths[rest[0]] + saving if rest else 0)
+
+    longer = min(range(len(order), 0, -1), key=tokens, default=0)
+    return order[:longer], order[longer:]
+
+
+def passes(
+    lengths: Sequence[int],
+    budget: int,
+    ranks: int = 1,
+    *,
+    at_least: int = 0,
+    cost: Callable[[list[int]], int] | None = None,
+) -> list[list[list[int]]]:
     """Divide rows into passes of a model; the ranks' rectangles cost about the same, so no rank waits long for another.
 
     Rows of similar lengths go together, to save padding. There are as few passes as the budget allows, and of these
@@ -36,6 +63,7 @@ def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int
         budget: maximum tokens of a rank's rectangle, padding included; a longer row raises it to its own length.
         ranks: number of ranks that share each pass.
         at_least: minimum number of passes, even if the budget allows fewer.
+        cost: tokens that a rank computes for some rows; by default, those of their rectangle.
 
     Returns:
         Row indices, by pass and rank. A part is empty only if there are fewer rows than parts.
@@ -49,11 +77,16 @@ def passes(lengths: Sequence[int], budget: int, ranks: int = 1, *, at_least: int
     fits = range(longest, budget + 1)
     size = fits[bisect_left(fits, True, key=lambda size: len(_rectangles(lengths, order, size)) <= count)]
     parts = _rectangles(lengths, order, size)
+
+    def area(part: list[int]) -> int:
+        return len(part) * lengths[part[0]]
+
+    cost = cost or area
     while len(parts) < min(count, len(order)):  # split the costliest in two, so that every rank has a part
-        costliest = max((part for part in parts if len(part) > 1), key=lambda part: len(part) * lengths[part[0]])
+        costliest = max((part for part in parts if len(part) > 1), key=cost)
         parts.remove(costliest)
         parts += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
-    parts.sort(key=lambda part: (-len(part) * lengths[part[0]], part))
+    parts.sort(key=lambda part: (-cost(part), part))
     parts += [[] for _ in range(count - len(parts))]
     found = [parts[start : start + ranks] for start in range(0, count, ranks)]
     return [each[::-1] if number % 2 else each for number, each in enumerate(found)]  # not always most for rank 0

@@ -13,8 +13,8 @@ from salmon.assumptions import Assumptions
 from salmon.checkpoints import KEPT
 from salmon.configuration import Config
 from salmon.likelihood import LOGITS, PER_LOGIT
-from salmon.optimization import BUCKET
-from salmon.recompute import MARGIN, TRAINED
+from salmon.optimization import buffer_bytes
+from salmon.recompute import COPY, MARGIN, TRAINED, states_bytes
 from salmon.shape import Shape
 from salmon.workload import Work
 
@@ -393,12 +393,10 @@ def _loading(config: Config, shape: Shape, hardware: Hardware) -> dict[str, floa
 def _trained(lora: int, adapters: int, hardware: Hardware) -> dict[str, float]:
     """Bytes of trained adapters, and of their gradients and moments (DeepSpeed divides these and a float32 copy)."""
     parameters = adapters * lora
-    states = (TRAINED + FLOAT32) / hardware.gpus if hardware.zero else TRAINED
-    # ZeRO-2 fills one buffer while it reduces the other.
-    buffers = {0: 0, 2: 2, 3: 1}[hardware.zero] * FLOAT32 * BUCKET
+    buffers = buffer_bytes(hardware.zero)
     return {
         "trained adapters": FLOAT32 * parameters,
-        "gradients and moments": states * parameters,
+        "gradients and moments": states_bytes(parameters, hardware.gpus if hardware.zero else 0),
         **({"DeepSpeed's buffers": buffers} if buffers else {}),
     }
 
@@ -433,7 +431,7 @@ def _disk(lora: int) -> float:
 
 def _passing(lora: int, hardware: Hardware) -> float:
     """Bytes of an adapter's checkpoints: those kept, plus the one written before the oldest is removed."""
-    return (KEPT + 1.0) * (TRAINED + FLOAT32 * (hardware.zero > 0)) * lora
+    return (KEPT + 1.0) * (TRAINED + COPY * (hardware.zero > 0)) * lora
 
 
 def _advised(

@@ -91,6 +91,7 @@ class Scoring(nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
+        longer: torch.Tensor | None = None,
         **_: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Rewards of texts, padded on either side.
@@ -101,12 +102,18 @@ class Scoring(nn.Module):
             position_ids: [B, T], for texts padded on their left.
             past_key_values: cache of the texts' beginnings; `input_ids` are then the rest.
             use_cache: whether to return the cache.
+            longer: bool [B]; texts padded on their right are computed in two calls of the layers, these and the others,
+                each without the columns where all have padding.
 
         Returns:
             `logits`: [B, 1], float32 like the head, read at the last token of each text.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if longer is not None:
+            parts = [part for part in (longer.nonzero()[:, 0], (~longer).nonzero()[:, 0]) if len(part)]
+            rewards = torch.cat([self._of_part(input_ids[part], attention_mask[part]) for part in parts])
+            return SequenceClassifierOutputWithPast(logits=rewards[torch.cat(parts).argsort()])
         places = {} if position_ids is None else {"position_ids": position_ids}
         # No token reads padding on the right, and attention without a mask is faster.
         on_its_right = past_key_values is None and bool((attention_mask.diff() <= 0).all())
@@ -127,6 +134,12 @@ class Scoring(nn.Module):
         return SequenceClassifierOutputWithPast(
             logits=logits, past_key_values=output.past_key_values if use_cache else None
         )
+
+    def _of_part(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Rewards of texts padded on their right, [B, 1], without the columns that are padding only."""
+        width = int(attention_mask.sum(dim=1).max())
+        rewards: torch.Tensor = Scoring.forward(self, input_ids[:, :width], attention_mask[:, :width]).logits
+        return rewards
 
 
 def new_policy(model: Model, lora: Lora, device: torch.device | str, seed: int) -> PeftModel:

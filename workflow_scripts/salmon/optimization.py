@@ -149,6 +149,11 @@ BUCKET = 50_000_000
 takes 4 GB for the two buffers of ZeRO-2."""
 
 
+def buffer_bytes(stage: int) -> int:
+    """Bytes of DeepSpeed's buffers for gradients in float32: ZeRO-2 fills one while it reduces the other."""
+    return {0: 0, 2: 2, 3: 1}[stage] * 4 * BUCKET
+
+
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """A DeepSpeed configuration for RL, where the training loop makes the batches.
 

@@ -1,6 +1,6 @@
 """The artifacts of a configuration: what decides each, where each is, and which runs share it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -259,7 +259,13 @@ class Plan:
     def _wanted(self) -> frozenset[str]:
         """All artifacts that the targets need, without the report; for the report alone, of policies and evaluation."""
         targets = [target for target in self.runs["default"].targets if target != "report"]
-        left = [path for target in targets or ("policies", "evaluation") for path in self.target_paths(target)]
+        return self.ancestry(
+            path for target in targets or ("policies", "evaluation") for path in self.target_paths(target)
+        )
+
+    def ancestry(self, paths: Iterable[str]) -> frozenset[str]:
+        """These artifacts and all those that they are made from, without data and the report."""
+        left = [*paths]
         names = [name for name in NAMES if name not in DRAWN]
         known = {self.path(run, name): (run, name) for name in names for run in self.runs if self.has(run, name)}
         found: set[str] = set()

@@ -34,6 +34,7 @@ class Priced:
         work: amount of computation.
         hardware: hardware that the profile gives it.
         cost: time, memory and disk space that the work takes.
+        after: paths of the artifacts that it is made from, directly or not.
     """
 
     name: Name
@@ -43,6 +44,7 @@ class Priced:
     work: Work
     hardware: Hardware
     cost: Cost
+    after: frozenset[str]
 
     @property
     def gpu_hours(self) -> Range:
@@ -87,7 +89,8 @@ def stages(plan: Plan, resources: Resources) -> Iterator[Priced]:
             except UserError as error:  # the stage would raise the same error
                 works[path] = work = Work(rows=0, tokens=0)
                 found = Cost(fits=False, advice=str(error))
-            yield Priced(name, run, path, Path(path).exists(), work, hardware, found)
+            after = plan.ancestry([path]) - {path}
+            yield Priced(name, run, path, Path(path).exists(), work, hardware, found, after)
 
 
 def _tokenizer(model: Model) -> Any:
@@ -196,9 +199,13 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
     left = [one for one in found if not one.is_there]
     yield ""
     hours = _range(sum(one.gpu_hours[end] for one in left) for end in (0, 1))
+    one_by_one = [sum(one.hardware.jobs * one.cost.seconds[end] / 3600 for one in left) for end in (0, 1)]
     stays = sum(one.cost.disk for one in left)
     yield f"The remaining stages take {hours} GPU hours and leave {_size(stays)} GB of models on disk."
-    yield "The evaluation, jobs without a GPU and tables are not included."
+    if left:
+        yield f"That is {_range(wall_hours(left))} hours if all jobs that can run at the same time do so, and "
+        yield f"{_range(one_by_one)} hours if one job runs after another."
+    yield "The evaluation, jobs without a GPU, queues and tables are not included."
     yield ""
     yield from _table(("stage", "run", "GB per GPU", "of which", "GB on disk"), [_sizes(one) for one in found])
     yield ""
@@ -209,6 +216,20 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
             what = f"does not fit into {card.memory:g} GB" if one.work.rows else "would be refused"
             yield ""
             yield f"**{one.name} of {one.run} {what}**: {one.cost.advice}."
+
+
+def wall_hours(priced: Iterable[Priced]) -> Range:
+    """Hours from the start to the end, with as many GPUs as all jobs need that can run at the same time.
+
+    Args:
+        priced: stages that remain, in the order of the DAG.
+    """
+    ends: dict[str, Range] = {}
+    for one in priced:
+        before = [ends[path] for path in one.after if path in ends]
+        slow, fast = (max((end[which] for end in before), default=0.0) for which in (0, 1))
+        ends[one.path] = slow + one.cost.seconds[0] / 3600, fast + one.cost.seconds[1] / 3600
+    return max(end[0] for end in ends.values()), max(end[1] for end in ends.values())
 
 
 def _counts(one: Priced) -> list[str]:

@@ -26,8 +26,9 @@ SHORT, CHUNK = 32, 256
 four times as many."""
 MARGIN = 1.3
 """Additional memory, as a factor of the kept memory: intermediate results and fragmentation."""
-TRAINED = 12
-"""Bytes per trained parameter, in float32, allocated after the model is loaded: gradient and both moments of Adam."""
+TRAINED, COPY = 12, 4
+"""Bytes per trained parameter, in float32, allocated after the model is loaded: gradient and both moments of Adam; and
+another copy of the parameter, which DeepSpeed makes."""
 
 
 def is_wanted(
@@ -39,6 +40,7 @@ def is_wanted(
     tokens: int,
     device: torch.device,
     besides: int = 0,
+    divided: bool = False,
     sharded: bool = False,
 ) -> bool:
     """Whether to recompute activations. All ranks call this together and get the same answer.
@@ -51,6 +53,7 @@ def is_wanted(
         tokens: maximum tokens of a pass, unless a row is longer.
         device: the model's device.
         besides: bytes needed at the same time, such as logits.
+        divided: whether DeepSpeed divides gradients and moments among the ranks.
         sharded: whether the weights are shared among the ranks (ZeRO-3): then memory is short, and the model
             cannot run before training begins.
     """
@@ -64,7 +67,8 @@ def is_wanted(
     except torch.OutOfMemoryError:  # not enough even for a short text
         kept = math.inf
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    needed, free = MARGIN * kept + TRAINED * trained + besides, free_bytes(device)
+    states = states_bytes(trained, distributed.world() if divided else 0)
+    needed, free = MARGIN * kept + states + besides, free_bytes(device)
     lacks = distributed.any_true([needed > free], device)[0]
     log.info(
         "a pass of %d tokens keeps %.2f GB of activations; it needs %.2f GB in all, and %.2f GB are free: they are %s",
@@ -75,6 +79,16 @@ def is_wanted(
         "recomputed in the backward pass" if lacks else "kept",
     )
     return lacks
+
+
+def states_bytes(trained: int, ranks: int) -> float:
+    """Bytes per rank of gradients and moments of `trained` parameters.
+
+    Args:
+        trained: number of trained parameters.
+        ranks: number of ranks among which DeepSpeed divides them; 0 without DeepSpeed.
+    """
+    return trained * ((TRAINED + COPY) / ranks if ranks else TRAINED)
 
 
 def graph_bytes(

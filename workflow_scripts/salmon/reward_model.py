@@ -12,6 +12,7 @@ has two rows per pair:
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from salmon import checked, templates
-from salmon.batching import right_pad, select_rows
+from salmon.batching import halves, right_pad, select_rows
 from salmon.config import RewardTraining
 from salmon.encoding import Template, guard, token_spans
 from salmon.errors import UserError
@@ -36,6 +38,10 @@ log = logging.getLogger(__name__)
 
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Allowed difference of rewards of whole texts and rewards with a cache, as a share of the largest (at least 1)."""
+LAUNCHES = 2e12
+"""Parameters times tokens that a GPU computes, forward and backward, while a model's kernels are launched: some 250 in
+each of 24 to 32 layers, 5 microseconds each, at 4e14 operations per second and 6 per parameter and token. By count, not
+measured."""
 NAME = "reward model"
 """Name of the draws of its training: the split and the order of the records."""
 
@@ -192,6 +198,37 @@ def collate(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         `input_ids` and `attention_mask`, both int64 [B, T]. Only the mask marks the padding.
     """
     return {"input_ids": right_pad(rows), "attention_mask": right_pad([[1] * len(row) for row in rows])}
+
+
+def collate_pairs(rows: Sequence[Sequence[int]], saving: float = 0) -> dict[str, torch.Tensor]:
+    """The same for texts of pairs, with `longer`, bool [B]: texts that `models.Scoring` computes in a separate call.
+
+    Both texts of a pair belong to one pass, and often one is much longer: two rectangles need little padding.
+
+    Args:
+        rows: from `record_tokens`.
+        saving: tokens that the second call must save (`worth_a_call`).
+    """
+    longer = torch.zeros(len(rows), dtype=torch.bool)
+    longer[halves([*map(len, rows)], saving)[0]] = True
+    return {**collate(rows), "longer": longer}
+
+
+def tokens_of_pairs(lengths: Sequence[tuple[int, int]], saving: float = 0) -> int:
+    """Tokens of a pass of pairs whose texts have these lengths, padding included; see `collate_pairs`."""
+    of_texts = [length for pair in lengths for length in pair]
+    return sum(len(part) * of_texts[part[0]] for part in halves(of_texts, saving) if part)
+
+
+def worth_a_call(model: nn.Module, device: torch.device) -> float:
+    """Tokens whose computation takes as long as the launches of another call of the model.
+
+    With ZeRO-3 no number is large enough, because each call gathers the weights, and all ranks must make as many.
+    """
+    if is_deepspeed_zero3_enabled():
+        return math.inf
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # packed, and so fewer, with 4-bit weights
+    return LAUNCHES / parameters if device.type == "cuda" else 0.0
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

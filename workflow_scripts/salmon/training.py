@@ -152,13 +152,8 @@ def training_order(rows: int, batch_size: int, epochs: float, seed: int, what: s
     return order[: int(rows * epochs) // batch_size * batch_size]
 
 
-def micro_batches(
-    order: Sequence[int], lengths: Sequence[int], batch_size: int, budget: int, ranks: int
-) -> tuple[list[list[int]], int]:
-    """The rows of each pass of each rank, ordered by step, then pass, then rank.
-
-    A step's gradient is a sum over its rows, so their division affects only speed and memory (`batching.passes`). The
-    Trainer requires the same number of passes in every step: the largest number that any step needs.
+def passes_per_step(order: Sequence[int], lengths: Sequence[int], batch_size: int, budget: int, ranks: int) -> int:
+    """Number of passes of each step: the Trainer requires the same in all, so it is the largest that any step needs.
 
     Args:
         order: the result of `training_order`.
@@ -166,19 +161,41 @@ def micro_batches(
         batch_size: rows per step; a multiple of `ranks`.
         budget: maximum tokens of a pass on a rank, padding included.
         ranks: number of ranks that share each pass.
-
-    Returns:
-        The rows, and the number of passes per step.
     """
-    steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    of_steps = [[lengths[row] for row in step] for step in steps]
-    most = max(len(batching.passes(of_step, budget, ranks)) for of_step in of_steps)
-    return [
-        [step[place] for place in part]
-        for step, of_step in zip(steps, of_steps, strict=True)
-        for each in batching.passes(of_step, budget, ranks, at_least=most)
-        for part in each
-    ], most
+    steps = _steps(order, batch_size)
+    return max(len(batching.passes([lengths[row] for row in step], budget, ranks)) for step in steps)
+
+
+def micro_batches(
+    order: Sequence[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    budget: int,
+    ranks: int,
+    cost: Callable[[list[int]], int] | None = None,
+) -> list[list[int]]:
+    """The rows of each pass of each rank, ordered by step, then pass, then rank; arguments as for `passes_per_step`.
+
+    A step's gradient is a sum over its rows, so their division affects only speed and memory (`batching.passes`).
+
+    Args:
+        cost: tokens that a rank computes for some rows, if fewer than those of their rectangle.
+    """
+    most, found = passes_per_step(order, lengths, batch_size, budget, ranks), []
+    for step in _steps(order, batch_size):
+
+        def of_places(part: list[int], step: Sequence[int] = step) -> int:
+            assert cost
+            return cost([step[place] for place in part])
+
+        of_step = [lengths[row] for row in step]
+        for each in batching.passes(of_step, budget, ranks, at_least=most, cost=of_places if cost else None):
+            found += [[step[place] for place in part] for part in each]
+    return found
+
+
+def _steps(order: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def count_rows(
@@ -299,6 +316,7 @@ def choose_recomputation(
     """
     dtype = getattr(torch, arguments.model.dtype)
     tokens = max(arguments.tokens_per_pass, row)
+    buffers = optimization.buffer_bytes(2) if arguments.deepspeed else 0
 
     def forward(ids: torch.Tensor) -> None:
         with torch.autocast(device.type, dtype, enabled=training.bf16 or training.fp16):  # as in the Trainer
@@ -311,7 +329,8 @@ def choose_recomputation(
         longest=arguments.settings.max_length,
         tokens=tokens,
         device=device,
-        besides=likelihood.PER_LOGIT * tokens * model.config.get_text_config().vocab_size if logits else 0,
+        besides=buffers + (likelihood.PER_LOGIT * tokens * model.config.get_text_config().vocab_size if logits else 0),
+        divided=arguments.deepspeed is not None,
         sharded=is_deepspeed_zero3_enabled(),
     )
     training.activation_checkpointing_kwargs = {"use_reentrant": False}

@@ -366,7 +366,7 @@ def _trained(
     places = train["place"].to_list()
     order = training.training_order(len(places), settings.batch_size, settings.epochs, settings.seed, name)
     padded = [rectangles[place] for place in places]
-    _, passes = training.micro_batches(order, padded, settings.batch_size, budget, ranks) if order else ([], 0)
+    passes = training.passes_per_step(order, padded, settings.batch_size, budget, ranks) if order else 0
     steps = len(order) // settings.batch_size
     if not steps:
         raise UserError(f"{len(rows)} rows, less those held out, do not fill one step of {settings.batch_size}")
