@@ -1,4 +1,4 @@
-"""Waiting of ranks for each other in a PPO update, by counting tokens, with the product's own division of a minibatch.
+"""Waiting of ranks for each other and padding, by counting tokens, with the product's own divisions into passes.
 
     python benchmarks/balance.py [--ranks 8 48] [--budgets 2048 4096 8192] [--minibatches 200]
 
@@ -9,6 +9,9 @@ by the rank that sampled it (this project's first way), with `batching.passes`, 
 It prints means over minibatches: passes of the rank with most passes, relative to the mean rank; and the tokens,
 padding included, that the slowest rank computes in each pass (under ZeRO all wait for it), relative to the mean rank's
 tokens without padding.
+
+The second table does the same for a step of the reward model, with the pairs of benchmarks/reward_model.py: passes as
+one rectangle each, and with the longer and the shorter texts in separate ones (`reward_model.collate_pairs`).
 """
 
 import argparse
@@ -23,10 +26,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "workflow_scripts")]
 
+from salmon import reward_model, training  # noqa: E402
 from salmon.batching import batches, dealt, passes  # noqa: E402
 from salmon.config import Ppo  # noqa: E402
 
 PREAMBLE = 150
+PAIRS = 64
+MAX_LENGTH, QUERY, RESPONSE, FRAME = 1280, 128, 768, 200
+"""Tokens of a reward model's text, question and answer at most, and of its template and principles."""
 Parts = list[list[list[int]]]
 """Indices of rollouts, by pass and rank."""
 
@@ -38,6 +45,21 @@ def real_lengths(settings: Ppo) -> np.ndarray:
     answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
     said = (pl.col("text").str.len_chars() // 4).clip(4, settings.response_length)
     return answers.filter(pl.col("asked") <= settings.query_length).select("asked", said).to_numpy()
+
+
+def real_pairs(pairs: int) -> list[tuple[int, int]]:
+    """Numbers of tokens of both texts of the reward model's pairs: a question of OASST1 with the answers to any two."""
+    random = np.random.default_rng(0)
+    messages = pl.read_parquet(ROOT / "tests/data/oasst1/validation_sample.parquet")
+    tokens = messages.select("message_id", asked=(pl.col("text").str.len_chars() // 4).clip(4, QUERY))
+    answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
+    said = (answers["text"].str.len_chars() // 4).clip(4, RESPONSE).to_numpy()
+    asked = answers["asked"].to_numpy()
+    found = []
+    for row, one, two in random.integers(0, len(said), (pairs, 3)):
+        first, second = (min(MAX_LENGTH, FRAME + int(asked[row]) + int(said[answer])) for answer in (one, two))
+        found.append((first, second))
+    return found
 
 
 def where_sampled(ranks: Sequence[list[int]], minibatch: set[int], sizes: Sequence[int], rows: int) -> Parts:
@@ -57,6 +79,25 @@ def measure(parts: Parts, sizes: Sequence[int]) -> tuple[float, float]:
     waited = sum(max(len(part) * max((sizes[place] for place in part), default=0) for part in each) for each in parts)
     real = sum(sizes[place] for each in parts for part in each for place in part) / ranks
     return max(made) / float(np.mean(made)), waited / real
+
+
+def padding(size: int, ranks: int, budget: int, steps: int) -> tuple[float, float]:
+    """Tokens of the slowest rank of each pass relative to the mean rank's without padding: one rectangle, and two."""
+    lengths = real_pairs(size * steps)
+    layout = range(len(lengths)), [2 * max(pair) for pair in lengths], size, budget, ranks
+
+    def in_one(part: list[int]) -> int:
+        return 2 * len(part) * max(max(lengths[row]) for row in part)
+
+    def in_two(part: list[int]) -> int:
+        return reward_model.tokens_of_pairs([lengths[row] for row in part])
+
+    found = []
+    for cost in (in_one, in_two):
+        parts = [*map(cost, training.micro_batches(*layout, cost))]
+        found.append(sum(max(parts[start : start + ranks]) for start in range(0, len(parts), ranks)))
+    real = sum(map(sum, lengths)) / ranks
+    return found[0] / real, found[1] / real
 
 
 def main() -> None:
@@ -89,6 +130,13 @@ def main() -> None:
         for way, numbers in found.items():
             fullest, waited = np.mean(numbers, axis=0)
             print(f"| {ranks} | {way} | {fullest:.2f} | {waited:.2f} |")
+    print("\nPairs of the reward model, tokens waited for / mean\n")
+    print("| pairs per step | GPUs | a pass is | one rectangle | two |\n| --- | --- | --- | --- | --- |")
+    for ranks in (1, *arguments.ranks):
+        for budget in arguments.budgets:
+            size = PAIRS if PAIRS % ranks == 0 else 2 * ranks
+            one, two = padding(size, ranks, budget, arguments.minibatches)
+            print(f"| {size} | {ranks} | {budget} tokens | {one:.2f} | {two:.2f} |")
 
 
 if __name__ == "__main__":

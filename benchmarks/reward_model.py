@@ -5,8 +5,8 @@
 
 Base model and LoRA are those of benchmarks/ppo.py, in float32 on a CPU. A text has an answer as long as OASST1's (four
 characters count as a token; at most 768 tokens), the question (at most 128) and 200 tokens of template and principles;
-at most 1,280, the paper's limits. A pair's two texts differ in the answer. In each step all ways have the same pairs,
-and none recomputes activations.
+at most 1,280, the paper's limits. A pair's two texts differ in the answer. In each step all ways have the same pairs.
+No way writes a checkpoint, and only the row that says so recomputes activations.
 
 The authors' way pads every text to the limit, and computes logits that are not used. TRL (1.16) pads to the longest
 text of a pass, with as many pairs as the authors' way or with one pair, in the order of the data; it gets tokens, so
@@ -26,22 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "workflow_scripts"), str(ROOT)]
 
 import train_reward_model  # noqa: E402
+from benchmarks.balance import MAX_LENGTH, QUERY, RESPONSE, real_pairs  # noqa: E402
 from benchmarks.ppo import LORA, VOCABULARY, build, in_turn  # noqa: E402
 from salmon import models, reward_model, training  # noqa: E402
 from salmon.config import Model, RewardModel  # noqa: E402
 from salmon.work import WorkFolder  # noqa: E402
 
-MAX_LENGTH, QUERY, RESPONSE, FRAME = 1280, 128, 768, 200
 PAIRS_PER_PASS = 2
 TOKENS_PER_PASS = 2048  # as in profiles/cpu: larger passes are slower on a CPU
 WAYS = {
@@ -50,6 +50,7 @@ WAYS = {
     "masked": "passes by length, with a mask",
     "padded": "the same without a mask",
     "salmon": "the same, longer and shorter texts apart: the product",
+    "recomputed": "the product, activations recomputed",
     "trl": "TRL's RewardTrainer",
     "trl_alone": "the same, one pair per pass",
 }
@@ -58,20 +59,14 @@ Pairs = list[tuple[list[int], list[int]]]
 
 
 def draw(pairs: int) -> Pairs:
-    """Pairs whose texts are as long as the reward model's."""
+    """Random tokens; texts are as long as the reward model's."""
     random = np.random.default_rng(0)
-    messages = pl.read_parquet(ROOT / "tests/data/oasst1/validation_sample.parquet")
-    tokens = messages.select("message_id", asked=(pl.col("text").str.len_chars() // 4).clip(4, QUERY))
-    answers = messages.filter(pl.col("role") == "assistant").join(tokens, left_on="parent_id", right_on="message_id")
-    said = (answers["text"].str.len_chars() // 4).clip(4, RESPONSE).to_numpy()
-    asked = answers["asked"].to_numpy()
-    found = []
-    for _ in range(pairs):
-        row, one, two = (int(number) for number in random.integers(0, len(said), 3))
-        lengths = [min(MAX_LENGTH, FRAME + int(asked[row]) + int(said[answer])) for answer in (one, two)]
-        first, second = (random.integers(3, VOCABULARY, length).tolist() for length in lengths)
-        found.append((first, second))
-    return found
+
+    def text(length: int) -> list[int]:
+        found: list[int] = random.integers(3, VOCABULARY, length).tolist()
+        return found
+
+    return [(text(one), text(two)) for one, two in real_pairs(pairs)]
 
 
 def authors(folder: Path, pairs: Pairs, size: int, _: Path, *, logits: bool = True) -> float:
@@ -144,6 +139,7 @@ def salmon(
     budget: int = TOKENS_PER_PASS,
     apart: bool = True,
     masked: bool = False,
+    recomputed: bool = False,
 ) -> float:
     """Seconds of `training.train`; texts are already tokens, as for TRL."""
     arguments = train_reward_model.Arguments(
@@ -152,7 +148,6 @@ def salmon(
         model=Model(base=str(folder / "base"), quantization="none", dtype="float32"),
         lora=LORA,
         tokens_per_pass=budget,
-        gradient_checkpointing=False,
         reward_model=RewardModel(
             template="none",
             learning_rate=1e-5,
@@ -170,6 +165,8 @@ def salmon(
     work = WorkFolder(arguments.output)
     work.open("benchmark", "")
     settings = training.trainer_arguments(arguments, work.path, len(pairs) // size, passes, torch.device("cpu"))
+    settings.activation_checkpointing, settings.save_strategy = recomputed, SaveStrategy.NO
+    settings.activation_checkpointing_kwargs = {"use_reentrant": False}
     model = train_reward_model.load_model(arguments, torch.device("cpu"))
     if masked:
         decoder = model.get_base_model().base_model
@@ -203,6 +200,7 @@ def run(way: str, folder: Path, arguments: argparse.Namespace) -> None:
         "masked": partial(salmon, budget=arguments.budget, apart=False, masked=True),
         "padded": partial(salmon, budget=arguments.budget, apart=False),
         "salmon": partial(salmon, budget=arguments.budget),
+        "recomputed": partial(salmon, budget=arguments.budget, recomputed=True),
     }
     with tempfile.TemporaryDirectory() as output:
         seconds = ways[way](folder, pairs, arguments.pairs, Path(output))

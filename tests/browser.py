@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages. It reaches no machine but this one."""
+"""A headless Chromium for tests of pages and the report. It reaches no machine but this one."""
 
 import json
 import shutil

@@ -21,6 +21,7 @@ from matplotlib.transforms import Bbox
 
 from salmon import configuration, figures, pages, plan
 from salmon.artifacts import manifest_path
+from tests.browser import check_quiet, chromium, needs_chromium
 from tests.running import merge
 from tests.small_run import MINE, snakemake
 
@@ -456,12 +457,6 @@ def test_only_what_the_targets_make_is_drawn(changes: dict[str, Any], expected: 
 
 # ---- In a browser
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WORDS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1600,1000"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # whatever it looks for is not found
-)
 PICTURE = """
 const done = arguments[1], uri = results[arguments[0]].data_uri;
 app.setView({content: "img", contentPath: uri, resultPath: arguments[0]});
@@ -473,23 +468,16 @@ look();
 """
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium here: apt-get install chromium chromium-driver")
+@needs_chromium
 def test_the_report_opens_in_a_browser(small_run: Path, tmp_path: Path) -> None:
     """No error in its console, every picture and page is there, and nothing is asked of the network."""
-    from selenium import webdriver
     from selenium.webdriver.common.by import By
 
     file = tmp_path / "report.html"
     run = snakemake("--configfile", str(small_run / "config.yaml"), "--report", str(file))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Missing metadata" not in run.stdout + run.stderr
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for word in WORDS:
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    try:
+    with chromium() as browser:
         browser.set_script_timeout(60)
         browser.get(file.as_uri())
         found = browser.execute_script("return Object.entries(results).map(([path, one]) => [path, one.mime_type])")
@@ -513,11 +501,4 @@ def test_the_report_opens_in_a_browser(small_run: Path, tmp_path: Path) -> None:
                 assert browser.find_elements(By.CSS_SELECTOR, "th[data-sorted]")
             browser.switch_to.default_content()
         browser.execute_script('app.setView({content: "stats"})')
-        said = browser.get_log("browser")
-        assert [line for line in said if line["level"] == "SEVERE"] == []
-        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = {one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"}
-        assert asked
-        assert {url.split(":", 1)[0] for url in asked} <= {"file", "data", "blob"}
-    finally:
-        browser.quit()
+        check_quiet(browser, "file:", "data:", "blob:")
