@@ -497,7 +497,7 @@ def test_nothing_needs_a_table(small_run: Path, tmp_path: Path, monkeypatch: pyt
     assert "The remaining stages take" in text
 
     def seconds(name: str, end: int) -> float:
-        return max(one.cost.seconds[end] for one in found if one.name == name)
+        return max((one.cost.seconds[end] for one in found if one.name == name), default=0.0)
 
     for end, hours in enumerate(price.wall_hours(found)):
         judged = max(seconds("response0", end), seconds("response1", end)) + seconds("preferences", end)
