@@ -11,7 +11,8 @@ padding included, that the slowest rank computes in each pass (under ZeRO all wa
 tokens without padding.
 
 The second table does the same for a step of the reward model, with the pairs of benchmarks/reward_model.py: passes as
-one rectangle each, and with the longer and the shorter texts in separate ones (`reward_model.collate_pairs`).
+one rectangle each, and with the longer and the shorter texts in separate ones wherever that saves a token, as on a
+CPU (`reward_model.collate_pairs`).
 """
 
 import argparse
@@ -90,11 +91,11 @@ def padding(size: int, ranks: int, budget: int, steps: int) -> tuple[float, floa
         return 2 * len(part) * max(max(lengths[row]) for row in part)
 
     def in_two(part: list[int]) -> int:
-        return reward_model.tokens_of_pairs([lengths[row] for row in part])
+        return reward_model.tokens_of_pairs([lengths[row] for row in part], reward_model.Apart())
 
-    found = []
+    found, passes = [], training.passes_per_step(*layout)
     for cost in (in_one, in_two):
-        parts = [*map(cost, training.micro_batches(*layout, cost))]
+        parts = [*map(cost, training.micro_batches(*layout, passes, cost))]
         found.append(sum(max(parts[start : start + ranks]) for start in range(0, len(parts), ranks)))
     real = sum(map(sum, lengths)) / ranks
     return found[0] / real, found[1] / real

@@ -161,7 +161,8 @@ def salmon(
         ),
     )
     layout = range(len(pairs)), [2 * max(map(len, pair)) for pair in pairs], size, budget, 1
-    rows, passes = training.micro_batches(*layout), training.passes_per_step(*layout)
+    passes = training.passes_per_step(*layout)
+    rows = training.micro_batches(*layout, passes)
     work = WorkFolder(arguments.output)
     work.open("benchmark", "")
     settings = training.trainer_arguments(arguments, work.path, len(pairs) // size, passes, torch.device("cpu"))
@@ -174,8 +175,8 @@ def salmon(
 
     def batch(chosen: list[int]) -> training.Batch:
         texts = [text for place in chosen for text in pairs[place]]
-        collate = reward_model.collate_pairs if apart else reward_model.collate
-        return {**collate(texts), "labels": torch.ones(len(chosen), dtype=torch.long)}
+        found = reward_model.collate_pairs(texts, reward_model.Apart()) if apart else reward_model.collate(texts)
+        return {**found, "labels": torch.ones(len(chosen), dtype=torch.long)}
 
     loss = partial(train_reward_model.batch_loss, batch_size=size)
     began = time.perf_counter()

@@ -71,7 +71,8 @@ def test_two_rectangles_with_the_least_padding(seed: int) -> None:
     assert bool(shorter) == (saved > 0)
     assert halves(lengths, saving=saved)[1] == []
     if saved:
-        assert halves(lengths, saving=saved - 1) == (longer, shorter)
+        assert halves(lengths, saving=saved - 1) == halves(lengths, least=least) == (longer, shorter)
+        assert halves(lengths, least=least + 1)[1] == []
 
 
 def test_halves_of_no_rows() -> None:

@@ -203,7 +203,7 @@ def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Pa
     for size in (1, len(rows)):
         torch.testing.assert_close(reward_model.score(model, rows, size, "cpu"), expected, **CLOSE)
     for some in ([0], [*range(len(rows))], [*reversed(range(len(rows)))]):
-        in_two = model(**reward_model.collate_pairs([rows[row] for row in some])).logits[:, 0]
+        in_two = model(**reward_model.collate_pairs([rows[row] for row in some], reward_model.Apart())).logits[:, 0]
         torch.testing.assert_close(in_two, expected[some], **CLOSE)
     if ROWS[name][1] == "yes":
         theirs = AutoPeftModelForSequenceClassification.from_pretrained(

@@ -1,6 +1,7 @@
 """The principle-following reward model: its text, loss, scores, split, training, ranks and resuming."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -22,9 +23,11 @@ import train_reward_model
 from salmon import artifacts, checkpoints, distributed, models, reward_model, training
 from salmon.config import Lora, Model
 from salmon.errors import UserError
+from salmon.reward_model import Apart
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
+from tests import zoo
 from tests.running import PATIENCE, ROOT, environment, failing
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
@@ -235,9 +238,31 @@ def test_collate_pads_right():
     batch = reward_model.collate([[5, 6, 7], [8]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    pairs = reward_model.collate_pairs([[5, 6, 7], [8], [4, 4, 4, 4], [3, 3]])
+    pairs = reward_model.collate_pairs([[5, 6, 7], [8], [4, 4, 4, 4], [3, 3]], Apart())
     assert pairs["longer"].tolist() == [True, False, True, False]
-    assert reward_model.tokens_of_pairs([(3, 1), (4, 2)]) == 2 * 4 + 2 * 2
+    assert reward_model.tokens_of_pairs([(3, 1), (4, 2)], Apart()) == 2 * 4 + 2 * 2
+    for apart in (Apart(saving=4), Apart(least=13), Apart(saving=math.inf)):
+        assert reward_model.tokens_of_pairs([(3, 1), (4, 2)], apart) == 4 * 4
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_second_call_is_made_where_it_pays(tiny_model, monkeypatch, quantization):
+    section = Model(base=str(tiny_model), quantization=quantization, dtype="float32")
+    model = models.new_reward_model(section, Lora(r=2), "cpu", seed=0)
+    assert reward_model.when_apart(model, torch.device("cpu")) == Apart(saving=0, least=0)
+    gpu = reward_model.when_apart(model, torch.device("cuda"))
+    whole = models.new_reward_model(section.model_copy(update={"quantization": "none"}), Lora(r=2), "cpu", seed=0)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())  # also where they are packed
+    assert gpu == Apart(saving=400 if quantization == "nf4" else 0, least=pytest.approx(3e13 / parameters))
+    monkeypatch.setattr(reward_model, "is_deepspeed_zero3_enabled", lambda: True)
+    assert reward_model.when_apart(model, torch.device("cuda")) == Apart(saving=math.inf)
+
+
+def test_experts_are_never_called_twice(tmp_path):
+    zoo.build("qwen3_moe", tmp_path)
+    section = Model(base=str(tmp_path), quantization="none", dtype="float32")
+    model = models.new_reward_model(section, Lora(r=2), "cpu", seed=0)
+    assert reward_model.when_apart(model, torch.device("cpu")) == Apart(saving=math.inf)
 
 
 def test_reward_is_read_at_the_last_token_by_mask_also_where_it_is_the_padding_token(tiny_model):
@@ -293,7 +318,8 @@ def test_every_step_has_its_rows_in_as_many_passes_as_the_others(ranks, budget):
     lengths = [random.Random(i).randrange(1, 100) for i in range(48)]
     order = training.training_order(48, 8, 2.0, seed=1, what="reward model")
     layout = order, lengths, 8, budget, ranks
-    found, passes = training.micro_batches(*layout), training.passes_per_step(*layout)
+    passes = training.passes_per_step(*layout)
+    found = training.micro_batches(*layout, passes)
     assert len(found) == 12 * passes * ranks
     assert all(found)
     for step in range(12):
@@ -562,10 +588,10 @@ def test_stopped_by_sigterm_and_started_again_gives_the_bytes_of_an_undisturbed_
 
 
 def test_another_budget_resumes_and_gives_the_same_up_to_rounding(trained, tmp_path):
-    """With other numbers of passes per step, of which the Trainer counts those that are done."""
+    """With other numbers of passes per step, of which the Trainer counts those that are done; and recomputing."""
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
     failing([sys.executable, "-c", STOPPED, *command(arguments)[2:]])
-    metrics = run_here(arguments | {"tokens_per_pass": 900})
+    metrics = run_here(arguments | {"tokens_per_pass": 900, "gradient_checkpointing": True})
     assert [entry["step"] for entry in metrics["training"]] == list(range(1, 11))
     for expected, found in zip(trained["metrics"]["training"], metrics["training"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)

@@ -94,19 +94,19 @@ def main(arguments: Arguments) -> None:
     model = load_model(arguments, device)
     check_context(model, settings.max_length, f"{stage}.max_length")
     training.choose_recomputation(arguments, trainer_arguments, model, 2 * settings.max_length, device)
-    saving = reward_model.worth_a_call(model, device)
+    apart = reward_model.when_apart(model, device)
 
     def cost(part: list[int]) -> int:
-        return reward_model.tokens_of_pairs([lengths[row] for row in part], saving)
+        return reward_model.tokens_of_pairs([lengths[row] for row in part], apart)
 
     def batch(part: list[int]) -> training.Batch:
         chosen = train[part]
-        texts = reward_model.collate_pairs(tokenize(chosen), saving)
+        texts = reward_model.collate_pairs(tokenize(chosen), apart)
         return {**texts, "labels": torch.tensor(chosen["preference"].to_list())}
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
     loss = partial(batch_loss, batch_size=settings.batch_size)
-    rows = training.micro_batches(*layout, cost)
+    rows = training.micro_batches(*layout, passes, cost)
     trainer = training.train(model, trainer_arguments, rows, batch, loss, stage=stage, work=work)
     texts = tokenize(held)
     at_once = max(1, arguments.tokens_per_pass // settings.max_length)

@@ -84,7 +84,7 @@ def main(arguments: Arguments) -> None:
         return sft.collate([train[index] for index in indices])
 
     log.info("%s", ", ".join(f"{name} {number}" for name, number in counts.items()))
-    micro_batches = training.micro_batches(*layout)
+    micro_batches = training.micro_batches(*layout, passes)
     trainer = training.train(model, trainer_arguments, micro_batches, batch, sft.batch_loss, stage="sft", work=work)
     at_once = max(1, arguments.tokens_per_pass // settings.max_length)
     score = partial(sft.score, trainer.model, batch_size=at_once, device=device)

@@ -24,23 +24,26 @@ def dealt(lengths: Sequence[int], rank: int, world: int) -> list[int]:
     return sorted(by_length)
 
 
-def halves(lengths: Sequence[int], saving: float = 0) -> tuple[list[int], list[int]]:
+def halves(lengths: Sequence[int], saving: float = 0, least: float = 0) -> tuple[list[int], list[int]]:
     """Divide rows into two rectangles, the longer rows and the shorter ones, with as little padding as possible.
 
     Args:
         lengths: each row's length, in tokens.
         saving: the second rectangle must save more tokens than this.
+        least: and both together must have as many tokens as this.
 
     Returns:
         Row indices of both, longest first; the second may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
 
-    def tokens(longer: int) -> float:
-        rest = order[longer:]
-        return longer * lengths[order[0]] + (len(rest) * lengths[rest[0]] + saving if rest else 0)
+    def tokens(longer: int) -> int:
+        parts = order[:longer], order[longer:]
+        return sum(len(part) * lengths[part[0]] for part in parts if part)
 
     longer = min(range(len(order), 0, -1), key=tokens, default=0)
+    if tokens(len(order)) - tokens(longer) <= saving or tokens(longer) < least:
+        longer = len(order)
     return order[:longer], order[longer:]
 
 

@@ -150,7 +150,10 @@ takes 4 GB for the two buffers of ZeRO-2."""
 
 
 def buffer_bytes(stage: int) -> int:
-    """Bytes of DeepSpeed's buffers for gradients in float32: ZeRO-2 fills one while it reduces the other."""
+    """Bytes of DeepSpeed's buffers for gradients in float32, with `BUCKET`, as in the shipped files.
+
+    ZeRO-2 has two, and fills one while it reduces the other.
+    """
     return {0: 0, 2: 2, 3: 1}[stage] * 4 * BUCKET
 
 

@@ -203,7 +203,7 @@ def report(priced: Iterable[Priced], assumed: Assumptions) -> Iterator[str]:
     stays = sum(one.cost.disk for one in left)
     yield f"The remaining stages take {hours} GPU hours and leave {_size(stays)} GB of models on disk."
     if left:
-        yield f"That is {_range(wall_hours(left))} hours if all jobs that can run at the same time do so, and "
+        yield f"Wall time: {_range(wall_hours(left))} hours if all jobs that can run at the same time do so, or"
         yield f"{_range(one_by_one)} hours if one job runs after another."
     yield "The evaluation, jobs without a GPU, queues and tables are not included."
     yield ""

@@ -1,9 +1,10 @@
 """Decides whether to recompute activations in the backward pass or to keep them, depending on the free memory.
 
-Recomputing costs another forward pass, up to a third more time per step. The memory that autograd keeps is measured on
-the model itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is 0 except for eager attention,
-which keeps its probabilities. c is independent of the text, for example experts' weights with their adapters. Recurrent
-layers compute in chunks, and shorter texts are filled up to a chunk: if c is large, longer passes are measured.
+Recomputing costs another forward pass. With frozen weights, a step takes up to half as long again. The memory that
+autograd keeps is measured on the model itself, in three short passes: c + a T + b T^2 bytes for a row of T tokens. b is
+0 except for eager attention, which keeps its probabilities. c is independent of the text, for example experts' weights
+with their adapters. Recurrent layers compute in chunks, and shorter texts are filled up to a chunk: if c is large,
+longer passes are measured.
 """
 
 import logging

@@ -14,6 +14,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ log = logging.getLogger(__name__)
 
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Allowed difference of rewards of whole texts and rewards with a cache, as a share of the largest (at least 1)."""
-LAUNCHES = 2e12
-"""Parameters times tokens that a GPU computes, forward and backward, while a model's kernels are launched: some 250 in
-each of 24 to 32 layers, 5 microseconds each, at 4e14 operations per second and 6 per parameter and token. By count, not
-measured."""
+LAUNCHES = 3e13
+"""Parameters times tokens that a GPU computes, forward and backward, while the kernels of two calls are launched: some
+300 in each layer, 20 microseconds each, at 2e14 to 4e14 operations per second and 4 per parameter and token. By count,
+not measured."""
+UNPACKING = 400
+"""Tokens that a GPU computes, forward and backward, while a call unpacks 4-bit weights; likewise by count."""
 NAME = "reward model"
 """Name of the draws of its training: the split and the order of the records."""
 
@@ -200,35 +203,48 @@ def collate(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": right_pad(rows), "attention_mask": right_pad([[1] * len(row) for row in rows])}
 
 
-def collate_pairs(rows: Sequence[Sequence[int]], saving: float = 0) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """When the longer and the shorter texts of a pass are computed in separate calls (`batching.halves`).
+
+    Attributes:
+        saving: tokens that the second call must save.
+        least: tokens that remain, so that a GPU computes them no faster than the calls are launched.
+    """
+
+    saving: float = 0
+    least: float = 0
+
+
+def when_apart(model: PeftModel, device: torch.device) -> Apart:
+    """When a second call pays: on CPUs if it saves a token, on GPUs if it also costs nothing (`LAUNCHES`, `UNPACKING`).
+
+    It never does with ZeRO-3, where each call gathers the weights and all ranks must make as many, and for adapters of
+    experts, whose weights every call computes and keeps.
+    """
+    if is_deepspeed_zero3_enabled() or any(config.target_parameters for config in model.peft_config.values()):
+        return Apart(saving=math.inf)
+    if device.type != "cuda":
+        return Apart()
+    _, parameters = model.get_nb_trainable_parameters()  # of 4-bit weights, those that are packed
+    is_packed = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
+    return Apart(saving=UNPACKING if is_packed else 0, least=LAUNCHES / parameters)
+
+
+def collate_pairs(rows: Sequence[Sequence[int]], apart: Apart) -> dict[str, torch.Tensor]:
     """The same for texts of pairs, with `longer`, bool [B]: texts that `models.Scoring` computes in a separate call.
 
     Both texts of a pair belong to one pass, and often one is much longer: two rectangles need little padding.
-
-    Args:
-        rows: from `record_tokens`.
-        saving: tokens that the second call must save (`worth_a_call`).
     """
     longer = torch.zeros(len(rows), dtype=torch.bool)
-    longer[halves([*map(len, rows)], saving)[0]] = True
+    longer[halves([*map(len, rows)], apart.saving, apart.least)[0]] = True
     return {**collate(rows), "longer": longer}
 
 
-def tokens_of_pairs(lengths: Sequence[tuple[int, int]], saving: float = 0) -> int:
+def tokens_of_pairs(lengths: Sequence[tuple[int, int]], apart: Apart) -> int:
     """Tokens of a pass of pairs whose texts have these lengths, padding included; see `collate_pairs`."""
     of_texts = [length for pair in lengths for length in pair]
-    return sum(len(part) * of_texts[part[0]] for part in halves(of_texts, saving) if part)
-
-
-def worth_a_call(model: nn.Module, device: torch.device) -> float:
-    """Tokens whose computation takes as long as the launches of another call of the model.
-
-    With ZeRO-3 no number is large enough, because each call gathers the weights, and all ranks must make as many.
-    """
-    if is_deepspeed_zero3_enabled():
-        return math.inf
-    parameters = sum(parameter.numel() for parameter in model.parameters())  # packed, and so fewer, with 4-bit weights
-    return LAUNCHES / parameters if device.type == "cuda" else 0.0
+    return sum(len(part) * of_texts[part[0]] for part in halves(of_texts, apart.saving, apart.least) if part)
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def micro_batches(
     batch_size: int,
     budget: int,
     ranks: int,
+    number: int,
     cost: Callable[[list[int]], int] | None = None,
 ) -> list[list[int]]:
     """The rows of each pass of each rank, ordered by step, then pass, then rank; arguments as for `passes_per_step`.
@@ -179,18 +181,16 @@ def micro_batches(
     A step's gradient is a sum over its rows, so their division affects only speed and memory (`batching.passes`).
 
     Args:
+        number: the result of `passes_per_step`.
         cost: tokens that a rank computes for some rows, if fewer than those of their rectangle.
     """
-    most, found = passes_per_step(order, lengths, batch_size, budget, ranks), []
+    found: list[list[int]] = []
     for step in _steps(order, batch_size):
-
-        def of_places(part: list[int], step: Sequence[int] = step) -> int:
-            assert cost
-            return cost([step[place] for place in part])
-
+        rows = partial(map, step.__getitem__)
+        of_places = (lambda part, rows=rows: cost([*rows(part)])) if cost else None
         of_step = [lengths[row] for row in step]
-        for each in batching.passes(of_step, budget, ranks, at_least=most, cost=of_places if cost else None):
-            found += [[step[place] for place in part] for part in each]
+        for each in batching.passes(of_step, budget, ranks, at_least=number, cost=of_places):
+            found += [[*rows(part)] for part in each]
     return found
 
 
