@@ -338,29 +338,27 @@ use rule judge_preferences as judge_answers with:
 use rule judge_answers as judge_runs with:
     input:
         response0=artifact("answers"),
-        response1=lambda wildcards: in_results(PLAN.path(run_settings(wildcards).evaluation.against, "answers")),
+        response1=opponents_answers,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).judge.template,
         model=lambda wildcards: judge_model(run_name(wildcards)),
         checked=artifact("check_judging"),
-        home=at_home("run_judgements"),
+        home=at_home("answers"),
     output:
-        table="<results>/{home}evaluation/run_judgements.parquet",
-        manifest="<results>/{home}evaluation/run_judgements.manifest.json",
+        table="<results>/{home}evaluation/against/{other}.parquet",
+        manifest="<results>/{home}evaluation/against/{other}.manifest.json",
     log:
-        "<logs>/{home}judge_runs.log",
+        "<logs>/{home}judge_runs/{other}.log",
     benchmark:
-        "<benchmarks>/{home}judge_runs.tsv"
+        "<benchmarks>/{home}judge_runs/{other}.tsv"
+    wildcard_constraints:
+        home="runs/[^/]+/",
+        other="[^/]+",
 
 
 rule evaluate_policies:
     input:
-        tables=[
-            in_results(policy[table])
-            for policy in PLAN.compared()
-            for table in provenance.OF_POLICY
-            if policy.get(table)
-        ],
+        tables=[in_results(table) for policy in PLAN.compared() for table in provenance.policy_tables(policy) if table],
         home=at_home("policy_evaluation"),
     output:
         directory("<results>/{home}evaluation/policies"),

@@ -88,6 +88,17 @@ def measuring_options(wildcards, input):
     return options(**{name: input.get(name) or None for name in ("records", "preferences", "pairs")})
 
 
+def opponents_answers(wildcards):
+    """Input: the answers of the other run that the judge compares with the answers of the job's run."""
+    run, other = run_name(wildcards), wildcards.other
+    if (run, other) not in PLAN.versus():
+        found = ", ".join(f"{one} with {two}" for one, two in PLAN.versus()) or "no runs"
+        raise WorkflowError(
+            f"the judge does not compare {run} with {other}; by evaluation.against, it compares {found}"
+        )
+    return in_results(PLAN.path(other, "answers"))
+
+
 def labelled_pairs(wildcards):
     """Input: judgements of pairs that people compared, and the outputs that people prefer, if there are any."""
     names = ("judged_pairs", "preferred_outputs") if run_settings(wildcards).evaluation.judge_pairs else ()

@@ -25,7 +25,7 @@ def warn_of_stale_results():
     """Before the first job, list stale results that Snakemake has no record of. Reads manifests only if necessary."""
     unknown = has_no_record()
     paths = {path for target in TARGETS for path in PLAN.target_paths(target)}
-    paths |= {PLAN.path(run, name) for run in RUNS for name in plan.NAMES}
+    paths |= {PLAN.path(run, name) for run in RUNS for name in plan.NAMES} | {*PLAN.versus().values()}
     if not any(map(unknown, paths)):
         return
     from salmon import verification

@@ -339,7 +339,7 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     before = {"name": "initial policy", **files, "initial": None, "judgements": None}
     run = {"name": "mine", **files, "initial": "initial policy"}
     run |= {name: str(folder / f"{name}.parquet") for name in ("judgements", "verdicts")}
-    run |= {"against": "control", "versus": run["judgements"]}
+    run |= {"versus": {"control": run["judgements"]}}
     given = {"policies": [before, run], "output": tmp_path / "found", "evaluation": Evaluation()}
     evaluate_policies.main(evaluate_policies.Arguments(**given))
     measured = json.loads((tmp_path / "found" / "policies.json").read_text())

@@ -185,15 +185,25 @@ def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
         assert known.origin(run, "initial_mt_bench").settings["name"] == name
 
 
-def test_runs_are_judged_against_another_one_where_that_is_asked_for(tmp_path: Path) -> None:
-    """Every run but that one itself."""
+@pytest.mark.parametrize(
+    ("against", "compared"),
+    [
+        ("harmless", {("default", "harmless"), ("honest", "harmless")}),
+        (["harmless", "honest"], {("default", "harmless"), ("honest", "harmless"), ("default", "honest")}),
+        ("all", {("harmless", "default"), ("honest", "default"), ("honest", "harmless")}),
+    ],
+)
+def test_runs_are_judged_against_others_where_that_is_asked_for(
+    against: str | list[str], compared: set[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Every run but that one itself, and no two runs twice."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     runs: dict[str, Any] = {name: None for name in raw["runs"] if name not in ("default", "honest", "harmless")}
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump({"runs": runs, "evaluation": {"against": "harmless"}}))
+    overlay.write_text(yaml.safe_dump({"runs": runs, "evaluation": {"against": against}}))
     asked = snakemake("-n", "-p", "evaluation", "--configfile", str(overlay), *elsewhere(tmp_path))
     assert asked.returncode == 0, asked.stderr
-    lines = [shlex.split(line) for line in (asked.stdout + asked.stderr).splitlines() if "run_judgements" in line]
+    lines = [shlex.split(line) for line in (asked.stdout + asked.stderr).splitlines() if "evaluation/against/" in line]
     pairs = set()
     for words in lines:
         if "workflow_scripts/judge_preferences.py" in words:
@@ -201,10 +211,11 @@ def test_runs_are_judged_against_another_one_where_that_is_asked_for(tmp_path: P
             pairs.add(tuple(given[f"--response{place}"].removeprefix(f"{tmp_path}/runs/") for place in (0, 1)))
             assert json.loads(given["--judge"])["min_characters"] == 0
     answers = "evaluation/answers.parquet"
-    assert pairs == {(f"{run}/{answers}", f"harmless/{answers}") for run in ("default", "honest")}
+    assert pairs == {tuple(f"{run}/{answers}" for run in pair) for pair in compared}
     with pytest.raises(UserError, match=r"evaluation\.against: there is no run nobody; the runs are default, "):
-        configuration.load(merge(raw, {"evaluation": {"against": "nobody"}}), ROOT)
-    known = plan.Plan(configuration.load(merge(raw, {"evaluation": {"against": "harmless"}, "runs": runs}), ROOT))
-    assert not known.has("harmless", "run_judgements")
+        configuration.load(merge(raw, {"evaluation": {"against": ["default", "nobody"]}}), ROOT)
+    known = plan.Plan(configuration.load(merge(raw, {"evaluation": {"against": against}, "runs": runs}), ROOT))
+    assert known.versus().keys() == compared
     needed = {one.name for one in known.origin("default", "policy_evaluation").inputs}
-    assert known.path("honest", "run_judgements") in needed
+    assert {*known.versus().values()} <= needed
+    assert needed <= known.ancestry(known.target_paths("evaluation"))

@@ -253,7 +253,7 @@ VALUES: dict[str, Any] = {
     "ppo.boosted_words": {"reasoning": ["logic"]},
     "rl_prompts.length_bonus": {"general": 0.5},
     "rl_prompts.min_tokens": 3,
-    "evaluation.against": "default",
+    "evaluation.against": "all",
     **{f"plan.{key}": [0.25, 0.75] for key in ("arithmetic", "bandwidth", "launch", "step", "interconnect", "useful")},
     "plan.rows": {"prompts": 5},
     "evaluation.tasks_format": "chat",

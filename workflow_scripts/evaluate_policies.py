@@ -24,8 +24,9 @@ class Policy(BaseModel):
     scores: Path = Field(description="scores of these answers (parquet)")
     initial: str | None = Field(description="name of the policy that the run starts from; null for that policy itself")
     judgements: Path | None = Field(description="judgements of these answers against the initial policy's (parquet)")
-    against: str | None = Field(None, description="name of another run, with whose answers the judge compares these")
-    versus: Path | None = Field(None, description="judgements of these answers against that run's (parquet)")
+    versus: dict[str, Path] = Field(
+        {}, description="name of another run -> judgements of these answers against that run's (parquet)"
+    )
     verdicts: Path | None = Field(None, description="verdicts of a model behind an endpoint (parquet), if any")
 
 
@@ -57,9 +58,9 @@ def main(arguments: Arguments) -> None:
             if policy.initial and policy.verdicts
         },
         {
-            (policy.name, policy.against): checked.read(policy.versus, JUDGEMENTS).collect()
+            (policy.name, other): checked.read(table, JUDGEMENTS).collect()
             for policy in policies
-            if policy.against and policy.versus
+            for other, table in policy.versus.items()
         },
     )
     for name, measured in found["behaviour"].items():

@@ -8,7 +8,7 @@ models.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -664,10 +664,10 @@ class Evaluation(Section):
         "transformers",
         description="sampler of the answers to evaluation.prompts and MT-Bench; same choices as `sampling.engine`",
     )
-    against: str | None = Field(
+    against: str | list[str] | None = Field(
         None,
-        description="name of a run, such as a control run: besides comparing each run's answers with its initial "
-        "policy's, the judge compares them with this run's; null for none",
+        description="name of a run, such as a control run, or list of names: besides comparing each run's answers with "
+        "its initial policy's, the judge compares them with these runs'; `all` compares every two runs, null none",
     )
     pairs: dict[str, PairSource] = Field(
         {},
@@ -705,6 +705,12 @@ class Evaluation(Section):
     judge_endpoint: JudgeEndpoint | None = Field(
         None, description="null, or a section for a model that compares the answers to evaluation.prompts and MT-Bench"
     )
+
+    def opponents(self, runs: Iterable[str]) -> list[str]:
+        """The runs of `against`; `runs` are all of them."""
+        if self.against == "all":
+            return list(runs)
+        return [self.against] if isinstance(self.against, str) else self.against or []
 
 
 class Report(Section):

@@ -86,7 +86,6 @@ ARTIFACTS = {
     "answers": "evaluation/answers.parquet",
     "answer_scores": "evaluation/scores.parquet",
     "answer_judgements": "evaluation/judgements.parquet",
-    "run_judgements": "evaluation/run_judgements.parquet",
     "policy_evaluation": "evaluation/policies",
     "preferred_outputs": "evaluation/judge_pairs/preferred.parquet",
     "other_outputs": "evaluation/judge_pairs/other.parquet",
@@ -272,8 +271,9 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
         prefix = "" if name == "default" else f"runs.{name}."
         for check in (check_templates, check_chats, check_principles, check_paths, check_imports, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
-    if config.evaluation.against not in (None, *runs):
-        lines.append(f"evaluation.against: there is no run {config.evaluation.against}; the runs are {', '.join(runs)}")
+    for other in config.evaluation.opponents(runs):
+        if other not in runs:
+            lines.append(f"evaluation.against: there is no run {other}; the runs are {', '.join(runs)}")
     if lines:
         raise UserError(describe(lines, NAME))
     return runs

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 from salmon import provenance
@@ -36,7 +36,6 @@ Name = Literal[
     "answers",
     "answer_scores",
     "answer_judgements",
-    "run_judgements",
     "initial_mt_bench",
     "mt_bench",
     "verdicts",
@@ -61,6 +60,8 @@ Name = Literal[
     "samples",
 ]
 """An artifact of a run, in the order in which they are built."""
+VERSUS = "runs/{run}/evaluation/against/{other}.parquet"
+"""Judgements of two runs' answers, below the results folder: the only artifact of two runs."""
 NAMES: tuple[Name, ...] = get_args(Name)
 ON_GPUS: dict[Name, str] = {
     "sft": "train_sft",
@@ -81,13 +82,12 @@ CHECKED: dict[Name, Name] = {
     "preferences": "check_judging",
     "judged_pairs": "check_judging",
     "answer_judgements": "check_judging",
-    "run_judgements": "check_judging",
     "pmp": "check_training",
     "reward_model": "check_training",
     "policy": "check_rl",
 }
 """Artifact -> the part of `check_model` that must pass before it."""
-OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements", "run_judgements"})
+OF_ANSWERS: frozenset[Name] = frozenset({"answers", "answer_scores", "answer_judgements"})
 OWN: frozenset[Name] = frozenset({"policy", "task_evaluation", "mt_bench", "verdicts", *OF_ANSWERS})
 """Artifacts that runs never share."""
 OF_POLICIES: frozenset[Name] = frozenset(
@@ -103,7 +103,7 @@ OF_MT_BENCH: frozenset[Name] = frozenset({"initial_mt_bench", "mt_bench"})
 COUNTED: tuple[Name, ...] = (
     *("sft_data", "prompts", "response0", "response1", "preferences", "reward_data", "pmp_data", "rl_prompts"),
     *("evaluation_prompts", "evaluation_pairs", "initial_answers", "answers"),
-    *("judged_pairs", "answer_judgements", "run_judgements"),
+    *("judged_pairs", "answer_judgements"),
 )
 """Tables whose manifests count the rows kept and dropped on the way from raw data to records."""
 DRAWN: dict[Name, tuple[Name, ...]] = {
@@ -184,7 +184,6 @@ class Plan:
         for names, asked in (
             ({"engine_base"}, needs_engine_base(config)),
             ({"evaluation_pairs"}, evaluation.pairs),
-            ({"run_judgements"}, evaluation.prompts and evaluation.against not in (None, run)),
             (OF_POLICIES, evaluation.prompts),
             (OF_TASKS, evaluation.tasks),
             (OF_MT_BENCH, evaluation.mt_bench),
@@ -210,17 +209,38 @@ class Plan:
             paths = [f"{results}/{one.artifact.format(run=run)}" for run in self.runs]
         return list(dict.fromkeys(paths))
 
-    def drawn(self, run: str, name: Name) -> list[tuple[Name, str, str]]:
+    def versus(self) -> dict[tuple[str, str], str]:
+        """The judge's comparisons of two runs' answers (`evaluation.against`).
+
+        Returns:
+            Run and the run that it is compared with -> path of the judgements. No two runs are compared twice.
+        """
+        found: dict[tuple[str, str], str] = {}
+        for other in self.runs["default"].evaluation.opponents(self.runs):
+            for run in self.runs:
+                if self.has(run, "answers") and run != other and (other, run) not in found:
+                    found[run, other] = f"{self.runs[run].pathvars.results}/{VERSUS.format(run=run, other=other)}"
+        return found
+
+    def versus_origin(self, run: str, other: str) -> Origin:
+        """What decides the judgements of two runs' answers; the first run's judge compares them."""
+        return self._judged(run, self.path(run, "answers"), self.path(other, "answers"))
+
+    def drawn(self, run: str, name: Name) -> list[tuple[str, str, str]]:
         """The artifacts that a part of the report shows, each with the first run that has it and its path.
 
         Only artifacts of the configuration's other targets are shown: the report builds no results.
         """
-        found: dict[str, tuple[Name, str, str]] = {}
+        found: dict[str, tuple[str, str, str]] = {}
         for one in DRAWN[name]:
             for other in self.runs if name in OF_ALL_RUNS else [run]:
                 path, first = self.path(other, one), self.owner(other, one)
                 if self.has(other, one) and not is_imported(self.runs[first], one) and path in self.wanted():
                     found.setdefault(path, (one, first, path))
+        if name == "funnel":
+            for (one_run, other), path in self.versus().items():
+                if path in self.wanted():
+                    found[path] = ("run_judgements", f"{one_run} against {other}", path)
         return [*found.values()][: 1 if name == "judge_figures" else None]
 
     def shown_sources(self) -> list[str]:
@@ -267,7 +287,13 @@ class Plan:
         """These artifacts and all those that they are made from, without data and the report."""
         left = [*paths]
         names = [name for name in NAMES if name not in DRAWN]
-        known = {self.path(run, name): (run, name) for name in names for run in self.runs if self.has(run, name)}
+        known = {
+            self.path(run, name): partial(self.origin, run, name)
+            for name in names
+            for run in self.runs
+            if self.has(run, name)
+        }
+        known |= {path: partial(self.versus_origin, *pair) for pair, path in self.versus().items()}
         found: set[str] = set()
         while left:
             path = left.pop()
@@ -275,7 +301,7 @@ class Plan:
                 continue
             found.add(path)
             if path in known:
-                left += [one.name for one in self.origin(*known[path]).inputs]
+                left += [one.name for one in known[path]().inputs]
             elif path == f"{self.runs['default'].pathvars.results}/{TARGETS['demo_evaluation'].artifact}":
                 left += [self.path("default", "reward_model"), *(self.path(run, "policy") for run in self.runs)]
         return frozenset(found & known.keys())
@@ -426,23 +452,10 @@ class Plan:
             case "initial_scores" | "answer_scores":
                 answers = self.path(run, "answers" if name == "answer_scores" else "initial_answers")
                 origin = provenance.score_answers(answers, self.scorers())
-            case "answer_judgements" | "run_judgements" | "judged_pairs":
-                ours, theirs = {
-                    "answer_judgements": (self.path(run, "answers"), self.path(run, "initial_answers")),
-                    "run_judgements": (
-                        self.path(run, "answers"),
-                        self.path(config.evaluation.against or run, "answers"),
-                    ),
-                    "judged_pairs": (self.path(run, "preferred_outputs"), self.path(run, "other_outputs")),
-                }[name]
-                origin = provenance.judge_preferences(
-                    ours,
-                    theirs,
-                    config.judge.principles,
-                    0,
-                    model=judge_model(config),
-                    judge=measuring_judge(config),
-                )
+            case "answer_judgements":
+                origin = self._judged(run, self.path(run, "answers"), self.path(run, "initial_answers"))
+            case "judged_pairs":
+                origin = self._judged(run, self.path(run, "preferred_outputs"), self.path(run, "other_outputs"))
             case "policy_evaluation":
                 origin = provenance.evaluate_policies(self.compared(), evaluation=config.evaluation)
             case "initial_task_evaluation" | "task_evaluation":
@@ -467,6 +480,13 @@ class Plan:
             case _:
                 origin = self._shown(run, name)
         return origin
+
+    def _judged(self, run: str, ours: str, theirs: str) -> Origin:
+        """What decides the judgements of two tables of answers by a run's judge, which leaves out no short answer."""
+        config = self.runs[run]
+        return provenance.judge_preferences(
+            ours, theirs, config.judge.principles, 0, model=judge_model(config), judge=measuring_judge(config)
+        )
 
     def initial_name(self, run: str) -> str:
         """The name of a run's initial policy in MT-Bench, whose judges tell models apart by name.
@@ -576,11 +596,7 @@ class Plan:
                     "judgements": self.path(run, "answer_judgements"),
                     "initial": name,
                     **({"verdicts": self.path(run, "verdicts")} if self.has(run, "verdicts") else {}),
-                    **(
-                        {"against": self.runs[run].evaluation.against, "versus": self.path(run, "run_judgements")}
-                        if self.has(run, "run_judgements")
-                        else {}
-                    ),
+                    "versus": {other: path for (one, other), path in self.versus().items() if one == run},
                 }
             )
         before: list[dict[str, Any]] = [

@@ -455,16 +455,18 @@ def score_answers(answers: Path | str, scorers: Sequence[Mapping[str, Any]]) -> 
     return Origin({"scorers": plain}, inputs)
 
 
-OF_POLICY = ("answers", "scores", "judgements", "verdicts", "versus")
-"""Tables of a policy that are used to compare it, if it has them."""
+def policy_tables(policy: Mapping[str, Any]) -> list[Path | str | None]:
+    """The tables that a policy is compared by; None for those that it lacks. Fields: `evaluate_policies.Policy`."""
+    of_one = [policy.get(name) for name in ("answers", "scores", "judgements", "verdicts")]
+    return [*of_one, *policy.get("versus", {}).values()]
 
 
 def evaluate_policies(policies: Sequence[Mapping[str, Any]], *, evaluation: Evaluation) -> Origin:
     """The comparison of all policies; each has the fields of `evaluate_policies.Policy`."""
-    files = [policy.get(name) for policy in policies for name in OF_POLICY]
+    files = [table for policy in policies for table in policy_tables(policy)]
     settings: dict[str, Any] = {"compared": {policy["name"]: policy["initial"] for policy in policies}}
     settings |= {"seed": evaluation.seed}
-    if against := {policy["name"]: policy["against"] for policy in policies if policy.get("against")}:
+    if against := {policy["name"]: [*policy["versus"]] for policy in policies if policy.get("versus")}:
         settings["against"] = against
     return Origin(settings, _files(*files), keys={"seed": "evaluation.seed"})
 

@@ -49,7 +49,6 @@ RULES: dict[Name, str] = {
     "answers": "sample_answers",
     "answer_scores": "score_answers",
     "answer_judgements": "judge_answers",
-    "run_judgements": "judge_runs",
     "policy_evaluation": "evaluate_policies",
     "preferred_outputs": "clean_judge_pairs",
     "other_outputs": "clean_judge_pairs",
@@ -178,6 +177,10 @@ def _inventory(runs: Mapping[str, Config]) -> Iterator[Artifact]:
                 yield from shards
                 one = replace(one, origin=replace(origin, inputs=(*origin.inputs, *parts)))
             yield one
+        if name == "answer_judgements":
+            for (run, other), path in plan.versus().items():
+                checked_judge = plan.path(run, "check_judging")
+                yield Artifact(path, "judge_runs", plan.versus_origin(run, other), checked=checked_judge)
     evaluation = provenance.evaluate_demo(
         plan.path("default", "reward_model"),
         plan.path("default", "pmp") if config.reward_model.init == "pmp" else None,
