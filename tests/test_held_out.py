@@ -14,7 +14,7 @@ import yaml
 import clean_evaluation_pairs
 import clean_evaluation_prompts
 import clean_pmp_data
-from salmon import configuration, plan
+from salmon import configuration, plan, verification
 from salmon.artifacts import manifest_path, write_table
 from salmon.config import Evaluation, PmpData, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
@@ -214,8 +214,22 @@ def test_runs_are_judged_against_others_where_that_is_asked_for(
     assert pairs == {tuple(f"{run}/{answers}" for run in pair) for pair in compared}
     with pytest.raises(UserError, match=r"evaluation\.against: there is no run nobody; the runs are default, "):
         configuration.load(merge(raw, {"evaluation": {"against": ["default", "nobody"]}}), ROOT)
-    known = plan.Plan(configuration.load(merge(raw, {"evaluation": {"against": against}, "runs": runs}), ROOT))
+    given = {"evaluation": {"against": against}, "runs": runs, "targets": ["evaluation", "report"]}
+    resolved = configuration.load(merge(raw, given), ROOT)
+    known = plan.Plan(resolved)
     assert known.versus().keys() == compared
     needed = {one.name for one in known.origin("default", "policy_evaluation").inputs}
     assert {*known.versus().values()} <= needed
     assert needed <= known.ancestry(known.target_paths("evaluation"))
+    drawn = {row["run"]: row["path"] for row in known.counted() if row["name"] == "run_judgements"}
+    assert drawn == {f"{run} against {other}": path for (run, other), path in known.versus().items()}
+    inventory = verification.inventory(resolved)
+    order = [*inventory]
+    for (run, other), path in known.versus().items():
+        assert inventory[path].rule == "judge_runs"
+        before = [known.path(run, "answers"), known.path(other, "answers"), known.path(run, "check_judging")]
+        assert max(map(order.index, before)) < order.index(path) < order.index(known.path(run, "policy_evaluation"))
+    itself = f"{tmp_path}/runs/honest/evaluation/against/honest.parquet"
+    refused = snakemake("-n", itself, "--configfile", str(overlay), *elsewhere(tmp_path))
+    assert refused.returncode != 0
+    assert "the judge does not compare honest with honest; by evaluation.against, it compares" in refused.stdout
