@@ -334,7 +334,8 @@ use rule judge_preferences as judge_answers with:
         shard=0,
 
 
-# The same for another run (`evaluation.against`), whose answers are output 2.
+# The same for another run (`evaluation.against`), whose answers are output 2. The prompts of two runs differ if one of
+# them drops prompts that the other does not find too long.
 use rule judge_answers as judge_runs with:
     input:
         response0=artifact("answers"),
@@ -354,6 +355,12 @@ use rule judge_answers as judge_runs with:
     wildcard_constraints:
         home="runs/[^/]+/",
         other="[^/]+",
+    resources:
+        nodes=1,
+        ranks=1,
+        batch_size=4,
+        tensor_parallel="false",
+        free=lambda wildcards: f"{judge_free(run_name(wildcards), shards=1)} --common true",
 
 
 rule evaluate_policies:

@@ -152,6 +152,7 @@ def test_a_judge_is_held_against_people() -> None:
         orient="row",
     )
     sources = pl.DataFrame({"prompt_id": [*"abcde"], "source": ["mine"] * 4 + ["other"], "instruction": [*"qqrst"]})
+    deeper = sources.with_columns(instruction=pl.col("instruction").replace("r", "q\n\nAssistant: yes\n\nHuman: r"))
     found = evaluation.labelled(table, sources, {"mine": ["Ethical"], "other": None}, 0)
     assert {source: list(ways) for source, ways in found.items()} == {"mine": ["Ethical"], "other": NAMES}
     ethical = found["mine"]["Ethical"]
@@ -161,6 +162,9 @@ def test_a_judge_is_held_against_people() -> None:
     right = [1, 0.5, 0, 0.5]
     low, high = intervals.wilson(0.5, 3)  # pairs of one instruction are one
     assert ethical["right"] == {"value": np.mean(right), "low": low, "high": high, "number": 4}
+    low, high = intervals.wilson(0.5, 2)  # and so are the depths of one dialogue
+    of_depths = evaluation.labelled(table, deeper, {"mine": ["Ethical"], "other": None}, 0)["mine"]["Ethical"]["right"]
+    assert of_depths == {"value": np.mean(right), "low": low, "high": high, "number": 4}
     assert found["other"]["Concise"]["right"] == {
         "value": 0.0,
         "low": 0.0,

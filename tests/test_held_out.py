@@ -190,7 +190,7 @@ def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
     [
         ("harmless", {("default", "harmless"), ("honest", "harmless")}),
         (["harmless", "honest"], {("default", "harmless"), ("honest", "harmless"), ("default", "honest")}),
-        ("all", {("harmless", "default"), ("honest", "default"), ("honest", "harmless")}),
+        ("all", {("default", "harmless"), ("default", "honest"), ("harmless", "honest")}),
     ],
 )
 def test_runs_are_judged_against_others_where_that_is_asked_for(
@@ -226,9 +226,16 @@ def test_runs_are_judged_against_others_where_that_is_asked_for(
     inventory = verification.inventory(resolved)
     order = [*inventory]
     for (run, other), path in known.versus().items():
-        assert inventory[path].rule == "judge_runs"
-        before = [known.path(run, "answers"), known.path(other, "answers"), known.path(run, "check_judging")]
-        assert max(map(order.index, before)) < order.index(path) < order.index(known.path(run, "policy_evaluation"))
+        one, answered = inventory[path], [known.path(compared_run, "answers") for compared_run in (run, other)]
+        assert (one.rule, one.checked) == ("judge_runs", known.path(run, "check_judging"))
+        assert one.origin is not None
+        assert [given.name for given in one.origin.inputs][:2] == answered
+        assert order.index(path) < order.index(known.path(run, "policy_evaluation"))
+    nothing = dict.fromkeys(raw["evaluation"]["prompts"])
+    with pytest.raises(
+        UserError, match=r"evaluation\.against compares answers to evaluation\.prompts, which names none"
+    ):
+        configuration.load(merge(raw, {"evaluation": {"against": against, "prompts": nothing}, "runs": runs}), ROOT)
     itself = f"{tmp_path}/runs/honest/evaluation/against/honest.parquet"
     refused = snakemake("-n", itself, "--configfile", str(overlay), *elsewhere(tmp_path))
     assert refused.returncode != 0

@@ -3,6 +3,7 @@
 import itertools
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -12,10 +13,11 @@ import polars as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from polars.testing import assert_frame_equal
 from torch import nn
 
 import judge_preferences
-from salmon import config, judging, margins, models, principles, templates
+from salmon import config, figures, judging, margins, models, principles, templates
 from salmon.errors import UserError
 from salmon.judging import Judge, Pair, PairPrompts
 from salmon.principles import JudgedPrinciple
@@ -356,6 +358,7 @@ def options(folder: Path, settings: config.Model, output: str = "out.parquet", *
         "shard": more.pop("shard", 0),
         "model": settings,
         "batch_size": more.pop("batch_size", 2),
+        "common": more.pop("common", False),
         "judge": config.Judge(**(judge | {"shards": 1} | more)),
     }
 
@@ -537,6 +540,33 @@ def test_files_of_different_prompts(work: Path, settings: config.Model) -> None:
     with pytest.raises(UserError, match=r"response1\.parquet has 2 rows of prompt_id p0"):
         run(work, settings)
     assert not (work / "out.parquet").exists()
+
+
+def test_prompts_that_only_one_policy_answered(work: Path, settings: config.Model) -> None:
+    """They are left out and counted; a prompt with two texts is still refused. The other pairs are judged as ever."""
+    write_responses(work, PAIRS)
+    run(work, settings)
+    whole = pl.read_parquet(work / "out.parquet")
+    counts = json.loads((work / "out.manifest.json").read_text())["counts"]
+    other = response_rows(PAIRS, 1)
+    fewer = other.filter(pl.col("prompt_id") != "p3")
+    pl.concat([fewer, other.head(1).with_columns(prompt_id=pl.lit("new"))]).write_parquet(work / "response1.parquet")
+    run(work, settings, "common.parquet", common=True)
+    found = json.loads((work / "common.manifest.json").read_text())["counts"]
+    assert found["not_answered_by_both"] == 2
+    assert found["pairs"] == counts["pairs"] + 1  # p3 and new instead of p3
+    assert_frame_equal(pl.read_parquet(work / "common.parquet"), whole.filter(pl.col("prompt_id") != "p3"))
+    (step,) = figures.steps("run_judgements", "one against two", found)
+    left_out = ("prompt too long", "too short", "no room", "not answered by both")
+    assert step.left_out == {why: found[why.replace(" ", "_")] for why in left_out if found[why.replace(" ", "_")]}
+    assert (step.rows, step.kept) == (found["pairs"], found["judged"])
+    assert step.rows == step.kept + sum(step.left_out.values())
+    pictured = figures.funnel([step, replace(step, stage="another")]).pictures["funnel"].axes[0]
+    assert [label.get_text() for label in pictured.get_yticklabels()] == [replace(step, stage="another").label]
+    two_texts = pl.when(prompt_id="p2").then(pl.lit("?")).otherwise("instruction")
+    other.with_columns(instruction=two_texts).write_parquet(work / "response1.parquet")
+    with pytest.raises(UserError, match="1 of the first are not in the second, or have another text there"):
+        run(work, settings, "third.parquet", common=True)
 
 
 def test_damaged_files(work: Path, settings: config.Model) -> None:

@@ -289,3 +289,13 @@ def test_answers_are_scored_by_what_every_run_was_trained_by() -> None:
     assert principles.to_measure(folder / "judge.json", dimensions, []).keys() == {*[*found][:4]}
     with pytest.raises(UserError, match="does not define the principle Loud, which the settings name"):
         principles.to_measure(folder / "judge.json", ["Loud"], [])
+
+
+def test_principles_of_one_name_in_files_of_one_name_are_all_scored(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "mine.json" for folder in "abc"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps([{"dimension": "Kind", "definition": f"Be kind, as {file.parent.name} says."}]))
+    found = principles.to_measure(FILES / "judge.json", [], files)
+    assert [*found.values()] == [f"Be kind, as {name} says." for name in "abc"]
+    assert [name for name, _ in found] == ["Kind (RL)", "Kind (RL, mine)", f"Kind (RL, {files[2]})"]

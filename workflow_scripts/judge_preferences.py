@@ -48,6 +48,9 @@ class Arguments(script.Arguments):
     judge: config.Judge = Field(description="section of the configuration")
     batch_size: int = Field(4, ge=1, description="pairs at a time on a GPU; only speed and memory depend on it")
     tensor_parallel: bool = Field(False, description="hardware: all GPUs of the job share one model")
+    common: bool = Field(
+        False, description="prompts that only one of the files has are counted and left out; without this, refused"
+    )
 
 
 def main(arguments: Arguments) -> None:
@@ -56,8 +59,10 @@ def main(arguments: Arguments) -> None:
     origin = origin_of(arguments)
     inputs = origin.identify()
     judged = principles.read_judged(arguments.principles)
-    table = read_shard(arguments)
+    table, in_one_file = read_shard(arguments)
     pairs, counts = judging.select_pairs(table, arguments.judge)
+    if in_one_file:
+        counts.update(pairs=in_one_file, not_answered_by_both=in_one_file)
 
     work = WorkFolder(arguments.output)
     if work.open(origin.fingerprint(inputs)):
@@ -118,11 +123,12 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
     )
 
 
-def read_shard(arguments: Arguments) -> pl.DataFrame:
+def read_shard(arguments: Arguments) -> tuple[pl.DataFrame, int]:
     """The rows of response0 that belong to the shard, each with its partner of response1.
 
     Returns:
-        The table RESPONSES, in the order of response0, plus response_1 and finish_reason_1.
+        The table RESPONSES, in the order of response0, plus response_1 and finish_reason_1; and, with `common`, the
+        number of prompts that only one of the two files has.
 
     Raises:
         UserError: if the two files have different prompts.
@@ -130,19 +136,22 @@ def read_shard(arguments: Arguments) -> pl.DataFrame:
     first = checked.read(arguments.response0, RESPONSES)
     second = checked.read(arguments.response1, RESPONSES)
     key = ["prompt_id", "instruction", "input"]
+    in_one_file = 0
     for one, other, here, there in (
         (first, second, arguments.response0, arguments.response1),
         (second, first, arguments.response1, arguments.response0),
     ):
-        alone = one.join(other, on=key, how="anti").select("prompt_id").collect()["prompt_id"]
+        if arguments.common:
+            in_one_file += one.join(other, on="prompt_id", how="anti").select(pl.len()).collect().item()
+        mine = one.join(other, on="prompt_id", how="semi") if arguments.common else one
+        alone = mine.join(other, on=key, how="anti").select("prompt_id").collect()["prompt_id"]
         if len(alone):
             raise UserError(
                 f"{here} and {there} have different prompts: {len(alone)} of the first are not in the second, or have "
-                f"another text there, such as prompt_id {min(alone)}; build both again from one table of prompts, and "
-                "set the same ppo.query_length for runs whose answers are compared (evaluation.against)"
+                f"another text there, such as prompt_id {min(alone)}; build both again from one table of prompts"
             )
-    mine = shards.rows_of(first, arguments.shard, arguments.judge.shards)
-    return judging.with_partners(mine, second)
+    of_shard = shards.rows_of(first, arguments.shard, arguments.judge.shards)
+    return judging.with_partners(of_shard, second), in_one_file
 
 
 def sort_judgements(judgements: pl.DataFrame, pairs: list[Pair], dimensions: list[str]) -> pl.DataFrame:

@@ -666,8 +666,9 @@ class Evaluation(Section):
     )
     against: str | list[str] | None = Field(
         None,
-        description="name of a run, such as a control run, or list of names: besides comparing each run's answers with "
-        "its initial policy's, the judge compares them with these runs'; `all` compares every two runs, null none",
+        description="runs whose answers the judge compares with those of all other runs, besides comparing each run "
+        "with its initial policy: a name, such as that of a control run, a list of names, or `all` for each pair of "
+        "runs; null for none",
     )
     pairs: dict[str, PairSource] = Field(
         {},
@@ -707,9 +708,9 @@ class Evaluation(Section):
     )
 
     def opponents(self, runs: Iterable[str]) -> list[str]:
-        """The runs of `against`; `runs` are all of them."""
+        """The runs of `against`; `runs` are all of them. For `all`, the last is first: pairs are (earlier, later)."""
         if self.against == "all":
-            return list(runs)
+            return [*runs][::-1]
         return [self.against] if isinstance(self.against, str) else self.against or []
 
 

@@ -271,9 +271,15 @@ def load(raw: dict[str, Any], root: Path, checkout: Path = shipped.CHECKOUT) -> 
         prefix = "" if name == "default" else f"runs.{name}."
         for check in (check_templates, check_chats, check_principles, check_paths, check_imports, check_lengths):
             lines += [f"{prefix}{line}" for line in check(run, root) if line not in lines]
-    for other in config.evaluation.opponents(runs):
+    opponents = config.evaluation.opponents(runs)
+    for other in dict.fromkeys(opponents):
         if other not in runs:
-            lines.append(f"evaluation.against: there is no run {other}; the runs are {', '.join(runs)}")
+            lines.append(
+                f"evaluation.against: there is no run {other}; the runs are {', '.join(runs)}, and `all`, which is not "
+                "in a list, stands for each pair of runs"
+            )
+    if opponents and not config.evaluation.prompts:
+        lines.append("evaluation.against compares answers to evaluation.prompts, which names none; set both or neither")
     if lines:
         raise UserError(describe(lines, NAME))
     return runs

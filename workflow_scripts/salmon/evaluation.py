@@ -13,6 +13,7 @@ import polars as pl
 
 from salmon import language
 from salmon.intervals import INTERVALS, LEVEL, Estimate, estimate, share
+from salmon.preference_data import opening
 from salmon.text import join_instruction
 
 BINS = 10
@@ -62,7 +63,7 @@ def labelled(
 
     Args:
         judgements: `tables.JUDGEMENTS`.
-        sources: `prompt_id`, `source` and `instruction` of each pair; several pairs may share an instruction.
+        sources: `prompt_id`, `source` and `instruction` of each pair; pairs with the same `opening` are one cluster.
         about: source -> names of the principles that its preferences concern; None: all.
         seed: seed of the intervals.
 
@@ -77,7 +78,7 @@ def labelled(
             continue
         s12, s21 = rows["s12"].to_numpy(), rows["s21"].to_numpy()
         measured = {"agree": s12 * s21 > 0, "right": preferred(rows), "mean_right": correct(s12 + s21)}
-        groups = rows["instruction"].to_list()
+        groups = [opening(text) for text in rows["instruction"]]
         found.setdefault(str(source), {})[str(name)] = {
             what: share(values, groups, seed) for what, values in measured.items()
         }

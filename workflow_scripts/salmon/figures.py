@@ -118,7 +118,8 @@ def steps(name: str, run: str, counts: Mapping[str, int]) -> Iterator[Step]:
         too_long = counts.get("prompt_too_long", 0)
         yield step("", counts["rows"] - too_long, {"prompt too long": too_long}, counts["rows"])
     elif name in JUDGED:
-        left_out = {reason: counts[reason] for reason in ("prompt_too_long", "too_short", "no_room")}
+        reasons = ("prompt_too_long", "too_short", "no_room", "not_answered_by_both")
+        left_out = {reason: counts.get(reason, 0) for reason in reasons}
         yield step("", counts["judged"], left_out, counts["pairs"])
     elif name == "reward_data":
         not_judged = counts["pairs_not_judged"]
@@ -143,7 +144,11 @@ LIMIT, OTHERS = "over the limit", "other reasons"
 
 
 def funnel(found: Sequence[Step]) -> Part:
-    """Rows from raw data to records: how many were kept, and why the others were not."""
+    """Rows from raw data to records: how many were kept, and why the others were not.
+
+    The judgements of two runs are in the table only, because there may be dozens of them.
+    """
+    every, found = found, [one for one in found if one.stage != TITLES["run_judgements"]]
     totals: defaultdict[str, float] = defaultdict(float)
     for one in found:
         for reason, number in one.left_out.items():
@@ -170,7 +175,7 @@ def funnel(found: Sequence[Step]) -> Part:
     drawing.legend(drawn, axes)
     columns = ["table", "source", "run", "rows", "kept", "left out", "why"]
     rows: list[list[Cell]] = [
-        [one.stage, one.source, one.run, one.rows, one.kept, one.rows - one.kept, _reasons(one)] for one in found
+        [one.stage, one.source, one.run, one.rows, one.kept, one.rows - one.kept, _reasons(one)] for one in every
     ]
     note = "From the manifest of each table. A run has a separate row if no earlier run has the same table."
     return Part("From raw data to records", [Table("", columns, rows, note)], {"funnel": drawn})

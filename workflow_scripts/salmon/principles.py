@@ -91,7 +91,8 @@ def to_measure(judged: str | Path, dimensions: Sequence[str], rl: Sequence[str |
         for one in read_weighted(file):
             if one.definition not in found.values():
                 name = f"{one.dimension} (RL)"
-                name = name if (name, False) not in found else f"{one.dimension} (RL, {Path(file).stem})"
+                for more in (Path(file).stem, str(file)):
+                    name = name if (name, False) not in found else f"{one.dimension} (RL, {more})"
                 found[name, False] = one.definition
     return found
 
