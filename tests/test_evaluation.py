@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +22,7 @@ import evaluate_policies
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
 from salmon import checked, configuration, evaluation, figures, intervals, plan, principles
-from salmon.artifacts import write_table
+from salmon.artifacts import manifest_path, write_table
 from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
 from salmon.formats import Comparison
@@ -37,6 +39,7 @@ from salmon.tables import (
 )
 from tests.ppo_world import World
 from tests.running import merge
+from tests.small_run import snakemake
 
 ROOT = Path(__file__).parents[1]
 
@@ -550,6 +553,31 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
     assert "Concise, negated" in found["people"]
     for name, ways in found["held_out"]["deciding"].items():
         assert ways["plain"]["number"] + ways["negated"]["number"] == trained["by_deciding_dimension"][name]["number"]
+
+
+def test_the_judge_compares_two_runs(small_run: Path, tmp_path: Path) -> None:
+    """By the rule. The other run has the same answers but dropped a prompt: the rest is a draw under each principle."""
+    folder = shutil.copytree(small_run, tmp_path / "copy")
+    runs = folder / "results" / "runs"
+    answers, other = (runs / name / "evaluation" / "answers.parquet" for name in ("default", "other"))
+    table, manifest = pl.read_parquet(answers), json.loads(manifest_path(answers).read_text())
+    other.parent.mkdir(parents=True)
+    manifest["counts"]["answers"] -= 1
+    write_table(table[1:], other, ANSWERS, manifest)
+    raw = yaml.safe_load((small_run / "config.yaml").read_text().replace(str(small_run), str(folder)))
+    raw["runs"]["other"], raw["evaluation"]["against"] = {}, "all"
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    found = runs / "default" / "evaluation" / "against" / "other.parquet"
+    done = snakemake(str(found), "--configfile", str(folder / "config.yaml"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert len(re.findall("localrule", done.stdout + done.stderr)) == 1
+    judged = pl.read_parquet(found)
+    assert judged["prompt_id"].unique(maintain_order=True).to_list() == table["prompt_id"][1:].to_list()
+    assert judged["s12"].to_list() == pytest.approx((-judged["s21"]).to_list(), abs=1e-4)
+    assert judged["s12"].abs().max() > 0.01
+    assert {won["value"] for won in evaluation.judge_wins(judged, 0).values()} == {0.5}
+    counts = json.loads(manifest_path(found).read_text())["counts"]
+    assert (counts["pairs"], counts["not_answered_by_both"]) == (len(table), 1)
 
 
 def test_policies_of_the_small_run(small_run: Path) -> None:
