@@ -253,9 +253,23 @@ def test_a_second_call_is_made_where_it_pays(tiny_model, monkeypatch, quantizati
     gpu = reward_model.when_apart(model, torch.device("cuda"))
     whole = models.new_reward_model(section.model_copy(update={"quantization": "none"}), Lora(r=2), "cpu", seed=0)
     parameters = sum(parameter.numel() for parameter in whole.parameters())  # also where they are packed
-    assert gpu == Apart(saving=400 if quantization == "nf4" else 0, least=pytest.approx(3e13 / parameters))
+    assert gpu == reward_model.apart_on_gpu(parameters, 2, is_packed=quantization == "nf4")
     monkeypatch.setattr(reward_model, "is_deepspeed_zero3_enabled", lambda: True)
     assert reward_model.when_apart(model, torch.device("cuda")) == Apart(saving=math.inf)
+
+
+def test_a_second_call_is_made_where_it_was_faster_on_a_gpu():
+    measured = json.loads((ROOT / "benchmarks/two_calls-h200.json").read_text())["rows"]
+    rows = [row for row in measured if row["lengths"] == "OASST1" and row["ms, one"]]
+    sizes = {"1b": (1_280_000_000, 16), "7b": (6_900_000_000, 32)}  # with adapters
+    decided = []
+    for row in rows:
+        rule = reward_model.apart_on_gpu(*sizes[row["model"]], is_packed=row["precision"] == "nf4")
+        saved = row["tokens, one"] - row["tokens, two"] > rule.saving
+        decided.append(saved and row["tokens, two"] >= rule.least)
+    assert decided == [row["ms, two"] < row["ms, one"] for row in rows]
+    assert any(decided)
+    assert not all(decided)
 
 
 def test_experts_are_never_called_twice(tmp_path):

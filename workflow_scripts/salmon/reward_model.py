@@ -39,12 +39,11 @@ log = logging.getLogger(__name__)
 
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """Allowed difference of rewards of whole texts and rewards with a cache, as a share of the largest (at least 1)."""
-LAUNCHES = 3e13
-"""Parameters times tokens that a GPU computes, forward and backward, while the kernels of two calls are launched: some
-300 in each layer, 20 microseconds each, at 2e14 to 4e14 operations per second and 4 per parameter and token. By count,
-not measured."""
-UNPACKING = 400
-"""Tokens that a GPU computes, forward and backward, while a call unpacks 4-bit weights; likewise by count."""
+SECOND_CALL = {False: (400, 9e11), True: (900, 1.2e12)}
+"""What a second call of the layers costs a GPU, without and with 4-bit weights, forward and backward: tokens that it
+could compute instead; and parameters times tokens that it computes while the kernels of a layer are launched twice. An
+H200 with slow cores took 6 ms (4 bits: 8) to launch a layer's kernels once, here at 3e14 operations per second and 4
+per parameter and token (benchmarks/two_calls.py; that run had no autocast, unlike trainings)."""
 NAME = "reward model"
 """Name of the draws of its training: the split and the order of the records."""
 
@@ -217,7 +216,7 @@ class Apart:
 
 
 def when_apart(model: PeftModel, device: torch.device) -> Apart:
-    """When a second call pays: on CPUs if it saves a token, on GPUs if it also costs nothing (`LAUNCHES`, `UNPACKING`).
+    """When a second call pays: on CPUs if it saves a token, on GPUs if it saves its cost (`SECOND_CALL`).
 
     It never does with ZeRO-3, where each call gathers the weights and all ranks must make as many, and for adapters of
     experts, whose weights every call computes and keeps.
@@ -227,8 +226,15 @@ def when_apart(model: PeftModel, device: torch.device) -> Apart:
     if device.type != "cuda":
         return Apart()
     _, parameters = model.get_nb_trainable_parameters()  # of 4-bit weights, those that are packed
-    is_packed = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
-    return Apart(saving=UNPACKING if is_packed else 0, least=LAUNCHES / parameters)
+    base = model.get_base_model()
+    layers = base.config.get_text_config().num_hidden_layers
+    return apart_on_gpu(parameters, layers, is_packed=getattr(base, "is_loaded_in_4bit", False))
+
+
+def apart_on_gpu(parameters: int, layers: int, *, is_packed: bool) -> Apart:
+    """When a second call pays on a GPU, for a model with these parameters and layers, in 4 bits or not."""
+    saving, launches = SECOND_CALL[is_packed]
+    return Apart(saving=saving, least=launches * layers / parameters)
 
 
 def collate_pairs(rows: Sequence[Sequence[int]], apart: Apart) -> dict[str, torch.Tensor]:
