@@ -197,8 +197,11 @@ def test_plan_counts_with_the_hardware_of_the_profile(tmp_path: Path) -> None:
     site |= {"reward_model_tokens_per_pass": 1, "policy_deepspeed": None, "gpus_per_node": 4, "policy_nodes": 2}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
     line = ["--profile", "profiles/slurm", "--executor", "local", "--cores", "1", "--nolock", "--quiet", "all"]
-    line += ["--retries", "0", "--configfile", "demo/config.yaml", "--config", "plan={gpu: a10g}"]
-    line += [f"pathvars={{results: {tmp_path}/results, logs: {tmp_path}/logs}}", "--", "plan"]
+    raw = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text())
+    one_run = {"plan": {"gpu": "a10g"}, "runs": dict.fromkeys(raw["runs"])}
+    (tmp_path / "one_run.yaml").write_text(yaml.safe_dump(one_run))
+    line += ["--retries", "0", "--configfile", "demo/config.yaml", str(tmp_path / "one_run.yaml")]
+    line += ["--config", f"pathvars={{results: {tmp_path}/results, logs: {tmp_path}/logs}}", "--", "plan"]
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *line],
         cwd=ROOT,
