@@ -54,12 +54,9 @@ lint: $(INSTALLED)
 
 # Number of test processes; all tests of a file run in the same process.
 WORKERS = 2
-# Files that take minutes start first, so that no process is left alone with one of them at the end.
-LONGEST = $(addprefix tests/test_,pipeline.py models.py slurm_profile.py)
 ELSEWHERE = --ignore tests/slurm --ignore tests/real --ignore tests/vllm --ignore tests/playground
 unit: $(INSTALLED)
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ELSEWHERE) -m "not ranks" \
-		$(LONGEST) tests
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ELSEWHERE) -m "not ranks"
 
 # Jobs with several processes, with and without DeepSpeed, compared with one process. Each test uses both cores.
 test-ranks: $(INSTALLED)

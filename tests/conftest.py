@@ -33,6 +33,17 @@ The more honest, concise, creative, helpful, methodical, specific and comprehens
 """
 
 
+# Files that take longest start first, so that no process is left alone with one at the end. While the first builds the
+# small run, the next ones do not need it.
+FIRST = ("pipeline", "models", "anywhere", "tasks", "fuzz", "workflow", "verification", "cost", "train_policy")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; pytest-xdist's `--no-loadscope-reorder` keeps the order."""
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Llama with random weights (about 0.1M parameters) and a byte-level BPE tokenizer, as on the hub."""

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -167,9 +168,21 @@ def copy(small_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@cache
+def read(file: Path) -> dict[str, Any]:
+    """A configuration over the repository's, read once; nobody changes it."""
+    return configuration.read([ROOT / "config.yaml", file])
+
+
+@cache
+def before(folder: Path, base: str) -> set[tuple[str, str]]:
+    """What is stale with these changes, as JSON, before a test makes another."""
+    return look(load(folder, **json.loads(base)))
+
+
 def load(folder: Path, results: Path | None = None, **changes: Any) -> dict[str, Config]:
     """The configuration of the small run, for results that may be elsewhere."""
-    raw = configuration.read([ROOT / "config.yaml", folder / "config.yaml"])
+    raw = read(folder / "config.yaml")
     places = {"pathvars": {"results": str(results or folder / "results")}}
     return configuration.load(merge(merge(raw, places), changes), ROOT)
 
@@ -332,14 +345,13 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
     expected = STALE[max((begin for begin in STALE if f"{key}.".startswith(f"{begin}.")), key=len)]
     if FREE in KEYS[key].metadata:
         expected = set()
-    before = look(load(small_run, **base))
     for path, old in list(leaves(key, merge(raw, base))):
         new = other(key, old, tmp_path)
         assert new != old
         changes: Any = new
         for name in reversed(path):
             changes = {name: changes}
-        found = look(load(small_run, **merge(base, changes))) - before
+        found = look(load(small_run, **merge(base, changes))) - before(small_run, json.dumps(base))
         assert paths(found) == expected, (path, new, found)
 
 
