@@ -1,4 +1,4 @@
-"""Files in the layouts of the authors' release, with known contents; nothing is copied from theirs."""
+"""Files in the layouts of the authors' release, with known contents; nothing is copied from it."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def old_config(folder: Path, **changes: Any) -> None:
 
 
 def publish_adapter(standard: Path, folder: Path, nested: str = "adapter_model/lora_default") -> Path:
-    """A standard PEFT folder as their release has it: a pickle of tensors, in a folder below."""
+    """A standard PEFT folder as in their release: a pickle of tensors, in a subfolder."""
     inner = folder / nested
     inner.mkdir(parents=True)
     shutil.copy(standard / "adapter_config.json", inner)
@@ -46,7 +46,7 @@ def publish_adapter(standard: Path, folder: Path, nested: str = "adapter_model/l
 
 
 def publish_reward_model(standard: Path, folder: Path, bias: float = 1.5) -> Path:
-    """A standard reward model as their release has it, with its head in a separate pickle."""
+    """A standard reward model as in their release, with its head in a separate pickle."""
     publish_adapter(standard, folder)
     head = load_file(standard / ADAPTER)[SCORE]
     torch.save({"weight": head, "bias": torch.tensor([bias])}, folder / "adapter_model" / "reward_head")
@@ -59,19 +59,19 @@ DIMENSIONS = ("Concise", "Ethical", "Creative")
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
-    """JSON lines, as their files that end with `.json` hold them."""
+    """JSON lines, as in their files that end with `.json`."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def score_of(instruction: str, dimension: str) -> tuple[float, float]:
-    """Made-up s12 and s21 of a pair: what a judgement is known by."""
+    """Made-up s12 and s21 of a pair, which identify its judgement."""
     drawn = random.Random(f"{instruction}|{dimension}")
     return drawn.uniform(-3, 3), drawn.uniform(-3, 3)
 
 
 def prompts(number: int) -> list[tuple[str, str]]:
-    """Instructions and inputs in an order of their own; some have an input, or white space around them."""
+    """Unsorted instructions and inputs; some have an input, or white space around them."""
     found = [(f"Question {at * 7 % number} of {number}?", "a, b" if at % 5 == 0 else "") for at in range(number)]
     return [
         (f" {instruction}\n" if at % 4 == 1 else instruction, extra) for at, (instruction, extra) in enumerate(found)
@@ -101,7 +101,7 @@ def publish_responses(folder: Path, asked: list[tuple[str, str]]) -> list[Path]:
 
 
 def publish_preferences(folder: Path, files: list[Path], drop: int = 0) -> Path:
-    """Judgements of the pairs in the release's order, `drop` of the last ones missing as its last batch is."""
+    """Judgements of the pairs in the release's order, without the last `drop`, as its last batch is missing."""
     first, second = (
         sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["instruction"]) for file in files
     )
@@ -122,7 +122,7 @@ def publish_preferences(folder: Path, files: list[Path], drop: int = 0) -> Path:
 
 
 def publish_records(folder: Path, asked: list[tuple[str, str]], numpy: bool = False) -> Path:
-    """Records of the reward model; tuples as text, of numpy's numbers as numpy 1 or 2 writes them."""
+    """Records of the reward model; tuples are text, their numbers as numpy 1 or 2 writes them."""
 
     def text(values: list[Any], kind: str) -> str:
         return str(tuple(values)) if not numpy else f"({', '.join(f'np.{kind}({value})' for value in values)},)"

@@ -1,4 +1,4 @@
-"""Small inputs of all scripts, made by the scripts themselves from a few rows and a tiny model; and command lines."""
+"""Small inputs for all scripts, made by the scripts themselves from a few rows and a tiny model; command lines."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def scored(template: str) -> dict[str, Any]:
 
 
 def jobs() -> dict[str, Job]:
-    """Every script's run, by name, in the order in which they can be made."""
+    """Runs of all scripts by name, in the order in which they can be made."""
     found: dict[str, Job] = {}
 
     def add(name: str, script: str, output: str, **options: Any) -> None:
@@ -146,7 +146,7 @@ def jobs() -> dict[str, Job]:
 
 
 class BorderWorld:
-    """A folder with all inputs, and the artifacts that the scripts make of them."""
+    """A folder with all inputs, and the artifacts that the scripts make from them."""
 
     def __init__(self, folder: Path, forks: Forks) -> None:
         self.folder, self.forks = folder, forks
@@ -174,7 +174,7 @@ def remove(output: Path) -> None:
 
 
 def make_files(folder: Path) -> None:
-    """What people and the hub give."""
+    """What users and the hub provide."""
     zoo.build("llama", folder / "model", num_hidden_layers=2, hidden_size=64, intermediate_size=64)
     generation = json.loads((folder / "model" / "generation_config.json").read_text())
     write_json(folder / "model" / "generation_config.json", generation | {"eos_token_id": [2, *range(3, 30)]})

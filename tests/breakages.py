@@ -16,7 +16,7 @@ LIBRARY = "workflow_scripts/salmon"
 
 @dataclass(frozen=True, slots=True)
 class Breakage:
-    """A piece of text in a file of the library, what it is broken into, and the tests that should see it."""
+    """A piece of text in a library file, its broken form, and the tests that should notice it."""
 
     name: str
     file: str
@@ -86,7 +86,7 @@ BREAKAGES = (
 
 
 def caught(breakage: Breakage) -> str:
-    """The first test that fails with the breakage in place, and passes without; empty where there is none."""
+    """The first test that fails with the breakage in place and passes without it; empty if there is none."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "results", ".snakemake", "*cache*"))
@@ -106,7 +106,7 @@ def caught(breakage: Breakage) -> str:
 
 
 def main() -> int:
-    """Try all breakages; 1 if one of them is not seen."""
+    """Try all breakages; return 1 if any is not seen."""
     missed = 0
     for breakage in BREAKAGES:
         found = caught(breakage)

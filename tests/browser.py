@@ -37,7 +37,7 @@ def chromium() -> Iterator[Any]:
 
 
 def check_quiet(browser: Any, *beginnings: str) -> None:
-    """No error in the console, and no request but to addresses that begin so."""
+    """No console error, and no request except to addresses with these beginnings."""
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"}

@@ -51,9 +51,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_tiny_model(folder: Path, width: int = 64) -> Path:
-    """A Llama with random weights, of 4 heads.
+    """A Llama with random weights and 4 heads.
 
-    The tokenizer puts `<s>` in front, and has no padding token, as Llama's.
+    The tokenizer puts `<s>` in front and has no padding token, like Llama's.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -89,7 +89,7 @@ def save_tiny_model(folder: Path, width: int = 64) -> Path:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> "World":
-    """What PPO reads, made of the tiny model; tests that change it take a copy."""
+    """What PPO reads, made from the tiny model; tests that change it take a copy."""
     from tests.ppo_world import World
 
     found = World(tmp_path_factory.mktemp("world"), tiny_model)
@@ -133,7 +133,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     folder = (base if worker_id == "master" else base.parent) / "pipeline"
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "printed").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a build that failed in another process
+            shutil.rmtree(folder, ignore_errors=True)  # left by a failed build in another process
             folder.mkdir()
             build(folder)
     return folder

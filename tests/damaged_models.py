@@ -30,7 +30,7 @@ def without(ending: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.
 
 
 def damage(folder: Path, how: str) -> None:
-    """Make the files of a model folder others than its configuration says."""
+    """Make the files of a model folder contradict its configuration."""
     if how == "no output layer":
         rewrite(folder / WEIGHTS, without("lm_head.weight"))
     elif how == "no layer":

@@ -1,7 +1,7 @@
 """Run scripts in forks of one process that has imported everything, so a run takes no longer than its work.
 
-`python tests/forks.py` is that process. It reads one JSON line a run and answers with one: exit status and log. It must
-not compute anything itself, because the threads of polars, tokenizers and torch do not survive a fork.
+`python tests/forks.py` is that process. It reads one JSON line per run and answers with one: exit status and log. It
+must not compute anything itself, because the threads of polars, tokenizers and torch do not survive a fork.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-CPU_SECONDS = 60  # of one run, which takes a few: more is a hang
+CPU_SECONDS = 60  # for one run, which takes a few: more is a hang
 WALL_SECONDS = 900  # a busy machine must not fail a test
 HUNG = 124
 
@@ -38,7 +38,7 @@ class Forks:
         )
 
     def run(self, script: str, options: dict[str, Any], folder: Path) -> tuple[int, str]:
-        """Run `workflow_scripts/SCRIPT.py` in a folder: exit status (124 where it hung), and what it said."""
+        """Run `workflow_scripts/SCRIPT.py` in a folder: exit status (124 if it hung), and what it said."""
         assert self.server.stdin
         assert self.server.stdout
         self.server.stdin.write(json.dumps([script, words(options), str(folder)]) + "\n")
@@ -65,7 +65,7 @@ def words(options: dict[str, Any]) -> list[str]:
 def serve() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     names = sorted(path.stem for path in (ROOT / "workflow_scripts").glob("*.py"))
     scripts = {name: importlib.import_module(name) for name in names}
     for name in (
@@ -120,7 +120,7 @@ def _be_script(script: Any, arguments: list[str], folder: str, log: int) -> None
 
 
 def _wait(child: int) -> int:
-    """The status of a fork that has ended, or was ended."""
+    """The status of a fork that has ended or was killed."""
     until = time.monotonic() + WALL_SECONDS
     pause = 0.001
     while time.monotonic() < until:

@@ -9,7 +9,7 @@ SCHEMA = json.loads((Path(__file__).parents[1] / "config.schema.json").read_text
 
 
 def is_key(key: str) -> bool:
-    """Whether config.yaml, or a file that is laid over it, may have this key: `a.b.c`, items of lists by number."""
+    """Whether config.yaml, or a file laid over it, may have this key: `a.b.c`, list items by number."""
     parts = [SCHEMA]
     for name in key.split("."):
         parts = [below for part in parts for below in _below(part, name)]

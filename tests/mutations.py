@@ -1,8 +1,8 @@
-"""Possible faults of an input: mutations of files and options, which break the input or leave its meaning unchanged.
+"""Possible faults in an input: mutations of files and options, which break the input or leave its meaning unchanged.
 
-A mutation never makes another good input: a changed word of a template, a prompt less in a source that has no manifest,
-other weights of the same shape are what somebody may want, and no script can tell. So bytes are flipped in the footer
-of a table and in the header of weights, and not in what they hold.
+A mutation never makes another valid input: somebody may want a changed word in a template, one prompt fewer in a source
+without a manifest, or other weights of the same shape, and no script can tell. So bytes are flipped in the footer of a
+table and in the header of weights, not in their contents.
 """
 
 import gzip
@@ -30,11 +30,11 @@ def replace(path: Path, content: bytes | str) -> None:
 
 
 def dumps(value: Any) -> str:
-    """JSON with infinity as JSON can say it."""
+    """JSON, with infinity as a valid number."""
     return json.dumps(value, ensure_ascii=False).replace("Infinity", "1e400")
 
 
-# ---- Of any file
+# ---- Any file
 
 
 def cut(path: Path, rng: random.Random) -> None:
@@ -75,7 +75,7 @@ def latin1(path: Path, rng: random.Random) -> None:
 
 
 def high_bit(path: Path, rng: random.Random) -> None:
-    """A byte that is none of UTF-8."""
+    """A byte that UTF-8 never uses."""
     whole = bytearray(path.read_bytes())
     whole[rng.randrange(len(whole))] = 0xFF
     replace(path, bytes(whole))
@@ -180,7 +180,7 @@ def other_manifest(path: Path, rng: random.Random) -> None:
 
 
 def kind(path: Path) -> frozenset[str]:
-    """What a manifest counts, in so far as it tells the kind of table."""
+    """What a manifest counts, as far as it shows the kind of table."""
     counts = json.loads(path.read_text())["counts"]
     return frozenset("kept" if "kept" in name else name for name in counts if name in KINDS or "kept" in name)
 
@@ -491,12 +491,12 @@ def zipped_noise(path: Path, rng: random.Random) -> None:
 
 
 def deep_line(path: Path, rng: random.Random) -> None:
-    """In the last line of a data set."""
+    """Deep nesting in a data set's last line."""
     replace(path, path.read_bytes() + b'{"instruction": ' + b"[" * DEEP + b"\n")
 
 
 def deep_item(path: Path, rng: random.Random) -> None:
-    """In a list of objects; ijson's time grows with the square of the depth."""
+    """Deep nesting in a list; ijson's time grows with the square of the depth."""
     replace(path, "[" * (DEEP // 10))
 
 

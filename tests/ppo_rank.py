@@ -13,11 +13,11 @@ from salmon.generation import generate
 from salmon.optimization import ReplicatedOptimizer
 from tests.ppo_world import MINIBATCHES, World, flat_gradient, ready
 
-SHARES = (((5, 9, 30, 2, 14, 5, 8), (3, 22)), ((9, 4, 4), ()))  # lengths of the prompts of two ranks, two times
+SHARES = (((5, 9, 30, 2, 14, 5, 8), (3, 22)), ((9, 4, 4), ()))  # prompt lengths of two ranks, in two cases
 
 
 def in_step(model: Any, tokenizer: Any, ranks: tuple[tuple[int, ...], ...]) -> tuple[list[list[int]], int]:
-    """Sample for prompts of the lengths of these ranks in lockstep: tokens, and calls of the model."""
+    """Sample in lockstep for prompts of these ranks' lengths: tokens, and number of model calls."""
     lengths = [length for of_rank in ranks for length in of_rank]
     calls: list[None] = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(None))

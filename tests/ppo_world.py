@@ -32,7 +32,7 @@ TYPES = ["general", "reasoning", "red_teaming"]
 
 
 class World:
-    """A folder with all that the script reads, small, and its command line."""
+    """A small folder with all that the script reads, and its command line."""
 
     def __init__(self, folder: Path, base: Path) -> None:
         self.folder = folder
@@ -173,7 +173,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def made_up(places: Sequence[int]) -> list[ppo.Rollout]:
-    """Rollouts as they are before advantages are estimated, of any lengths; each place is always the same."""
+    """Rollouts of various lengths, before advantages are estimated; a place always gives the same one."""
     found = []
     for place in places:
         random = np.random.default_rng(place)
@@ -200,7 +200,7 @@ def made_up(places: Sequence[int]) -> list[ppo.Rollout]:
 
 
 def ready(world: World, shared: SharedBase, places: Sequence[int]) -> list[ppo.Rollout]:
-    """Made-up rollouts with advantages, whose log probabilities and values are near those of the models."""
+    """Made-up rollouts with advantages; log probabilities and values are near those of the models."""
     found = made_up(places)
     ppo.measure(shared, found, 0.7, 40)
     for rollout in found:
@@ -255,7 +255,7 @@ def lengths(rollouts: Sequence[ppo.Rollout]) -> list[tuple[int, int]]:
     return [(rollout.place, len(rollout.response)) for rollout in rollouts]
 
 
-# Places of the rollouts in a minibatch; the last two have one rollout per pass: one of two ranks has nothing to do.
+# Rollouts' places, by minibatch; the last two have one rollout per pass, so one of two ranks has nothing to do.
 MINIBATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 5], [5]]
 
 

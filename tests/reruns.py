@@ -1,7 +1,7 @@
 """What Snakemake reruns in the demo when a key of the configuration changes: `python tests/reruns.py [CHECKOUT]`.
 
-Of a copy of the checkout, with something in the place of every result: Snakemake's records and the files' times
-count here, as in `tests/test_workflow.py`. Prints a table in Markdown.
+It uses a copy of the checkout, with a placeholder for every result: Snakemake's records and the files' times count
+here, as in `tests/test_workflow.py`. Prints a table in Markdown.
 """
 
 import re
@@ -23,7 +23,7 @@ PARTS = (
     "profiles",
     "envs",
 )
-# At least one of every section.
+# At least one from every section.
 CHANGES = (
     ("targets", "targets=[policies]"),
     ("seed", "seed=1"),
@@ -62,7 +62,7 @@ def snakemake(folder: Path, *words: str) -> str:
 
 
 def pretend(folder: Path) -> None:
-    """Put something in the place of every output, and let Snakemake record it."""
+    """Put a placeholder in place of every output, and let Snakemake record it."""
     for line in snakemake(folder, "--summary", "demo_evaluation").splitlines():
         if line.startswith("results/"):
             output = folder / line.split("\t")[0]
@@ -73,7 +73,7 @@ def pretend(folder: Path) -> None:
 
 
 def reruns(folder: Path, *words: str) -> str:
-    """Rules, with the number of their jobs."""
+    """Rules with their numbers of jobs."""
     said = snakemake(folder, "-n", "demo_evaluation", *words)
     if "Nothing to be done" in said:
         return "nothing"

@@ -42,7 +42,7 @@ def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> li
 
 
 def kill_at_first_part(arguments: list[str], output: Path) -> int:
-    """Start a script, kill it as soon as it has kept something, and say how many parts it has left."""
+    """Start a script, kill it as soon as it has kept something, and count the parts it left behind."""
     folder = WorkFolder(output).path
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + PATIENCE
@@ -57,19 +57,19 @@ def kill_at_first_part(arguments: list[str], output: Path) -> int:
 
 
 def failing(arguments: list[Any], **more: Any) -> str:
-    """Start a script that has to end with an error; what it says."""
+    """Run a script that must end with an error; return its message."""
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=False, **more)
     assert done.returncode == 1, done.stderr
     return done.stderr
 
 
 def on_a_full_disk(arguments: list[Any], size: int, **more: Any) -> str:
-    """The same, where it can write no file of more than `size` bytes."""
+    """The same, but it cannot write a file of more than `size` bytes."""
     return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), **more)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """One dictionary read over another, key by key."""
+    """One dictionary laid over another, key by key."""
     found = dict(base)
     for name, value in changes.items():
         old = found.get(name)

@@ -75,7 +75,7 @@ def save_markov(
 
     Args:
         folder: gets model and tokenizer.
-        tokenizer: of `byte_tokenizer`.
+        tokenizer: from `byte_tokenizer`.
         said: texts; each token of one is followed by the next one, the last by the first.
         ends: end tokens of the generation config.
         max_length: positions of the model.

@@ -1,6 +1,6 @@
 """A small run of the whole DAG, from real public data to a policy, which several tests use.
 
-The data are samples of the real data sets in their upstream schemas (`tests/data`), and made-up rows of those that no
+The data are samples of the real data sets in their upstream schemas (`tests/data`), and made-up rows for those that no
 licence lets us ship (`tests/synthetic.py`). The model is the demo's.
 """
 
@@ -28,7 +28,7 @@ def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """The demo's configuration with the real samples as its sources, and little of everything."""
+    """The demo's configuration with the real samples as its sources, and everything small."""
     (folder / "shp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in synthetic.shp()))
     (folder / "sharegpt.json").write_text(json.dumps(synthetic.sharegpt()))
     pl.DataFrame(synthetic.openorca()).write_parquet(folder / "openorca.parquet")
@@ -60,7 +60,7 @@ def configuration(folder: Path) -> dict[str, Any]:
         "oasst1": {"path": trees, "limit": 20},
         "openorca": {"path": str(folder / "openorca.parquet"), "data_files": None, "limit": 5},
         "math": {"path": str(DATA / "MATH" / "test_sample.jsonl.gz"), "limit": 20},
-        "hh_red_team": {  # only the type is red teaming: the dialogues are of the helpful part
+        "hh_red_team": {  # only the type is red teaming: the dialogues are from the helpful part
             "format": "hh_rlhf",
             "path": str(DATA / "hh-rlhf"),
             "limit": 10,

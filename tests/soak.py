@@ -1,9 +1,9 @@
-"""Kill every stage at all kinds of moments, and check that nothing is lost and the artifacts are equal to the byte.
+"""Kill every stage at all kinds of moments; check that nothing is lost and the artifacts are equal byte for byte.
 
 A stage is one command line of the workflow. It is started again and again in a process that is killed (SIGKILL) right
 before one of its changes to the file system, drawn at random: opening a file to write, renaming, linking, deleting.
-What Snakemake deletes of a failed job is deleted in between. Some runs have a second process on the same artifact.
-Run by `tests/test_pipeline.py`; `make soak` for the long form.
+What Snakemake deletes after a failed job is deleted in between. Some runs have a second process on the same artifact.
+Run by `tests/test_pipeline.py`; `make soak` runs the long form.
 """
 
 import importlib
@@ -28,19 +28,19 @@ WHEN_OR_HOW_FAST = re.compile(r"manifest\.json$|events\.out\.tfevents|\.snakemak
 
 @dataclass
 class Stage:
-    """One job of the workflow, with another place for its artifact."""
+    """One job of the workflow, with a different place for its artifact."""
 
     name: str
     line: list[str]  # arguments of the script
     output: Path  # where its artifact is made here
     changes: int = 0
-    expected: dict[str, Any] = field(default_factory=dict)  # what it makes undisturbed
+    expected: dict[str, Any] = field(default_factory=dict)  # what it makes when undisturbed
     parts: int = 0
     found: Counter[str] = field(default_factory=Counter)
 
 
 def read_stages(printed: str, folder: Path) -> list[Stage]:
-    """The stages of a run of the workflow, from the command lines that Snakemake has printed: one job of each rule."""
+    """The stages of a run of the workflow, from the command lines that Snakemake printed: one job of each rule."""
     stages: dict[str, Stage] = {}
     for line in re.findall(r"(?:python|bash) \S*workflow_scripts/.*(?= > )", printed):
         words = shlex.split(line)
@@ -56,7 +56,7 @@ def read_stages(printed: str, folder: Path) -> list[Stage]:
 
 
 def start(stage: Stage, kill_at: int | None, log: Path) -> tuple[int, int]:
-    """Start a stage in a forked process, to be killed before its n-th change; its number, and where it reports."""
+    """Fork a process for a stage, to be killed before its n-th change; return its id and the pipe it reports to."""
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -84,7 +84,7 @@ def start(stage: Stage, kill_at: int | None, log: Path) -> tuple[int, int]:
 
         sys.addaudithook(hook)
         module = importlib.import_module(stage.name.split()[0])
-        os.environ["SALMON_KEEP_FINISHED"] = "1"  # as Snakemake's jobs have it
+        os.environ["SALMON_KEEP_FINISHED"] = "1"  # as in Snakemake's jobs
         sys.argv = [stage.name, *stage.line]
         status = 0
         try:
@@ -98,14 +98,14 @@ def start(stage: Stage, kill_at: int | None, log: Path) -> tuple[int, int]:
 
 
 def end(process: int, reading: int) -> tuple[int, Counter[str]]:
-    """Wait for a process; its status (negative: killed), and what it counted."""
+    """Wait for a process; return its status (negative: killed) and what it counted."""
     with os.fdopen(reading) as pipe:
         said = pipe.read()
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), Counter(json.loads(said or "{}"))
 
 
 def manifest_of(artifact: Path) -> Path:
-    """See `artifacts.manifest_path`, which is not imported here: what is forked must have used no library."""
+    """See `artifacts.manifest_path`, which is not imported here: a process that forks must have used no library."""
     return artifact.with_suffix(".manifest.json") if artifact.suffix == ".parquet" else artifact / "manifest.json"
 
 
@@ -118,7 +118,7 @@ def delete_outputs(stage: Stage) -> None:
 
 
 def contents(artifact: Path) -> dict[str, Any]:
-    """What has to be equal: bytes of all files, but of metrics without times, and without times in manifests."""
+    """What has to be equal: the bytes of all files, except for times in metrics and manifests."""
     files = [artifact] if artifact.is_file() else sorted(file for file in artifact.rglob("*") if file.is_file())
     found: dict[str, Any] = {}
     for file in files:
@@ -149,7 +149,7 @@ def kept(stage: Stage) -> tuple[int, int]:
 
 
 def once(stage: Stage, kills: int, draws: random.Random) -> None:
-    """Make the artifact of a stage with some kills on the way, and look at it."""
+    """Make the artifact of a stage with some kills on the way, and check it."""
     shutil.rmtree(stage.output.parent, ignore_errors=True)
     stage.output.parent.mkdir(parents=True)
     log = stage.output.parent.with_suffix(".log")
@@ -171,7 +171,7 @@ def once(stage: Stage, kills: int, draws: random.Random) -> None:
         if status == -signal.SIGKILL:
             kills -= 1
             stage.found["kills"] += 1
-            if not second:  # which else has finished it
+            if not second:  # otherwise the second has finished it
                 delete_outputs(stage)
                 continue
         elif status != 0:
@@ -199,9 +199,9 @@ def once(stage: Stage, kills: int, draws: random.Random) -> None:
 
 
 def main(printed: Path, folder: Path, kills: int, seed: int) -> int:
-    """Kill as often as said, spread over the stages; print a table; how much went wrong."""
+    """Kill `kills` times, spread over the stages; print a table; return how much went wrong."""
     stages = read_stages(printed.read_text(), folder)
-    for stage in stages:  # imported once, and forked
+    for stage in stages:  # imported once, before the forks
         importlib.import_module(stage.name.split()[0])
     started = time.monotonic()
     draws = random.Random(seed)

@@ -35,7 +35,7 @@ QUESTIONS = (
     "{} について教えてください。",
     "Share Prompt ideas about {} in any Language: English, French",
 )
-# What the page showed of a text that was typed: the page's counters, labels of it and of its extensions.
+# How the page showed a typed text: with its counters, and with labels of the page and of its extensions.
 PAGES: tuple[Callable[[str], str], ...] = (
     "{}".format,
     "{}1 / 1".format,
@@ -58,7 +58,7 @@ PAGES: tuple[Callable[[str], str], ...] = (
 def sharegpt() -> list[dict[str, Any]]:
     """Conversations as in the sg_90k files, long ones cut into pieces `<id>_<n>`.
 
-    `typed`: the prompt that the conversation must give, None where it must give none.
+    `typed`: the prompt that the conversation must give, or None if there must be none.
     """
     rows: list[dict[str, Any]] = []
 
@@ -112,7 +112,7 @@ def shp() -> list[dict[str, Any]]:
 
 
 def openorca() -> list[dict[str, Any]]:
-    """Questions as in Open-Orca's 1M-GPT4-Augmented.parquet, one in eight of natural language inference.
+    """Questions as in Open-Orca's 1M-GPT4-Augmented.parquet, one in eight on natural language inference.
 
     `kept`: whether the question must become a prompt.
     """

@@ -143,7 +143,7 @@ def test_the_identity_of_a_tokenizer_is_that_of_both_folders(base: Path, adapter
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path, own: bool) -> None:
-    """To what reads tokens only, and to the training of reward models, whose base is without the adapter."""
+    """Scripts that only read tokens get it, and so does the training of reward models on the bare base."""
     if own:
         (adapter / "chat_template.jinja").write_text(OWN)
     overlay = {"model": {"base": "base", "adapter": "adapter"}}
@@ -173,7 +173,7 @@ def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    """From the configuration of some architectures, transformers makes a tokenizer without any token."""
+    """From the configuration of some architectures, transformers makes a tokenizer without any tokens."""
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no vocabulary.*tokenizer\.json"):
         load(tmp_path, None)

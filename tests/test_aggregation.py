@@ -1,4 +1,4 @@
-"""Aggregation: the rules against a slow plain reference, draws against their distributions, and faulty inputs."""
+"""Aggregation: the rules against a slow, plain reference, draws against their distributions, and faulty inputs."""
 
 import ast
 import json
@@ -186,7 +186,7 @@ def test_records_are_those_of_the_slow_reference(inputs: Inputs, changes: dict[s
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.pop("scores") == pytest.approx(theirs.pop("scores"), rel=1e-12)
         assert ours == theirs
-    # The inputs hold every case, so that agreement says something.
+    # The inputs hold every case, so that agreement means something.
     assert {True, False} == set(table["swapped"]) == set(table["flipped"])
     assert set(table["rule"]) == {None, "refusal", "language"} - ({"language"} if "language_rule" in changes else set())
     assert counts["pairs"] == 60
@@ -278,7 +278,7 @@ def winner(drawn: Drawn | str) -> int:
 
 
 def plain_scores(s12: list[float], s21: list[float]) -> list[float]:
-    """The same from the formula, one number at a time: mean of both orders over the variance of all scores pooled."""
+    """Scores from the formula, one number at a time: mean of both orders over the variance of all pooled scores."""
     pooled = [*s12, *s21]
     center = sum(pooled) / len(pooled)
     variance = sum((score - center) ** 2 for score in pooled) / len(pooled)
@@ -291,7 +291,7 @@ def test_scores_are_means_over_pooled_variance_and_zero_where_orders_disagree() 
     variance = sum((score - 0.2) ** 2 for score in s12 + s21) / 10
     assert scaled_scores(np.array(s12), np.array(s21)) == pytest.approx([2 / variance, -3 / variance, 0, 0, 0])
     rng = np.random.default_rng(3)
-    for shift in (0.0, 5.0):  # of the judge's bias for the first place
+    for shift in (0.0, 5.0):  # the judge's bias for the first place
         s12, s21 = (rng.normal(sign * shift, 2, 50).tolist() for sign in (1, -1))
         assert scaled_scores(np.array(s12), np.array(s21)) == pytest.approx(plain_scores(s12, s21))
 
@@ -307,7 +307,7 @@ def test_a_principle_decided_by_position_seldom_dominates() -> None:
 
 
 def test_the_mean_of_both_orders_keeps_what_a_judge_of_positions_means() -> None:
-    """It likes the first output, and by a little more the better one: both orders hardly ever agree."""
+    """It likes the first output, and the better one slightly more: the two orders hardly ever agree."""
     rng = np.random.default_rng(5)
     better = rng.choice([-1.0, 1.0], 500)
     s12, s21 = 0.5 * better + 4 + rng.normal(0, 0.1, 500), 0.5 * better - 4 + rng.normal(0, 0.1, 500)
@@ -510,7 +510,7 @@ def test_long_texts_are_looked_at_up_to_a_length() -> None:
     assert language.detect([ENGLISH * 10 + GERMAN * 100, code + ENGLISH * 20]) == ["en", "en"]
     assert language.detect([code * 3 + ENGLISH * 20]) == [None]
     started = time.process_time()
-    language.detect([ENGLISH * 100_000])  # a minute, if all of it were
+    language.detect([ENGLISH * 100_000])  # a minute, if it read all of it
     assert time.process_time() - started < 5
 
 
@@ -533,7 +533,7 @@ def test_progress_is_told(inputs: Inputs, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_responses_are_cut_before_anything_looks_at_them(inputs: Inputs) -> None:
-    """A refusal or another language behind the turn marker is not the answer's."""
+    """A refusal or another language after the turn marker is not the answer's."""
     pairs = inputs.response0.height
     behind = ENGLISH + MARKERS[0] + REFUSAL + GERMAN
     inputs.response0 = inputs.response0.with_columns(instruction=pl.lit(ENGLISH), response=pl.lit(behind))

@@ -20,7 +20,7 @@ from tests.running import PATIENCE
 ROOT = Path(__file__).parents[1]
 RESULTS = 're sults/it\'s "$(touch x)"'
 HOSTILE = {"results": RESULTS, "logs": "<results>/lo gs/$(touch y)", "benchmarks": "bench'marks"}
-DATA = "prompts/rl.parquet"  # by rules that take seconds
+DATA = "prompts/rl.parquet"  # made by rules that take seconds
 MODULE = """
 configfile: "config/mine.yaml"
 module salmon:
@@ -28,7 +28,7 @@ module salmon:
     config: config
 use rule * from salmon as salmon_*
 """
-# The copy is mounted where nobody, root included, can write to it; where that is not allowed, its modes say so.
+# The copy is mounted read-only, even for root; where mounting is not allowed, its modes make it read-only.
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
 
 
@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snakemake(folder: Path, *arguments: Any, before: Sequence[str] = (), **environment: str) -> str:
-    """What Snakemake says, called in a folder."""
+    """What Snakemake says when called in a folder."""
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     line = [*before, sys.executable, "-m", "snakemake", *map(str, arguments)]
     done = subprocess.run(line, cwd=folder, env=known, capture_output=True, text=True, timeout=PATIENCE)
@@ -53,7 +53,7 @@ def snakemake(folder: Path, *arguments: Any, before: Sequence[str] = (), **envir
 
 
 def locked(folder: Path) -> list[str]:
-    """What a command line begins with, so that nothing can be written in a folder."""
+    """The beginning of a command line that cannot write in a folder."""
     mount = ["unshare", "--mount", "--map-root-user", "bash", "-c", READ_ONLY, str(folder)]
     if shutil.which("unshare") and subprocess.run([*mount, "true"], capture_output=True).returncode == 0:
         return mount
@@ -62,7 +62,7 @@ def locked(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder, but for what Python compiles where it is allowed to."""
+    """All files of a folder, except what Python compiles where it is allowed to."""
     files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -75,7 +75,7 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
     own = {"pathvars": HOSTILE, "targets": ["rl_prompts", "report"]}
     demo = yaml.safe_load((ROOT / "demo" / "config.yaml").read_text()) | own
     (folder / "config" / "mine.yaml").write_text(yaml.safe_dump(demo))
-    if how == "module":  # whose configuration needs no more than what differs from the defaults
+    if how == "module":  # a module's configuration needs only what differs from the defaults
         (folder / "Snakefile").write_text(MODULE.format(snakefile=repr(str(checkout / "Snakefile"))))
         own, where, rule, target = ["--cores", "2"], folder, "salmon_", "salmon_policies"
     else:
@@ -83,7 +83,7 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
         own = ["-s", checkout / "Snakefile", "--directory", folder, "--profile", checkout / "profiles" / "demo"]
         own, where, rule, target = [*own, "--configfile", *file], tmp_path, "", "policies"
     before = locked(checkout)
-    snakemake(where, f"{rule}report", *own, before=before)  # which takes the data
+    snakemake(where, f"{rule}report", *own, before=before)  # which needs the data
     assert (folder / RESULTS / DATA).exists()
     assert "Report created" in snakemake(
         where, f"{rule}report", *own, "--report", tmp_path / "it's.html", before=before
@@ -100,14 +100,14 @@ def test_the_demo_from_a_checkout_that_cannot_be_written(checkout: Path, tmp_pat
         "config",
         "re sults",
     ]
-    # The model comes with the workflow, and no manifest tells where that is.
+    # The model comes with the workflow, and no manifest says where that is.
     manifest = json.loads((folder / RESULTS / DATA).with_suffix(".manifest.json").read_text())
     assert manifest["settings"]["model"]["base"] == "demo/model"
     assert "demo/model" in manifest["inputs"]
 
 
 def test_two_modules_of_one_workflow(tmp_path: Path) -> None:
-    """Each with its settings, and with path variables from the configuration or from the statement."""
+    """Each has its own settings, and path variables from the configuration or from the statement."""
     snakefile = repr(str(ROOT / "Snakefile"))
     second = {"seed": 2, "pathvars": {"results": "two"}, "runs": {"mine": {"ppo": {"gamma": 0.5}}}}
     (tmp_path / "Snakefile").write_text(
@@ -160,7 +160,7 @@ def test_no_command_is_more_than_its_words(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_working_directory_comes_first(tmp_path: Path) -> None:
-    """One that comes with the workflow is taken where there is none; what is in neither stays as it is."""
+    """The workflow's own file is used if there is none; a name found in neither place stays as it is."""
     named = {"template": "prompts/templates/judge.txt", "others": ["demo/model", "prompts/mine.txt", "mine.txt", 5]}
     found = shipped.find(named, tmp_path, ROOT)
     assert found == {

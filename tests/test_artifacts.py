@@ -13,7 +13,7 @@ import pytest
 from salmon import artifacts
 from tests.running import environment
 
-DEAD = 2**22 + 7  # above the largest number that Linux gives a process
+DEAD = 2**22 + 7  # larger than any process id of Linux
 
 
 KILLED = """
@@ -39,7 +39,7 @@ def manifest(number: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("renamed", ["0", "1"])
 def test_a_table_never_stands_beside_the_manifest_of_another_one(tmp_path: Path, renamed: str) -> None:
-    """Killed after so many of the two files have got their names."""
+    """The process is killed after renaming 0 or 1 of the two files."""
     file = tmp_path / "table.parquet"
     artifacts.write_table(pl.DataFrame({"a": [1]}), file, manifest=manifest(1))
     killed = subprocess.run([sys.executable, "-c", KILLED, file, renamed], env=environment(), check=False)

@@ -44,12 +44,12 @@ def named(tmp_path: Path) -> list[principles.JudgedPrinciple]:
 
 
 def check(table: pl.DataFrame, kind: Any, file: Path) -> None:
-    """It is what the workflow writes."""
+    """The table is as the workflow writes it."""
     artifacts.write_table(table, file, kind)
 
 
 def test_responses_become_tables(tmp_path: Path) -> None:
-    """Keyed by their prompts: neither order of the file nor white space decides anything."""
+    """Keyed by their prompts: neither the file's order nor white space decides anything."""
     files = publish_responses(tmp_path, PROMPTS)
     lines = read_lines(files[1])
     random.Random(1).shuffle(lines)
@@ -72,11 +72,11 @@ def test_responses_become_tables(tmp_path: Path) -> None:
     judged, counts = authors.responses(pairs, 0, authors.JUDGED_UP_TO)
     assert counts["rows"] == 23
     for instruction, response in judged.select("instruction", "response").iter_rows():
-        assert response == f"response 0 to {instruction}"  # and no more of it, which the release's judge never read
+        assert response == f"response 0 to {instruction}"  # without the rest, which the release's judge never read
 
 
 def test_judgements_find_their_pairs(tmp_path: Path, named: list[Any]) -> None:
-    """Their numbers count pairs in the release's order; the last batch is missing, and nothing of a pair is left."""
+    """Their numbers count pairs in the release's order; the last batch is missing, and no incomplete pair is kept."""
     files = publish_responses(tmp_path, PROMPTS)
     file = publish_preferences(tmp_path, files, drop=4)
     pairs = authors.read_pairs(paths(files), "sampling.paths")
@@ -90,7 +90,7 @@ def test_judgements_find_their_pairs(tmp_path: Path, named: list[Any]) -> None:
     asked = dict(responses.select("prompt_id", "instruction").iter_rows())
     for prompt_id, dimension, s12, s21 in table.iter_rows():
         assert (s12, s21) == score_of(asked[prompt_id], dimension)
-    assert table["dimension"].to_list() == list(reversed(DIMENSIONS)) * 17  # as the file of principles has them
+    assert table["dimension"].to_list() == list(reversed(DIMENSIONS)) * 17  # as in the file of principles
 
 
 def test_judgements_and_responses_are_aggregated(tmp_path: Path, named: list[Any]) -> None:

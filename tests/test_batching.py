@@ -22,7 +22,7 @@ def test_every_row_is_in_one_part_within_the_budget(seed: int) -> None:
     assert costs(found, lengths).max() <= max(budget, *lengths)
     empty = sum(not part for each in found for part in each)
     assert empty == 0 or empty == len(found) * ranks - len(lengths)
-    # Not more passes than batches of like lengths need that are filled one after another.
+    # No more passes than if batches of similar lengths were filled one after another.
     ordered, batches = sorted(lengths, reverse=True), 0
     while ordered:
         ordered, batches = ordered[max(budget, *lengths) // ordered[0] :], batches + 1
@@ -43,12 +43,12 @@ def test_the_longest_comes_first() -> None:
 
 @pytest.mark.parametrize("ranks", [8, 48])
 def test_ranks_do_not_wait_long_for_each_other(ranks: int) -> None:
-    """A minibatch of the paper's size with lengths like OASST1's: a log normal's, cut at the response's length."""
+    """A minibatch of the paper's size with lengths like OASST1's: log-normal, cut at the response's length."""
     random = np.random.default_rng(1)
     lengths = (300 + np.clip(random.lognormal(4.9, 0.9, 288), 4, 1024)).astype(int).tolist()
     found = costs(passes(lengths, 8192, ranks), lengths)
     assert found.max(axis=1).sum() < 1.15 * found.sum() / ranks
-    assert found.sum() < 1.1 * sum(lengths)  # of which little is padding
+    assert found.sum() < 1.1 * sum(lengths)  # little of it is padding
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -80,7 +80,7 @@ def test_halves_of_no_rows() -> None:
 
 
 def test_ranks_compute_alike_where_rectangles_do_not_say_what_a_row_costs() -> None:
-    """A row costs what it says, up to its rectangle; the parts of a pass cost about the same."""
+    """A row has a cost of its own, up to its rectangle's; the parts of a pass cost about the same."""
     random = np.random.default_rng(1)
     rows = random.integers(100, 1200, 64)
     true = (rows * random.uniform(0.5, 1.0, 64)).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Judge and reward model ask a chat model in its own format: the template's parts become turns, once, unfilled."""
+"""Judge and reward model ask a chat model in its own format: unfilled template parts become turns, once."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_slots_and_their_white_space_survive_a_chat_template_that_strips(tmp_pat
     tokenizer = chatml(CHATML.replace("m['content']", "m['content'] | trim"))
     found = read_template(tokenizer, write(tmp_path, JUDGE), CHAT, "judge.format")
     assert templates.slots(found.text) == set(templates.JUDGE_SLOTS)
-    assert "{{outputs}}" in found.text  # no slot, and not for jinja
+    assert "{{outputs}}" in found.text  # not a slot, and not for jinja
     [ids] = found.encode(tokenizer, [templates.fill(found.text, Definition="x \n\n", Dimension="{OutputA}")])
     assert "{OutputA}: x \n\n<|im_end|>" in tokenizer.decode(ids)
 
@@ -123,7 +123,7 @@ def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
     ],
 )
 def test_a_begun_thinking_is_closed_before_the_verdict(tmp_path: Path, begins: str, rest: str) -> None:
-    """The chat templates of DeepSeek-R1 and Qwen3-Thinking begin the assistant's turn in this way."""
+    """The chat templates of DeepSeek-R1 and Qwen3-Thinking begin the assistant's turn this way."""
     template = "You may <think>." + CHATML.replace("assistant\n", f"assistant\n{begins}")
     found = read_template(chatml(template), write(tmp_path, REWARD), CHAT, "scoring.format")
     assert found.text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{rest}The quality is")
@@ -191,7 +191,7 @@ def test_the_judge_asks_in_turns_and_is_given_text(tmp_path: Path) -> None:
         assert tokenizer.bos_token_id not in ids[0]
         assert ids[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     assert judge.options == tuple(tokenizer("ab", add_special_tokens=False)["input_ids"])
-    # Cut as any other prompt: by tokens of the longer output.
+    # Cut like any other prompt: by tokens of the longer output.
     short = Judge(None, tokenizer, template=template, max_length=len(found.order_12[0]) - 3, **options)  # type: ignore[arg-type]
     cut = short.encode(Pair("p", "Why?", "A<|im_end|>", "B"))
     assert cut is not None
@@ -236,7 +236,7 @@ def test_pre_training_training_and_rl_read_the_same_chat(tmp_path: Path) -> None
 
 
 def test_the_judging_script_reads_the_setting(tmp_path: Path) -> None:
-    """A model whose next token depends on the last one alone: after the space that a chat puts there, it is a."""
+    """A model whose next token depends on the last one alone: after the space that a chat puts there, it is `a`."""
     tokenizer = chatml(CHATML.replace("assistant\n{% endif %}", "assistant\n.{% endif %}"))
     model = save_markov(tmp_path / "m", tokenizer, ".a", "(b", max_length=1024)
     (tmp_path / "principles.json").write_text('[{"dimension": "D", "definition": "x", "negative_definition": "y"}]')

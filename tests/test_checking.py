@@ -1,4 +1,4 @@
-"""check_model passes correct models, and refuses in a sentence what would fail in a later stage."""
+"""check_model accepts correct models, and refuses in a sentence what would fail in a later stage."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_whatever_is_raised_is_a_refusal(error: Exception, said: str) -> None:
 
 
 def test_an_adapter_that_a_stage_leaves_out_is_noticed_in_16_bit(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards of the bare base model are far from those of the reward model, even with what bfloat16 rounds."""
+    """Rewards of the bare base model are far from those of the reward model, even with bfloat16's rounding."""
     given = sections(llama)
     given = dataclasses.replace(given, model=given.model.model_copy(update={"dtype": "bfloat16"}))
     report = checking.check_model(given, ["rl"], torch.device("cpu"))
@@ -222,7 +222,7 @@ def test_a_chat_template_that_changes_the_instruction_is_refused(template: str) 
         ("<|im_end|>\n", ["<|im_end|>"], None),
         ("\n\n### User\n", ["\n### User\n"], None),
         ("<|im_end|>\n", [], "begins neither with an end token"),
-        ("[/end]\n</s>", [], "begins neither with an end token"),  # Phi-3's, of another end token
+        ("[/end]\n</s>", [], "begins neither with an end token"),  # Phi-3's, with another end token
         ("[/end]\n</s>", ["[/end]"], None),
         ("[/end]\n### User\n", ["\n### User\n"], "begins neither with an end token"),
         ("", [], "begins neither with an end token"),

@@ -234,7 +234,7 @@ def test_null_removes_a_source_and_a_run(raw: dict[str, Any]) -> None:
 
 
 def test_null_on_the_command_line(raw: dict[str, Any]) -> None:
-    """There Snakemake reads all that stands in a section as texts."""
+    """There, Snakemake reads everything in a section as text."""
     words = ["runs={harmless: null}", "ppo={max_steps: null, value_clip: 0.3}"]
     changes = parse_config(words)
     assert changes["ppo"]["max_steps"] == "null"
@@ -287,7 +287,7 @@ def test_targets_are_those_of_the_list(raw: dict[str, Any]) -> None:
     ("temperature", "is_right"), [(0.0, True), (0.01, True), (2.0, True), (0.005, False), (2.5, False)]
 )
 def test_an_engine_samples_at_the_temperature_that_is_set(temperature: float, is_right: bool) -> None:
-    """VLLM would raise a low one by itself."""
+    """By itself, vLLM would raise a low one."""
     assert Sampling(temperature=temperature).temperature == temperature
     with nullcontext() if is_right else pytest.raises(ValidationError, match="with the engine vllm"):
         Sampling(temperature=temperature, engine="vllm")

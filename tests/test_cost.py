@@ -74,14 +74,14 @@ def test_sizes_are_those_of_a_loaded_model(kind: str, quantization: Any, tmp_pat
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     with torch.no_grad():
         cache = base.base_model(input_ids=ids, use_cache=True).past_key_values
-    if kind not in ("gemma2", "gpt_oss"):  # whose windows are shorter than these texts
+    if kind not in ("gemma2", "gpt_oss"):  # their windows are shorter than these texts
         assert (
             found.cache == sum(state.nbytes for layer in cache.layers for state in (layer.keys, layer.values)) / TOKENS
         )
     adapted = add_lora(base, lora, TaskType.CAUSAL_LM).eval()
     assert found.lora == sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     if found.graph is None:
-        assert kind in ("qwen3_moe", "gpt_oss")  # what experts do depends on numbers
+        assert kind in ("qwen3_moe", "gpt_oss")  # what experts do depends on values
         return
     linear, quadratic = found.graph
 
@@ -164,7 +164,7 @@ def configured(**changes: Any) -> configuration.Config:
     ("again", "part"), [(False, "update, paged AdamW"), (True, "update with checkpointing, paged AdamW")]
 )
 def test_memory_is_what_an_h100_had_in_use(tmp_path: Path, again: bool, part: str) -> None:
-    """In that run, a pass had four rollouts and kept all logits, and the optimiser's moments were paged out."""
+    """In the H100's run, a pass had four rollouts and kept all logits, and the optimiser's moments were paged out."""
     measured = one_b(tmp_path)
     hardware = Hardware(tokens_per_pass=4 * 384, tokens_per_forward_pass=4 * 384, recompute=again, batch_size=4)
     config = configured(model={"quantization": "none"})
@@ -172,10 +172,10 @@ def test_memory_is_what_an_h100_had_in_use(tmp_path: Path, again: bool, part: st
     pieces = cost.LOGITS * cost.PER_LOGIT
     whole = 4 * 256 * measured.vocabulary * cost.PER_LOGIT
     moments = 2 * 2 * measured.lora * 4
-    reference = measured.lora * 4  # as an adapter, which that run had
+    reference = measured.lora * 4  # that run's reference was an adapter
     graph = found.phases["updating"] - pieces
     if not again:
-        graph /= recompute.MARGIN  # for what peaks beside it, which is not the case here
+        graph /= recompute.MARGIN  # for other peaks; there are none here
     said = sum(found.memory.values()) - moments + reference + whole + graph
     assert said == pytest.approx(cell(part)["peak GB"] * 1e9, rel=0.06)
 
@@ -224,7 +224,7 @@ def test_sampling_takes_what_it_took_on_an_h100(tmp_path: Path, batch: int) -> N
 
 
 def follow(advice: str, hardware: Hardware) -> Hardware:
-    """The hardware as the advice wants it."""
+    """The hardware, changed as advised."""
     if "gradient_checkpointing to auto" in advice:
         hardware = replace(hardware, recompute="auto")
     if "zero3.json" in advice:
@@ -484,7 +484,7 @@ def test_disk_is_what_trainings_leave(priced: dict[tuple[str, str], price.Priced
 
 
 def test_nothing_needs_a_table(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other results, all is assumed, and the report says so."""
+    """Without results, everything is assumed, and the report says so."""
     monkeypatch.chdir(ROOT)
     raw = configuration.read([ROOT / "config.yaml", small_run / "config.yaml"])
     raw = configuration.merge(raw, {"pathvars": {"results": str(tmp_path)}, "targets": ["policies"]})

@@ -89,7 +89,7 @@ def test_train_reward_model(counted: Counted) -> None:
     counts = counted.counts("trained")
     used = counts["trained_on"] + counts["held_out"] + counts["left_out_of_last_batch"]
     assert counts["records"] == counted.rows("principle.parquet").height == used + counts["skipped_empty_output"]
-    assert counts["trained_on"] == counts["steps"] * 4  # pairs a step
+    assert counts["trained_on"] == counts["steps"] * 4  # pairs per step
     metrics = json.loads((counted.world.folder / "trained" / "metrics.json").read_text())
     assert metrics["evaluation"]["number"] == counts["held_out"]
     assert len(metrics["training"]) == counts["steps"]

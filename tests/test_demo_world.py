@@ -379,7 +379,7 @@ def test_measuring_a_judge_counts_what_the_oracle_and_the_orders_say():
 
 
 class FixedReader:
-    """Finds output 1 better by the principles it is told to, unless a negative definition stands first."""
+    """Finds output 1 better by the principles it likes, unless a negative definition comes first."""
 
     def __init__(self, likes):
         self.likes = likes
@@ -406,7 +406,7 @@ def test_sign_flips_turn_the_deciding_principle_only():
     aggregation = Aggregation(dimensions=[principle.dimension for principle in judged])
     rng = np.random.default_rng(0)
     pairs = [evaluate_demo.Pair(str(row), ASKED, POLITE, RUDE) for row in range(20)]
-    # Scores are divided by their variance, so that the small but steady ones of Ethical decide wherever it is shown.
+    # Scores are divided by their variance, so the small but steady ones of Ethical decide wherever it is shown.
     judgements = [
         [(0.1 * rng.choice([-1, 1]) if p.dimension == "Ethical" else rng.normal(),) * 2 for p in judged]
         for _ in range(20)
@@ -431,7 +431,7 @@ def test_sign_flips_turn_the_deciding_principle_only():
         assert turned[differing[0][0]] == differing[0][1]
         assert differing[0][0] in ethical or not ethical & set(before)
 
-    # Alone, a principle turns any sum round; among others that agree with each other, it may not.
+    # Alone, a principle reverses any sum; among others that agree with each other, it may not.
     assert 0 < found["flips_of_summed_judgements"] < 1
     alone = aggregation.model_copy(update={"max_principles": 1})
     found = evaluate_demo.sign_flips(FixedReader(set()), pairs, judgements, judged, alone)

@@ -18,7 +18,7 @@ def test_every_test_of_the_table_of_defects_exists() -> None:
 
 
 def is_there(name: str, config: dict[str, Any]) -> bool:
-    """Whether a test or function (`file.py::name`), a key or a key with its value (`key: value`) is there."""
+    """Whether a test or function (`file.py::name`), a key or a key with its value (`key: value`) exists."""
     file, is_code, function = name.partition("::")
     if is_code:
         places = [ROOT / folder / file for folder in ("tests", "workflow_scripts", "workflow_scripts/salmon")]
@@ -34,7 +34,7 @@ def is_there(name: str, config: dict[str, Any]) -> bool:
 
 
 def test_every_row_of_the_tables_of_fidelity_holds() -> None:
-    """A verdict, a reason where that is not `equal`, and keys, values, tests and functions that are there."""
+    """It has a verdict, a reason if that is not `equal`, and existing keys, values, tests and functions."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     lines = (ROOT / "docs" / "fidelity.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]

@@ -27,7 +27,7 @@ REWARD = "{Output}\n\n{Input}\n\n{Dimensions}\n\nThe quality of the output is"
 
 
 def written(text: str) -> list[str]:
-    """The text as a tokenizer without special tokens has it."""
+    """The text as a tokenizer without special tokens reads it."""
     return [*map(chr, text.encode())]
 
 
@@ -69,7 +69,7 @@ def test_an_end_token_that_the_tokenizer_appends_is_taken_off(bos: bool) -> None
     assert with_end("a")["input_ids"][-1] == with_end.eos_token_id
     assert tokenize(with_end, ORDINARY) == without(ORDINARY)["input_ids"]
     text = guard(with_end, "a</s>")
-    assert tokenize(with_end, [text + "\n</s>"]) == tokenize(without, [text + "\n</s>"])  # a template's own stays
+    assert tokenize(with_end, [text + "\n</s>"]) == tokenize(without, [text + "\n</s>"])  # a template's own end stays
 
 
 def test_every_stage_reads_texts_without_an_end() -> None:
@@ -85,7 +85,7 @@ def test_a_template_that_begins_with_bos_gets_one() -> None:
     assert tokenize(tokenizer, ["<s>a", "a"]) == [tokenizer("a")["input_ids"]] * 2
     prompt = PolicyPrompt(template="policy.txt")
     assert encoding.encode_prompt(tokenizer, "Why?", prompt, "<s>Start.").count(1) == 1
-    assert tokenize(byte_tokenizer(bos=False), ["<s>a"])[0][0] == 1  # which nobody else would put there
+    assert tokenize(byte_tokenizer(bos=False), ["<s>a"])[0][0] == 1  # nothing else would put it there
     spelled = [1, *(token for byte in "<s>a" for token in tokenizer(byte, add_special_tokens=False)["input_ids"])]
     assert tokenize(tokenizer, [guard(tokenizer, "<s>a")]) == [spelled]
 
@@ -121,7 +121,7 @@ def test_control_tokens_in_data_are_text(make: Callable[[Any, str], list[int]]) 
     found = make(tokenizer, HOSTILE)
     assert set(found) & set(tokenizer.get_added_vocab().values()) == {tokenizer.bos_token_id}
     assert found[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(found[1:]) == plain.decode(make(plain, HOSTILE)[1:])  # and all of it is there
+    assert tokenizer.decode(found[1:]) == plain.decode(make(plain, HOSTILE)[1:])  # nothing is missing
 
 
 def test_the_chat_templates_tokens_are_tokens_and_the_users_are_text() -> None:

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint: a real server on this machine, which is slow, limits rates, fails and talks nonsense."""
+"""A judge behind an endpoint: a real, local server that is slow, limits rates, fails and talks nonsense."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ PROMPTS = [f"{number:020d}" for number in range(6)]
 
 
 class Server(ThreadingHTTPServer):
-    """Prefers the longer answer; what it was asked is kept.
+    """Prefers the longer answer; keeps what it was asked.
 
     Attributes:
-        replies: what it does about the next requests, before it judges: a status, headers and a body each.
+        replies: its replies to the next requests, before it judges: a status, headers and a body each.
     """
 
     daemon_threads = True
@@ -191,7 +191,7 @@ OVERLOADED: tuple[int, dict[str, str], bytes] = (503, {}, b"")
 def test_what_may_pass_is_asked_again(
     tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, reply: Any, waits: float
 ) -> None:
-    """After the time that the server asks for; no text of an answer is in the log."""
+    """It waits as long as the server asks; no text of an answer is in the log."""
     server.replies = [reply]
     found = run(arguments(tmp_path, server, max_requests=1))
     assert found.height == 12
@@ -229,7 +229,7 @@ def test_a_refusal_says_what_to_do(tmp_path: Path, server: Server, status: int, 
     """The message shows neither the key nor a text; what was judged is kept."""
     body = json.dumps({"error": {"message": f"secret instruction, {SECRET}", "code": code}}).encode()
     given = arguments(tmp_path, server, max_requests=1, retries=1)
-    server.judge = lambda a, b: server.replies.extend([(status, {}, body)] * 2) or "tie"  # from the second one on
+    server.judge = lambda a, b: server.replies.extend([(status, {}, body)] * 2) or "tie"  # from the second request on
     with pytest.raises(UserError, match=said) as caught:
         run(given)
     assert "start the job again" in str(caught.value)
@@ -296,7 +296,7 @@ FILTER = {"choices": [{"message": {"content": None}, "finish_reason": "content_f
 def test_one_refusal_does_not_end_the_job(
     tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, reply: Any, reason: str
 ) -> None:
-    """It is counted, in table, manifest and log; a job that asks for the rest asks for it again."""
+    """It is counted in table, manifest and log; a job that asks for the rest asks for it again."""
     caplog.set_level("INFO")
     server.replies = [reply]
     found = run(arguments(tmp_path, server, max_requests=1, retries=0))
@@ -336,7 +336,7 @@ def test_the_last_verdict_counts(text: str, verdict: str | None) -> None:
 
 
 def test_a_killed_job_asks_for_the_rest_only(tmp_path: Path, server: Server) -> None:
-    """The same table, no verdict paid for twice but those under way; and no key in the command line or the log."""
+    """The same table; only verdicts under way are paid for twice; no key in the command line or the log."""
     server.delay = 0.05
     given = arguments(tmp_path, server, max_requests=2)
     line = command(judge_by_endpoint, given)

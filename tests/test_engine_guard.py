@@ -11,7 +11,7 @@ import pytest
 
 from salmon import engine_guard
 
-# A server with a process of its own, as vLLM has; both write down who they are, and may ignore SIGTERM.
+# A server with a child process, like vLLM; both write down who they are, and may ignore SIGTERM.
 SERVER = """
 import os, signal, subprocess, sys, time
 from multiprocessing import shared_memory

@@ -1,4 +1,4 @@
-"""Errors of the trainings name the keys that the user has set, in the section that is at fault."""
+"""Errors in training name the keys that the user has set, in the section that is at fault."""
 
 import json
 import re
@@ -20,7 +20,7 @@ TEMPLATE = "# Review\n{Output}\n# For\n{Input}\nThe quality of the output is\n"
 
 
 def keys(message: str) -> set[str]:
-    """What is named with a section in front."""
+    """Names with a section in front."""
     return set(re.findall(rf"\b(?:{'|'.join(Config.model_fields)})\.[a-z_.]*[a-z]\b", message))
 
 
@@ -34,7 +34,7 @@ def _one_thread() -> Any:
 
 @pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """Options of a training without principles, which either stage accepts."""
+    """Options for training without principles, which either stage accepts."""
     import polars as pl
 
     rows = [

@@ -48,7 +48,7 @@ OPPOSITE = {name: (f"Be {name}.", f"Do not be {name}.") for name in NAMES}
 
 
 def test_an_interval_does_not_depend_on_how_much_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws in blocks are other draws, of the same distribution."""
+    """Draws in blocks are different draws from the same distribution."""
     values = np.random.default_rng(0).random(300) < 0.3
     groups = [f"p{number}" for number in range(300)]
     whole = intervals.estimate(values, groups, 0)
@@ -91,9 +91,9 @@ def test_no_interval_has_the_width_of_nothing() -> None:
     few = intervals.estimate([1.0, 2.0, 4.0], [*"abc"], 0)
     assert few == {"value": pytest.approx(7 / 3), "low": None, "high": None, "number": 3}
     assert intervals.share([], [], 0)["value"] is None
-    won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: no plain share
+    won = [1.0, 0.5, 0.0, 1.0] * 10  # halves: not a plain share
     assert intervals.share(won, names, 0) == intervals.estimate(won, names, 0)
-    # Of four decided prompts, all won, one in eight would look so by chance.
+    # Four decided prompts, all won: chance gives so clear a result one time in eight.
     rare = intervals.share([1.0] * 4 + [0.5] * 28, names[:32], 0)
     assert rare["low"] < 0.5 < rare["high"]
 
@@ -147,7 +147,7 @@ def test_numbers_of_a_judge_are_those_of_plain_loops() -> None:
 
 
 def test_a_judge_is_held_against_people() -> None:
-    """Output 1 is the one that they prefer; a source counts under the principles that its preferences are about."""
+    """Output 1 is the one that people prefer; a source counts under the principles that its preferences are about."""
     rows = [("a", 1, 2), ("b", 1, -1), ("c", -2, -1), ("d", 3, -1), ("e", -1, -1)]
     table = pl.DataFrame(
         [(pair, name, float(s12), float(s21)) for pair, s12, s21 in rows for name in NAMES],
@@ -163,9 +163,9 @@ def test_a_judge_is_held_against_people() -> None:
     assert ethical["right"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert ethical["mean_right"]["value"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     right = [1, 0.5, 0, 0.5]
-    low, high = intervals.wilson(0.5, 3)  # pairs of one instruction are one
+    low, high = intervals.wilson(0.5, 3)  # pairs of one instruction count once
     assert ethical["right"] == {"value": np.mean(right), "low": low, "high": high, "number": 4}
-    low, high = intervals.wilson(0.5, 2)  # and so are the depths of one dialogue
+    low, high = intervals.wilson(0.5, 2)  # and so do the depths of one dialogue
     of_depths = evaluation.labelled(table, deeper, {"mine": ["Ethical"], "other": None}, 0)["mine"]["Ethical"]["right"]
     assert of_depths == {"value": np.mean(right), "low": low, "high": high, "number": 4}
     assert found["other"]["Concise"]["right"] == {
@@ -177,7 +177,7 @@ def test_a_judge_is_held_against_people() -> None:
 
 
 def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
-    """Three policies, one of which answered a prompt less: all pairs, each from both sides."""
+    """Three policies, one of which answered one prompt fewer: all pairs, each from both sides."""
     columns = {
         "first": {"p": 1.0, "q": 1.0, "r": 5.0},
         "second": {"p": 2.0, "q": 1.0},
@@ -204,7 +204,7 @@ def test_policies_are_compared_on_the_prompts_that_both_answered() -> None:
 
 
 def test_distinct_words_do_not_depend_on_the_length() -> None:
-    """In windows, and of all answers together; each again the slow way."""
+    """In windows, and over all answers; each is recomputed the slow way."""
     chance = random.Random(0)
     texts = [" ".join(chance.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(30 + one % 40)) for one in range(40)]
     texts += ["short", ""]
@@ -228,7 +228,7 @@ def test_distinct_words_do_not_depend_on_the_length() -> None:
     assert found["corpus_distinct_2"]["number"] == len(pairs)
     assert found["corpus_distinct_2"]["value"] == pytest.approx(np.mean(drawn), abs=0.003)
     assert measured(texts[:2])["corpus_distinct_2"] == {**intervals.estimate([], [], 0), "number": 30 + 31 - 2}
-    longer = measured([f"{text} {text}" for text in texts])  # says all twice
+    longer = measured([f"{text} {text}" for text in texts])  # says everything twice
     assert longer["distinct_1"]["value"] < 0.75 * found["distinct_1"]["value"]  # type: ignore[operator]
     assert longer["window_distinct_1"]["value"] == pytest.approx(found["window_distinct_1"]["value"], abs=0.03)
     assert longer["corpus_distinct_1"]["value"] == pytest.approx(found["corpus_distinct_1"]["value"], abs=0.03)
@@ -289,7 +289,7 @@ def test_what_answers_are_like() -> None:
 
 
 def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:
-    """RewardBench names subsets; each again by hand, and all of a source as before."""
+    """RewardBench names subsets; each is checked by hand, and a whole source as before."""
     rows = [
         {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No.", "subset": name}
         for number, name in enumerate(["chat", "chat", "code", "code", "code"])
@@ -326,7 +326,7 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     assert set(found) == {"prompts", "mt_bench"}
     ours = found["prompts"]
     assert (ours["won"]["value"], ours["won"]["number"]) == (pytest.approx((1 + 0.5 + 0 + 0.5 + 0.5 + 0.5) / 6), 6)
-    assert ours["agree"]["value"] == pytest.approx(2 / 5)  # of two ties nobody says which is better
+    assert ours["agree"]["value"] == pytest.approx(2 / 5)  # two ties do not say which is better
     first = {"a": (1, 0), "b": (1, 1), "c": (0, 1), "e": (1,), "g": (0, 0)}
     shown = [value for values in first.values() for value in values]
     assert ours["first"]["value"] == pytest.approx(sum(shown) / len(shown))
@@ -412,12 +412,12 @@ def test_numbers_of_held_out_records() -> None:
     assert (concise["plain"]["value"], concise["negated"]["value"]) == (1.0, None)
     assert (ethical["plain"]["value"], ethical["negated"]["value"]) == (None, 0.0)
     assert concise["calibration"] == evaluation.calibration(margins[:1], [1])
-    # In the first record output 1 is preferred, and output 2 where Concise alone is reversed.
+    # In the first record, output 1 is preferred; if Concise alone is reversed, output 2 is.
     errors = {"plain": 1 - 1 / (1 + np.exp(-1)), "negated": None, "turned": 1 / (1 + np.exp(1))}
     assert concise["calibration_error"] == pytest.approx(errors)
     assert concise["turned"]["value"] == 1.0  # output 2 is better now, and is preferred
     assert ethical["turned"]["value"] == 0.0  # output 1 should be, and is not
-    low, high = intervals.wilson(0.5, 1)  # both of one prompt
+    low, high = intervals.wilson(0.5, 1)  # both from one prompt
     assert found["flips"]["Concise"] == {"value": 0.5, "low": low, "high": high, "number": 2}
     assert "clean" not in found
     assert "clean" not in concise
@@ -429,7 +429,7 @@ def test_numbers_of_held_out_records() -> None:
     shown = figures.reward_model("", {"held_out": found}).tables[0]
     assert shown.columns[-1] == "clean labels"
     assert [row[-1]["number"] for row in shown.rows] == [1, 0, 2]  # type: ignore[call-overload,index]
-    assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # of the second record, not of an undecided one
+    assert found["flips"]["Ethical"]["value"] == pytest.approx(0.5)  # from the second record, not from an undecided one
 
 
 def test_probabilities_of_a_calibrated_model_come_true() -> None:
@@ -445,9 +445,9 @@ def test_probabilities_of_a_calibrated_model_come_true() -> None:
 
 
 def test_clean_labels_are_those_of_the_judge(tmp_path: Path) -> None:
-    """Not reversed by noise; and where the mean of both orders decided, of those that agree."""
+    """Labels that noise has not reversed; if the mean of both orders decided, only where they agree."""
     rows = [("r0", "p0", "Concise", False), ("r1", "p0", "Ethical", True), ("r2", "p1", "Concise", False)]
-    rows += [("r3", "p1", None, False), ("r4", "p2", None, False)]  # a rule's, and the sum's
+    rows += [("r3", "p1", None, False), ("r4", "p2", None, False)]  # decided by a rule, and by the sum
     filled = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1, "swapped": False}
     filled |= {"dimensions": NAMES, "negated": [False] * 2, "definitions": NAMES, "scores": [1.0] * 2}
     table = pl.DataFrame(
@@ -526,7 +526,7 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
 
 
 def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
-    """The counts of held-out records, and the accuracy, are those that the training wrote; the rest the slow way."""
+    """Held-out counts and accuracy are those that the training wrote; the rest is recomputed the slow way."""
     results = small_run / "results"
     judge = json.loads((results / "evaluation/judge/judge.json").read_text())
     table = pl.read_parquet(results / "preferences/preferences.parquet")
@@ -556,7 +556,7 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
 
 
 def test_the_judge_compares_two_runs(small_run: Path, tmp_path: Path) -> None:
-    """By the rule. The other run has the same answers but dropped a prompt: the rest is a draw under each principle."""
+    """The rule runs it. The other run has the same answers, less one: under each principle, the rest is a draw."""
     folder = shutil.copytree(small_run, tmp_path / "copy")
     runs = folder / "results" / "runs"
     answers, other = (runs / name / "evaluation" / "answers.parquet" for name in ("default", "other"))
@@ -581,7 +581,7 @@ def test_the_judge_compares_two_runs(small_run: Path, tmp_path: Path) -> None:
 
 
 def test_policies_of_the_small_run(small_run: Path) -> None:
-    """Every number of the table again, from the tables that it is made of; nothing that was trained on is answered."""
+    """Every number is recomputed from the tables that it comes from; no prompt that was trained on is answered."""
     results = small_run / "results"
     found = json.loads((results / "evaluation/policies/policies.json").read_text())
     prompts = pl.read_parquet(results / "evaluation/prompts.parquet")
@@ -630,7 +630,7 @@ def test_policies_of_the_small_run(small_run: Path) -> None:
             for policy, table in (("default", scores), ("initial policy", old)):
                 assert means[policy]["value"] == pytest.approx(sum(table[key] for key in keys) / len(keys))
     counts = json.loads((results / "runs/default/evaluation/judgements.manifest.json").read_text())["counts"]
-    assert (counts["pairs"], counts["too_short"]) == (len(answers), 0)  # the shortest answer, too
+    assert (counts["pairs"], counts["too_short"]) == (len(answers), 0)  # not even the shortest answer
     judged = pl.read_parquet(results / "runs/default/evaluation/judgements.parquet").rows(named=True)
     for name, wins in found["judge"].items():
         measured = wins["default"]["initial policy"]

@@ -23,7 +23,7 @@ from tests.zoo import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-OTHERS = {"authors"}  # of which test_imports.py knows more
+OTHERS = {"authors"}  # covered by test_imports.py
 KINDS = {
     "qwen2.5-0.5b": "qwen2",
     "qwen3-8b": "qwen3",
@@ -32,7 +32,7 @@ KINDS = {
     "mistral-7b": "mistral_full",  # version 0.3 has no sliding window
     "gemma-3-4b": "gemma3_vision",
 }
-"""Overlay -> the architecture of the matrix (`tests/test_models.py`) that it is one of."""
+"""Overlay -> its architecture in the matrix (`tests/test_models.py`)."""
 
 
 def test_every_overlay_is_of_a_tested_architecture() -> None:
@@ -55,7 +55,7 @@ def test_an_overlay_is_the_whole_of_the_papers_run(tmp_path: Path, name: str) ->
 
 
 def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
-    """Dry: one reward model for its four runs, and all that is measured."""
+    """A dry run: one reward model for its four runs, and all that is measured."""
     overlay = ("--configfile", "examples/smollm2/config.yaml", "--profile", "profiles/cpu")
     base = tmp_path / "model"
     base.mkdir()
@@ -68,7 +68,7 @@ def test_the_example_of_a_real_model_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_principle_of_ones_own_is_one_more_run_of_the_demo(tmp_path: Path) -> None:
-    """Dry: the demo's own reward model, and one policy that is shown the principle; the page shows both files."""
+    """A dry run: the demo's own reward model, and one policy that is shown the principle; the page shows both files."""
     overlay = ("--profile", "profiles/demo", "--configfile", "demo/config.yaml", "examples/own_principle/config.yaml")
     run = snakemake("-n", str(tmp_path / "runs/curious/policy"), *overlay, *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
@@ -81,7 +81,7 @@ def test_a_principle_of_ones_own_is_one_more_run_of_the_demo(tmp_path: Path) -> 
     assert all(f"| {sentence} " in page for sentence in score.SENTENCES)
     shown = re.findall(r"```yaml\n(runs:\n.*?)```", page, re.S)
     assert yaml.safe_load((EXAMPLES / "own_principle" / "config.yaml").read_text()) == yaml.safe_load(shown[0])
-    # A word that the demo's world lacks would be letters to its model.
+    # A word that the demo's world lacks would be single letters to its model.
     vocabulary = {token for token, _ in json.loads((ROOT / "demo/model/tokenizer.json").read_text())["model"]["vocab"]}
     (entry,) = json.loads(principle)
     first, *words = re.findall(r"\w+", entry["definition"])
@@ -150,7 +150,7 @@ def test_a_program_knows_the_language_that_was_asked_for() -> None:
 
 
 def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
-    """Any results with an evaluation give them; the comparison of the judge with programs is repeated the slow way."""
+    """Any evaluated results give them; the judge's comparison with programs is recomputed the slow way."""
     readme = tmp_path / "README.md"
     readme.write_text(f"Before.\n{write_readme.BEGIN}\nold\n{write_readme.END}\nAfter.\n")
     results = small_run / "results"

@@ -64,7 +64,7 @@ def test_the_configuration_takes_what_is_registered_and_no_other() -> None:
 
 
 def test_rows_of_the_schemas_are_what_the_functions_take() -> None:
-    """Each function gets by on a row with no more than the columns that its schema demands, and on one with all."""
+    """Each function accepts a row with only the columns that its schema requires, and a row with all."""
     for name, entry in {**PROMPT_FORMATS, **PAIR_FORMATS}.items():
         assert entry.row.__required_keys__, name
     for columns in ("__required_keys__", "__annotations__"):
@@ -75,7 +75,7 @@ def test_rows_of_the_schemas_are_what_the_functions_take() -> None:
 
 
 def sample(kind: Any, columns: str) -> Any:
-    """A value of a type; of rows, with these of their columns."""
+    """A value of a type; a row has these of its columns."""
     if is_typeddict(kind):
         types = get_type_hints(kind)
         return {name: sample(types[name], columns) for name in getattr(kind, columns)}
@@ -85,6 +85,6 @@ def sample(kind: Any, columns: str) -> Any:
         return [sample(get_args(kind)[0], columns)] * 2
     if get_origin(kind) is dict:
         return {"text": sample(get_args(kind)[1], columns)}
-    if members := get_args(kind):  # of a union
+    if members := get_args(kind):  # a union
         return sample(members[0], columns)
     return {str: "text", float: 3.0, int: 1, bool: True}[kind]

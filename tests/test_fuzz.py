@@ -1,7 +1,7 @@
 """A script with any faulty input ends with an error sentence, or with the same output as for the correct input.
 
-200 seeded mutations over the inputs of all scripts: files, models, data sets, manifests and command lines. None may end
-in a traceback, in another output with exit status 0, in a hang, or leave an artifact or a temporary file.
+200 seeded mutations of the inputs of all scripts: files, models, data sets, manifests and command lines. None may
+end in a traceback, another output with exit status 0 or a hang, or leave an artifact or a temporary file.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tests.border_world import BorderWorld, Job
 CASES = int(os.environ.get("SALMON_FUZZ", "200"))
 FIRST = int(os.environ.get("SALMON_FUZZ_FIRST", "0"))  # seed of the first one
 
-# Of each script: its inputs, and what may be wrong with them.
+# For each script: its inputs, and what may be wrong with them.
 OPTIONS: dict[str, Any] = {"": mutations.OPTIONS}
 MODEL: dict[str, Any] = {
     "model/config.json": mutations.MODEL_CONFIG,
@@ -82,7 +82,7 @@ TARGETS = [(name, file) for name, files in INPUTS.items() for file in files]
 
 
 def contents(output: Path) -> dict[str, str]:
-    """Hashes of what an artifact holds, but for times."""
+    """Hashes of what an artifact holds, without times."""
     files = [output] if output.is_file() else sorted(file for file in output.rglob("*") if file.is_file())
     found = {}
     for file in files:
@@ -90,7 +90,7 @@ def contents(output: Path) -> dict[str, str]:
         if file.name == "metrics.jsonl":
             lines = [json.loads(line) for line in text.splitlines()]
             text = json.dumps([{k: v for k, v in line.items() if "seconds" not in k} for line in lines]).encode()
-        if file.name == "adapter_config.json":  # what nobody reads of it, PEFT carries over
+        if file.name == "adapter_config.json":  # PEFT carries over what nobody reads
             read = json.loads(text)
             text = json.dumps([read[key] for key in ("peft_type", "task_type", "r", "lora_alpha")]).encode()
         if file.name not in ("manifest.json", "report.md", "README.md") and "tfevents" not in file.name:
@@ -106,7 +106,7 @@ def leftovers(folder: Path, job: Job) -> list[str]:
 
 
 def run_case(world: BorderWorld, number: int, folder: Path) -> tuple[str, str, str]:
-    """A mutation and what came of it: its name, what is wrong with that (empty if nothing), and what was said."""
+    """Run a mutation; return its name, what went wrong (empty if nothing), and what was said."""
     rng = random.Random(number)
     name, file = TARGETS[number % len(TARGETS)]
     change = rng.choice(INPUTS[name][file])

@@ -27,7 +27,7 @@ def responses(rows: int = 11) -> pl.DataFrame:
 
 
 def judgements(rows: int = 11) -> pl.DataFrame:
-    """Some prompts are left out, and the dimensions are in no alphabetical order."""
+    """Some prompts are left out, and the dimensions are not in alphabetical order."""
     kept = responses(rows).filter(pl.col("prompt_tokens") % 4 > 0).select("prompt_id", s12=pl.col("prompt_tokens"))
     table = kept.join(pl.DataFrame({"dimension": ["Concise", "Creative", "Candid"]}), how="cross")
     return (
@@ -38,7 +38,7 @@ def judgements(rows: int = 11) -> pl.DataFrame:
 
 
 def write(folder: Path, table: pl.DataFrame, shards: int, **changed: Any) -> list[Path]:
-    """Shards of a table with their manifests, a prompt's rows in one of them."""
+    """Shards of a table with their manifests, each prompt's rows in one shard."""
     folder.mkdir(exist_ok=True)
     number = {key: row % shards for row, key in enumerate(responses()["prompt_id"])}
     shard_of = pl.col("prompt_id").replace_strict(number)

@@ -43,7 +43,7 @@ def prompts() -> list[list[int]]:
 
 
 class Scripted(nn.Module):
-    """A "model" that says given tokens, one list a row, whatever the prompt: row i is known by its first token."""
+    """A "model" that says given tokens, one list per row, whatever the prompt: a row is known by its first token."""
 
     def __init__(self, vocabulary: int, lines: dict[int, list[int]]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_equals_slow_reference(
     top_p: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(caches, "ROOM", 4)  # tokens, after which a cache grows again
+    monkeypatch.setattr(caches, "ROOM", 4)  # tokens after which a cache grows again
     limits = [20, 9, 1, 30, 15]
     expected = [
         slow(model, prompt, seed, limit, temperature, top_p)
@@ -134,8 +134,8 @@ def test_equals_slow_reference(
 @pytest.mark.parametrize(
     ("refill", "calls"),
     [
-        # Of four rows of 8 tokens two end after two calls; two of 7 and 5 join, the former ends at once, and one of 4
-        # joins. In the end that one is alone, without the padding that it had next to the others.
+        # Of four rows of 8 tokens, two end after two calls; two of 7 and 5 join, the first ends at once, and one of 4
+        # joins. In the end, that one is alone, without the padding that it had next to the others.
         (0.25, "4x8 4x1/9 2x7 1x4 4x1/10 4x1/11 3x1/12 1x1/8 1x1/9 1x1/10 1x1/11 1x1/12"),
         (1.0, "4x8 4x1/9 2x1/10 2x1/11 1x1/12 3x7 2x1/8 2x1/9 2x1/10 1x1/11 1x1/12 1x1/13 1x1/14 1x1/15"),
     ],
@@ -171,7 +171,7 @@ def test_rows_that_end_make_room(model: nn.Module, tokenizer: Any, refill: float
 
 def test_batches_drain_where_caches_cannot_be_joined(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Unknown(Scripted):
-        """With a cache that is none of transformers'."""
+        """With a cache that is not transformers' own."""
 
     lines = {10: [9, 9, 9, 2], 11: [2], 12: [9, 2], 13: [9, 9, 2]}
     for _ in range(2):
@@ -324,7 +324,7 @@ def test_stop_strings(tokenizer: Any, said: str, stop: str, text: str, reason: s
 
 
 def test_another_engine_ends_where_ours_does(model: nn.Module, tokenizer: Any, prompts: list[list[int]]) -> None:
-    """What it samples on is cut; where it has stopped too early, it is asked for more."""
+    """What it samples beyond our end is cut; if it stops too early, it is asked for more."""
     limits, stop = [20, 9, 1, 30, 15], ["e", "\n### User\n"]
 
     def sample(limits: list[int], stop: Sequence[str]) -> list[Generation]:
@@ -521,7 +521,7 @@ def test_context_of_the_model(model: nn.Module) -> None:
 
 
 def test_longer_rows_do_not_join_shorter_ones() -> None:
-    """Padding by a negative number would cut their first tokens off, silently."""
+    """Padding by a negative number would silently cut off their first tokens."""
     short, long = torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)
     assert caches.join_masks(long, short).tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
     with pytest.raises(ValueError, match="rows of 4 tokens join rows of 3"):

@@ -77,7 +77,7 @@ def test_no_prompt_of_a_training_is_asked(tmp_path: Path) -> None:
 
 
 def test_no_pair_of_pmp_measures_a_reward_model(tmp_path: Path) -> None:
-    """Left out before the draw under a limit, so that there are as many as before."""
+    """They are left out before the draw under a limit, so the limit is still reached."""
     pair = {"input": "", "output_1": "a", "output_2": "b", "preference": 1}
     rows = [{**pair, "instruction": text} for text in ("why is it\twarm?", "Why is it cold?", "Why is it dry?")]
     (tmp_path / "own.json").write_text(json.dumps(rows))
@@ -133,7 +133,7 @@ def test_what_all_runs_train_on_is_left_out() -> None:
 
 
 def test_short_answers_are_judged_where_they_are_measured(tmp_path: Path) -> None:
-    """A concise policy is else judged by its long answers only; rules and plan say so."""
+    """Otherwise, only the long answers of a concise policy would count; rules and plan agree."""
     run = snakemake("-n", "-p", "evaluation", *elsewhere(tmp_path))
     assert run.returncode == 0, run.stderr
     smallest: dict[str, set[int]] = {}
@@ -150,7 +150,7 @@ def test_short_answers_are_judged_where_they_are_measured(tmp_path: Path) -> Non
 
 
 def test_a_task_is_asked_again_only_where_it_is_asked_otherwise() -> None:
-    """What of the policy's prompt only its answers depend on reruns no benchmark."""
+    """Settings of the policy's prompt that matter only to answers rerun no benchmark."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     chat: dict[str, Any] = {"policy_prompt": {"template": "chat", "template_variables": {"a": 1}}}
     prompts: dict[str, Any] = {
@@ -169,7 +169,7 @@ def test_a_task_is_asked_again_only_where_it_is_asked_otherwise() -> None:
 
 
 def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
-    """FastChat's judges tell models apart by their names; what two runs start from has one."""
+    """FastChat's judges tell models apart by their names; what two runs start from has one name."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     runs: dict[str, Any] = {name: None for name in raw["runs"] if name != "default"}
     other = {"model": {"adapter": "owner/other"}}
@@ -196,7 +196,7 @@ def test_every_initial_policy_has_a_name_of_its_own_in_mt_bench() -> None:
 def test_runs_are_judged_against_others_where_that_is_asked_for(
     against: str | list[str], compared: set[tuple[str, str]], tmp_path: Path
 ) -> None:
-    """Every run but that one itself, and no two runs twice."""
+    """No run is judged against itself, and no pair twice."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     runs: dict[str, Any] = {name: None for name in raw["runs"] if name not in ("default", "honest", "harmless")}
     overlay = tmp_path / "overlay.yaml"

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-WINDOW = 32  # tokens that the layers with a sliding window see, themselves included
+WINDOW = 32  # tokens that a token sees in a layer with a sliding window, itself included
 SHORT_CONTEXT = 64  # tokens up to which Phi-3 (longrope) and Llama (dynamic rope) rotate as they were trained
 POSITIONS = 1024  # tokens that a model reads
 
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-# What is said of all models whose configuration has such a setting.
+# Settings of all models whose configuration has them.
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -43,7 +43,7 @@ _GEMMA3 = {**_GEMMA, "layer_types": ["sliding_attention"] * 3 + ["full_attention
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.25, "logits_scaling": 2.0}
 _EVERY_SECOND = ["sliding_attention", "full_attention"] * 2
 
-# Name: (model type of transformers, changes of the configuration).
+# Name: (model type of transformers, changes to the configuration).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -169,12 +169,12 @@ The quality of the output is good. - The output should be honest and accurate, a
 
 
 def build(name: str, folder: Path | str, **changes: Any) -> Any:
-    """Write a model and its tokenizer as a folder; the same call writes the same weights.
+    """Write a model and its tokenizer to a folder; the same call writes the same weights.
 
     Args:
-        name: of `ARCHITECTURES`.
+        name: one of `ARCHITECTURES`.
         folder: written as `save_pretrained` does.
-        changes: further changes of the configuration (of the language model, where it is a part).
+        changes: further changes to the configuration (the language model's, where that is a part).
 
     Returns:
         The model's configuration.
@@ -196,7 +196,7 @@ def build(name: str, folder: Path | str, **changes: Any) -> Any:
 
 
 def save_tokenizer(folder: Path | str) -> Any:
-    """Write a byte-level BPE tokenizer that puts `<s>` in front and has no padding token, as Llama's."""
+    """Write a byte-level BPE tokenizer that puts `<s>` in front and has no padding token, like Llama's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -218,7 +218,7 @@ def _enliven(model: nn.Module) -> None:
     """Random values where transformers begins with zeros and ones, and recurrent states that last."""
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
-        if last == "A_log":  # a state loses a share exp(A_log) * softplus(dt + dt_bias) a token
+        if last == "A_log":  # a state loses a share exp(A_log) * softplus(dt + dt_bias) per token
             parameter.uniform_(-4.0, -2.0)
         elif last == "dt_bias":
             parameter.uniform_(-1.0, 1.0)
