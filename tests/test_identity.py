@@ -32,7 +32,7 @@ def copy(folder: Path, to: Path) -> Path:
 
 @pytest.fixture
 def in_samples() -> Iterator[None]:
-    """Weights files of any size are read in samples of few bytes."""
+    """Weights files of any size are read in samples of a few bytes."""
     with patch.multiple(identity, WHOLE=1 << 14, BLOCK=64, SPREAD=4, EDGE=16):
         yield
 
@@ -160,7 +160,7 @@ def test_any_number_of_small_weights(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_samples")
 @pytest.mark.parametrize("where", ["everywhere", "beginning", "middle", "end"])
 def test_any_tensor_of_large_weights(tiny_model: Path, tmp_path: Path, where: str) -> None:
-    """Each tensor is changed alone, in a file of the same size: each time it is another model."""
+    """Changing any one tensor, in a file of the same size, makes it another model."""
     other = copy(tiny_model, tmp_path)
     file = other / "model.safetensors"
     tensors, size = load_file(file), file.stat().st_size
@@ -237,7 +237,7 @@ def test_an_adapter(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def write_holes(file: Path, tensors: int, size: int) -> int:
-    """A safetensors file of zeros that take no room on the disk; returns its first byte of data."""
+    """Write a safetensors file of zeros that take no disk space; return the offset of its data."""
     entry = {"dtype": "BF16", "shape": [size // 2]}
     header = json.dumps(
         {f"t{n}": entry | {"data_offsets": [n * size, (n + 1) * size]} for n in range(tensors)}
@@ -250,7 +250,7 @@ def write_holes(file: Path, tensors: int, size: int) -> int:
 
 @pytest.mark.parametrize(("tensors", "size"), [(20, GIB), (4000, 5 << 20)])
 def test_twenty_gigabytes(tmp_path: Path, tensors: int, size: int) -> None:
-    """Few large tensors, or many small ones (experts): what is read is capped, and each tensor is looked at."""
+    """A few large tensors, or many small ones (experts): what is read is capped, but every tensor is looked at."""
     file = tmp_path / "model.safetensors"
     first = write_holes(file, tensors, size)
     with patch.object(os, "pread", side_effect=os.pread) as pread:

@@ -61,9 +61,9 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_each_stage_can_be_brought_in(tmp_path: Path, files: dict[str, str]) -> None:
-    """In runs of their own: what one makes and another brings in are two artifacts, and what two bring in is one.
+    """In separate runs: what one makes and another brings in are two artifacts, and what two bring in is one.
 
-    Responses with judgements are cut where the release's judge cut them, and so are others than those judged here.
+    Responses with judgements are cut where the release's judge cut them, so they differ from those judged here.
     """
     sampling, judge = {"paths": [files["one"], files["two"]]}, {"path": files["judged"]}
     runs = {
@@ -125,7 +125,7 @@ def test_what_cannot_be_brought_in_ends_before_any_job(files: dict[str, str], ch
 
 
 def test_a_stage_that_is_not_run_limits_nothing(tmp_path: Path) -> None:
-    """A base model that reads little: of a ready reward model, only the lengths of RL count."""
+    """A base model with a short context: with a ready reward model, only the lengths of RL count."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 600}))
     changes = {"model": {"base": str(tmp_path)}, "reward_model": {"path": "owner/theirs"}}
     changes["ppo"] = {
@@ -142,7 +142,7 @@ def test_a_stage_that_is_not_run_limits_nothing(tmp_path: Path) -> None:
 
 
 def test_runs_that_train_the_same_policy_are_named(tmp_path: Path) -> None:
-    """An ablation of a stage that is not run looks like one without effect."""
+    """An ablation of a stage that is not run would look like one without effect."""
     overlay = tmp_path / "overlay.yaml"
     runs = {"mean": {"aggregation": {"agreement": "mean"}}, "warm": {"ppo": {"temperature": 1.0}}}
     overlay.write_text(yaml.safe_dump({"reward_model": {"path": "owner/theirs"}, "runs": runs}))
@@ -155,7 +155,7 @@ def test_runs_that_train_the_same_policy_are_named(tmp_path: Path) -> None:
 
 
 def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files: dict[str, str]) -> None:
-    """What the evaluation leaves out is in the tables of what was brought in."""
+    """The prompts that the evaluation leaves out are in the tables that were brought in."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     for changes, table in (
         ({}, "prompts/oasst1.parquet"),
@@ -183,7 +183,7 @@ def test_prompts_that_were_brought_in_are_not_asked_again(tmp_path: Path, files:
     ],
 )
 def test_the_script_refuses_what_the_configuration_refuses(files: dict[str, str], named: list[str], said: str) -> None:
-    """Therefore it cannot import one response twice."""
+    """So it cannot import the same response twice."""
     options = {"what": "responses", "output": "x.parquet", "index": 0}
     assert Arguments.model_validate(options | {"responses": [files["one"], files["two"]]}).responses
     paths = json.dumps([path.format(**files) for path in named])
@@ -193,7 +193,7 @@ def test_the_script_refuses_what_the_configuration_refuses(files: dict[str, str]
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the authors have published, of the demo's base model, and what was made of it."""
+    """A folder with all that the authors have published, for the demo's base model, and the results made from it."""
     folder = tmp_path_factory.mktemp("published")
     model = settings(BASE)
     randomised(models.new_reward_model(model, Lora(r=4), "cpu", 0)).save_pretrained(str(folder / "standard"))
@@ -271,7 +271,7 @@ def test_a_run_of_what_the_authors_have_published(published: Path) -> None:
 
 
 def test_what_was_brought_in_is_verified(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole at first; stale where a file, or what it has to fit, is another."""
+    """Intact at first; stale where a file, or what it has to match, has changed."""
     monkeypatch.chdir(ROOT)
     own = yaml.safe_load((published / "config.yaml").read_text())
     raw = merge(yaml.safe_load((ROOT / "config.yaml").read_text()), own)

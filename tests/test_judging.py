@@ -214,7 +214,7 @@ def test_share_takes_from_the_longer_first() -> None:
             continue
         assert budget - 1 <= sum(kept) <= budget
         for mine, other, had in ((kept[0], kept[1], first), (kept[1], kept[0], second)):
-            assert mine == had or mine >= other  # only the longer one has given
+            assert mine == had or mine >= other  # only the longer one was cut
 
 
 def decoded(tokenizer: Any, prompts: PairPrompts) -> list[list[str]]:
@@ -238,7 +238,7 @@ def test_long_prompts_are_cut_in_the_outputs(model: nn.Module, tokenizer: Any, p
         assert prompts is not None
         lengths = [len(tokens) for tokens in prompts.order_12 + prompts.order_21]
         assert max(lengths) <= max_length
-        # What is wasted: an odd token, and what joins differently where the texts were cut.
+        # What is wasted: an odd token, and tokens that join differently where the texts were cut.
         assert max(lengths) > max_length - 8
         assert all(tokens[0] == tokenizer.bos_token_id for tokens in prompts.order_12 + prompts.order_21)
         cut = set()
@@ -254,7 +254,7 @@ def test_long_prompts_are_cut_in_the_outputs(model: nn.Module, tokenizer: Any, p
                 assert text.endswith(end)
                 outputs = text.removeprefix(start).removesuffix(end).split("\n# Output (b)\n")
                 cut.add(tuple(outputs[::-1] if order else outputs))
-        # The same outputs for every principle and in both orders: beginnings of the whole ones.
+        # The same outputs for every principle and in both orders: prefixes of the whole ones.
         assert len(cut) == 1
         (outputs_12,) = cut
         assert pair.output_1.startswith(outputs_12[0])
@@ -484,7 +484,7 @@ def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings
 
 
 def is_of_float32(margins: Any) -> bool:
-    """Whether margins have more digits than differences of logits in 16 bits, most of them."""
+    """Whether most margins have more digits than differences of 16-bit logits."""
     lowest = margins.astype(np.float32).view(np.uint32) & 0x3F
     return bool((lowest > 0).mean() > 0.7)
 
@@ -493,7 +493,7 @@ def is_of_float32(margins: Any) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_logits_of_the_options_are_float32_in_16_bits(settings: config.Model, kind: str, dtype: torch.dtype) -> None:
-    """From the last hidden state, one weight after the other, whatever adapter is on the output layer."""
+    """Against sums over the last hidden state and the weights, whatever adapter is on the output layer."""
     base: Any = models.load_initial_policy(settings, "cpu").to(dtype)
     model, backbone = base, base.model
     weight = base.lm_head.weight.float()
@@ -543,7 +543,7 @@ def test_files_of_different_prompts(work: Path, settings: config.Model) -> None:
 
 
 def test_prompts_that_only_one_policy_answered(work: Path, settings: config.Model) -> None:
-    """They are left out and counted; a prompt with two texts is still refused. The other pairs are judged as ever."""
+    """They are left out and counted; a prompt with two texts is still refused. The other pairs are judged as before."""
     write_responses(work, PAIRS)
     run(work, settings)
     whole = pl.read_parquet(work / "out.parquet")

@@ -36,7 +36,7 @@ def slow(model: Any, prompt: list[int], answer: list[int]) -> tuple[list[float],
 
 @pytest.fixture(params=["whole", "pieces", "other ranks have more"])
 def most(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The output layer is called once; for 3 tokens at a time; for fewer, because another rank has 40."""
+    """The output layer is called once, for 3 tokens at a time, or for fewer because another rank has 40."""
     vocabulary = model.config.vocab_size
     calls: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1]))
@@ -82,14 +82,14 @@ def test_the_gradient_is_that_of_cross_entropy(model: Any, most: int) -> None:
 
 
 def in_float64(model: Any) -> Any:
-    """The same weights in float64, in a model of their own."""
+    """The same weights in float64, in a separate model."""
     other = type(model)(model.config).double().eval()
     other.load_state_dict(model.state_dict())
     return other
 
 
 def test_factors_and_caps_of_the_architecture_are_kept(tmp_path: Path) -> None:
-    """Gemma 2 caps its logits, Cohere and Granite scale them: what the output layer alone gives is something else."""
+    """Gemma 2 caps its logits, Cohere and Granite scale them: the output layer alone gives something else."""
     for kind in ("gemma2", "cohere2", "granite"):
         zoo.build(kind, tmp_path / kind)
         settings = Model(base=str(tmp_path / kind), quantization="none", dtype="float32", attention="eager")

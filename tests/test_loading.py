@@ -1,4 +1,4 @@
-"""No model is used with a weight missing, left over or of another shape: base, adapter or head, whichever loads it."""
+"""No model is used with a weight missing, left over or of another shape: base, adapter or head, whatever loads it."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def test_an_adapter_is_used_whole_or_not_at_all(
     rewrite(tmp_path / "a" / ADAPTER, change)
     with pytest.raises(UserError, match=f"(?s){said}"):
         models.load_initial_policy(settings(llama, adapter=str(tmp_path / "a")), "cpu")
-    with pytest.raises(UserError, match=f"(?s){said}"):  # as one more adapter, which PEFT does not even warn of
+    with pytest.raises(UserError, match=f"(?s){said}"):  # as a further adapter, where PEFT does not even warn
         load_adapter(load_adapter(models.load_base(settings(llama), "cpu"), str(adapter)), str(tmp_path / "a"), "other")
 
 
@@ -123,7 +123,7 @@ def test_a_prefix_is_mapped(llama: Path, adapter: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "of tomorrow"])
 def test_an_adapter_that_changes_the_base_is_refused(llama: Path, adapter: Path, tmp_path: Path, begun: str) -> None:
-    """Put on the base a second time, for the reference, it would change all that is on it already."""
+    """Put on the base a second time, for the reference, it would change everything already on the base."""
     shutil.copytree(adapter, tmp_path / "a")
     change_json(tmp_path / "a" / "adapter_config.json", init_lora_weights=begun)
     with pytest.raises(UserError, match=f"init_lora_weights '{begun}'.*path_initial_model_for_weight_conversion"):
@@ -132,7 +132,7 @@ def test_an_adapter_that_changes_the_base_is_refused(llama: Path, adapter: Path,
 
 @pytest.mark.parametrize("begun", ["pissa", "olora"])
 def test_such_an_adapter_saved_as_plain_lora_is_right_in_rl(llama: Path, tmp_path: Path, begun: str) -> None:
-    """The adapter is saved in the way that the message describes."""
+    """The adapter is saved as the message describes."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(llama),
         LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=begun),
@@ -173,7 +173,7 @@ def test_patterns_of_an_adapter_are_mapped_with_its_keys(tmp_path: Path, pattern
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "gate_proj", "up_proj"], **patterns)
     model = randomised(get_peft_model(text, config)).eval()
     model.save_pretrained(str(tmp_path / "a"))
-    # Also finding its targets in the tower: `q_proj` is there, too.
+    # Its targets must not be found in the tower, which has a `q_proj`, too.
     found = models.load_initial_policy(settings(tmp_path / "m", adapter=str(tmp_path / "a")), "cpu")
     torch.testing.assert_close(logits(found), logits(model), atol=2e-4, rtol=2e-4)
     assert not [key for key, _ in found.named_parameters() if "vision" in key and "lora" in key]

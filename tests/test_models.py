@@ -1,6 +1,6 @@
 """Every architecture of docs/models.md: each stage against one forward pass of transformers for each text alone.
 
-The expectations are the table's; the numbers come from plain loops in here.
+The expectations come from the table; the numbers, from plain loops in this file.
 """
 
 import copy
@@ -35,7 +35,7 @@ EAGER = ("gemma2", "gpt_oss", "mpt", "bloom")
 SINGLE = (*EAGER, "qwen3_moe", "qwen3_next")  # transformers cannot compute them in float64
 SHORT = ("phi3_longrope", "llama_dynamic_rope")  # their texts stay within zoo.SHORT_CONTEXT
 LORA = Lora(r=4, alpha=16.0)
-CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # float32, four layers; weights large enough that errors of kind are above 0.05
+CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # float32, four layers; weights large enough that real errors exceed 0.05
 TEMPLATE = "In: {UserInstruction}\n(a): {OutputA}\n(b): {OutputB}\nBy {Dimension}: {Definition}\nBetter: Output ("
 PRINCIPLES = [
     JudgedPrinciple(dimension="Concise", definition="It is short.", negative_definition="It is long."),
@@ -58,7 +58,7 @@ def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def plain(settings: Model) -> Any:
-    """The model as anyone loads it."""
+    """The model as anyone would load it."""
     return AutoModelForCausalLM.from_pretrained(settings.base, attn_implementation=settings.attention).eval()
 
 
@@ -68,7 +68,7 @@ def tokenizer(settings: Model) -> Any:
 
 
 def texts(tokenizer: Any, name: str) -> list[list[int]]:
-    """Token ids of texts of different lengths, some longer than a window, if the model reads so many."""
+    """Token ids of texts of different lengths, some longer than a window, if the model can read them."""
     words = ["the", "river", "and", "the", "city", "with", "many", "people", "in", "it"]
     lengths = (9, 3, 14) if name in SHORT else (30, 3, 14, 9)
     return [tokenizer(" ".join(words[i * k % 10] for i in range(k)))["input_ids"] for k in lengths]
@@ -80,16 +80,16 @@ def test_the_table_has_every_architecture_of_the_zoo() -> None:
 
 @torch.no_grad()
 def test_sampling(name: str, settings: Model, plain: Any, tokenizer: Any) -> None:
-    """Rows that take the places of others, and end at different times, are those of whole texts, token after token.
+    """Rows that take the places of others and end at different times equal those of whole texts, token by token.
 
-    Where layers have a window, some join when others are longer than it, and some become longer.
+    Where layers have a window, some rows join when others are longer than it, and some outgrow it.
     """
     model, plain = models.load_initial_policy(settings, "cpu"), copy.deepcopy(plain)
     if name not in SINGLE:
         model, plain = model.double(), plain.double()
     prompts = [*texts(tokenizer, name), [5], [1, 9]]
     limits = [20, 9, 2, 7, 40, 6][-len(prompts) :]
-    read = []  # newcomers of each call that reads prompts
+    read = []  # number of new rows in each call that reads prompts
     hook = model.register_forward_pre_hook(
         lambda _, __, named: read.append(len(named["input_ids"])) if named["past_key_values"] is None else None,
         with_kwargs=True,
@@ -194,7 +194,7 @@ def slow_states(settings: Model, folder: Path, rows: Sequence[Sequence[int]]) ->
 
 @torch.no_grad()
 def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Path) -> None:
-    """Saved and loaded, in a batch and alone, by its own class and by anyone's."""
+    """Saved and loaded, in a batch and alone, by its own class and by PEFT's."""
     rows = texts(tokenizer, name)
     head = load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"][0]
     expected = torch.stack([states[-1] @ head for states in slow_states(settings, folder, rows)])
@@ -215,7 +215,7 @@ def test_the_reward_model(name: str, settings: Model, tokenizer: Any, folder: Pa
 
 @torch.no_grad()
 def test_rewards_of_texts_that_begin_alike(name: str, settings: Model, tokenizer: Any, folder: Path) -> None:
-    """One beginning and many ends, read behind a copied cache, in parts and together, against each text alone."""
+    """One beginning and many ends, read after a copied cache, in parts and together, against each text alone."""
     begins = [tokenizer(text)["input_ids"] for text in ("The city is old, and", "Many people " * 3)]
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" short", " and longer than it", " is")]
     groups = [[begin + end for end in ends] for begin in begins]
@@ -234,7 +234,7 @@ def test_rl(
 ) -> None:
     """Rewards, log probabilities and values of batches, and the gradients of both losses for every trained weight.
 
-    The output layer is called for some of the tokens at a time, and gives what the whole model gives.
+    The output layer is called for a part of the tokens at a time, and gives what the whole model gives.
     """
     rows = texts(tokenizer, name)
     monkeypatch.setattr(likelihood, "LOGITS", 20 * plain.config.get_text_config().vocab_size)
@@ -316,7 +316,7 @@ def test_an_engine_gets_the_weights_that_4_bit_weights_stand_for(kind: str, dtyp
     layers = {name: module for name, module in quantised.named_modules() if type(module).__name__ == "Linear4bit"}
     assert layers
     for module in layers.values():
-        module.support_avx512bf16_for_cpu = False  # whose kernel computes in bfloat16, where there is one
+        module.support_avx512bf16_for_cpu = False  # its kernel, where there is one, computes in bfloat16
     models.load_dequantized(settings, "cpu").save_pretrained(str(written))
     plain_settings = settings.model_copy(update={"base": str(written), "quantization": "none"})
     plain = models.load_base(plain_settings, "cpu")
@@ -348,7 +348,7 @@ def test_texts_are_read_whole_where_a_cache_gives_something_else(
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    """They would count as wrong answers. A whole text, and the end of one whose beginning is computed already."""
+    """They would count as wrong answers: in a whole text, and in the end of one whose beginning is already computed."""
     zoo.build("llama", tmp_path)
     model = models.new_reward_model(
         Model(base=str(tmp_path), quantization="none", dtype="float32"), LORA, "cpu", seed=0

@@ -28,7 +28,7 @@ def last_stage() -> list[tuple[str, str]]:
 
 def commands_of_make_install(folder: Path, *options: str) -> str:
     dry = ["make", "--dry-run", "--no-print-directory", "install", f"VENV={folder}/new", *options]
-    # Not what a `make` that runs the tests, or the user, has set.
+    # Without what the user, or a `make` that runs the tests, has set.
     clean = {name: os.environ[name] for name in os.environ.keys() - {"MAKEFLAGS", "MAKELEVEL", "PIP_ARGS", "PYTHON"}}
     found = subprocess.run(dry, cwd=folder, env=clean, check=True, capture_output=True, text=True)
     return found.stdout.replace(str(folder), "")
@@ -44,7 +44,7 @@ def test_the_image_is_installed_by_make_install_from_the_files_that_are_copied(t
     before = []
     for name, rest in last_stage():
         if name == "RUN":
-            assert re.findall(r"make install", rest) == ["make install"] * 2  # of the two variants
+            assert re.findall(r"make install", rest) == ["make install"] * 2  # for the two variants
             break
         before.append((name, rest))
     copied = [rest.split()[1].removeprefix("/opt/salmon/") for name, rest in before if name == "COPY"]

@@ -1,8 +1,8 @@
 """The whole DAG, from real public data to a policy, as a user runs it.
 
 The data are samples of the real data sets in their upstream schemas (`tests/data`), and made-up rows of those that no
-licence lets us ship (`tests/synthetic.py`). The model is the demo's: what it says to such prompts is of no interest,
-every stage does its work all the same.
+licence lets us ship (`tests/synthetic.py`). The model is the demo's: what it says to such prompts does not matter,
+but every stage does its work all the same.
 """
 
 import json

@@ -20,7 +20,7 @@ from tests.border_world import BorderWorld
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -52,7 +52,7 @@ def chat_template(path: Path, mark: Path) -> None:
 
 
 Plant = Callable[[Path, Path], None]
-# Beside what is there; and instead of the right file of the same content.
+# What is planted beside the inputs; INSTEAD names the inputs that are replaced.
 BESIDE: dict[str, Plant] = {
     "pytorch_model.bin": saved_by_torch,
     "adapter_model.bin": saved_by_torch,
@@ -95,19 +95,19 @@ INSTEAD: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """What a payload makes: it must not be there after a test."""
+    """What a payload creates: it must not exist after a test."""
     path = tmp_path / "payload-ran"
     yield path
     assert not path.exists()
 
 
 def plant_beside(folder: Path, mark: Path, auto_map: bool) -> None:
-    """Pickles and code in every folder of a model, which its configurations name."""
+    """Plant pickles and code in every folder of a model; with `auto_map`, a configuration names the code."""
     for name in FOLDERS:
         for file, plant in BESIDE.items():
             plant(folder / name / file, mark)
         code(folder / name / "custom_generate" / "generate.py", mark)
-    for name in ("hh_script", "own"):  # a data set's script, and one by the name of a data file
+    for name in ("hh_script", "own"):  # a data set's script, and one with the name of a data file
         code(folder / f"{name}.py", mark)
     if auto_map:
         config = folder / "model" / "config.json"
@@ -120,7 +120,7 @@ def plant_beside(folder: Path, mark: Path, auto_map: bool) -> None:
 
 
 def test_a_payload_runs_where_it_is_unpickled(tmp_path: Path) -> None:
-    """The other payloads prove something only because these would run."""
+    """The other tests prove something only because these payloads run."""
     for number, plant in enumerate((pickled, saved_by_torch, saved_by_numpy)):
         mark = tmp_path / f"mark{number}"
         plant(tmp_path / "file", mark)
@@ -140,7 +140,7 @@ def test_nothing_beside_the_inputs_is_run(border_world: BorderWorld, tmp_path: P
     folder = tmp_path / "here"
     border_world.copy(folder, job)
     plant_beside(folder, mark, auto_map=True)
-    # A pickle by the name of SentencePiece's model may be refused by name of its content, but is not unpickled.
+    # A pickle with the name of SentencePiece's model may be refused for its content, but is not unpickled.
     status, said = border_world.forks.run(job.script, job.options, folder)
     assert status in (0, 1), said
     assert "Traceback" not in said
@@ -212,7 +212,7 @@ def test_an_adapter_on_the_hub_may_be_a_pickle_of_tensors_and_of_nothing_else(
 def test_sources_are_data_whatever_their_folder_holds(
     border_world: BorderWorld, tmp_path: Path, mark: Path, ending: str
 ) -> None:
-    """A folder as a data set: with a script of its name, as the hub had them, and a pickle with each ending."""
+    """A folder as a data set: with a script of its name, as the hub used to have, and a pickle with each ending."""
     job = border_world.jobs["clean_prompts"]
     folder = tmp_path / "here"
     border_world.copy(folder, job)

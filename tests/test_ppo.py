@@ -25,7 +25,7 @@ from tests.ppo_world import STEPS, World, flat_gradient, lengths, made_up, ready
 
 @pytest.fixture(scope="module")
 def shared(world: World) -> SharedBase:
-    """For tests that change nothing in it."""
+    """For tests that do not change it."""
     return world.shared()
 
 
@@ -79,7 +79,7 @@ def sample(world: World, shared: SharedBase, step: int = 0, **changes: Any) -> l
 
 @pytest.fixture(scope="module")
 def rollouts(world: World, shared: SharedBase) -> list[ppo.Rollout]:
-    """Measured and scored, of many prompts, so that some end by the end token, some by the stop string."""
+    """Measured and scored, for many prompts, so that some end with the end token and some with the stop string."""
     found = sample(world, shared, rollout_batch_size=60, minibatch_size=60)
     ppo.measure(shared, found, 0.7, 300)
     ppo.score(shared, world.tokenizer, found, world.principles, 0, world.ppo(), 500)
@@ -102,7 +102,7 @@ def test_rollouts_belong_to_places_and_not_to_ranks(world: World, shared: Shared
             of_ranks.append(sample(world, shared, 3))
     mine = sorted((r.place, r.query, r.response) for rollouts in of_ranks for r in rollouts)
     assert mine == [(r.place, r.query, r.response) for r in alone]
-    # Dealt by length: as many long ones as short ones each.
+    # Dealt by length: each rank has as many long ones as short ones.
     first, second = (sorted((len(r.query) for r in rollouts), reverse=True) for rollouts in of_ranks)
     assert all(a >= b for a, b in zip(first, second, strict=True))
     assert all(b >= a for b, a in zip(second, first[1:], strict=False))
@@ -118,7 +118,7 @@ def test_prompts_hold_the_instruction(world: World, rollouts: list[ppo.Rollout])
 
 
 def test_responses_end_by_themselves_or_not(world: World, rollouts: list[ppo.Rollout]) -> None:
-    """Reference, defect 12: by EOS too; and all sampled tokens stay, also those of the stop string."""
+    """Reference, defect 12: by EOS, too; and all sampled tokens stay, even those of the stop string."""
     seen: Counter[str] = Counter()
     for rollout in rollouts:
         whole = world.tokenizer.decode(rollout.response, skip_special_tokens=True)

@@ -195,7 +195,7 @@ def test_advantages_and_returns(gamma: float, lam: float, garbage: float) -> Non
 
 
 def test_returns_without_discount_are_rewards_to_go() -> None:
-    """gamma = lambda = 1 (the paper's): whatever the values, what is still to come."""
+    """gamma = lambda = 1 (the paper's): the sum of the rewards still to come, whatever the values."""
     data = Ragged(7)
     rewards = data.rows()
     _, returns = ppo_math.advantages_and_returns(data.pad(rewards), data.pad(data.rows(10.0)), data.mask, 1.0, 1.0)
@@ -229,14 +229,14 @@ def test_whitening_of_equal_or_large_values() -> None:
 
 
 def policy_terms(new: float, old: float, advantage: float, clip: float) -> tuple[float, float, bool]:
-    """Loss of one token, its derivative by the new log probability, and whether the clipped term is the larger."""
+    """A token's loss, its derivative with respect to `new`, and whether the clipped term is the larger."""
     ratio = math.exp(new - old)
     plain, clipped = -advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip)
     return max(plain, clipped), (-advantage * ratio if plain >= clipped else 0.0), clipped > plain
 
 
 def value_terms(new: float, old: float, target: float, clip: float) -> tuple[float, float]:
-    """Loss of one token, and its derivative by the new value."""
+    """A token's loss, and its derivative with respect to `new`."""
     clipped = old + min(max(new - old, -clip), clip)
     plain, other = (new - target) ** 2, (clipped - target) ** 2
     moved = 1.0 if abs(new - old) < clip else 0.0  # derivative of the clipped value
@@ -283,8 +283,8 @@ def test_value_loss_and_gradient(seed: int, garbage: float) -> None:
 
 
 def test_clipping_stops_what_moved_too_far() -> None:
-    """A token already 30 % more likely and praised, or 30 % less likely and blamed, is not pushed further; the
-    other way it is pulled back (Schulman et al. 2017, figure 1)."""
+    """A token already 30 % more likely and praised, or 30 % less likely and blamed, is not pushed further; in
+    the opposite cases it is pulled back (Schulman et al. 2017, figure 1)."""
     old = torch.zeros(1, 4)
     ratios = torch.tensor([[1.3, 0.7, 1.3, 0.7]])
     advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0]])

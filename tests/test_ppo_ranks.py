@@ -19,7 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def two_ranks(world: World) -> Path:
-    """Folder of what two ranks made."""
+    """Folder with what two ranks made."""
     (world.folder / "two-ranks").mkdir()
     done = launch(2, ROOT / "tests" / "ppo_rank.py", world.folder, world.base)
     assert done.returncode == 0, done.stderr
@@ -39,8 +39,8 @@ def test_two_ranks_train_the_policy_of_one(world: World, policy: Path, two_ranks
     """Reference, defect 7. The same rollouts, therefore the same numbers up to the order of sums in float32.
 
     Six steps of Adam carry that rounding on (an element whose gradient is nothing but rounding moves by the learning
-    rate in either direction), so that weights are compared as a whole: by how far they moved. Without
-    synchronisation, or with other rollouts, the difference is as large as the way itself.
+    rate in either direction), so the weights are compared as a whole: by how far they moved. Without
+    synchronisation, or with other rollouts, the difference is as large as the movement itself.
     """
     start, one, two = (weights(folder) for folder in (world.adapter, policy, two_ranks / "policy"))
     assert relative(two - start, one - start) < 1e-3
@@ -69,7 +69,7 @@ class Payload:
 
 
 def plant(work: Path, mark: Path) -> list[Path]:
-    """Put a payload into every pickle of the checkpoints; which these are."""
+    """Put a payload into every pickle of the checkpoints; return their paths."""
     pickles = [file for file in work.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
     for file in pickles:
         torch.save(Payload(mark), file)
@@ -96,12 +96,12 @@ train_policy.make_sampler = load
 def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     world: World, policy: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:
-    """ZeRO-2 and ZeRO-3 take the steps of a process without them; stopped and started again as well.
+    """ZeRO-2 and ZeRO-3 take the steps of a process without them, even if stopped and started again.
 
     Ranks of ZeRO-2 do not wait for each other while they sample.
 
-    A rollout a pass: the gradients of a minibatch are those of all its passes. Until it is stopped, the logits of some
-    tokens at a time are computed, afterwards all of a pass.
+    One rollout per pass: the gradients of a minibatch are those of all its passes. Until the stop, logits are computed
+    for a few tokens at a time; afterwards, for all tokens of a pass.
     """
     output = tmp_path / "policy"
     options = {"deepspeed": ROOT / f"profiles/deepspeed/zero{stage}.json", "tokens-per-pass": 1}
@@ -138,10 +138,10 @@ def test_a_rank_of_zero3_that_has_nothing_to_do(world: World, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
 def test_sharding_of_a_four_bit_model_trains_as_two_whole_ones(world: World, tmp_path: Path, sharding: str) -> None:
-    """NF4 and bfloat16, as the paper's run: two ranks with shards of states or model, and two that hold it whole."""
+    """NF4 and bfloat16, as in the paper's run: two ranks with shards of states or model, and two with whole models."""
     model = world.model.model_copy(update={"quantization": "nf4", "dtype": "bfloat16"})
     for name, more in (("whole", {}), ("shards", {"deepspeed": ROOT / f"profiles/deepspeed/{sharding}.json"})):
-        # One update: in bfloat16 the second would already be another one in its last bits.
+        # One update: in bfloat16 the second would already differ in its last bits.
         only = {"max_steps": 1, "warmup_steps": 0, "inner_epochs": 1, "minibatch_size": world.ppo().rollout_batch_size}
         arguments = world.arguments(tmp_path / name, {"model": model.model_dump_json(), **more}, **only)
         done = launch(2, SCRIPTS / "train_policy.py", *arguments)

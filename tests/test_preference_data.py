@@ -33,7 +33,7 @@ def records(settings: PmpData, counts: Counter[str]) -> Iterator[dict[str, Any]]
 
 
 def taken(kind: str, row: dict[str, Any]) -> Any:
-    """Query, preferred and other of a row, or the reason why it gives nothing."""
+    """Query, preferred and other output of a row, or the reason why it gives none."""
     counts: Counter[str] = Counter()
     found = [tuple(comparison[:3]) for comparison in data.extract(kind, [("row 1", row)], 2.0, counts)]
     assert len(found) + counts.total() == 1
@@ -96,15 +96,15 @@ QUERY = "Human: hello\n\nAssistant: hi\n\nHuman: how?"
     ("chosen", "rejected", "expected"),
     [
         (f"{START} so", f"{START} thus", (QUERY, "so", "thus")),
-        # one is a beginning of the other (defect 4 of the authors' release)
+        # one is a prefix of the other (defect 4 of the authors' release)
         (f"{START} so", f"{START} so and so", (QUERY, "so", "so and so")),
         (f"{START} so and so", f"{START} so", (QUERY, "so and so", "so")),
         (f"{START} so", f"{START} so\n\nHuman: ok", (QUERY, "so", "so\n\nHuman: ok")),
         # both have the same beginning
         (f"{START} so it is", f"{START} so it was", (QUERY, "so it is", "so it was")),
-        # they part before the last turn
+        # they diverge before the last turn
         (f"{START} so\n\nHuman: a\n\nAssistant: b", f"{START} c", (QUERY, "so\n\nHuman: a\n\nAssistant: b", "c")),
-        # the same text may stand in both after they parted
+        # the same text may occur in both after they diverge
         (f"{START} b{START} x", f"{START} c{START} x", (QUERY, f"b{START} x", f"c{START} x")),
         (f"{START} so", f"{START} so ", "identical outputs"),
         (f"{START} so", START, "empty output"),
@@ -177,7 +177,7 @@ def test_the_table_is_shuffled(tmp_path: Path) -> None:
     places = [int(query.split()[1]) for query in table(MANY, tmp_path / "a")["instruction"]]
     parts = [places[start : start + 500] for start in range(0, 3000, 500)]
     for part in parts:
-        # mean of 500 of the even distribution over 0 … 1499: 749.5 with a standard error of 19
+        # mean of 500 of the uniform distribution over 0 … 1499: 749.5 with a standard error of 19
         assert abs(sum(part) / len(part) - 749.5) < 100
 
 
@@ -205,7 +205,7 @@ def test_real_hh_rlhf() -> None:
                 skipped += 1
                 continue
             prefixes += chosen.startswith(rejected) or rejected.startswith(chosen)
-            # every turn of the assistant at which both could be cut; the last of them is the one
+            # every turn of the assistant at which both could be cut; the last of them counts
             cuts = [
                 chosen[:end]
                 for end in range(len(chosen) + 1)

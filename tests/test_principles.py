@@ -45,7 +45,7 @@ WEIGHTS = {
     },
     "rl_non_evasive": NON_EVASIVE,
 }
-# What a definition has to say, in this order, to demand what the paper's does; where that was once lost, or easily is.
+# What a definition has to say, in this order, to demand what the paper's does: where that was, or easily is, lost.
 DEMANDS = {
     "judge": {
         "Natural and Fluent": "flow.*clumsy.*twice",

@@ -204,7 +204,7 @@ def test_prompt_files_keep_their_type_and_bonus() -> None:
         ("2/2 tell me", "tell me"),
         ("1 / 1", ""),
         ("", ""),
-        # nothing of these is the page's
+        # nothing in these comes from the page
         ("what is 3 / 2", "what is 3 / 2"),
         ("what is 21 / 10 of it", "what is 21 / 10 of it"),
         ("5 / 1000 of it", "5 / 1000 of it"),
@@ -231,7 +231,7 @@ def test_what_the_page_added_is_stripped(text: str, clean: str) -> None:
 
 
 def plain_clean(text: str) -> str:
-    """The same cleaning step by step on whole texts, which takes time in the square of their length."""
+    """The same cleaning step by step on whole texts, which takes time quadratic in their length."""
     language = r"Language: ?(?:Chinese \((?:Traditional|Simplified)\)|[^\W\d_]+)"
     label = re.compile(rf"(?:Share Prompt|Translate now|{language})$")
 
@@ -398,7 +398,7 @@ def test_our_own_table_can_be_a_source(tmp_path: Path) -> None:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer: a token a word, and one in front."""
+    """A tokenizer with one token per word, and one in front."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -42,7 +42,7 @@ def scores(model: Model, folder: Path) -> torch.Tensor:
 
 
 def on_the_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder as a snapshot in the hub's cache; its hub id."""
+    """Copy a folder into the hub's cache as a snapshot; return its hub id."""
     hub = cache / "models--owner--published"
     shutil.copytree(folder, hub / "snapshots" / "abc")
     (hub / "refs").mkdir()
@@ -149,7 +149,7 @@ def test_a_pickle_with_a_payload_is_refused_and_does_not_run(
 
 
 def two_checkpoints(standard: Path, folder: Path) -> Path:
-    """Two reward models in one folder, of which the second scores nothing."""
+    """Two reward models in one folder; the second one's scores are all 0."""
     publish_reward_model(standard, folder / "checkpoint-10")
     publish_reward_model(standard, folder / "checkpoint-20")
     zeros = {"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}
@@ -158,7 +158,7 @@ def two_checkpoints(standard: Path, folder: Path) -> Path:
 
 
 def test_of_two_checkpoints_the_one_that_is_named(tiny_model: Path, standard: Path, tmp_path: Path) -> None:
-    """By its adapter, as the error advises: its head lies above what is named, and counts for what the model is."""
+    """By its adapter, as the error advises: its head lies above the named folder, and is part of the identity."""
     folder, model = two_checkpoints(standard, tmp_path / "theirs"), settings(tiny_model)
     with pytest.raises(UserError, match="holds 2 adapters: name one of the folders ") as told:
         bring_in(folder, model, tmp_path / "ours")
@@ -186,7 +186,7 @@ def test_a_reward_model_is_no_policy(
 
 @pytest.mark.parametrize("file", [WEIGHTS, HEAD, f"{INNER}/adapter_model.safetensors"])
 def test_a_git_lfs_pointer_is_called_one(tiny_model: Path, standard: Path, tmp_path: Path, file: str) -> None:
-    """What a clone without LFS leaves is none of the things that torch would say of it."""
+    """For what a clone without LFS leaves, torch's own message would be wrong."""
     folder = publish_reward_model(standard, tmp_path / "theirs")
     (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=f"{file} is a Git LFS pointer, not the file: run `git lfs pull` where") as told:

@@ -25,7 +25,7 @@ def policy(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> 
 
 
 def kept_by_autograd(policy: Any, tokens: int, rows: int = 1) -> int:
-    """Bytes of the distinct storages among what autograd saves, without those of weights: by its hooks, in order."""
+    """Bytes of the distinct storages that autograd saves, without those of weights, as its hooks see them."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     storages = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: storages.append(each.untyped_storage()), lambda _: _):
@@ -43,12 +43,12 @@ def test_what_a_pass_keeps(policy: Any, tokens: int) -> None:
     found = recompute.graph_bytes(forward, policy.parameters(), tokens, 3 * tokens, CPU)
     kept = kept_by_autograd(policy, tokens, rows=3)
     assert kept <= found * (1 + 1e-6)
-    assert found < 1.02 * kept  # tables of positions are there once per row of those that are tried, not of a batch
+    assert found < 1.02 * kept  # tables of positions are counted for each row, but exist once per batch
 
 
 @pytest.mark.parametrize("kind", ["granite_hybrid", "falcon_h1", "qwen3_5", "lfm2"])
 def test_what_a_pass_of_recurrent_layers_keeps(kind: str, tmp_path: Path) -> None:
-    """They compute in chunks, up to which shorter texts are filled."""
+    """They compute in chunks, to which shorter texts are padded."""
     zoo.build(kind, tmp_path)
     settings = Model(base=str(tmp_path), quantization="none", dtype="float32")
     policy = models.new_policy(settings, Lora(r=4), "cpu", 0)
@@ -62,7 +62,7 @@ def test_what_a_pass_of_recurrent_layers_keeps(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("tokens", [100, 350])
 def test_memory_decides(policy: Any, tokens: int) -> None:
-    """What is free lies just below, then just above what is needed: for the costliest rows that the budget allows."""
+    """Free memory is just below, then just above what is needed for the costliest rows that the budget allows."""
     number = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     kept = max(kept_by_autograd(policy, tokens // rows, rows) for rows in range(1, 9) if tokens // rows <= 100)
     needed = 1.3 * kept + 12 * number + 1000
@@ -79,7 +79,7 @@ def test_memory_decides(policy: Any, tokens: int) -> None:
             )
 
     assert wanted(0.98 * needed)
-    assert not wanted(1.15 * needed)  # rows are taken for as long as the longest
+    assert not wanted(1.15 * needed)  # all rows are assumed to be as long as the longest
     assert wanted(1.15 * needed, besides=int(0.2 * needed))
     with mock.patch.object(recompute.distributed, "world", return_value=4):  # a quarter of 16 bytes, not 12
         assert not wanted(1.15 * needed - 8 * number, divided=True)

@@ -83,7 +83,7 @@ def cell(one: dict[str, Any], digits: int = 2) -> str:
 
 
 def cells(page: Reader, table: int) -> list[list[str]]:
-    """The rows of a table without its head, as texts."""
+    """The rows of a table without its header, as texts."""
     return [[text.strip() for text in row] for row in page.tables[table][1:]]
 
 
@@ -98,7 +98,7 @@ def test_the_funnel_adds_up_to_the_manifests_and_to_the_rows_of_the_tables(small
     assert len(found) == len(rows)
     checked = 0
     for name, title in figures.TITLES.items():
-        if name == "run_judgements":  # of several runs, and here is one
+        if name == "run_judgements":  # only for several runs, and here is one
             continue
         path = results / ("runs/default" if name in plan.OWN else "") / configuration.ARTIFACTS[name]
         counts, table = json.loads(manifest_path(path).read_text())["counts"], pl.read_parquet(path)
@@ -216,7 +216,7 @@ def test_the_table_of_ppo_again_the_slow_way(small_run: Path) -> None:
     assert row["steps"] == len(entries)
     for key, title in figures.CURVES.items():
         assert row[f"{title}, first step"] == entries[0][key]
-        assert row[f"{title}, end"] == entries[-1][key]  # of so few, the last tenth is the last one
+        assert row[f"{title}, end"] == entries[-1][key]  # with so few, the last tenth is the last one
     for key, label in figures.SECONDS.items():
         assert row[f"seconds of {label}"] == pytest.approx(sum(entry[key] for entry in entries))
     many = figures.training({"a": [{"step": step, "score": float(step)} for step in range(1, 31)]})
@@ -226,7 +226,7 @@ def test_the_table_of_ppo_again_the_slow_way(small_run: Path) -> None:
 
 
 def test_samples_are_of_ones_own_prompts_only(small_run: Path) -> None:
-    """The public data set among the sources of the evaluation is answered, and not shown."""
+    """The public data set among the sources of the evaluation is answered but not shown."""
     (table,) = shown(small_run, "samples").tables
     assert table[0] == ["prompt", plan.INITIAL, "default"]
     assert {row[0] for row in table[1:]} == set(MINE)
@@ -356,7 +356,7 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
 
 
 def overlap(boxes: list[tuple[str, Bbox]]) -> list[tuple[str, str]]:
-    """Pairs of texts that are drawn over each other; a point of margin is none."""
+    """Pairs of texts that are drawn over each other by more than a pixel."""
     return [
         (one, other)
         for place, (one, box) in enumerate(boxes)
@@ -372,7 +372,7 @@ def ticks(axis: Axis) -> list[Text]:
 
 
 def test_no_label_is_drawn_over_another(subtests: pytest.Subtests) -> None:
-    """Rows, titles, numbers in the cells and legends; rotated names stand side by side, their boxes do not."""
+    """Rows, titles, numbers in the cells and legends; rotated names stand side by side though their boxes overlap."""
     for name, part in many().items():
         for picture, drawn in part.pictures.items():
             with subtests.test(f"{name}/{picture}"):
@@ -416,7 +416,7 @@ OF_ONE = {"funnel": ["default"], "judge_figures": ["default"], "pmp_figures": ["
 OF_ONE |= {"reward_figures": ["default"], "training_figures": ["default"]}
 MODELS = ["default", "no_pmp", "sum_of_principles"]
 MEASURED = OF_ONE | {"reward_figures": MODELS, "policy_figures": ["default"], "task_figures": ["default"]}
-# Nothing that a policy is measured by.
+# Nothing by which a policy is measured.
 NO_POLICY = {"prompts": {"oasst1": None}, "tasks": [], "mt_bench": None}
 
 
@@ -434,12 +434,12 @@ NO_POLICY = {"prompts": {"oasst1": None}, "tasks": [], "mt_bench": None}
             {"targets": ["evaluation", "report"], "evaluation": NO_POLICY, "runs": None},
             {key: OF_ONE[key] for key in OF_ONE if key != "training_figures"},
         ),
-        # What was made elsewhere has no funnel, and nobody has trained it here.
+        # What was made elsewhere has no funnel, and was not trained here.
         (
             {"targets": ["policy", "report"], "reward_model": {"path": "someone/reward-model"}},
             {"funnel": ["default"], "training_figures": ["default"]},
         ),
-        # But it is measured by people's pairs.
+        # But it is measured on people's pairs.
         (
             {"targets": ["evaluation", "report"], "evaluation": NO_POLICY, "runs": None}
             | {"reward_model": {"path": "someone/reward-model"}},
@@ -470,7 +470,7 @@ look();
 
 @needs_chromium
 def test_the_report_opens_in_a_browser(small_run: Path, tmp_path: Path) -> None:
-    """No error in its console, every picture and page is there, and nothing is asked of the network."""
+    """No error in its console, every picture and page is there, and nothing is requested from the network."""
     from selenium.webdriver.common.by import By
 
     file = tmp_path / "report.html"

@@ -125,7 +125,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, template_file, tmp_path_factory) -> dict[str, Any]:
-    """One undisturbed run of 10 steps of 8 pairs on one process, in several passes each."""
+    """One undisturbed run on one process: 10 steps of 8 pairs, each in several passes."""
     folder = tmp_path_factory.mktemp("trained")
     make_records(50, 2).write_parquet(folder / "records.parquet")
     arguments = make_arguments(folder / "records.parquet", folder / "rm", tiny_model, template_file)
@@ -221,7 +221,7 @@ def test_bradley_terry_loss_against_float64():
     torch.manual_seed(0)
     chosen, rejected = torch.randn(2, 100) * 20
     expected = torch.log1p(torch.exp(-(chosen - rejected).double()))
-    # float32: an error of the margin of eps/2 times its size, and of the result of a few eps
+    # float32: an error in the margin of eps/2 times its size, and in the result of a few eps
     tolerance = torch.finfo(torch.float32).eps * (4 * expected + (chosen - rejected).abs().double())
     assert ((reward_model.bradley_terry_loss(chosen, rejected).double() - expected).abs() <= tolerance).all()
     far = reward_model.bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
@@ -252,7 +252,7 @@ def test_a_second_call_is_made_where_it_pays(tiny_model, monkeypatch, quantizati
     assert reward_model.when_apart(model, torch.device("cpu")) == Apart(saving=0, least=0)
     gpu = reward_model.when_apart(model, torch.device("cuda"))
     whole = models.new_reward_model(section.model_copy(update={"quantization": "none"}), Lora(r=2), "cpu", seed=0)
-    parameters = sum(parameter.numel() for parameter in whole.parameters())  # also where they are packed
+    parameters = sum(parameter.numel() for parameter in whole.parameters())  # even where they are packed
     assert gpu == reward_model.apart_on_gpu(parameters, 2, is_packed=quantization == "nf4")
     monkeypatch.setattr(reward_model, "is_deepspeed_zero3_enabled", lambda: True)
     assert reward_model.when_apart(model, torch.device("cuda")) == Apart(saving=math.inf)
@@ -406,7 +406,7 @@ def test_a_folder_without_its_head_is_an_error(trained, tmp_path):
 
 
 def test_first_step_against_a_float64_reference(trained, tokenizer):
-    """Loss and gradient norm that the Trainer logs, several passes, are those of the whole batch."""
+    """The loss and gradient norm that the Trainer logs for several passes are those of the whole batch."""
     arguments = train_reward_model.Arguments(**trained["arguments"])
     settings = arguments.settings
     records, _ = reward_model.read_records(arguments.records)
@@ -438,7 +438,7 @@ def test_manifest_says_what_went_in(trained):
 
 
 def test_learns_to_follow_a_principle_and_its_negation(tiny_model, template_file, tmp_path):
-    """The same outputs are better or worse as the principle in the text says; the halves cannot be had without it."""
+    """The same outputs are better or worse as the principle in the text says; without it, only half can be right."""
     make_records(900).write_parquet(tmp_path / "records.parquet")
     settings = {"batch_size": 16, "eval_examples": 100, "save_steps": 1000}
     arguments = make_arguments(
@@ -479,7 +479,7 @@ def test_nf4_trains(trained, tmp_path):
 @pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
 def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm"), "tokens_per_pass": 1}
-    # How far rounding alone moves the result: the same run with a pair a pass, so with sums in another order
+    # How far rounding alone moves the result: the same run with one pair per pass, so with sums in another order
     run_here(arguments | {"output": str(tmp_path / "one")})
     if deepspeed:
         arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
@@ -501,7 +501,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
 
 @pytest.mark.ranks
 def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
-    """NF4 and bfloat16, as the paper's run."""
+    """NF4 and bfloat16, as in the paper's run."""
     arguments = trained["arguments"] | {}
     arguments["model"] = {"base": arguments["model"]["base"], "quantization": "nf4", "dtype": "bfloat16"}
     arguments["reward_model"] = arguments["reward_model"] | {"epochs": 0.4}
@@ -529,7 +529,7 @@ def test_a_batch_that_does_not_divide_is_an_error(trained, tmp_path):
 # --- resuming
 
 
-# Dies at the sixth step, when all of its checkpoint is written but the mark that says so.
+# Dies at the sixth step, when its whole checkpoint is written except for the mark that says so.
 KILLED = """
 import os, signal, train_reward_model as script
 from salmon import training
@@ -602,7 +602,7 @@ def test_stopped_by_sigterm_and_started_again_gives_the_bytes_of_an_undisturbed_
 
 
 def test_another_budget_resumes_and_gives_the_same_up_to_rounding(trained, tmp_path):
-    """With other numbers of passes per step, of which the Trainer counts those that are done; and recomputing."""
+    """With recomputing, and another number of passes per step (the Trainer counts those that are done)."""
     arguments = trained["arguments"] | {"output": str(tmp_path / "rm")}
     failing([sys.executable, "-c", STOPPED, *command(arguments)[2:]])
     metrics = run_here(arguments | {"tokens_per_pass": 900, "gradient_checkpointing": True})

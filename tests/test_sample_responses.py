@@ -65,7 +65,7 @@ def options(folder: Path, model: config.Model, output: str = "out.parquet", **mo
 
 
 def longest(model: config.Model, preamble: str = PREAMBLE) -> int:
-    """Tokens that a prompt of the table and its response may have: 90 more than all of its prompts begin with."""
+    """Tokens that a prompt of the table and its response may have: 90 more than the prompts' common beginning."""
     tokenizer = load_tokenizer(model)
     begun = zip(*(tokenizer(f"{preamble}{text}\n\n")["input_ids"] for text, _ in INSTRUCTIONS), strict=False)
     return next(place for place, tokens in enumerate(begun) if len(set(tokens)) > 1) + 90
@@ -115,7 +115,7 @@ def test_every_row_is_what_the_sampler_makes_of_it_alone(work: Path, model: conf
 
 
 class Canned:
-    """A sampler without a model, of responses that together with their prompts have so many tokens at most."""
+    """A sampler without a model; a prompt and its response together may have `room` tokens."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -246,7 +246,7 @@ def test_a_shard_is_sampled_in_calls_of_two_to_eight_batches(rows: int, batch_si
 
 @pytest.mark.parametrize("done", [{0, 1}, {2}])
 def test_resumed_with_whole_batches(work: Path, model: config.Model, done: set[int]) -> None:
-    """An interruption after any of the calls of the sampler, as ranks leave them."""
+    """An interruption that leaves the parts of some of the sampler's calls, as ranks do."""
     run(work, model, "expected.parquet", batch_size=1)
     written: list[pl.DataFrame] = []
 
@@ -303,8 +303,8 @@ def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
 
 @pytest.mark.ranks
 def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, model: config.Model) -> None:
-    """Tensor parallelism changes the order of sums, which moved no token here; the text says the rest."""
-    expected = run(work, model, "one.parquet", batch_size=3)  # six rows: newcomers join others
+    """Tensor parallelism changes the order of sums, but changes no token here."""
+    expected = run(work, model, "one.parquet", batch_size=3)  # six rows: new ones join others
     together = options(work, model, "two.parquet", batch_size=3) | {"tensor_parallel": True}
     done = subprocess.run(command(sample_responses, together, *TORCHRUN), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -312,7 +312,7 @@ def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, 
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_table(work: Path, model: config.Model) -> None:
-    """Files of at most 1,000 bytes stand for the full disk."""
+    """A limit of 1,000 bytes per file stands in for the full disk."""
     assert "File too large" in on_a_full_disk(command(sample_responses, options(work, model)), 1000)
     assert not (work / "out.parquet").exists()
     assert not list((work / ".work").rglob("part-*.parquet"))

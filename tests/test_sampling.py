@@ -97,7 +97,7 @@ def test_another_sampler_drives_ppo(world: World, tmp_path: Path) -> None:
     assert all(asked["max_new_tokens"] == [settings.response_length] * len(asked["seeds"]) for asked in sampler.asked)
     assert not set(sampler.asked[0]["seeds"]) & set(sampler.asked[1]["seeds"])
     assert all(asked["temperature"] == settings.temperature for asked in sampler.asked)
-    assert (sampler.weights[1] - sampler.weights[0]).abs().max() > 0  # what it got the second time is a step further
+    assert (sampler.weights[1] - sampler.weights[0]).abs().max() > 0  # the second weights are those of a later step
     lines = (work.path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert '"finished": 1.0' in lines[0]

@@ -15,7 +15,7 @@ def test_all_ways_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     found = {name: (int(calls), float(share)) for name, _, _, calls, share in rows[2:]}
     assert list(found) == ["padded", "generate", "continuous", sampling.STATIC, "ours, refill 0.25"]
-    # Without refill a batch takes as many calls as its longest row has tokens, whoever samples.
+    # Without refill a batch takes as many calls as its longest row has tokens, whichever method samples.
     assert found["padded"] == found["generate"] == found[sampling.STATIC]
     assert found["ours, refill 0.25"][0] < found[sampling.STATIC][0]
     assert all(0 < share <= 1 for _, share in found.values())

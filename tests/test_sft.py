@@ -142,7 +142,7 @@ def test_a_format_gives_instructions_with_answers(tmp_path, name):
 
 @pytest.mark.parametrize("name", EXAMPLE_FORMATS)
 def test_bad_rows_are_refused_and_counted(tmp_path, name):
-    """Without the column of the answer, and with a number in its place."""
+    """Without the answer's column, and with a number in its place."""
     rows, wanted, _ = ROWS[name]
     answer = {"dolly": "response", "oasst1": "text", "sharegpt": "conversations"}.get(name, "output")
     bad = [{key: value for key, value in rows[-1].items() if key != answer}, rows[-1] | {answer: 7}]
@@ -176,7 +176,7 @@ def encode(tokenizer: Any, prompt: PolicyPrompt, *texts: sft.Text, length: int =
 
 
 def spoken(tokenizer: Any, example: sft.Example) -> str:
-    """What the policy says, special tokens written out."""
+    """What the policy says, with special tokens written out."""
     return tokenizer.decode(example.tokens[example.prompt :], skip_special_tokens=False)
 
 
@@ -191,7 +191,7 @@ def test_what_is_trained_is_the_prompt_of_sampling_and_then_the_answer_with_its_
     labels = sft.collate([example])["labels"][0]
     assert (labels[: example.prompt] == sft.IGNORED).all()
     assert labels[example.prompt :].tolist() == example.tokens[example.prompt :].tolist()
-    # In sampling it ends with its last token, and not before
+    # In sampling it ends at its last token, and not before
     stops, said = StopStrings(tokenizer, prompt.stop), example.tokens[example.prompt :].tolist()
     assert [stops.complete("", said[:count]) for count in range(1, len(said) + 1)].index(True) == len(said) - 1
 
@@ -221,7 +221,7 @@ def test_llamas_kind_of_tokenizer_goes_on_after_the_line_break(tmp_path):
             )[0]
         )
     )
-    assert example.tokens.tolist().count(tokenizer.eos_token_id) == 1  # that of the end; the answer only spells it
+    assert example.tokens.tolist().count(tokenizer.eos_token_id) == 1  # the end's; the answer only spells it out
     assert example.tokens[-1] == tokenizer.eos_token_id
 
 
@@ -287,7 +287,7 @@ def test_a_chat_template_without_an_end_or_with_thinking_is_refused(template, sa
 
 
 def make_examples(number: int) -> pl.DataFrame:
-    """Made-up examples, two a prompt, with answers of very different lengths."""
+    """Made-up examples, two per prompt, with answers of very different lengths."""
     rows = [
         {
             "example_id": f"{index:04}",
@@ -330,7 +330,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory) -> dict[str, Any]:
-    """One undisturbed run of 7 steps of 8 examples on one process, in several passes each."""
+    """One undisturbed run on one process: 7 steps of 8 examples, each in several passes."""
     folder = tmp_path_factory.mktemp("sft")
     make_examples(80).write_parquet(folder / "examples.parquet")
     prompt = policy_prompt(folder)
@@ -414,7 +414,7 @@ def test_manifest_and_folder(trained, tiny_model):
 @pytest.mark.ranks
 @pytest.mark.parametrize("deepspeed", [None, "zero2.json", "zero3.json"])
 def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
-    """Whose passes have other numbers of tokens."""
+    """The passes of two ranks have different numbers of tokens."""
     arguments = trained["arguments"] | {"output": str(tmp_path / "sft"), "tokens_per_pass": 1}
     run_here(arguments | {"output": str(tmp_path / "one")})  # how far rounding alone moves the result
     if deepspeed:
@@ -526,7 +526,7 @@ def share_ended(model: Model, prompt: PolicyPrompt, instructions: list[str]) -> 
 
 
 def test_learns_from_real_samples_what_answers_are_like_and_how_they_end(tiny_model, tmp_path, capsys):
-    """A model of random weights and the short answers of Dolly and OASST1; their prompts are held out."""
+    """A model with random weights, and short answers of Dolly and OASST1; the prompts that it answers are held out."""
     sources = {
         "dolly": {"format": "dolly", "path": str(DATA / "databricks-dolly-15k")},
         "oasst1": {"format": "oasst1", "path": str(DATA / "oasst1")},
@@ -590,7 +590,7 @@ def test_the_workflow_starts_with_sft(tmp_path):
     assert "train_sft" in sampled
     assert "clean_sft_data" in sampled
     assert "train_sft" not in jobs("policy", model={"adapter": None})
-    assert "train_sft" not in jobs("pmp", "rl_prompts")  # neither its weights nor a tokenizer: it has none
+    assert "train_sft" not in jobs("pmp", "rl_prompts")  # these need neither its weights nor its tokenizer: it has none
     alone = jobs("sft", model={"adapter": None})
     assert all(rule in alone for rule in ("clean_sft_data", "train_sft", "check_model"))
     assert "sample_responses" not in alone

@@ -40,7 +40,7 @@ def reward_folder(plain: Model, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def adapter_folder(plain: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of an initial policy, as a fine-tuning leaves it."""
+    """The adapter of an initial policy, as fine-tuning leaves it."""
     from peft import TaskType
 
     folder = tmp_path_factory.mktemp("adapter")
@@ -50,7 +50,7 @@ def adapter_folder(plain: Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def save_randomised(model: PeftModel, folder: Path) -> Path:
-    """Save a PEFT model whose LoRA B weights, zero at first, are random: the adapter changes what comes out."""
+    """Save a PEFT model whose LoRA B weights, zero at first, are random, so that the adapter changes the output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -103,7 +103,7 @@ def rewards_of(shared: SharedBase, texts: Sequence[list[int]]) -> torch.Tensor:
 
 
 def slow_logprobs(model: nn.Module, query: list[int], response: list[int]) -> list[float]:
-    """One row, no padding; one forward pass a token; the softmax in float64."""
+    """One row, no padding; one forward pass per token; the softmax in float64."""
     found = []
     for t, token in enumerate(response):
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_policy_starts_as_the_initial_policy(
 
 
 def test_reference_stays_while_the_policy_is_trained(shared: SharedBase) -> None:
-    """Also where the initial policy is itself an adapter, and disabling adapters would not give it."""
+    """Even where the initial policy is itself an adapter, and disabling adapters would not give it."""
     before = logprobs_of(shared, "reference")
     disturb(shared)
     torch.testing.assert_close(logprobs_of(shared, "reference"), before, atol=0, rtol=0)
@@ -295,11 +295,11 @@ def test_gradient_checkpointing_changes_no_gradient(shared: SharedBase) -> None:
     layer.register_forward_pre_hook(count)
     shared.lm.gradient_checkpointing_enable({"use_reentrant": False})
     assert relative(both(), without) < 1e-6
-    assert calls == 4  # a forward pass and its repetition, for two losses: it was on
+    assert calls == 4  # a forward pass and its repetition, for two losses: checkpointing was on
 
 
 def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folder: Path) -> None:
-    """As long as nothing has changed, the ratio of new and old policy must be 1."""
+    """As long as nothing has changed, the ratio of new to old policy must be 1."""
     lora = LORA.model_copy(update={"dropout": 0.5})
     shared = SharedBase(settings(plain, adapter_folder, "fresh"), lora, reward_folder, torch.device("cpu"), seed=1)
     assert [module.p for module in shared.modules() if isinstance(module, nn.Dropout)].count(0.5) == 14
@@ -310,7 +310,7 @@ def test_no_dropout_in_training(plain: Model, adapter_folder: Path, reward_folde
 
 
 def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Model, tmp_path: Path) -> None:
-    """GPT-2: another name of the backbone, absolute positions, dropout without a separate module."""
+    """GPT-2: another name for the backbone, absolute positions, dropout without a separate module."""
     shutil.copytree(plain.base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
     shutil.copy(Path(plain.base) / "tokenizer_config.json", tmp_path / "gpt2")
     torch.manual_seed(0)
@@ -329,7 +329,7 @@ def test_a_model_with_learned_positions_and_dropout_inside_attention(plain: Mode
     torch.testing.assert_close((logprobs_of(shared, "policy"), values_of(shared)), together, atol=0, rtol=0)
 
 
-# -- 16 and 4 bit
+# -- 16 and 4 bits
 
 
 def test_float16_is_refused(plain: Model, adapter_folder: Path, reward_folder: Path) -> None:
@@ -345,7 +345,7 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
 ) -> None:
     """The order in PPO: sample, then train. On some CPUs bitsandbytes would leave all gradients zero (models.prepare).
 
-    Against a model of the same 4-bit weights, written out in float32; what remains is the rounding of `dtype`.
+    Against a model with the same 4-bit weights, written out in float32: only the rounding of `dtype` remains.
     """
     model = settings(plain, adapter_folder, "adapter", quantization="nf4", dtype=dtype)
     shared = SharedBase(model, LORA, reward_folder, torch.device("cpu"), seed=1)
@@ -359,7 +359,7 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
     trained = {name for name, p in shared.named_parameters() if p.requires_grad}
     assert with_gradient(shared) == trained
     assert {p.dtype for p in shared.parameters() if p.requires_grad} == {torch.float32}  # in bfloat16, steps vanish
-    with torch.no_grad(), shared.use("policy"):  # what is computed with is what takes the memory
+    with torch.no_grad(), shared.use("policy"):  # the activations, which take the memory
         output = shared(input_ids=torch.tensor(QUERIES[:1]), output_hidden_states=True)
     assert {each.dtype for each in (*output.hidden_states, output.logits)} == {getattr(torch, dtype)}
 
@@ -382,7 +382,7 @@ def test_four_bit_gradients_after_a_forward_pass_in_eval_mode(
 
 
 def copy_base(source: SharedBase, target: SharedBase) -> None:
-    """Give `target` the base weights of `source`, which are in 4 bit."""
+    """Give `target` the base weights of `source`, which are in 4 bits."""
     from bitsandbytes.functional import dequantize_4bit
 
     weights = dict(source.named_parameters())
@@ -403,7 +403,7 @@ def test_four_bit_policy_and_reference_start_equal(plain: Model, adapter_folder:
         alone = models.load_initial_policy(model, "cpu")
         found = torch.cat(logprobs_of(shared, "policy"))
         slow = [slow_logprobs(alone, query, response) for query, response in zip(QUERIES, RESPONSES, strict=True)]
-        # bfloat16 has 8 bits: logits of size 10 differ by some hundredths between two orders of summation.
+        # bfloat16 has 8 bits: logits of size 10 differ by a few hundredths between two orders of summation.
         assert (found - torch.tensor([value for row in slow for value in row])).abs().max() < 0.5
 
 

@@ -1,6 +1,6 @@
 """The SLURM profile: the SLURM options that the executor passes for every rule of the paper's configuration.
 
-That SLURM takes it, and what it makes of it, is tested on a real one (tests/slurm).
+Whether SLURM accepts them, and what it makes of them, is tested on a real SLURM (tests/slurm).
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
-EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # a task a GPU: 64 CPUs on a node
+EIGHT = "--ntasks-per-node=8 --cpus-per-task=8"  # one task per GPU: 64 CPUs on a node
 ONE = "-p gpu -t 360 --mem 64000 --cpus-per-task=8 --gres=gpu:1"  # and one task, SLURM's default
 EXPECTED = {
     "check_model": ONE,
@@ -43,7 +43,7 @@ EXPECTED = {
     "evaluate_demo": ONE,
 }
 PAPER = ("policies", "sft", "demo_policy")
-DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml", "--forceall")  # also where the demo has run
+DEMO = ("demo_evaluation", "--configfile", "demo/config.yaml", "--forceall")  # even where the demo has run
 
 
 class Resources(dict[str, Any]):
@@ -183,7 +183,7 @@ def test_slurms_logs_follow_the_path_variables(
 
 @pytest.mark.parametrize("nodes", ["2", "3"])
 def test_several_nodes_need_slurm(nodes: str) -> None:
-    """Rather than a run on one node that looks like one on several."""
+    """Otherwise a run on one node would look like one on several."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     line = ["bash", "workflow_scripts/launch.sh", nodes, "1", "1", "script.py"]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -192,7 +192,7 @@ def test_several_nodes_need_slurm(nodes: str) -> None:
 
 
 def test_plan_counts_with_the_hardware_of_the_profile(tmp_path: Path) -> None:
-    """Numbers and words of the site's file alike."""
+    """Both with numbers and with words from the site's file."""
     site = yaml.safe_load((ROOT / "profiles" / "slurm" / "site.yaml").read_text())
     site |= {"reward_model_tokens_per_pass": 1, "policy_deepspeed": None, "gpus_per_node": 4, "policy_nodes": 2}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))

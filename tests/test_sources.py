@@ -40,7 +40,7 @@ def json_lines(rows: list[Any]) -> bytes:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    """Rows in the kind of file that the name says."""
+    """Write rows to the kind of file that the name says."""
     if path.suffix == ".parquet":
         pl.DataFrame(rows).write_parquet(path)
     else:
@@ -225,7 +225,7 @@ def test_numbers_of_any_size_are_read_and_scores_are_finite(tmp_path: Path, name
 
 
 def test_a_json_list_is_told_from_json_lines(tmp_path: Path) -> None:
-    """The authors' files of JSON lines end with `.json`."""
+    """The authors' JSON Lines files end with `.json`."""
     path = tmp_path / "a.json"
     path.write_bytes(json_lines(ROWS[:2]))
     assert read(path) == [(f"{path}, line {n + 1}", ROWS[n]) for n in range(2)]
@@ -280,7 +280,7 @@ def test_missing_and_unknown_paths_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The hub, played by a Parquet file that `datasets` streams; the calls are kept."""
+    """A Parquet file that `datasets` streams stands in for the hub; the calls are recorded."""
     import datasets
 
     file = write(tmp_path / "hub.parquet", [row | {"solution": "s"} for row in ROWS])

@@ -74,7 +74,7 @@ def test_the_contract_of_the_library_names_every_script() -> None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """What a file imports: modules, and names out of modules as `module.name`."""
+    """What a file imports: modules, and names from modules as `module.name`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -83,7 +83,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def test_only_the_sampler_knows_the_loop_behind_it() -> None:
-    """Whoever imported `generate` would sample past the seam, and no other engine would be asked."""
+    """Importing `generate` would bypass the sampler, and no other engine would be used."""
     users = {
         path.name
         for folder in (SCRIPTS, ROOT / "demo")
@@ -145,7 +145,7 @@ def test_tables_and_targets_name_the_same_files() -> None:
         for name, path in configuration.ARTIFACTS.items()
         if name.endswith(("answers", "scores", "verdicts", "evaluation_pairs"))
     }
-    files = {table.files for table in TABLES if "*" not in table.files}  # which is what two tables have in common
+    files = {table.files for table in TABLES if "*" not in table.files}  # * marks what two tables share
     found = set()
     for name in files:
         begin, *middle = re.split("[{}]", name)
@@ -154,7 +154,7 @@ def test_tables_and_targets_name_the_same_files() -> None:
 
 
 def test_the_lists_of_targets_are_one() -> None:
-    """A rule with the name of a target would be a second place for it; what a target names, a rule makes."""
+    """A rule with a target's name would define it a second time; what a target names, a rule makes."""
     rules = {match[1] for block in BLOCKS if (match := re.match(r"(?:use rule \w+ as|rule) (\w+)", block))}
     assert rules.isdisjoint(TARGETS)
     made = re.findall(r'"<results>/(?:\{home\})?([^"]+)"', RULES)
@@ -170,11 +170,11 @@ def test_the_lists_of_targets_are_one() -> None:
 
 
 def rules_with_a_model(blocks: list[str]) -> set[str]:
-    """Rules whose environment is the model's, and those that are made of such a rule and keep its environment."""
+    """Rules whose environment is the model's, and those that are derived from such a rule and keep its environment."""
     headings = [re.match(r"(?:use rule (\w+) as|rule) (\w+)", block) for block in blocks]
     with_model: set[str] = set()
     before = None
-    while before != with_model:  # the rule that another one is made of may come later, in another file
+    while before != with_model:  # a rule may be derived from one that comes later, in another file
         before = set(with_model)
         for heading, block in zip(headings, blocks, strict=True):
             assert heading
@@ -216,7 +216,7 @@ def test_every_rule_with_a_model_has_its_gpus_in_the_profiles(rule: str, monkeyp
 
 # ---- Errors name what the user can set
 
-# Of a model's file, of DeepSpeed's; and files.
+# Keys of a model's file and of DeepSpeed's, and names of files.
 OTHERS_KEYS = {"score.weight", "zero_optimization.stage", "config.json", "tokenizer.json", "models.md", "evaluation.md"}
 
 
@@ -240,7 +240,7 @@ def name_of(call: ast.Call) -> str:
 
 
 def arguments_named(*names: str) -> Iterator[tuple[str, str]]:
-    """Every text that is passed to a function of ours as a parameter of one of these names, and the caller's file."""
+    """Every text that is passed to a function of ours as a parameter with one of these names, and the caller's file."""
     places = {
         node.name: place
         for _, node in NODES
@@ -258,7 +258,7 @@ def arguments_named(*names: str) -> Iterator[tuple[str, str]]:
 
 
 def error_texts() -> Iterator[tuple[str, str]]:
-    """Every text in a `UserError`, every key that is passed on to be named in one, and its file."""
+    """Every text in a `UserError` and every key that is passed on to be named in one, with its file."""
     for file, node in NODES:
         if isinstance(node, ast.Call) and name_of(node) == "UserError":
             yield from ((file, text) for text in texts(node))
@@ -276,7 +276,7 @@ AUTHORS_ROWS = (authors.ResponseRow, authors.PreferenceRow, authors.RecordRow)
 
 
 def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
-    """Names in the text of an error that a user cannot set: no keys, columns, rules, or options of the profile."""
+    """Names in the text of an error that a user cannot set: not keys, columns, rules, or options of the profile."""
     columns = {name for table in TABLES for name in table.columns}
     columns |= {
         name
@@ -308,7 +308,7 @@ def unknown_names(text: str, stages: list[str] = REWARD_STAGES) -> list[str]:
         ("ppo.clip is §, tokens_per_pass §; see column s12 of prompt_id", []),
         ("ppo.clipp is §", ["ppo.clipp"]),
         ("lower settings.batch_size", ["settings.batch_size"]),
-        ("§.batch_size is not a multiple of §.init", ["§.init"]),  # which pmp has not
+        ("§.batch_size is not a multiple of §.init", ["§.init"]),  # which pmp lacks
         ("raise §max_length or §batch_size", ["§batch_size"]),  # ppo.reward_batch_size
         ("raise batch_sizes", ["batch_sizes"]),
     ],
@@ -323,13 +323,13 @@ def test_errors_name_keys_of_the_configuration_or_options_of_the_profile() -> No
     named = list(error_texts())
     passed_on = "policy_prompt.template's preamble + sampling.max_length"
     assert {("train_reward_model.py", "§.max_length"), ("sample_responses.py", passed_on)} <= set(named)
-    stages = {"training.py": STAGES}  # the others are of reward models
+    stages = {"training.py": STAGES}  # the others are about reward models
     found = [(file, name) for file, text in named for name in unknown_names(text, stages.get(file, REWARD_STAGES))]
     assert found == []
 
 
 def test_the_settings_of_reward_texts_are_those_of_their_sections() -> None:
-    """The settings of one stage are those of the other: errors name them by the section that was given."""
+    """All their sections have the same settings: errors name them by the section that was given."""
     for name in ("max_length", "query_length", "response_length"):
         assert {f"{begin}{name}" for begin in BEGINNINGS} <= KEYS
 
@@ -338,7 +338,7 @@ DRAWN = ("funnel", "judge", "reward_model", "training", "policies", "tasks", "sa
 
 
 def test_data_rules_and_the_snakefile_do_without_torch() -> None:
-    """The environment of the data rules has none, and it takes a second or two to be imported."""
+    """The data rules' environment has no torch, and importing it takes a second or two."""
     modules = ["clean_prompts", "clean_sft_data", "clean_pmp_data", "aggregate_preferences", "gather_shards", "verify"]
     modules += ["import_authors", "evaluate_judge", "evaluate_policies", "judge_by_endpoint"]
     modules += [f"draw_{part}" for part in DRAWN]

@@ -1,4 +1,4 @@
-"""The tables' schemas: what they say of themselves, and that writers keep to them."""
+"""The tables' schemas: what they say about themselves, and that writers keep to them."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def test_keys_are_columns_without_nulls_and_a_name_has_one_type() -> None:
 
 
 def test_who_makes_a_record_makes_every_column_of_it() -> None:
-    """Polars fills a key that is missing with nulls, in silence."""
+    """Polars silently fills a missing key with nulls."""
     drawn = [field.name for field in fields(aggregation.Drawn)]
     assert set(drawn) == set(PRINCIPLE_RECORDS.columns) - set(RECORD_TEXTS)
     record = preference_data.record("mine", Comparison("Why?", "So.", "No."), 0)
@@ -78,7 +78,7 @@ def test_a_file_of_another_format(tmp_path: Path, table: tables.Table, content: 
 
 
 def test_no_error_about_a_table_or_a_reward_model_tells_to_delete_it() -> None:
-    """For a file in a work folder or checkpoint, which is not a user's own, it may say so."""
+    """Errors about files in a work folder or checkpoint, which are not a user's own, may say so."""
     scripts = Path(__file__).parents[1] / "workflow_scripts"
     own = {"work.py", "optimization.py", "ppo.py", "tokenizers.py"}
     texts = [

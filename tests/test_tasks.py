@@ -53,7 +53,7 @@ def plain(found: dict[str, dict[str, tasks.Metric]]) -> dict[str, dict[str, task
 
 
 def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, tasks.Metric]]:
-    """What lm-eval says itself."""
+    """What lm-eval itself says."""
     line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
     line += ["--tasks", "truthfulqa_local,hhh", "--include_path", "evaluation_tasks", "--metadata", json.dumps(LOCAL)]
     line += ["--batch_size", "16", "--output_path", str(output), *more]
@@ -72,7 +72,7 @@ def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: P
     found = plain(measured)
     named = f"pretrained={tiny_model},peft={policy},dtype=float32"
     theirs = command_line(named, tmp_path / "theirs", "--limit", str(LIMIT))
-    # A mean of probabilities, which depend in their last digits on the texts that a batch holds.
+    # A mean of probabilities, whose last digits depend on the other texts in the batch.
     assert found["truthfulqa_mc2"]["acc"] == pytest.approx(theirs["truthfulqa_mc2"].pop("acc"), rel=1e-6)
     assert {**found, "truthfulqa_mc2": {}} == theirs
     assert set(found) == {"truthfulqa_mc1", "truthfulqa_mc2", "hhh", *(f"hhh_{part}" for part in PARTS)}
@@ -84,13 +84,13 @@ def test_the_numbers_are_those_of_the_command_line(tiny_model: Path, tmp_path: P
     assert "evaluation_tasks/hhh.yaml" in manifest["inputs"]
 
 
-ITEMS = 17  # of which some share a question, and four have letters of more than a byte
+ITEMS = 17  # some share a question, and four have letters of more than a byte
 PARTS = ("helpful", "honest", "harmless", "other")
 
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a chat template that has a variable, and a day of today."""
+    """A model whose chat template has a variable and today's date."""
     template = CHATML.replace("assistant\n", "{{ who }} {{ strftime_now('%d %B') }}\n")
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=template, bos=False)
     folder = save_markov(tmp_path_factory.mktemp("chatty"), tokenizer, "ab", max_length=8192)
@@ -161,7 +161,7 @@ def test_a_killed_job_goes_on_with_the_next_task(chatty: Path, tmp_path: Path, m
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of own tasks."""
+    """A folder with a user's own tasks."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "rows.jsonl").write_text(json.dumps({"question": "secret " * 40, "answers": [" secret", "b"]}) + "\n")
     (folder / "mine.yaml").write_text(
@@ -217,7 +217,7 @@ def test_a_model_that_computes_no_numbers_is_refused(tiny_model: Path, tmp_path:
 
 
 def test_cut_texts_are_counted(short: Path, own: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The log counts them, and contains no text of the data."""
+    """The log counts them, but contains no text from the data."""
     evaluation = Evaluation(tasks=["mine"], tasks_folder=own, tasks_data={"hhh": LOCAL["hhh"]})
     with caplog.at_level(logging.INFO):
         evaluate_tasks.main(arguments(short, tmp_path / "tasks", evaluation=evaluation))

@@ -76,7 +76,7 @@ def test_reward_model_reads_response_then_instruction_then_guideline(name: str) 
 
 
 def test_rl_template_is_the_training_one_with_three_lines_more() -> None:
-    """They come before the drawn principles, and after all of them one sentence, in training as in RL."""
+    """They come before the drawn principles; one sentence follows all principles, in training as in RL."""
     training = templates.read(OURS / "reward_model.txt").splitlines()
     rl = templates.read(OURS / "reward_model_rl.txt").splitlines()
     fixed = [line for line in rl if line.startswith("- ")]
@@ -134,7 +134,7 @@ def test_the_check_names_key_file_and_slots(tmp_path: Path) -> None:
 
 
 def test_templates_in_the_authors_format_work(tmp_path: Path) -> None:
-    """The slots of the authors' files, in an order of their own, {Dimension} several times, no final line break."""
+    """The slots of the authors' files, in another order, {Dimension} several times, no final line break."""
     judge = tmp_path / "judge.txt"
     judge.write_text(
         "System.\n\n{UserInstruction}\n(a) {OutputA}\n(b) {OutputB}\n{Dimension}: {Definition}\n"

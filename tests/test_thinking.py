@@ -159,7 +159,7 @@ LLAMA = (
     ],
 )
 def test_a_chat_template_that_writes_the_date(template: str, variables: dict[str, Any], begins: str | None) -> None:
-    """Else the prompts of a run would change at midnight."""
+    """Otherwise a run's prompts would change at midnight."""
     prompt = PolicyPrompt(template="chat", template_variables=variables)
     tokenizer = byte_tokenizer(special=CHATML_TOKENS, template=template)
     if begins is None:
@@ -286,7 +286,7 @@ CUT = {  # what is sampled -> the text that is scored, and the text of the token
 
 @pytest.mark.parametrize("special", [False, True])
 def test_a_response_is_cut_where_a_line_praises_it(special: bool) -> None:
-    """The paper's three words at the beginning of a line, thinking apart: the rest is lost, and so is the stop."""
+    """At one of the paper's three words at the start of a line, outside thinking: the rest and the stop are lost."""
     names = {"special": (*CHATML_TOKENS, *THINK)} if special else {"special": CHATML_TOKENS, "added": THINK}
     tokenizer = byte_tokenizer(**names, template=QWEN)
     size = len(CUT)

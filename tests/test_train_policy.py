@@ -67,7 +67,7 @@ def test_what_a_run_writes(world: World, policy: Path) -> None:
 
 
 def test_hardware_settings_change_no_step(world: World, policy: Path, tmp_path: Path) -> None:
-    """Other batches on the GPU, other memory: the same run up to rounding; recomputing calls the layers more often."""
+    """Other batches and memory on the GPU give the same run up to rounding; recomputing calls the layers more often."""
     start, forward = weights(world.adapter), LlamaMLP.forward
     calls = dict.fromkeys(("false", "true"), 0)
     for recomputed in calls:
@@ -117,7 +117,7 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
     said = failing([sys.executable, "-c", signalled("SIGTERM", 3), *world.arguments(output)])
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in said
     assert not output.exists()
-    # On a GPU with less memory: up to rounding the same.
+    # On a GPU with less memory: the same up to rounding.
     status, log = run(world.arguments(output, {"tokens-per-pass": 1, "tokens-per-forward-pass": 100}))
     assert status == 0, log
     assert "resuming after step 3" in log
@@ -128,7 +128,7 @@ def test_stopped_by_sigterm_and_started_again(world: World, policy: Path, tmp_pa
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_checkpoint(world: World, policy: Path, tmp_path: Path) -> None:
-    """Files of at most 20,000 bytes stand for the full disk: weights do not fit, metrics do."""
+    """A limit of 20,000 bytes per file stands in for the full disk: weights do not fit, metrics do."""
     output = tmp_path / "policy"
     said = on_a_full_disk([sys.executable, SCRIPTS / "train_policy.py", *world.arguments(output)], 20_000)
     assert "File too large" in said
@@ -287,7 +287,7 @@ def eager(world: World, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("bonus", [1.0, -1.0])
 def test_it_learns_to_be_long_or_short(world: World, eager: Model, tmp_path: Path, bonus: float) -> None:
-    """The same but for the sign of the length bonus: responses become longer, or shorter."""
+    """The runs differ only in the sign of the length bonus: responses become longer, or shorter."""
     settings = world.ppo(
         **{"principles_per_rollout": 0, "kl_coefficient": 0, "stop_penalty": 0},
         **{"length_reward": 10, "length_reward_cap": 1, "response_length": 12},

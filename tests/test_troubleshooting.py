@@ -31,11 +31,11 @@ def source(name: str) -> Path:
 
 
 def texts(path: Path) -> list[str]:
-    """All texts of a file of Python or Snakemake, as whole as they are written, with `…` for what is filled in."""
+    """All texts of a Python or Snakemake file, in full, with `…` for what is filled in."""
     code = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(code)
-    except SyntaxError:  # rules; their texts one after another are one
+    except SyntaxError:  # rules; adjacent texts are joined
         literal = r'f?"((?:[^"\\\n]|\\.)*)"'
         joined = re.finditer(rf"{literal}(?:\s+{literal})*", code)
         return [re.sub(r"\{[^{}]*\}", VARIABLE, "".join(re.findall(literal, each[0]))) for each in joined]
@@ -80,5 +80,5 @@ def test_a_renamed_message_is_noticed(tmp_path: Path) -> None:
     assert says(rules, "no run …; look")
     assert not says(code, "the … of … was not valid; see …")
     assert not says(code, "is not valid … the")
-    assert not says(code, "is late … valid")  # of two texts
+    assert not says(code, "is late … valid")  # words from two texts
     assert not says(rules, "no run …; listen")

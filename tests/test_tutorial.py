@@ -31,7 +31,7 @@ def dry_runs() -> list[list[str]]:
 
 
 def test_its_python_runs(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one session, as the page says, with the results of another run in the place of the demo's."""
+    """In one session, as the page says, with the results of another run in place of the demo's."""
     first, *others = blocks("python")
     assert others
     demo, here = 'Path("results/demo")', f"Path({str(small_run / 'results')!r})"

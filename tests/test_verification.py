@@ -85,7 +85,7 @@ HELD_OUT = {"evaluation/prompts.parquet", "evaluation/pairs.parquet"}
 LABELLED = {"evaluation/judge_pairs/preferred.parquet", "evaluation/judge_pairs/other.parquet"}
 WITHOUT_MODEL |= LABELLED
 TEXTS, SPLIT = ("template", "max_length", "query_length", "response_length"), ("eval_examples", "seed")
-# Key, or the beginning of some -> what a change makes stale by itself. The longest that fits counts; what changes no
+# Key, or the beginning of several -> what a change makes stale by itself. The longest match counts; what changes no
 # result is not here.
 STALE = {
     "targets": set(),
@@ -144,7 +144,7 @@ STALE = {
     "ppo.reward_response_length": RL,
     "ppo.reward_max_length": RL,
     "evaluation.prompts": {"evaluation/prompts.parquet"},
-    "evaluation.against": set(),  # of one run only
+    "evaluation.against": set(),  # there is only one run
     "evaluation.pairs": {"evaluation/pairs.parquet"},
     "evaluation.judge_pairs": LABELLED,
     "evaluation.judge_pairs.*.principles": {"evaluation/judge"},
@@ -152,7 +152,7 @@ STALE = {
     "evaluation.engine": ANSWERED | DIALOGUES,
     "evaluation.seed": WITHOUT_MODEL | ANSWERED | MEASURED | DIALOGUES,
     "evaluation.mt_bench": DIALOGUES,
-    "evaluation.judge_endpoint": set(),  # which the small run has not
+    "evaluation.judge_endpoint": set(),  # which the small run lacks
     "evaluation.mt_bench_tokens": DIALOGUES,
     **{f"evaluation.{key}": TASKED for key in ("tasks_format", *provenance.TASKS)},
     "report": set(),
@@ -170,13 +170,13 @@ def copy(small_run: Path, tmp_path: Path) -> Path:
 
 @cache
 def read(file: Path) -> dict[str, Any]:
-    """A configuration over the repository's, read once; nobody changes it."""
+    """A configuration on top of the repository's, read once; nothing changes it."""
     return configuration.read([ROOT / "config.yaml", file])
 
 
 @cache
 def before(folder: Path, base: str) -> set[tuple[str, str]]:
-    """What is stale with these changes, as JSON, before a test makes another."""
+    """What is stale with these changes (as JSON), before a test makes another."""
     return look(load(folder, **json.loads(base)))
 
 
@@ -188,7 +188,7 @@ def load(folder: Path, results: Path | None = None, **changes: Any) -> dict[str,
 
 
 def look(runs: dict[str, Config], kind: str = "stale") -> set[tuple[str, str]]:
-    """What is found of a kind: paths below the results, and why."""
+    """The findings of one kind: paths below the results, and why."""
     root = Path(runs["default"].pathvars.results)
     found = [one for one in verification.verify(runs).findings if one.kind == kind]
     texts = {(Path(one.path).relative_to(root).as_posix(), one.text) for one in found}
@@ -277,7 +277,7 @@ CHAT = {"policy_prompt": {"template": "chat"}, "judge": {"format": "chat"}, "sco
 
 
 def other(key: str, old: Any, folder: Path) -> Any:
-    """Another value that the key may have; of a file, a copy with other contents."""
+    """Another value that the key may have; for a file, a copy with other contents."""
     if key in VALUES:
         return VALUES[key]
     annotation = str(KEYS[key].annotation)
@@ -314,7 +314,7 @@ def other(key: str, old: Any, folder: Path) -> Any:
 
 
 def leaves(key: str, raw: dict[str, Any]) -> Iterator[tuple[list[str], Any]]:
-    """The places of a key in a configuration, of a mapping in its first entry, with their values."""
+    """The places of a key in a configuration (in a mapping, only its first entry), with their values."""
     parts: list[tuple[list[str], Any]] = [([], raw)]
     for name in key.split("."):
         parts = [
@@ -331,7 +331,7 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
     """Nothing else becomes stale."""
     section = key.partition(".")[0]
     raw = load(small_run)["default"].model_dump(mode="json", exclude={"runs"})
-    base: dict[str, Any] = {}  # what there has to be for the key to be set
+    base: dict[str, Any] = {}  # what the key requires
     if key.startswith("judge.model."):
         base = {"judge": {"model": raw["model"]}}
     if key == "judge.path":
@@ -356,7 +356,7 @@ def test_a_changed_key_makes_stale_what_depends_on_it(small_run: Path, tmp_path:
 
 
 def test_every_key_has_an_expectation() -> None:
-    """A new section is added above."""
+    """A new section must be added above."""
     assert set(Config.model_fields) - {"runs"} <= {key.split(".")[0] for key in STALE}
     for key, field in KEYS.items():
         assert field_of(key.replace("*", "name")) is field
@@ -370,7 +370,7 @@ def rewrite_table(path: Path, change: pl.Expr) -> None:
 
 
 def test_a_table_with_other_contents(copy: Path) -> None:
-    """Its consumers hashed another one; it has itself the rows that it should have."""
+    """Its consumers hashed another one; the table itself has the rows that it should have."""
     rewrite_table(copy / "results" / "prompts" / "rl.parquet", pl.col("length_bonus") + 1)
     runs = load(copy)
     reason = f"inputs changed ({copy}/results/prompts/rl.parquet)"
@@ -425,7 +425,7 @@ def test_every_table_is_held_against_its_rows(copy: Path) -> None:
 
 
 def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
-    """Contents count, and not names."""
+    """Contents count, not names."""
     moved = copy / "elsewhere.json"
     shutil.copy(ROOT / "demo" / "principles" / "rl.json", moved)
     runs = load(copy, ppo={"principles": str(moved)})
@@ -437,13 +437,13 @@ def test_an_edited_principle_and_a_moved_template(copy: Path) -> None:
 def test_a_policy_whose_run_has_another_reward_model_by_now(copy: Path) -> None:
     """The new reward model is not built yet; the one that trained the policy still exists, but not for this run."""
     shutil.copytree(copy / "results/runs/default/policy", copy / "results/runs/other/policy")
-    assert paths(look(load(copy, runs={"default": {}, "other": {}}))) == {"evaluation/policies"}  # of one run more
+    assert paths(look(load(copy, runs={"default": {}, "other": {}}))) == {"evaluation/policies"}  # it has one more run
     found = look(load(copy, runs={"default": {}, "other": {"aggregation": {"agreement": "mean"}}}))
     assert {path for path, text in found if "inputs changed" in text} == {"runs/other/policy"}
 
 
 def test_manifests_from_before_responses_were_cut(copy: Path) -> None:
-    """A key that is new, and whose default is not what was done without it."""
+    """A new key whose default is not what was done before it existed."""
     file = copy / "results/runs/default/policy/manifest.json"
     manifest = json.loads(file.read_text())
     del manifest["settings"]["ppo"]["cut_markers"]
@@ -461,7 +461,7 @@ def test_results_that_were_moved(small_run: Path, copy: Path) -> None:
 
 
 def test_shards(copy: Path) -> None:
-    """Neither their number nor whether they are kept makes a whole table stale; a shard that is another one does."""
+    """Neither their number nor whether they are kept makes a whole table stale; a changed shard does."""
     other = {"sampling": {"shards": 3}, "judge": {"shards": 1}}
     assert look(load(copy, **other)) == set()
     rewrite_table(copy / "results" / "responses" / "response0.shards" / "1.parquet", pl.col("response") + "x")
@@ -547,7 +547,7 @@ def test_the_commit_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_other_weights_under_the_same_name(copy: Path) -> None:
-    """All that reads them; of RL's prompts, the tokenizer is read only."""
+    """All that reads them is stale; RL's prompts need only the tokenizer."""
     base = copy / "base"
     shutil.copytree(ROOT / "demo" / "model", base)
     runs = load(copy, model={"base": str(base)})

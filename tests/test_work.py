@@ -49,7 +49,7 @@ def another(program: str, artifact: Path) -> "subprocess.Popen[str]":
 
 
 def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
-    """Their work folders stand in one folder, which the last of them deletes, and the next makes again."""
+    """Their work folders are in one folder, which the last of the jobs deletes and the next makes again."""
 
     def job(number: int) -> None:
         for _ in range(100):
@@ -88,14 +88,14 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
     first.wait()
     started = time.monotonic()
     assert not folder.open("mark")
-    assert time.monotonic() - started < 10  # of the same machine: not the whole lease
+    assert time.monotonic() - started < 10  # on the same machine: not the whole lease
     assert (folder.path / "part").exists()
 
 
 def test_a_process_that_was_stopped_for_long_writes_nothing_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lease has ended, another process has taken over, and it wakes up."""
+    """When it wakes up, its lease has ended and another process has taken over."""
     folder = WorkFolder(tmp_path / "policy")
     program = (
         "from salmon import work; work.LEASE = 1.5\n"
@@ -109,7 +109,7 @@ def test_a_process_that_was_stopped_for_long_writes_nothing_any_more(
     stopped.stdout.readline()
     stopped.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(work, "LEASE", 1.5)
-    # Else the lease of a living process of this machine ends only when the process does not touch it.
+    # The lease of a live process on this machine ends only when the process no longer touches it.
     assert not folder.open("mark")
     stopped.send_signal(signal.SIGCONT)
     said, _ = stopped.communicate("\n")
@@ -186,7 +186,7 @@ def test_an_artifact_that_is_not_in_its_place_is_not_swept(tmp_path: Path, monke
 def test_checkpoints_of_another_layout_are_refused_and_kept(
     tmp_path: Path, file: str | None, kept: str, layout: str, resumed: bool
 ) -> None:
-    """Also in the work folders of earlier versions, which called the layout's file otherwise or had none."""
+    """Also in the work folders of earlier versions, which named the layout's file differently or had none."""
     folder = WorkFolder(tmp_path / "policy")
     folder.open("mark", kept)
     (folder.path / "checkpoint-1").mkdir()
@@ -205,7 +205,7 @@ def test_checkpoints_of_another_layout_are_refused_and_kept(
 
 
 def sealed(folder: WorkFolder, steps: int) -> None:
-    """Checkpoints after these steps."""
+    """Write and seal a checkpoint after each step."""
     folder.open("mark")
     for step in range(1, steps + 1):
         checkpoint = checkpoints.new(folder, step)
@@ -292,7 +292,7 @@ script.run(main, Arguments)
 
 
 def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
-    """Also where it is killed, and can end nothing any more."""
+    """Even if it is killed and can no longer end anything."""
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     line = ["bash", SCRIPTS / "launch.sh", "1", "2", "2", tmp_path / "sleeper.py", "--folder", tmp_path]
     launcher = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)  # which becomes torchrun

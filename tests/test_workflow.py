@@ -20,7 +20,7 @@ from tests.running import PATIENCE, merge
 
 ROOT = Path(__file__).parents[1]
 
-# Rule -> rules it needs directly; each target below is one rule and all that it rests on.
+# Rule -> rules it needs directly; each target below is one rule and all that it depends on.
 PARENTS = {
     "check_model": [],
     "clean_prompts": [],
@@ -35,7 +35,7 @@ PARENTS = {
     "clean_rl_prompts": [],
     "train_policy": ["clean_rl_prompts", "train_reward_model", "check_model"],
 }
-# Of the initial policy, which the configuration does not train.
+# For the initial policy, which the configuration does not train.
 SFT = {"clean_sft_data": [], "train_sft": ["clean_sft_data", "check_model"]}
 TARGETS = {
     "sft_data": "clean_sft_data",
@@ -74,7 +74,7 @@ def ancestors(rule: str) -> set[str]:
 
 
 def test_every_target_is_tested() -> None:
-    """Those of all runs and of the demo have tests of their own below."""
+    """Targets of all runs and of the demo have tests of their own below."""
     assert {*TARGETS, "policies", "evaluation", "report", "demo_evaluation", "demo_policy"} == set(
         configuration.TARGETS
     )
@@ -96,7 +96,7 @@ def test_a_named_target_builds_just_its_ancestors(target: str, tmp_path: Path) -
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
     assert set(counts) - {target} == ancestors(TARGETS[target])
-    if target in ("response0", "response1"):  # of one response only
+    if target in ("response0", "response1"):  # for one response only
         assert counts["sample_responses"] == 4
 
 
@@ -182,10 +182,10 @@ def test_an_unknown_run_is_named(tmp_path: Path) -> None:
 
 
 def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
-    """Snakemake itself takes nearly all of the time (benchmarks/dry_run.py): nine times as long as to start."""
+    """Snakemake itself takes nearly all of the time (benchmarks/dry_run.py): nine times its start-up time."""
 
     def seconds(*arguments: str) -> float:
-        """Of CPU."""
+        """CPU seconds."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         run = snakemake(*arguments)
         assert run.returncode == 0, run.stderr
@@ -215,7 +215,7 @@ def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
     ],
 )
 def test_what_no_rule_should_make_is_refused(target: str, said: str) -> None:
-    """Rather than judged with a shard too many, trained a second time, or measured by oracles of another world."""
+    """Otherwise it would be judged with a shard too many, trained again, or measured by oracles of another world."""
     run = snakemake("-n", f"results/{target}")
     assert run.returncode != 0
     assert said in run.stdout + run.stderr
@@ -280,7 +280,7 @@ def pretend(folder: Path, *arguments: str) -> None:
 
 
 def reruns(folder: Path, *arguments: str) -> set[str]:
-    """Rules that a dry run of the demo lists, but for the check of the model, which makes nothing that they read."""
+    """Rules that a dry run of the demo lists, except the check of the model, which makes nothing that they read."""
     run = snakemake("--profile", "profiles/demo", "-n", "demo_evaluation", *arguments, folder=folder)
     assert run.returncode == 0, run.stderr
     said = run.stdout + run.stderr
@@ -289,7 +289,7 @@ def reruns(folder: Path, *arguments: str) -> set[str]:
 
 @contextmanager
 def overwritten(file: Path) -> Iterator[None]:
-    """Within the block, a file has other contents, of now; a new file is empty."""
+    """Within the block, a file has other contents and the current time; a new file is empty."""
     before = (file.read_bytes(), file.stat().st_mtime) if file.exists() else None
     with file.open("r+b" if before else "wb") as stream:
         stream.write(before[0].swapcase() if before else b"")
@@ -305,7 +305,7 @@ def overwritten(file: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with an adapter, and in the place of all results something up to date."""
+    """A copy of the repository with an adapter, and up-to-date placeholders for all results."""
     folder = tmp_path_factory.mktemp("built") / "copy"
     folder.mkdir()
     for name in ("Snakefile", "config.yaml", "rules", "workflow_scripts", "demo", "prompts", "profiles", "envs"):
@@ -317,7 +317,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# What reads the base model's weights, and what reads the initial policy only.
+# What reads the base model's weights, and what reads only the initial policy.
 POLICY = {*PARENTS} - {"check_model", "clean_prompts", "clean_pmp_data", "clean_rl_prompts", "train_pmp"}
 POLICY |= {"evaluate_demo"}
 WEIGHTS = POLICY | {"train_pmp"}
@@ -335,7 +335,7 @@ WEIGHTS = POLICY | {"train_pmp"}
     ],
 )
 def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str], expected: set[str]) -> None:
-    """What reads the file is run again, and what rests on that; another file in the folder makes no difference."""
+    """What reads the file is run again, and what depends on that; another file in the folder makes no difference."""
     with ExitStack() as changes:
         for name in names:
             changes.enter_context(overwritten(built / name))
@@ -348,7 +348,7 @@ def test_a_local_model_that_is_changed_in_its_place(built: Path, names: list[str
         ("ppo={learning_rate: 0.00123}", {"train_policy", "evaluate_demo"}),
         ("sampling={temperature: 0.7}", POLICY),
         ("pmp={learning_rate: 0.00123}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
-        # What the check of the model reads, too.
+        # Settings that the check of the model reads, too.
         ("ppo={reward_max_length: 440}", {"train_policy", "evaluate_demo"}),
         ("reward_model={max_length: 440}", {"train_reward_model", "train_policy", "evaluate_demo"}),
         ("scoring={format: chat}", {"train_pmp", "train_reward_model", "train_policy", "evaluate_demo"}),
@@ -364,7 +364,7 @@ def test_a_trailing_slash_reruns_nothing(built: Path) -> None:
 
 
 def test_a_link_that_is_set_to_another_model(built: Path) -> None:
-    """All of whose files are older than the results."""
+    """All files of the other model are older than the results."""
     own = ("--config", "model={base: models/current}", "pathvars={results: results/link}")
     shutil.copytree(built / BASE, built / "models" / "other")
     link = built / "models" / "current"
@@ -388,7 +388,7 @@ def test_a_model_that_a_rule_makes(built: Path) -> None:
 
 
 def test_a_model_among_the_results_that_no_rule_makes(built: Path) -> None:
-    """It is as any other."""
+    """It is treated like any other."""
     own = ("--config", "model={base: <results>/mine}", "pathvars={results: results/other}")
     model = shutil.copytree(built / BASE, built / "results" / "other" / "mine")
     pretend(built, *own)
@@ -430,7 +430,7 @@ def test_the_picture_of_the_rules_is_the_one_of_these_rules() -> None:
 def test_an_engine_gets_a_base_that_it_reads(
     built: Path, engines: dict[str, Any], quantization: str, reads: set[str]
 ) -> None:
-    """Written once for all runs, for just the jobs in which the engine samples."""
+    """Written once for all runs, and only for the jobs in which the engine samples."""
     overlay = {"model": {"adapter": None, "quantization": quantization}, "targets": ["policies"], **engines}
     (built / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     words = ["--profile", "profiles/demo", "--configfile", "demo/config.yaml", "overlay.yaml", "-F", "-n"]
@@ -480,18 +480,18 @@ def test_the_inventory_of_verify_is_what_the_rules_make(built: Path) -> None:
         rule, inputs = made[path]
         assert artifact.rule == rule, path
         assert artifact.origin is not None
-        for one in artifact.origin.inputs if Path(built, path).exists() else ():  # Snakemake lists no other's inputs
+        for one in artifact.origin.inputs if Path(built, path).exists() else ():  # otherwise Snakemake lists no inputs
             if rule.startswith("gather_") and ".shards/" not in one.name:
                 continue  # what the shards are made from
             if not Path(built, one.name).exists():
-                continue  # an input of now, where Snakemake lists those that it has a record of
-            read = inputs | {str(Path(name).parent) for name in inputs}  # of a model, the rules list the files
+                continue  # a current input, whereas Snakemake lists those that it has a record of
+            read = inputs | {str(Path(name).parent) for name in inputs}  # for a model, the rules list the files
             assert one.name in read, (path, one)
 
 
 @pytest.fixture
 def other_checkout(small_run: Path, tmp_path: Path) -> Path:
-    """A folder without records of Snakemake's, and the configuration of results that are there."""
+    """The changed configuration of existing results, in a folder without Snakemake's records."""
     file = tmp_path / "changed.yaml"
     raw = yaml.safe_load((small_run / "config.yaml").read_text())
     file.write_text(yaml.safe_dump(merge(raw, {"ppo": {"kl_coefficient": 0.5}})))
@@ -499,7 +499,7 @@ def other_checkout(small_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_warning_where_snakemake_has_no_record(small_run: Path, other_checkout: Path) -> None:
-    """It says `Nothing to be done`, as it cannot know better; where it has one, it needs no warning."""
+    """Snakemake says `Nothing to be done`, as it cannot know better; where it has a record, no warning is needed."""
     stale = f"stale: {small_run}/results/runs/default/policy: ppo.kl_coefficient 0.01 -> 0.5"
     words = ("-n", "--configfile", str(other_checkout))
     forgotten = snakemake(*words, "--snakefile", str(ROOT / "Snakefile"), folder=other_checkout.parent)

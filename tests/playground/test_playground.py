@@ -61,7 +61,7 @@ def test_everything_of_the_demo_is_found(found: results.Results) -> None:
 def test_answers_are_those_of_the_policy_alone(bench: Workbench, instruction: str) -> None:
     for name in (INITIAL, "concise"):
         policy = bench.policies[name]
-        # Whatever was computed before changes nothing.
+        # Earlier computations make no difference.
         bench.rewards(bench.scorers["reward_model"], instruction, ANSWERS, [["The output is short."]])
         bench.judge(instruction, *ANSWERS, bench.results.principles[:1])
         assert not any(module.training for module in bench.lm.modules())
@@ -121,7 +121,7 @@ def change(manifest: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def move_inputs(raw: dict[str, Any]) -> None:
-    """Names that exist nowhere: those of the demo may exist in the working directory, too."""
+    """Names that exist nowhere: the demo's may also exist in the working directory."""
     raw["inputs"] = {name.replace("results/", "elsewhere/"): value for name, value in raw["inputs"].items()}
 
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_from_elsewhere_is_read_as_rl_reads_it(tmp_path: Path) -> None:
-    """As `reward_model.path` has it: its manifest does not say how its texts are made, or it is outside the results."""
+    """As with `reward_model.path`: its manifest does not say how its texts are made, or it is outside the results."""
     shutil.copytree(DEMO / "runs" / "concise", tmp_path / "results" / "runs" / "concise")
     shutil.copytree(DEMO / "models" / "reward_model", tmp_path / "mine")
 
@@ -194,7 +194,7 @@ def test_a_reward_model_from_elsewhere_is_read_as_rl_reads_it(tmp_path: Path) ->
 
 
 def say(text: str) -> None:
-    """Something for whoever runs the tests with `-s`."""
+    """Print for whoever runs the tests with `-s`."""
     sys.stderr.write(text)
 
 
@@ -236,7 +236,7 @@ def browser() -> Iterator[Any]:
 
 
 def until(holds: Callable[[], Any], what: str, seconds: float = 90) -> Any:
-    """What a function returns, as soon as it is true."""
+    """What a function returns, as soon as that is truthy."""
     end = time.monotonic() + seconds
     while not (value := holds()):
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
@@ -276,7 +276,7 @@ class Screen:
         return found
 
     def rewards(self, shown: str) -> dict[str, float]:
-        """The rewards of the policies' answers, in the row of what is shown."""
+        """The rewards of the policies' answers, in the row with this name."""
         script = """return [...document.querySelectorAll('#scores td[data-shown]')].filter(
             cell => cell.dataset.shown === arguments[0]).map(cell => [cell.dataset.policy, cell.textContent])"""
         return {name: float(text) for name, text in self.browser.execute_script(script, shown)}
@@ -318,7 +318,7 @@ def test_principles_steer_the_score_in_a_browser(
     say(f"from opening the page to the first word: {first:.1f} s\n")
     assert len(answers) == len(names)
 
-    # Tick a principle: rewards. Negate it: the order of the shortest and the longest answer turns.
+    # Tick a principle: rewards appear. Negate it: the shortest and the longest answer swap places.
     screen.tick("principles", "Concise")
     plain = until(lambda: screen.rewards("Concise"), "rewards")
     assert set(plain) == set(names)
@@ -331,7 +331,7 @@ def test_principles_steer_the_score_in_a_browser(
     assert plain[short] > plain[long]
     assert negated[short] < negated[long]
 
-    # Without the principle its negation does not count; ticked again, not negated, it is as before.
+    # Without the principle, its negation does not count; ticked again, not negated, it scores as before.
     screen.tick("principles", "Concise")
     until(lambda: not screen.rewards("Concise, negated"), "no principle")
     screen.tick("negated", "Concise")
@@ -339,7 +339,7 @@ def test_principles_steer_the_score_in_a_browser(
     until(lambda: screen.rewards("Concise"), "rewards as before")
     assert screen.toast() is None
 
-    # The same sentence in one's own words is the same principle.
+    # The same sentence as one's own principle gives the same rewards.
     sentence = next(one.definition for one in found.principles if one.dimension == "Concise")
     screen.type("#own textarea, #own input", sentence)
     own = until(lambda: screen.rewards("my own principle"), "rewards of one's own principle")
@@ -365,12 +365,12 @@ def test_principles_steer_the_score_in_a_browser(
     assert instruction in shown
     assert sentence in shown
 
-    # A second question, after rewards and verdicts, is answered, too; the same seed gives the same answers.
+    # A second question after rewards and verdicts is answered, too; the same seed gives the same answers.
     screen.press("#ask")
     until(lambda: screen.answers() == answers, "the same answers")
     assert screen.toast() is None
 
-    # An error is a sentence.
+    # An error is shown as a sentence.
     screen.type("#instruction textarea", "why " * 400)
     screen.press("#ask")
     said = until(screen.toast, "an error")

@@ -1,8 +1,8 @@
 """A real instruct model on real data through the whole DAG: `make test-real`.
 
-The tiny models of the other tests answer in noise. Here answers are English, end by themselves, and contain what people
-and models write: lists, code, quotation marks. What each stage says is computed again with transformers and PEFT alone,
-one text at a time and without padding. No numbers of quality are expected of so small a run.
+The tiny models of the other tests answer with noise. Here answers are English, end by themselves, and contain what
+people and models write: lists, code, quotation marks. What each stage computes is recomputed with transformers and PEFT
+alone, one text at a time and without padding. So small a run is not expected to reach any quality.
 """
 
 import json
@@ -41,7 +41,7 @@ def snakemake(results: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module", autouse=True)
 def _at_the_root() -> Iterator[None]:
-    """The configuration's paths, those in the adapters among them, begin there."""
+    """The configuration's paths, including those in the adapters, start there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         yield
@@ -92,7 +92,7 @@ def test_the_model_is_fetched_once() -> None:
 
 
 def test_the_tokenizer_is_the_one_that_the_model_was_trained_with() -> None:
-    """Digits stand alone, so that what comes before them does not depend on them; special tokens are known as such."""
+    """Digits are separate tokens, so what precedes them does not depend on them; special tokens are known as such."""
     tokens = tokenizer().tokenize("First:\n\n1. Take 23 of them")
     assert tokens == ["First", ":", "ĊĊ", "1", ".", "ĠTake", "Ġ", "2", "3", "Ġof", "Ġthem"]
     assert (tokenizer().eos_token, tokenizer().bos_token) == ("<|im_end|>", "<|im_start|>")
@@ -139,7 +139,7 @@ def test_responses_are_english_and_some_end_by_themselves(results: Path, setting
     cut = both["finish_reason"] == "length"
     assert (both["response_tokens"] <= room).all()
     assert both.filter(cut)["response_tokens"].to_list() == room.filter(cut).to_list()
-    # The end token counts, and is not in the text; a text mostly has the tokens again that were sampled.
+    # The end token counts but is not in the text; tokenized again, most texts have the tokens that were sampled.
     ended = both.filter(~cut)
     again = [len(ids) + 1 for ids in tokenizer()(ended["response"].to_list())["input_ids"]]
     assert sum(map(int.__eq__, again, ended["response_tokens"].to_list())) >= len(again) / 2
@@ -185,7 +185,7 @@ def test_judgements_are_what_the_model_says_of_the_whole_text(results: Path, set
 
 
 def test_records_follow_judgements_that_hold_in_both_orders(results: Path, settings: Any) -> None:
-    """How seldom that is with this judge: see the manifest."""
+    """Such judgements are rare with this judge; the manifest counts them."""
     judged = pl.read_parquet(results / "preferences" / "preferences.parquet")
     scores = {(key, name): (s12, s21) for key, name, s12, s21 in judged.iter_rows()}
     records = pl.read_parquet(results / "reward_data" / "principle_preferences.parquet")
@@ -232,7 +232,7 @@ def test_rl_begins_at_the_initial_policy_and_leaves_it(results: Path, settings: 
     assert all(torch.tensor(list(step.values())).isfinite().all() for step in steps)
     assert steps[0]["kl_sequence"] == pytest.approx(0, abs=1e-4)
     assert abs(steps[1]["kl_sequence"]) > 1e-4
-    for step in steps:  # each has one update, of the policy that sampled: the ratio of new and old is 1
+    for step in steps:  # each has one update, of the policy that sampled: the ratio of new to old is 1
         assert step["approximate_kl"] == pytest.approx(0, abs=1e-5)
         assert step["clip_fraction"] == 0
         assert step["gradient_norm"] > 0

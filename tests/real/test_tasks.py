@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("config.yaml")
 MODEL = ROOT / "examples" / "smollm2" / "model"
 LIMIT = os.environ.get("SALMON_TASKS_LIMIT", str(yaml.safe_load(CONFIG.read_text())["evaluation"]["tasks_limit"]))
-"""Questions of each task; `null` takes all of them, in half an hour a test."""
+"""Questions per task; `null` takes all of them, half an hour per test."""
 FORMS = ["chat"] if "SALMON_TASKS_LIMIT" not in os.environ else ["text", "chat"]
-"""How they are asked; of few questions, one way takes minutes enough."""
+"""How they are asked; by default, only one way, which already takes minutes."""
 
 
 def run(*line: str) -> None:
@@ -44,7 +44,7 @@ def test_the_rule_says_what_the_command_line_says(tmp_path: Path, form: str) -> 
     (file,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = plain(tasks.metrics(json.loads(file.read_text())["results"], {}, {}, 0))
     print(form, {name: (ours[name]["acc"], theirs[name]["acc"]) for name in ("truthfulqa_mc1", "hhh")})  # noqa: T201
-    # A mean of probabilities, which depend in their last digits on the texts that a batch holds.
+    # A mean of probabilities, whose last digits depend on the other texts in the batch.
     assert ours.pop("truthfulqa_mc2")["acc"] == pytest.approx(theirs.pop("truthfulqa_mc2")["acc"], rel=1e-6)
     assert ours == theirs  # counts of right answers
     assert ours["hhh"]["acc"]["number"] == sum(one["acc"]["number"] for name, one in ours.items() if "hhh_" in name)

@@ -1,9 +1,9 @@
 """A real SLURM on this machine: controller, accounting with its database, and node daemons, on loopback.
 
 Everything lives in one folder and listens on ports that were free, so several can run side by side. What
-is started here is stopped here, also after a failure; nothing of the system's own SLURM is touched. Needs Debian's
-packages slurm-wlm, slurmdbd, munge and mariadb-server, and root. By hand, `python tests/slurm/cluster.py` starts one
-until it is interrupted, and says how to reach it.
+is started here is stopped here, even after a failure; the system's own SLURM is not touched. Needs Debian's packages
+slurm-wlm, slurmdbd, munge and mariadb-server, and root. By hand, `python tests/slurm/cluster.py` runs one until it is
+interrupted, and says how to reach it.
 """
 
 import os
@@ -25,7 +25,7 @@ GPUS = 8
 
 
 def missing_programs() -> list[str]:
-    """Programs that are needed and not installed."""
+    """Programs that are needed but not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
@@ -45,7 +45,7 @@ class Cluster:
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "SALMON_CLUSTER": str(folder),  # by which its jobs' processes are known
+            "SALMON_CLUSTER": str(folder),  # marks its jobs' processes
             "PATH": os.pathsep.join([str(folder / "bin"), _PATH]),
         }
 
@@ -61,7 +61,7 @@ class Cluster:
         self.stop()
 
     def run(self, *command: str) -> str:
-        """Run one of SLURM's programs against this cluster; its output."""
+        """Run one of SLURM's programs against this cluster; return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -104,16 +104,16 @@ class Cluster:
         self._until("all nodes are idle", lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"})
 
     def processes(self, **variables: object) -> Iterator[Path]:
-        """Folders in /proc of the jobs' processes that have these variables in their environments."""
+        """The /proc folders of jobs' processes that have these variables in their environments."""
         variables["SALMON_CLUSTER"] = self.folder
         marks = {f"{name}={value}".encode() for name, value in variables.items()}
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended since
+            with suppress(OSError):  # it has just ended
                 if marks <= set((process / "environ").read_bytes().split(b"\0")):
                     yield process
 
     def fail(self, node: str) -> None:
-        """Let a node fail: its daemon and all that runs on it are gone at once."""
+        """Make a node fail: its daemon and all that runs on it are gone at once."""
         self.kill(node)
         doomed = set()
         for process in self.processes(SLURMD_NODENAME=node):
@@ -127,7 +127,7 @@ class Cluster:
                 os.kill(number, signal.SIGKILL)
 
     def _until(self, what: str, true: Callable[[], object]) -> None:
-        """Wait until something is the case, and no longer than all daemons live."""
+        """Wait until something is true, but only as long as all daemons live."""
 
         def check() -> object:
             for name, daemon in self.daemons.items():
@@ -158,7 +158,7 @@ class Cluster:
         daemon.wait()
 
     def _wrap(self, *programs: str) -> None:
-        """Programs that find this cluster also in jobs, out of whose variables the executor takes SLURM_CONF."""
+        """Wrap programs so that they find this cluster even in jobs, where the executor removes SLURM_CONF."""
         (self.folder / "bin").mkdir()
         for name in programs:
             wrapper = self.folder / "bin" / name
@@ -304,7 +304,7 @@ PartitionName=urgent Nodes=gpu[1-2] MaxTime=UNLIMITED OverSubscribe=NO PriorityT
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which nothing listens at the moment."""
+    """Ports on which nothing is listening."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -316,7 +316,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def until(what: str, true: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something is the case."""
+    """Wait until something is true."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -325,7 +325,7 @@ def until(what: str, true: Callable[[], object], seconds: float = 60) -> None:
 
 
 def main() -> int:
-    """Start a cluster in a temporary folder, until it is interrupted."""
+    """Run a cluster in a temporary folder until it is interrupted."""
     if missing := missing_programs():
         sys.stderr.write(
             f"not installed: {', '.join(missing)}; apt-get install slurm-wlm slurmdbd munge mariadb-server\n"

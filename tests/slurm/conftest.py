@@ -1,4 +1,4 @@
-"""A SLURM for these tests, the demo's configuration in small, and what the local profile makes of it."""
+"""A SLURM for these tests, a small version of the demo's configuration, and its results by the local profile."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ SITE = {
     "policy_tokens_per_forward_pass": 2048,
     "runtime": {"policy": "1h"},
 }
-"""What is swapped for this cluster; the rest is as in profiles/slurm/site.yaml."""
+"""What differs for this cluster; the rest is as in profiles/slurm/site.yaml."""
 
 # One run of a few steps, which take seconds.
 SMALL: dict[str, Any] = {
@@ -66,7 +66,7 @@ class Run:
     log: Path
 
     def finish(self, seconds: float = 1200) -> None:
-        """Wait for its end, which has to be a good one."""
+        """Wait for it to end, and require success."""
         assert self.process.wait(timeout=seconds) == 0, self.log.read_text()[-6000:]
 
 
@@ -89,7 +89,7 @@ class World:
         return str(path)
 
     def command(self, profile: str, results: Path, *arguments: str, **config: Any) -> list[str]:
-        """The command line of a run of the small configuration; what is added makes the tests' waiting shorter."""
+        """The command line of a run of the small configuration; on SLURM, with options that shorten the waiting."""
         file = self.folder / f"{results.name}.config.yaml"
         file.write_text(yaml.safe_dump(merge(SMALL | {"pathvars": {"results": str(results)}}, config)))
         line = [sys.executable, "-m", "snakemake", "--profile", f"profiles/{profile}", "--nolock", *arguments]
@@ -104,7 +104,7 @@ class World:
 
     @contextmanager
     def started(self, site: str, *arguments: str, results: Path | None = None, **config: Any) -> Iterator[Run]:
-        """`snakemake --profile profiles/slurm`, started; at the end it has to be over, or is ended."""
+        """Start `snakemake --profile profiles/slurm`; if it still runs at the end of the block, it is killed."""
         log = self.folder / "snakemake.log"
         process = subprocess.Popen(
             self.command("slurm", results or self.results, *arguments, **config),
@@ -122,19 +122,19 @@ class World:
                 process.wait()
 
     def run(self, site: str, *arguments: str, results: Path | None = None, **config: Any) -> None:
-        """The same, to its end."""
+        """The same, run to its end."""
         with self.started(site, *arguments, results=results, **config) as run:
             run.finish()
 
     def local(self, results: Path, *arguments: str) -> Path:
-        """Results by the local profile: one process a job, no DeepSpeed."""
+        """Results by the local profile: one process per job, no DeepSpeed."""
         line = self.command("demo", results, *arguments)
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-6000:]
         return results
 
     def running(self, rule: str) -> str:
-        """Number of the running job of a rule; waits for it."""
+        """Wait until a job of a rule is running; return its number."""
         found: list[str] = []
 
         def look() -> bool:
@@ -149,7 +149,7 @@ class World:
         return found[0]
 
     def attempts(self, log: Path) -> str:
-        """A rule's log over all attempts: each overwrites the last one's, which Snakemake has printed if it failed."""
+        """A rule's log over all attempts: each overwrites the one before, which Snakemake printed if it failed."""
         return (self.folder / "snakemake.log").read_text() + log.read_text()
 
     def jobs(self, fields: str = "JobID,Comment%80,Partition,NodeList,NNodes,NTasks,AllocTRES%70,State,Elapsed") -> str:
@@ -159,7 +159,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running SLURM; without its programs these tests fail, because to skip them would say nothing."""
+    """A running SLURM; without its programs these tests fail, because a skip would say nothing."""
     missing = missing_programs()
     assert not missing, f"not installed: {missing}; see docs/slurm.md"
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM"))  # so that the cluster is stopped then, too
@@ -175,7 +175,7 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def local(world: World) -> Path:
-    """Results of the local profile: one process a job, no DeepSpeed."""
+    """Results of the local profile: one process per job, no DeepSpeed."""
     return world.local(world.folder / "local")
 
 

@@ -36,7 +36,7 @@ LONG = {"reward_model": {"epochs": 12.0, "save_steps": 5}}
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World, whole: Path) -> dict[str, Path]:
-    """A reward model and a policy of such runs to which nothing has happened."""
+    """A reward model and a policy of such runs, to which nothing happens."""
     home = whole / "runs"
     found = {"long": home / "peaceful_long" / "models" / "reward_model", "policy": home / "peaceful" / "policy"}
     runs = {"peaceful_long": LONG, "peaceful": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
@@ -50,7 +50,7 @@ def metrics(policy: Path) -> list[dict[str, float]]:
 
 
 def agree(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
-    """Every step of two policies' trainings."""
+    """Compare every step of two policies' training."""
     for one, other in zip(found, expected, strict=True):
         for name in ("score", "kl_sequence", "response_tokens", "value_loss", "gradient_norm"):
             assert one[name] == pytest.approx(other[name], rel=tolerance, abs=1e-3), (one["step"], name)
@@ -70,12 +70,12 @@ def losses(model: Path) -> list[float]:
 
 
 def contains(file: Path, pattern: str) -> bool:
-    """Whether a log has got a line like this."""
+    """Whether a log has a line like this."""
     return file.exists() and re.search(pattern, file.read_text()) is not None
 
 
 def states(world: World, rule: str) -> list[str]:
-    """How each attempt of a rule's jobs ended, in their order."""
+    """How each attempt of a rule's jobs ended, in order."""
     rows = (line.split("|") for line in world.jobs("Comment%80,State").splitlines())
     return [state.split()[0] for comment, state in rows if comment.startswith(f"rule_{rule}")]
 
@@ -117,7 +117,7 @@ def test_the_report_of_what_slurm_has_made(world: World, whole: Path) -> None:
 
 
 def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
-    """Two nodes x two ranks again, by naming the one artifact; the old one is put aside."""
+    """Two nodes x two ranks again, by naming only this artifact; the old one is set aside."""
     expected = metrics(whole / "runs" / "default" / "policy")
     (whole / "runs" / "default").rename(whole / "runs" / "zero2")
     world.run(world.site("zero3", policy_deepspeed="profiles/deepspeed/zero3.json"), "policy")
@@ -128,14 +128,14 @@ def test_zero3_gives_the_policy_of_zero2(world: World, whole: Path) -> None:
 
 
 def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
-    """SLURM's notice makes it write a checkpoint; the next attempt resumes from there and repeats no step."""
+    """On SLURM's notice, PPO writes a checkpoint; the next attempt resumes from there and repeats no step."""
     run = {"limited": {"ppo": {"max_steps": 24, "save_steps": 1000}}}
     policy = whole / "runs" / "limited" / "policy"
     log = whole / "logs" / "runs" / "limited" / "train_policy.log"
     with world.started(world.site("limited", notice=150), str(policy), runs=run) as snakemake:
         job = world.running("train_policy")
         until("step 2", lambda: contains(log, "INFO step 2/24"), 600)
-        # Whatever the machine's speed: the limit comes in a minute or two, of which the notice is given at once.
+        # Whatever the machine's speed: the limit comes in a minute or two, and the notice of it at once.
         elapsed = int(world.cluster.run("sacct", "-X", "-n", "-P", "-j", job, "--format=ElapsedRaw"))
         world.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={(elapsed + 75) // 60 + 1}")
         snakemake.finish()
@@ -151,7 +151,7 @@ def test_the_time_limit_in_ppo(world: World, whole: Path, undisturbed: dict[str,
 
 
 def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
-    """SLURM puts the job on another node, where it resumes from its last checkpoint, to the same reward model."""
+    """SLURM puts the job on another node, where it resumes from its last checkpoint. The reward model is the same."""
     model = whole / "runs" / "long" / "models" / "reward_model"
     log = whole / "logs" / "runs" / "long" / "train_reward_model.log"
     with world.started(world.site("site"), str(model), runs={"long": LONG}) as snakemake:
@@ -177,8 +177,8 @@ def test_a_node_fails_in_reward_model_training(world: World, whole: Path, undist
 
 
 def test_preemption_and_a_killed_rank_in_ppo(world: World, whole: Path, undisturbed: dict[str, Path]) -> None:
-    """At a preemption a checkpoint is written and no step repeated; when a rank is killed, as the kernel does for want
-    of memory, the job ends at once, and the next attempt resumes from the last checkpoint."""
+    """On preemption, a checkpoint is written and no step is repeated; when a rank is killed, as the kernel does when
+    memory runs out, the job ends at once, and the next attempt resumes from the last checkpoint."""
     run = {"disturbed": {"ppo": {"max_steps": 24, "save_steps": 4}}}
     policy = whole / "runs" / "disturbed" / "policy"
     log = whole / "logs" / "runs" / "disturbed" / "train_policy.log"
@@ -236,7 +236,7 @@ def test_want_of_memory(world: World, whole: Path) -> None:
 
 
 def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: World, local: Path) -> None:
-    """Sampling in its own results: what was sampled is not sampled again."""
+    """Sampling into a separate results folder: what was sampled is not sampled again."""
     results = world.folder / "faulty"
     site = world.site("small-batches", sampling_batch_size=1)  # many parts, between which there is time to cancel
     table = results / "responses" / "response0.parquet"
@@ -250,12 +250,12 @@ def test_a_cancelled_shard_an_outage_of_accounting_and_a_killed_head(world: Worl
         time.sleep(60)
         world.cluster.start("slurmdbd")
         snakemake.finish()
-    # The controller hands on what it has kept during the outage when it finds the database again.
+    # When the controller finds the database again, it passes on what it kept during the outage.
     until("accounting has caught up", lambda: len(states(world, "sample_responses")) == before + 3, 120)
     ends = states(world, "sample_responses")[before:]
     print(f"\nscancel of {job}, accounting gone for a minute: {ends}")
     assert sorted(ends) == ["CANCELLED", "COMPLETED", "COMPLETED"]
-    # The second attempt found what the first had done; the other shard had but one.
+    # The second attempt found what the first had done; the other shard needed only one.
     logs = results / "logs" / "sample_responses"
     assert [contains(logs / f"response0.{shard}.log", "continuing from") for shard in (0, 1)] == [True, False]
     assert table.read_bytes() == (local / "responses" / "response0.parquet").read_bytes()

@@ -32,7 +32,7 @@ PYTHON = os.environ.get("SALMON_VLLM", ".venv-vllm/bin/python")
 HARDWARE = vllm_server.Hardware(python=PYTHON, max_rows=32)
 PROMPTS = ["Which of the planets has rings?", "Why?", "one, two, ", "日本語", "Please explain it in two sentences."]
 LIMITS = [40, 25, 12, 30, 1]
-CLOSE = 1e-4  # of log probabilities, which are sums of float32 in another order
+CLOSE = 1e-4  # for log probabilities, which are sums of float32 in another order
 
 
 def sampled(sampler: vllm.VllmSampler, prompts: Sequence[list[int]], rows: Sequence[int], **more: Any) -> list[Any]:
@@ -243,7 +243,7 @@ def test_ppo_with_an_engine(world: World, tmp_path: Path) -> None:
         assert abs(line["engine_ratio"] - 1) < 1e-3
         assert line["engine_ratio_largest"] < 1.01
         assert line["engine_ratio_capped"] == 0
-    assert metrics[-1]["kl_sequence"] != 0  # it has learnt: another adapter than the first one samples
+    assert metrics[-1]["kl_sequence"] != 0  # it has learnt: the adapter that samples is no longer the first one
     assert servers() <= before
 
     again = tmp_path / "again" / "policy"
