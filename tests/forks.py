@@ -86,7 +86,7 @@ def serve() -> None:
             child = os.fork()
             if child == 0:
                 _be_script(scripts[name], [f"{name}.py", *arguments], folder, log.fileno())
-            status = _wait(child)
+            status = wait(child)
             log.seek(0)
             said = log.read().decode(errors="replace")
         answers.write(json.dumps([status, said]) + "\n")
@@ -119,7 +119,7 @@ def _be_script(script: Any, arguments: list[str], folder: str, log: int) -> None
         os._exit(status)
 
 
-def _wait(child: int) -> int:
+def wait(child: int) -> int:
     """The status of a fork that has ended or was killed."""
     until = time.monotonic() + WALL_SECONDS
     pause = 0.001

@@ -14,6 +14,7 @@ import polars as pl
 import yaml
 
 from tests import synthetic
+from tests.dry_runs import dry_run
 from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,10 @@ MINE = ("Tell me about iron.", "Why do whales sing?", "List three things about t
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--nolock", *arguments]
+    arguments = ("--profile", "profiles/demo", "--nolock", *arguments)
+    if "-n" in arguments:
+        return dry_run(arguments)
+    command = [sys.executable, "-m", "snakemake", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 

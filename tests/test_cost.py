@@ -121,10 +121,7 @@ def test_arithmetic_is_counted_by_hand(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shape_1b(tmp_path_factory: pytest.TempPathFactory) -> Shape:
-    return one_b(tmp_path_factory.mktemp("1b"))
-
-
-def one_b(folder: Path) -> Shape:
+    folder = tmp_path_factory.mktemp("1b")
     LlamaConfig(**ONE_B).save_pretrained(folder)
     return shape.measure(Model(base=str(folder), quantization="none", dtype="bfloat16"), Lora(r=64))
 
@@ -163,16 +160,15 @@ def configured(**changes: Any) -> configuration.Config:
 @pytest.mark.parametrize(
     ("again", "part"), [(False, "update, paged AdamW"), (True, "update with checkpointing, paged AdamW")]
 )
-def test_memory_is_what_an_h100_had_in_use(tmp_path: Path, again: bool, part: str) -> None:
+def test_memory_is_what_an_h100_had_in_use(shape_1b: Shape, again: bool, part: str) -> None:
     """In the H100's run, a pass had four rollouts and kept all logits, and the optimiser's moments were paged out."""
-    measured = one_b(tmp_path)
     hardware = Hardware(tokens_per_pass=4 * 384, tokens_per_forward_pass=4 * 384, recompute=again, batch_size=4)
     config = configured(model={"quantization": "none"})
-    found = cost.policy(config, measured, Assumptions(), rollouts(), hardware)
+    found = cost.policy(config, shape_1b, Assumptions(), rollouts(), hardware)
     pieces = cost.LOGITS * cost.PER_LOGIT
-    whole = 4 * 256 * measured.vocabulary * cost.PER_LOGIT
-    moments = 2 * 2 * measured.lora * 4
-    reference = measured.lora * 4  # that run's reference was an adapter
+    whole = 4 * 256 * shape_1b.vocabulary * cost.PER_LOGIT
+    moments = 2 * 2 * shape_1b.lora * 4
+    reference = shape_1b.lora * 4  # that run's reference was an adapter
     graph = found.phases["updating"] - pieces
     if not again:
         graph /= recompute.MARGIN  # for other peaks; there are none here
@@ -184,12 +180,11 @@ def test_memory_is_what_an_h100_had_in_use(tmp_path: Path, again: bool, part: st
 @pytest.mark.parametrize(
     ("again", "part"), [(False, "update, paged AdamW"), (True, "update with checkpointing, paged AdamW")]
 )
-def test_the_time_of_an_h100_is_within_the_range(tmp_path: Path, quantization: str, again: bool, part: str) -> None:
-    measured = one_b(tmp_path)
+def test_the_time_of_an_h100_is_within_the_range(shape_1b: Shape, quantization: str, again: bool, part: str) -> None:
     hardware = Hardware(tokens_per_pass=4 * 384, tokens_per_forward_pass=4 * 384, recompute=again)
     assumed = Assumptions(gpu="h100")
     model = {"quantization": quantization}
-    found = cost.policy(configured(model=model), measured, assumed, rollouts(), hardware)
+    found = cost.policy(configured(model=model), shape_1b, assumed, rollouts(), hardware)
     precision = {"none": "bf16", "nf4": "nf4"}[quantization]
     for name, measured_part in (("updating", part), ("measuring", "measure")):
         slow, fast = found.parts[name]
@@ -204,9 +199,8 @@ def sampled(rows: int, cap: int) -> Work:
 
 
 @pytest.mark.parametrize("batch", [16, 64, 128])
-def test_sampling_takes_what_it_took_on_an_h100(tmp_path: Path, batch: int) -> None:
+def test_sampling_takes_what_it_took_on_an_h100(shape_1b: Shape, batch: int) -> None:
     """Memory, and a step's time."""
-    measured = one_b(tmp_path)
     (one,) = (
         one
         for one in MEASURED
@@ -215,7 +209,7 @@ def test_sampling_takes_what_it_took_on_an_h100(tmp_path: Path, batch: int) -> N
     )
     config = configured(model={"quantization": "none"})
     found = cost.sampling(
-        config, measured, Assumptions(gpu="h100"), sampled(batch, one["cap"]), Hardware(batch_size=batch)
+        config, shape_1b, Assumptions(gpu="h100"), sampled(batch, one["cap"]), Hardware(batch_size=batch)
     )
     assert found.peak - cost.RESERVED == pytest.approx(one["peak GB"] * 1e9, rel=0.25)
     steps = [one["cap"] / share for share in sorted(Assumptions().useful)]
@@ -347,13 +341,12 @@ def test_zero3_waits_for_weights_and_4_bit_ones_are_read_whole(shape_1b: Shape) 
     assert three.fixed + three.phases["loading"] >= shape_1b.weights("nf4")
 
 
-def test_ranks_share_time_and_zero_shares_memory(tmp_path: Path) -> None:
-    measured = one_b(tmp_path)
+def test_ranks_share_time_and_zero_shares_memory(shape_1b: Shape) -> None:
     config, work = configured(model={"quantization": "none"}), rollouts()
     one, of_zero2, two = (
         cost.policy(
             config,
-            measured,
+            shape_1b,
             Assumptions(launch=(1e-9, 1e-9), interconnect=(1e9, 1e9)),
             work,
             Hardware(ranks=ranks, batch_size=4, recompute=True, zero=zero),
@@ -361,8 +354,8 @@ def test_ranks_share_time_and_zero_shares_memory(tmp_path: Path) -> None:
         for ranks, zero in ((1, 0), (2, 2), (2, 3))
     )
     assert two.parts["updating"][0] == pytest.approx(one.parts["updating"][0] / 2)
-    weights = measured.weights("none")
-    assert two.memory["weights"] == pytest.approx(weights / 2 + weights / measured.layers)
+    weights = shape_1b.weights("none")
+    assert two.memory["weights"] == pytest.approx(weights / 2 + weights / shape_1b.layers)
     assert two.memory["gradients and moments"] == pytest.approx(one.memory["gradients and moments"] / 12 * 16 / 2)
     # Two buffers of float32, as the file for ZeRO-2 and `read_deepspeed` say.
     assert "DeepSpeed's buffers" not in one.memory

@@ -18,6 +18,7 @@ from snakemake.profiles import ProfileConfigFileParser
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
+from tests.dry_runs import dry_run
 from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +55,8 @@ class Resources(dict[str, Any]):
 
 def jobs(*targets: str, site: Path | None = None, folder: Path = ROOT) -> Iterator[tuple[str, Resources]]:
     """Rule and resources of every job, from a dry run with the profile."""
-    environment = os.environ | ({"SALMON_SITE": str(site)} if site else {})
-    line = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--profile", ROOT / "profiles" / "slurm", "-n"]
-    done = subprocess.run(
-        [*line, *targets], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    line = ["-s", ROOT / "Snakefile", "--profile", ROOT / "profiles" / "slurm", "-n", *targets]
+    done = dry_run(line, folder, os.environ | ({"SALMON_SITE": str(site)} if site else {}))
     assert done.returncode == 0, done.stderr + done.stdout
     printed = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
     for rule, body in printed:
@@ -153,10 +151,7 @@ def test_what_is_wrong_in_the_site_is_told(tmp_path: Path, line: str, instead: s
     assert line in text
     (tmp_path / "site.yaml").write_text(text.replace(line, instead))
     environment = os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")}
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "-n"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = dry_run(["--profile", "profiles/slurm", "-n"], environment=environment)
     assert done.returncode != 0
     assert f"site.yaml: {said}" in done.stderr
 
