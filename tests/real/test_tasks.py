@@ -44,8 +44,9 @@ def test_the_rule_says_what_the_command_line_says(tmp_path: Path, form: str) -> 
     (file,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = plain(tasks.metrics(json.loads(file.read_text())["results"], {}, {}, 0))
     print(form, {name: (ours[name]["acc"], theirs[name]["acc"]) for name in ("truthfulqa_mc1", "hhh")})  # noqa: T201
-    # A mean of probabilities, whose last digits depend on the other texts in the batch.
-    assert ours.pop("truthfulqa_mc2")["acc"] == pytest.approx(theirs.pop("truthfulqa_mc2")["acc"], rel=1e-6)
+    # A mean of probabilities: their logarithms are around -100, where float32 has steps of 8e-6, and are rounded
+    # depending on the other texts in the batch.
+    assert ours.pop("truthfulqa_mc2")["acc"] == pytest.approx(theirs.pop("truthfulqa_mc2")["acc"], rel=2e-5)
     assert ours == theirs  # counts of right answers
     assert ours["hhh"]["acc"]["number"] == sum(one["acc"]["number"] for name, one in ours.items() if "hhh_" in name)
     assert 0 < ours["hhh"]["acc"]["value"] < 1
