@@ -36,7 +36,7 @@ def source(format_name: str, path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """A script, its options, and the files and folders that it reads besides those of the model."""
+    """A script, its options, and the path of its artifact."""
 
     script: str
     options: dict[str, Any]

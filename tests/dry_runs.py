@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("pandas", "polars", "pydantic", "jsonschema", "yaml", "snakemake_executor_plugin_slurm", "snakemake.report")
+NEEDED = ("pandas", "polars", "pydantic", "jsonschema", "yaml", "snakemake_executor_plugin_slurm", "snakemake.cli")
 
 
 def dry_run(
@@ -48,7 +48,6 @@ def _server() -> subprocess.Popen[str]:
 def serve() -> None:
     """Answer until the input ends."""
     from forks import wait
-    from snakemake import cli
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -59,7 +58,7 @@ def serve() -> None:
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             child = os.fork()
             if child == 0:
-                _be_snakemake(cli, arguments, folder, environment, output, errors)
+                _be_snakemake(arguments, folder, environment, output, errors)
             status = wait(child)
             said = []
             for file in (output, errors):
@@ -70,9 +69,11 @@ def serve() -> None:
 
 
 def _be_snakemake(
-    cli: object, arguments: list[str], folder: str, environment: dict[str, str], output: IO[bytes], errors: IO[bytes]
+    arguments: list[str], folder: str, environment: dict[str, str], output: IO[bytes], errors: IO[bytes]
 ) -> None:
     """In the fork: what `python -m snakemake` would do."""
+    from snakemake import cli
+
     status = 70
     try:
         os.dup2(output.fileno(), 1)
@@ -82,7 +83,7 @@ def _be_snakemake(
         os.environ.update(environment)
         sys.argv, sys.path[0] = arguments, folder
         try:
-            cli.main()  # type: ignore[attr-defined]
+            cli.main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:

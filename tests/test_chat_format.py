@@ -236,7 +236,7 @@ def test_pre_training_training_and_rl_read_the_same_chat(tmp_path: Path) -> None
 
 
 def test_the_judging_script_reads_the_setting(tmp_path: Path) -> None:
-    """A model whose next token depends on the last one alone: after the space that a chat puts there, it is `a`."""
+    """A model whose next token depends on the last one alone: after the full stop of this chat, it is `a`."""
     tokenizer = chatml(CHATML.replace("assistant\n{% endif %}", "assistant\n.{% endif %}"))
     model = save_markov(tmp_path / "m", tokenizer, ".a", "(b", max_length=1024)
     (tmp_path / "principles.json").write_text('[{"dimension": "D", "definition": "x", "negative_definition": "y"}]')
