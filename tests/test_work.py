@@ -63,6 +63,19 @@ def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Path.mkdir` finds a folder, but not when it looks whether it is one: one job in some ten thousand."""
+    found = Path.is_dir
+    gone = iter([False])
+    monkeypatch.setattr(Path, "is_dir", lambda path: found(path) and next(gone, True))
+    folder = WorkFolder(tmp_path / "policy")
+    folder.path.parent.mkdir()
+    folder.open("mark")
+    assert next(gone, None) is None
+    assert (folder.path / "fingerprint").read_text() == "mark"
+    folder.delete()
+
+
 def test_a_second_process_waits_and_finds_the_artifact_made(tmp_path: Path) -> None:
     folder = WorkFolder(tmp_path / "policy")
     assert not folder.open("mark")

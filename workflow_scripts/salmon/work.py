@@ -117,18 +117,20 @@ class WorkFolder:
     def _acquire(self, seconds: float) -> bool:
         """Try to get the lease. The main rank calls this."""
         for attempt in range(100):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             lease = _leases.get(self.path) or SoftFileLease(
                 self.path.with_name(f"{self.path.name}.lock"), lease_duration=LEASE, thread_local=False
             )
             if lease.is_locked and lease.compromise is None:
                 return True
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 lease.release(force=True)
                 lease.acquire(timeout=seconds, poll_interval=0.5)
             except Timeout:
                 return False
-            except FileNotFoundError:  # another job has just deleted `.work/` because it was empty
+            # Another job has just deleted `.work/` because it was empty: before it was needed, or right after it was
+            # found to exist.
+            except (FileNotFoundError, FileExistsError):
                 if attempt == 99:  # no job deletes it so often
                     raise
                 continue
