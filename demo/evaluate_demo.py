@@ -158,19 +158,38 @@ class RewardReader:
 
     def margins(self, pairs: Sequence[Pair], definitions: Sequence[Sequence[str]]) -> list[float]:
         """Reward of output 1 minus reward of output 2, for every pair under its own principles."""
-        tokens = reward_model.reward_text_tokens(
-            self.tokenizer,
-            self.template,
-            [pair.instruction for pair in pairs for _ in range(2)],
+        tokens = self._tokens(
+            [pair for pair in pairs for _ in range(2)],
             [output for pair in pairs for output in (pair.output_1, pair.output_2)],
             [shown for shown in definitions for _ in range(2)],
+        )
+        first, second = reward_model.score(self.model, tokens, BATCH, self.device).view(-1, 2).T
+        return [float(margin) for margin in first - second]
+
+    def all_margins(self, pairs: Sequence[Pair], definitions: Sequence[str]) -> npt.NDArray[np.float64]:
+        """The same for every pair under each principle alone: [pairs, definitions]."""
+        groups = [
+            self._tokens([pair] * len(definitions), [output] * len(definitions), [[one] for one in definitions])
+            for pair in pairs
+            for output in (pair.output_1, pair.output_2)
+        ]
+        rewards = reward_model.score_alike(self.model, groups, BATCH, self.device).numpy().astype(np.float64)
+        return rewards[0::2] - rewards[1::2]
+
+    def _tokens(
+        self, pairs: Sequence[Pair], outputs: Sequence[str], definitions: Sequence[Sequence[str]]
+    ) -> list[list[int]]:
+        return reward_model.reward_text_tokens(
+            self.tokenizer,
+            self.template,
+            [pair.instruction for pair in pairs],
+            outputs,
+            definitions,
             query_length=self.settings.query_length,
             response_length=self.settings.response_length,
             max_length=self.settings.max_length,
             keys="reward_model.",
         )
-        first, second = reward_model.score(self.model, tokens, BATCH, self.device).view(-1, 2).T
-        return [float(margin) for margin in first - second]
 
 
 def reward_accuracy(
@@ -178,18 +197,17 @@ def reward_accuracy(
 ) -> dict[str, dict[str, float]]:
     """For each dimension, if the oracle sees a difference: right by the principle alone, plain and negated."""
     accuracy = {}
-    for principle in judged:
-        chosen = [(pair, oracle_difference(pair, principle.dimension)) for pair in pairs]
-        chosen = [(pair, difference) for pair, difference in chosen if difference]
-        used = [pair for pair, _ in chosen]
-        plain = reader.margins(used, [[principle.definition]] * len(used))
-        negated = reader.margins(used, [[principle.negative_definition]] * len(used))
-        rows = list(zip(chosen, plain, negated, strict=True))
+    definitions = [one for principle in judged for one in (principle.definition, principle.negative_definition)]
+    margins = reader.all_margins(pairs, definitions)
+    for place, principle in enumerate(judged):
+        differences = np.array([oracle_difference(pair, principle.dimension) for pair in pairs])
+        seen = differences != 0
+        plain, negated, wanted = margins[seen, 2 * place], margins[seen, 2 * place + 1], differences[seen]
         accuracy[principle.dimension] = {
-            "pairs": len(rows),
-            "plain": share(margin * difference > 0 for (_, difference), margin, _ in rows),
-            "negated": share(margin * difference < 0 for (_, difference), _, margin in rows),
-            "flips": share(margin * turned < 0 for _, margin, turned in rows),
+            "pairs": int(seen.sum()),
+            "plain": share(plain * wanted > 0),
+            "negated": share(negated * wanted < 0),
+            "flips": share(plain * negated < 0),
         }
     return accuracy
 

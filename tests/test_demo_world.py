@@ -9,13 +9,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
 from demo import evaluate_demo, lessons, make_demo_data, oracles, report, train_demo_policy, world
-from salmon import principles, templates
-from salmon.config import Aggregation, PairSource, PromptSource
+from salmon import models, principles, templates
+from salmon.config import Aggregation, Lora, Model, PairSource, PromptSource, RewardModel, Scoring
 from salmon.formats import PAIR_FORMATS, PROMPT_FORMATS
 from salmon.language import detect
 from salmon.sources import read_source
+from salmon.tokenizers import load_tokenizer
 
 ASKED = "Tell me some facts about the robin."
 FORMATS = {
@@ -378,6 +380,27 @@ def test_measuring_a_judge_counts_what_the_oracle_and_the_orders_say():
     assert found == {"Ethical": {"pairs": 4, "orders_agree": 3 / 4, "right": pytest.approx(2 / 3)}}
 
 
+def test_texts_are_read_together_as_they_are_alone(tiny_model, tmp_path):
+    model, lora = Model(base=str(tiny_model), quantization="none", dtype="float32"), Lora(r=2, alpha=4.0)
+    trained = models.new_reward_model(model, lora, "cpu", seed=3)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    trained.save_pretrained(tmp_path / "reward_model")
+    raw = yaml.safe_load(Path("demo/config.yaml").read_text())["reward_model"]
+    settings = RewardModel.model_validate(raw | {"query_length": 100, "response_length": 300, "max_length": 900})
+    reader = evaluate_demo.RewardReader(
+        tmp_path / "reward_model", model, settings, Scoring(), load_tokenizer(model), torch.device("cpu")
+    )
+    pairs = [evaluate_demo.Pair("0", ASKED, POLITE, RUDE), evaluate_demo.Pair("1", ASKED, RUDE, f"{POLITE} {RUDE}")]
+    definitions = ["The output is short.", "The output is friendly to its reader.", "It has steps."]
+    together = reader.all_margins(pairs, definitions)
+    alone = [reader.margins(pairs, [[one]] * len(pairs)) for one in definitions]
+    np.testing.assert_allclose(together, np.array(alone).T, atol=1e-5)
+    assert len(set(together.round(3).ravel())) == together.size
+
+
 class FixedReader:
     """Finds output 1 better by the principles it likes, unless a negative definition comes first."""
 
@@ -386,6 +409,9 @@ class FixedReader:
 
     def margins(self, pairs, definitions):
         return [1.0 if shown[0] in self.likes else -1.0 for shown in definitions]
+
+    def all_margins(self, pairs, definitions):
+        return np.array([self.margins(pairs, [[one] for one in definitions])] * len(pairs))
 
 
 def test_measuring_a_reward_model_compares_with_the_oracle_under_both_forms_of_a_principle():
