@@ -111,7 +111,8 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error("%s", error)
         _exit(1)
     except (OSError, pl.exceptions.PolarsError) as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # the form of polars
+        # What polars calls a full disk: the first in a table's data, the second in its footer.
+        if not isinstance(error, OSError) and not any(words in str(error) for words in ("os error", "transport error")):
             log.exception(UNEXPECTED)
             _exit(1)
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
