@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from peft import TaskType
 from salmon import adapters, models
 from salmon.artifacts import manifest_path
 from salmon.config import Lora, Model
-from tests import zoo
-from tests.forks import Forks
+from tests import forks, zoo
+from tests.running import SCRIPTS
 from tests.synthetic import openorca, sharegpt, shp
 
 MODEL = {"base": "model", "adapter": "adapter", "quantization": "none", "dtype": "float32"}
@@ -27,6 +29,9 @@ CHAT = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 NAMES = ("Clear", "Kind")
+# For many short runs, beside another test process.
+ALONE = {"POLARS_MAX_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+CPU_SECONDS = 60  # for one run, which takes a few: more is a hang
 LENGTHS = {"max_length": 160, "query_length": 30, "response_length": 40}
 
 
@@ -148,15 +153,21 @@ def jobs() -> dict[str, Job]:
 class BorderWorld:
     """A folder with all inputs, and the artifacts that the scripts make from them."""
 
-    def __init__(self, folder: Path, forks: Forks) -> None:
-        self.folder, self.forks = folder, forks
-        folder.mkdir(exist_ok=True)
-        make_files(folder)
-        self.jobs = jobs()
-        self.logs: dict[str, str] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.jobs = folder, jobs()
+
+    def build(self) -> None:
+        """Make them all, in an empty folder."""
+        make_files(self.folder)
         for name, job in self.jobs.items():
-            status, self.logs[name] = forks.run(job.script, job.options, folder)
-            assert status == 0, (name, self.logs[name])
+            status, said = self.run(job.script, job.options, self.folder)
+            assert status == 0, (name, said)
+
+    def run(self, script: str, options: dict[str, Any], folder: Path) -> tuple[int, str]:
+        """Run a script in a folder: its exit status (negative: the signal that has ended it), and what it said."""
+        line = [sys.executable, SCRIPTS / f"{script}.py", *forks.options(options)]
+        done = forks.run(line, folder, os.environ | ALONE, {"CPU": CPU_SECONDS})
+        return done.returncode, done.stdout + done.stderr
 
     def copy(self, folder: Path, job: Job) -> None:
         """The world without what the job makes; files are shared, so a test replaces what it changes."""

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CXX"] = "false"  # nothing is compiled at run time: see distributed.init_deepspeed
 
 import pytest
+
+from tests import forks
+
+if forks.FOLDER not in os.environ:  # not in the processes of pytest-xdist, which inherit it
+    FORKS = forks.open_server()
 
 if TYPE_CHECKING:
     from tests.border_world import BorderWorld
@@ -109,34 +114,40 @@ def policy(world: "World") -> Path:
 
 
 @pytest.fixture(scope="session")
-def border_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["BorderWorld"]:
-    """Inputs and artifacts of all scripts; tests that change them take a copy."""
-    from tests.border_world import BorderWorld
-    from tests.forks import Forks
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Build a folder that the processes of pytest-xdist share: the first that needs it builds it, the others wait."""
+    from filelock import FileLock
 
-    forks = Forks()
-    yield BorderWorld(tmp_path_factory.mktemp("border") / "world", forks)
-    forks.close()
+    base = tmp_path_factory.getbasetemp()
+
+    def share(name: str, build: Callable[[Path], None]) -> Path:
+        folder = (base if worker_id == "master" else base.parent) / name
+        built = folder.with_suffix(".built")
+        with FileLock(folder.with_suffix(".lock")):
+            if not built.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a failed build in another process
+                folder.mkdir()
+                build(folder)
+                built.touch()
+        return folder
+
+    return share
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy.
+def border_world(shared: Callable[[str, Callable[[Path], None]], Path]) -> "BorderWorld":
+    """Inputs and artifacts of all scripts; tests that change them take a copy."""
+    from tests.border_world import BorderWorld
 
-    The processes of pytest-xdist share it: the first that needs it builds it, the others wait.
-    """
-    from filelock import FileLock
+    return BorderWorld(shared("border", lambda folder: BorderWorld(folder).build()))
 
+
+@pytest.fixture(scope="session")
+def small_run(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy."""
     from tests.small_run import build
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "pipeline"
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "printed").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # left by a failed build in another process
-            folder.mkdir()
-            build(folder)
-    return folder
+    return shared("pipeline", build)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,15 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from salmon.work import WorkFolder
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
@@ -27,7 +26,8 @@ def environment() -> dict[str, str]:
 def launch(ranks: int, *line: Any) -> subprocess.CompletedProcess[str]:
     """Start a script and its arguments on ranks of two threads each, as the rules do."""
     words = ["bash", SCRIPTS / "launch.sh", "1", str(ranks), "2", *line]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    known = environment() | forks.jobs()
+    return subprocess.run(words, env=known, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> list[str]:
@@ -44,28 +44,22 @@ def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> li
 def kill_at_first_part(arguments: list[str], output: Path) -> int:
     """Start a script, kill it as soon as it has kept something, and count the parts it left behind."""
     folder = WorkFolder(output).path
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + PATIENCE
-    while not list(folder.glob("part-*.parquet")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said.decode()
+    done = forks.run(arguments, until=lambda: any(folder.glob("part-*.parquet")))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
     return len(list(folder.glob("part-*.parquet")))
 
 
 def failing(arguments: list[Any], **more: Any) -> str:
     """Run a script that must end with an error; return its message."""
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=False, **more)
+    done = forks.run(arguments, env=environment(), **more)
     assert done.returncode == 1, done.stderr
     return done.stderr
 
 
 def on_a_full_disk(arguments: list[Any], size: int, **more: Any) -> str:
     """The same, but it cannot write a file of more than `size` bytes."""
-    return failing(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), **more)
+    return failing(arguments, limits={"FSIZE": size}, **more)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,13 @@ licence lets us ship (`tests/synthetic.py`). The model is the demo's.
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
 
-from tests import synthetic
-from tests.dry_runs import dry_run
-from tests.running import PATIENCE
+from tests import forks, synthetic
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -24,11 +21,7 @@ MINE = ("Tell me about iron.", "Why do whales sing?", "List three things about t
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
-    arguments = ("--profile", "profiles/demo", "--nolock", *arguments)
-    if "-n" in arguments:
-        return dry_run(arguments)
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return forks.snakemake(["--profile", "profiles/demo", "--nolock", *arguments])
 
 
 def configuration(folder: Path) -> dict[str, Any]:

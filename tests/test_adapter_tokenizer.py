@@ -1,8 +1,6 @@
 """An adapter that comes with its own tokenizer or chat template is used with it, in all stages."""
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from salmon import identity, tokenizers
 from salmon.config import Model
 from salmon.errors import UserError
 from salmon.tokenizers import load_tokenizer
-from tests.running import environment
+from tests import forks
 from tests.small_models import CHATML, CHATML_TOKENS, byte_tokenizer
 
 OWN = CHATML.replace("assistant", "helper")
@@ -148,18 +146,8 @@ def test_the_rules_hand_on_an_adapter_with_a_tokenizer(base: Path, adapter: Path
         (adapter / "chat_template.jinja").write_text(OWN)
     overlay = {"model": {"base": "base", "adapter": "adapter"}}
     (base.parent / "mine.yaml").write_text(yaml.safe_dump(overlay))
-    words = [
-        shutil.which("snakemake"),
-        "-n",
-        "-p",
-        "-s",
-        ROOT / "Snakefile",
-        "--configfile",
-        "mine.yaml",
-        "--",
-        "policy",
-    ]
-    done = subprocess.run(words, cwd=base.parent, env=environment(), capture_output=True, text=True, check=False)  # type: ignore[arg-type]
+    words = ["-n", "-p", "-s", ROOT / "Snakefile", "--configfile", "mine.yaml", "--", "policy"]
+    done = forks.snakemake(words, base.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     scripts = {"clean_rl_prompts.py": "--model '", "train_reward_model.py": "--tokenizer '"}
     given = [

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from salmon.errors import UserError
 from salmon.principles import JudgedPrinciple
 from salmon.tables import PRINCIPLE_RECORDS
 from salmon.text import cut_at_markers
+from tests import forks
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 NAMES = ["Clear", "Kind", "Short", "Exact", "Lively"]
@@ -689,7 +689,7 @@ def test_script_fails_with_a_message_and_writes_nothing(inputs: Inputs, tmp_path
     ]
     command = [sys.executable, str(SCRIPTS / "aggregate_preferences.py"), *options]
     command.append(f"--aggregation={settings().model_dump_json()}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(command)
     assert done.returncode == 1
     assert "p005 has a different instruction" in done.stderr
     assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from salmon import artifacts, shipped
-from tests.dry_runs import dry_run
+from tests import forks
 from tests.running import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +47,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def snakemake(folder: Path, *arguments: Any, before: Sequence[str] = (), **environment: str) -> str:
     """What Snakemake says when called in a folder."""
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    if "-n" in arguments and not before:
-        done = dry_run(arguments, folder, known)
+    if not before:
+        done = forks.snakemake(arguments, folder, known)
     else:
         line = [*before, sys.executable, "-m", "snakemake", *map(str, arguments)]
+        known |= forks.jobs()
         done = subprocess.run(line, cwd=folder, env=known, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

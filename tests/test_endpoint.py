@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,7 +21,8 @@ from salmon.artifacts import write_table
 from salmon.config import Evaluation, JudgeEndpoint
 from salmon.errors import UserError
 from salmon.tables import ANSWERS, VERDICTS
-from tests.running import command, environment, kill_at_first_part
+from tests import forks
+from tests.running import command, kill_at_first_part
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = str(ROOT / "prompts" / "templates" / "endpoint.txt")
@@ -345,7 +344,8 @@ def test_a_killed_job_asks_for_the_rest_only(tmp_path: Path, server: Server) -> 
     time.sleep(0.3)
     before = len(server.times)
     assert 0 < before < 10
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
+    done = forks.run(line)
+    assert done.returncode == 0, done.stderr
     assert SECRET not in done.stderr
     assert "secret" not in done.stderr
     assert "comparisons remain" in done.stderr
@@ -379,10 +379,10 @@ def test_the_rule_passes_it_all_on(small_run: Path, server: Server) -> None:
     """From the configuration to the table, for every answer of the small run's policy."""
     table = small_run / "results" / "runs" / "default" / "evaluation" / "verdicts.parquet"
     changes = {"judge_endpoint": {"url": server.url, "model": "judge-1", "key_variable": VARIABLE, "timeout": 60}}
-    line = [sys.executable, "-m", "snakemake", "--profile", "profiles/demo", "--nolock", "--printshellcmds", str(table)]
+    line = ["--profile", "profiles/demo", "--nolock", "--printshellcmds", str(table)]
     line += ["--configfile", str(small_run / "config.yaml"), "--config", f"evaluation={json.dumps(changes)}"]
     try:
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = forks.snakemake(line)
         said = done.stdout + done.stderr
         assert done.returncode == 0, said[-3000:]
         assert SECRET not in said

@@ -57,7 +57,11 @@ def test_it_ends_with_its_job(tmp_path: Path, number: signal.Signals, stubborn: 
     (tmp_path / "server.py").write_text(SERVER.replace("STUBBORN", str(stubborn)))
     (tmp_path / "job.py").write_text(JOB)
     (own / "socket").touch()
-    command = [engine_guard.__file__, str(own), sys.executable, str(tmp_path / "server.py"), str(tmp_path), "first"]
+    guard = Path(engine_guard.__file__).read_text()
+    assert guard.count("GRACE = 15.0") == 1
+    (tmp_path / "guard.py").write_text(guard.replace("GRACE = 15.0", "GRACE = 2.0"))  # less to wait for
+    line = [tmp_path / "guard.py", own, sys.executable, tmp_path / "server.py", tmp_path, "first"]
+    command = [str(word) for word in line]
     job = subprocess.Popen([sys.executable, str(tmp_path / "job.py"), *command], start_new_session=True)
     files = [tmp_path / f"{name}.pid" for name in ("server", "engine")]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))

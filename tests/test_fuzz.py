@@ -118,7 +118,7 @@ def run_case(world: BorderWorld, number: int, folder: Path) -> tuple[str, str, s
     else:
         change(options, rng)
     title = f"{number}: {name}, {file or 'options'}, {change.__name__}"
-    status, said = world.forks.run(job.script, options, folder)
+    status, said = world.run(job.script, options, folder)
     return title, judge(world, job, folder, Path(file).name if file else "", status, said), f"{status}\n{said}"
 
 

@@ -1,9 +1,10 @@
 """The GPU benchmark runs on a CPU with a tiny model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forks
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 OPTIONS = "--shapes tiny --device cpu --batches 4 --rounds 2 --cap 12 --rollouts 4 --tokens-per-pass 200 --minutes 1"
@@ -12,7 +13,7 @@ OPTIONS = "--shapes tiny --device cpu --batches 4 --rounds 2 --cap 12 --rollouts
 def test_all_cells_are_measured(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     line = [sys.executable, SCRIPT, *OPTIONS.split(), "--output", output]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = forks.run(line)
     assert done.returncode == 0, done.stderr
     cells = json.loads(output.read_text())["cells"]
     errors = [cell["error"] for cell in cells if "error" in cell]

@@ -7,7 +7,6 @@ but every stage does its work all the same.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests import forks
 from tests.running import environment
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,6 @@ def test_killed_at_any_moment_nothing_is_lost(results: Path, tmp_path: Path) -> 
     """A short form of `make soak`."""
     printed, kills = results.parent / "printed", os.environ.get("SOAK_KILLS", "16")
     line = [sys.executable, ROOT / "tests" / "soak.py", printed, tmp_path / "soak", kills, os.environ.get("SEED", "0")]
-    done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forks.run(line, ROOT, environment())
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -141,7 +141,7 @@ def test_nothing_beside_the_inputs_is_run(border_world: BorderWorld, tmp_path: P
     border_world.copy(folder, job)
     plant_beside(folder, mark, auto_map=True)
     # A pickle with the name of SentencePiece's model may be refused for its content, but is not unpickled.
-    status, said = border_world.forks.run(job.script, job.options, folder)
+    status, said = border_world.run(job.script, job.options, folder)
     assert status in (0, 1), said
     assert "Traceback" not in said
 
@@ -156,7 +156,7 @@ def test_nothing_instead_of_an_input_is_run(border_world: BorderWorld, tmp_path:
             border_world.copy(folder, job)
             (folder / file).unlink()
             plant(folder / file, mark)
-            status, said = border_world.forks.run(job.script, job.options, folder)
+            status, said = border_world.run(job.script, job.options, folder)
             assert status == 1, (file, plant.__name__, said)
             assert "Traceback" not in said, (file, plant.__name__, said)
             shutil.rmtree(folder)
@@ -180,7 +180,7 @@ def test_weights_are_not_taken_from_a_pickle(
     border_world.copy(folder, job)
     (folder / file).unlink()
     saved_by_torch((folder / file).with_name(pickle_name), mark)
-    status, said = border_world.forks.run(job.script, job.options, folder)
+    status, said = border_world.run(job.script, job.options, folder)
     assert status == 1, said
     assert "safetensors" in said
     assert "Traceback" not in said
@@ -222,7 +222,7 @@ def test_sources_are_data_whatever_their_folder_holds(
     code(data / "data.py", mark)
     saved_by_torch(data / f"planted{ending}", mark)
     options = job.options | {"prompts": {"sources": {"own": {"format": "prompts", "path": "./data"}}}}
-    status, said = border_world.forks.run(job.script, options, folder)
+    status, said = border_world.run(job.script, options, folder)
     is_data = ending in (".parquet", ".jsonl", ".json.gz")
     assert status == (1 if is_data else 0), said
     assert "Traceback" not in said

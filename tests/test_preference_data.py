@@ -17,7 +17,7 @@ from salmon import preference_data as data
 from salmon.config import PmpData
 from salmon.formats import Comparison
 from salmon.tables import PMP_RECORDS
-from tests import synthetic
+from tests import forks, synthetic
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -253,7 +253,7 @@ def run(output: Path, sources: Any, **more: Any) -> subprocess.CompletedProcess[
     settings = PmpData.model_validate({"sources": sources, **more})
     script = ROOT / "workflow_scripts" / "clean_pmp_data.py"
     command = [sys.executable, str(script), "--output", str(output), "--pmp-data", settings.model_dump_json()]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return forks.run(command)
 
 
 def test_the_script_writes_both_data_sets_and_a_manifest(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from salmon.config import Prompts, RlPrompts
 from salmon.errors import UserError
 from salmon.formats import PROMPT_FORMATS, Prompt
 from salmon.tables import PROMPTS, RL_PROMPTS
-from tests import synthetic
+from tests import forks, synthetic
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -555,7 +555,7 @@ def test_real_hh_rlhf() -> None:
 def run(name: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "workflow_scripts" / f"{name}.py"
     command = [sys.executable, str(script), "--output", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return forks.run(command)
 
 
 def test_the_script_writes_table_and_manifest(tmp_path: Path) -> None:

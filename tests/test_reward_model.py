@@ -27,7 +27,7 @@ from salmon.reward_model import Apart
 from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
-from tests import zoo
+from tests import forks, zoo
 from tests.running import PATIENCE, ROOT, environment, failing
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
@@ -559,7 +559,7 @@ def killed(trained, tmp_path_factory) -> Path:
     """Folder of the same run, killed while it wrote its second checkpoint."""
     folder = tmp_path_factory.mktemp("killed")
     program = [sys.executable, "-c", KILLED, *command(trained["arguments"] | {"output": str(folder / "rm")})[2:]]
-    assert subprocess.run(program, env=environment(), capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert forks.run(program, env=environment()).returncode == -signal.SIGKILL
     assert not (folder / "rm").exists()
     return folder
 
@@ -702,7 +702,7 @@ def test_empty_outputs_are_skipped_and_counted(tmp_path):
 def test_the_script_exits_with_an_error(trained, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     arguments = trained["arguments"] | {"records": str(tmp_path / "broken.parquet"), "output": str(tmp_path / "rm")}
-    done = subprocess.run(command(arguments), capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = forks.run(command(arguments))
     assert done.returncode == 1
     assert "cannot be read: parquet" in done.stderr
     assert "Traceback" not in done.stderr

@@ -18,8 +18,7 @@ from snakemake.profiles import ProfileConfigFileParser
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
-from tests.dry_runs import dry_run
-from tests.running import PATIENCE
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 CPU = "-p cpu -t 480 --mem 64000 --ntasks=1 --cpus-per-task=8"
@@ -56,7 +55,7 @@ class Resources(dict[str, Any]):
 def jobs(*targets: str, site: Path | None = None, folder: Path = ROOT) -> Iterator[tuple[str, Resources]]:
     """Rule and resources of every job, from a dry run with the profile."""
     line = ["-s", ROOT / "Snakefile", "--profile", ROOT / "profiles" / "slurm", "-n", *targets]
-    done = dry_run(line, folder, os.environ | ({"SALMON_SITE": str(site)} if site else {}))
+    done = forks.snakemake(line, folder, os.environ | ({"SALMON_SITE": str(site)} if site else {}))
     assert done.returncode == 0, done.stderr + done.stdout
     printed = re.findall(r"^rule (\w+):\n((?: .*\n)*)", done.stdout + done.stderr, flags=re.MULTILINE)
     for rule, body in printed:
@@ -151,7 +150,7 @@ def test_what_is_wrong_in_the_site_is_told(tmp_path: Path, line: str, instead: s
     assert line in text
     (tmp_path / "site.yaml").write_text(text.replace(line, instead))
     environment = os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")}
-    done = dry_run(["--profile", "profiles/slurm", "-n"], environment=environment)
+    done = forks.snakemake(["--profile", "profiles/slurm", "-n"], environment=environment)
     assert done.returncode != 0
     assert f"site.yaml: {said}" in done.stderr
 
@@ -197,15 +196,7 @@ def test_plan_counts_with_the_hardware_of_the_profile(tmp_path: Path) -> None:
     (tmp_path / "one_run.yaml").write_text(yaml.safe_dump(one_run))
     line += ["--retries", "0", "--configfile", "demo/config.yaml", str(tmp_path / "one_run.yaml")]
     line += ["--config", f"pathvars={{results: {tmp_path}/results, logs: {tmp_path}/logs}}", "--", "plan"]
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *line],
-        cwd=ROOT,
-        env=os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = forks.snakemake(line, environment=os.environ | {"SALMON_SITE": str(tmp_path / "site.yaml")})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "24 GB, 70 TFLOPS, 600 GB/s" in done.stdout
     tables = [

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from salmon import encoding, intervals, tasks
 from salmon.config import Evaluation, Model, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
 from salmon.work import WorkFolder
+from tests import forks
 from tests.damaged_models import make_adapter
 from tests.running import environment
 from tests.small_models import CHATML, CHATML_TOKENS, byte_tokenizer, save_markov
@@ -57,7 +57,7 @@ def command_line(model: str, output: Path, *more: str) -> dict[str, dict[str, ta
     line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--device", "cpu"]
     line += ["--tasks", "truthfulqa_local,hhh", "--include_path", "evaluation_tasks", "--metadata", json.dumps(LOCAL)]
     line += ["--batch_size", "16", "--output_path", str(output), *more]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
+    done = forks.run(line, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = output.rglob("results_*.json")
     return plain(tasks.metrics(json.loads(file.read_text())["results"], {}, {}, 0))

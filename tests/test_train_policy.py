@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from salmon.principles import WeightedPrinciple
 from salmon.sampling import TransformersSampler
 from salmon.shared_base import SharedBase
 from salmon.work import WorkFolder
+from tests import forks
 from tests.ppo_world import (
     CHECKPOINT,
     LORA,
@@ -87,12 +87,8 @@ def test_hardware_settings_change_no_step(world: World, policy: Path, tmp_path: 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, policy: Path, tmp_path: Path) -> None:
     output, work = tmp_path / "policy", tmp_path / ".work" / "policy"
     # After a checkpoint, in the middle of the next step but one: a step is done that no checkpoint holds.
-    killed = subprocess.run(
-        [sys.executable, "-c", signalled("SIGKILL", CHECKPOINT + 2), *world.arguments(output)],
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
+    line = [sys.executable, "-c", signalled("SIGKILL", CHECKPOINT + 2), *world.arguments(output)]
+    killed = forks.run(line, env=environment())
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists()
     before = (work / "metrics.jsonl").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.dry_runs import dry_run
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -54,5 +54,5 @@ def test_snakemake_takes_its_command_lines(words: list[str], tmp_path: Path) -> 
     for name, text in FILES.items():
         (tmp_path / name).write_text(text.replace("creative.json", str(tmp_path / "creative.json")))
     here = [str(tmp_path / word) if word in FILES else word for word in words]
-    run = dry_run([*here, "--nolock"])
+    run = forks.snakemake([*here, "--nolock"])
     assert run.returncode == 0, run.stdout + run.stderr

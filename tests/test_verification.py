@@ -18,7 +18,8 @@ from salmon import artifacts, configuration, provenance, verification
 from salmon.config import FREE
 from salmon.configuration import Config, field_of, section_in
 from salmon.formats import EXAMPLE_FORMATS, PAIR_FORMATS, PROMPT_FORMATS
-from tests.running import PATIENCE, environment, merge
+from tests import forks
+from tests.running import merge
 
 ROOT = Path(__file__).parents[1]
 POLICY = "runs/default/policy"
@@ -519,7 +520,7 @@ def test_the_script(small_run: Path, tmp_path: Path) -> None:
     def run(*arguments: str, files: list[Path]) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, ROOT / "workflow_scripts" / "verify.py"]
         line += ["--configfile", json.dumps([str(small_run / "config.yaml"), *map(str, files)]), *arguments]
-        return subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+        return forks.run(line)
 
     whole = run(files=[])
     assert whole.returncode == 0, whole.stderr

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from salmon import configuration, verification
-from tests.dry_runs import dry_run
-from tests.running import PATIENCE, merge
+from tests import forks
+from tests.running import merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,14 +56,7 @@ FILES = {f"results/{configuration.TARGETS[target].artifact}": rule for target, r
 
 
 def snakemake(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """What a call says; dry runs are forks."""
-    return dry_run(arguments, folder) if "-n" in arguments else started(*arguments, folder=folder)
-
-
-def started(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own."""
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    return forks.snakemake(arguments, folder)
 
 
 def elsewhere(folder: Path) -> list[str]:
@@ -194,7 +187,7 @@ def test_thousands_of_jobs_are_listed_in_seconds(tmp_path: Path) -> None:
     def seconds(*arguments: str) -> float:
         """CPU seconds."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        run = started(*arguments)
+        run = subprocess.run([sys.executable, "-m", "snakemake", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         said.append(run.stdout + run.stderr)
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
