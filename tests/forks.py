@@ -240,7 +240,7 @@ def serve(folder: Path) -> None:
                 if not imported:
                     import_libraries()
                     imported = True
-                if child := len(files) == 4 and _start(files, [events, listener, *running.values(), client]):
+                if child := _start(files, [events, listener, *running.values(), client]) if len(files) == 4 else 0:
                     running[child] = client
                     events.register(os.pidfd_open(child), selectors.EVENT_READ, child)
                     events.register(client, selectors.EVENT_READ, child)
