@@ -2,9 +2,10 @@
 
 `python tests/forks.py FOLDER` is that process. It imports at its first run, and must not compute anything itself: the
 threads of polars, tokenizers and torch do not survive a fork. A run has its client's arguments, environment, folder and
-files, and executes the script from its file, as Python does. Clients are the functions here and `FOLDER/python`, which
-`jobs` puts in front of the PATH of Snakemake's jobs. A run whose environment differs in what libraries read when they
-are imported is a real process.
+files, and executes the script from its file, as Python does. Clients are the functions here, and `FOLDER/python` and
+`FOLDER/torchrun`, which `jobs` puts in front of the PATH of Snakemake's jobs. A run whose environment differs in what
+libraries read when they are imported is a real process. What a run does not have of its client: namespaces, umask,
+session and process group, and further descriptors. All runs have one seed for the hashes of strings.
 """
 
 import gc
@@ -15,6 +16,7 @@ import resource
 import runpy
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -33,15 +35,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
 OURS = tuple(f"{ROOT / name}{os.sep}" for name in ("workflow_scripts", "demo", "tests"))
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 FOLDER = "SALMON_FORKS"  # environment variable; empty: every run is a real process
 PATIENCE = 1800  # seconds until a run counts as stuck: a busy machine must not fail a test
 READ_BY_IMPORTS = ("PYTHON", "HF_", "TRANSFORMERS_", "TORCH", "BNB_", "LD_")  # such variables must be equal
+
+AT_START = dict(os.environ)
+OF_TORCHRUN = ("TORCHELASTIC_", "TORCH_NCCL_")  # what it tells a rank
 
 LIBRARIES = (
     *("transformers.models.llama.modeling_llama", "transformers.trainer", "transformers.integrations.peft"),
     *("peft.tuners.lora", "torch.utils.tensorboard", "safetensors.torch", "datasets", "jinja2", "py3langid", "ijson"),
     *("lm_eval.tasks", "lm_eval.evaluator", "lm_eval.models.huggingface"),
-    *("tokenizers", "jsonschema", "snakemake.cli", "snakemake_executor_plugin_slurm"),
+    *("torch.distributed.run", "tokenizers", "jsonschema", "snakemake.cli", "snakemake_executor_plugin_slurm"),
 )
 
 
@@ -58,7 +64,7 @@ class Fork:
 
         Args:
             words: what follows `python` on the command line.
-            files: descriptors of standard input, output and error output.
+            files: descriptors of standard input, standard output and standard error.
             limits: resource limits (names without RLIMIT_).
 
         Raises:
@@ -66,15 +72,22 @@ class Fork:
         """
         if not os.environ.get(FOLDER):
             raise LookupError(f"{FOLDER} is not set")
+        folder = Path(os.environ[FOLDER])
         self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(str(Path(os.environ[FOLDER], "socket")))
+        try:
+            self.connection.connect(str(folder / "socket"))
+        except OSError:
+            raise RuntimeError(f"the process to fork has ended:\n{(folder / 'log').read_text()[-3000:]}") from None
         with tempfile.TemporaryFile() as request:
             asked = {"words": [str(word) for word in words], "cwd": str(cwd), "env": dict(env), "limits": limits}
             request.write(json.dumps(asked).encode())
             request.flush()
             socket.send_fds(self.connection, [b"."], [*files, request.fileno()])
             self.replies = self.connection.makefile()
-            self.pid = int(self.replies.readline() or "0")
+            said = self.replies.readline()
+        if not said:
+            raise RuntimeError(f"the process to fork has ended:\n{(folder / 'log').read_text()[-3000:]}")
+        self.pid = int(said)
         if not self.pid:
             raise LookupError(f"python {words} has to be a real process")
 
@@ -84,9 +97,10 @@ class Fork:
             raise subprocess.TimeoutExpired(f"run {self.pid}", timeout or 0)
         return int(self.replies.readline())
 
-    def kill(self) -> None:
-        """End it, as `Popen.kill` does."""
-        os.kill(self.pid, signal.SIGKILL)
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal, if it has not ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 def run(
@@ -95,6 +109,7 @@ def run(
     env: Mapping[str, str] | None = None,
     limits: dict[str, int] | None = None,
     until: Callable[[], bool] | None = None,
+    patience: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run(line, …, capture_output=True, text=True)` gives for a line that starts this Python.
 
@@ -104,6 +119,7 @@ def run(
         env: the whole environment; by default, this process's.
         limits: resource limits by name, without `RLIMIT_`.
         until: when to kill the run.
+        patience: seconds until it counts as stuck.
     """
     program, *words = map(str, line)
     assert program == sys.executable
@@ -113,7 +129,7 @@ def run(
         said = [readers.submit(_read, end) for end in (output, errors)]
         files = (nothing.fileno(), output_end, errors_end)
         try:
-            status = _wait(_started(words, files, cwd, env, limits), until)
+            status = _wait(_started(words, files, cwd, env, limits), until, patience)
         finally:
             os.close(output_end)
             os.close(errors_end)
@@ -127,22 +143,26 @@ def _started(
         return Fork(words, files, cwd, env, limits)
     except LookupError:
         more: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
-        more["preexec_fn"] = lambda: _limit(limits)
+        if limits:
+            more["preexec_fn"] = lambda: _limit(limits)
         return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, **more)
 
 
-def _wait(process: "Fork | subprocess.Popen[bytes]", until: Callable[[], bool] | None) -> int:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return process.wait(0.002 if until else end - time.monotonic())
-        except subprocess.TimeoutExpired:
-            if until and until():
-                process.kill()
-                until = None
-            elif time.monotonic() > end:
-                process.kill()
-                raise
+def _wait(process: "Fork | subprocess.Popen[bytes]", until: Callable[[], bool] | None, patience: float) -> int:
+    end = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                return process.wait(0.002 if until else end - time.monotonic())
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > end:
+                    raise
+                if until and until():
+                    process.kill()
+                    until = None
+    except BaseException:  # otherwise the readers would wait for the run's end
+        process.kill()
+        raise
 
 
 def _read(end: int) -> str:
@@ -172,18 +192,22 @@ def _limit(limits: Mapping[str, int]) -> None:
 
 
 def jobs() -> dict[str, str]:
-    """The environment in which Snakemake's jobs find `FOLDER/python` as their Python."""
+    """The environment in which Snakemake's jobs, and ranks of `launch.sh`, find `FOLDER/python` as their Python."""
     return {"BASH_ENV": f"{os.environ[FOLDER]}/bash"} if os.environ.get(FOLDER) else {}
 
 
 def be_python(words: Sequence[str]) -> None:
-    """`FOLDER/python`: the status and the signals of its run are its own."""
+    """`FOLDER/python`: it passes signals on to its run, and ends as its run does, or with its torchrun."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         fork = Fork(words, (0, 1, 2), Path.cwd(), os.environ, {})
     except LookupError:
         os.execv(sys.executable, [sys.executable, *words])
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os.kill(fork.pid, number))
+        signal.signal(number, lambda number, _: fork.kill(number))
     status = fork.wait()
     if status < 0:
         _be_killed(-status)
@@ -200,12 +224,17 @@ def open_server() -> "subprocess.Popen[bytes]":
     """Start the process; it ends when its standard input is closed: at the latest with the process that calls this."""
     folder = tempfile.mkdtemp(prefix="salmon-forks-")
     os.environ[FOLDER] = folder
-    python = Path(folder, "python")
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SI "{__file__}" --client "$@"\n')
-    python.chmod(0o755)
-    Path(folder, "bash").write_text(f"PATH={folder}:$PATH\n")
+    python = f'"{sys.executable}" -SI "{__file__}" --client'
+    torchrun = f'-m torch.distributed.run --no-python "$1" "$2" "$3" "{folder}/python"'  # as workflow_scripts/launch.sh
+    for name, program in (("python", f'{python} "$@"'), ("torchrun", f'{python} {torchrun} "${{@:4}}"')):
+        Path(folder, name).write_text(f"#!/usr/bin/env bash\nexec {program}\n")
+        Path(folder, name).chmod(0o755)
+    Path(folder, "bash").write_text(f"PATH={shlex.quote(folder)}:$PATH\n")
     line = [sys.executable, __file__, folder]
-    server = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    # What is read when libraries are loaded: see workflow_scripts/launch.sh, and `_start` for the GPUs.
+    known = {"GOMP_SPINCOUNT": "3000"} | os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with Path(folder, "log").open("w") as log:
+        server = subprocess.Popen(line, env=known, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
     assert server.stdout
     assert server.stdout.readline() == b"ready\n"
     return server
@@ -215,7 +244,7 @@ def open_server() -> "subprocess.Popen[bytes]":
 
 
 def serve(folder: Path) -> None:
-    """Answer until the input ends: with a fork's number, and with its status at its end."""
+    """Serve until standard input is closed: reply to a request with the fork's process ID, and later its status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end is ours
     events = selectors.DefaultSelector()
     listener = socket.socket(socket.AF_UNIX)
@@ -274,6 +303,7 @@ def import_libraries() -> None:
     sys.path.pop(0)
     for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         each.atexit = False  # only forks end, and need not tidy up these libraries
+    sys.stdout.flush()  # otherwise each fork would print it
     gc.freeze()
 
 
@@ -284,7 +314,10 @@ def _start(files: list[int], ours: list[Any]) -> int:
         asked = json.load(file)
     words, env = asked["words"], asked["env"]
     path = env.get("PYTHONPATH", "")
-    if not _same_for_imports(env) or not (words[0] in ("-c", "-m") or words[0].endswith(".py")):
+    if not _same_for_imports(env) or not words or not (words[0] in ("-c", "-m") or words[0].endswith(".py")):
+        return 0
+    # A fork cannot use CUDA, which libraries initialise when they are imported.
+    if Path("/dev/nvidiactl").exists() and env.get("CUDA_VISIBLE_DEVICES") != "":
         return 0
     child = os.fork()
     if child == 0:
@@ -294,12 +327,10 @@ def _start(files: list[int], ours: list[Any]) -> int:
     return child
 
 
-AT_START = dict(os.environ)
-
-
 def _same_for_imports(env: Mapping[str, str]) -> bool:
     """Whether the libraries would be imported alike; the client may have imported them, which sets some variables."""
     names = {name for name in (*env, *AT_START) if name.startswith(READ_BY_IMPORTS)} - {"PYTHONPATH"}
+    names = {name for name in names if not name.startswith(OF_TORCHRUN)}
     return all(env.get(name) in (AT_START.get(name), os.environ.get(name)) for name in names)
 
 
@@ -311,6 +342,8 @@ def _be_process(words: list[str], files: list[int], asked: dict[str, Any], path:
             os.dup2(file, target)
             os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        tempfile.tempdir = None
+        sys.modules["numpy"].random.seed()  # Python itself sees to `random`
         _limit(asked["limits"])
         os.chdir(asked["cwd"])
         os.environ.clear()
@@ -326,8 +359,8 @@ def _be_process(words: list[str], files: list[int], asked: dict[str, Any], path:
             _execute(words)
             status = 0
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            if isinstance(end.code, str):
+            status = end.code & 0xFF if isinstance(end.code, int) else int(end.code is not None)
+            if end.code is not None and not isinstance(end.code, int):
                 sys.stderr.write(f"{end.code}\n")
     except BaseException as error:
         import traceback
@@ -340,7 +373,7 @@ def _be_process(words: list[str], files: list[int], asked: dict[str, Any], path:
 
 
 def _forget_unless(ours: bool) -> None:
-    """Another checkout imports its own library."""
+    """Unless a script is ours, forget our modules: another checkout imports its own."""
     for name, module in [] if ours else list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(OURS) and name != "__main__":
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Run scripts as processes: by hand or under torchrun, and kill them."""
+"""Run scripts, alone or on several ranks, and kill them."""
 
 import json
 import os
@@ -11,11 +11,10 @@ from typing import Any
 
 from salmon.work import WorkFolder
 from tests import forks
+from tests.forks import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "workflow_scripts"
-PATIENCE = 1800  # seconds until a process counts as stuck: a busy machine must not fail a test
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def environment() -> dict[str, str]:
@@ -23,14 +22,20 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT}"}
 
 
-def launch(ranks: int, *line: Any) -> subprocess.CompletedProcess[str]:
-    """Start a script and its arguments on ranks of two threads each, as the rules do."""
+def launch(ranks: int, *line: Any, real: bool = False) -> subprocess.CompletedProcess[str]:
+    """Start a script and its arguments on ranks that share two threads, as the rules do.
+
+    Args:
+        ranks: their number.
+        line: the script and its arguments.
+        real: processes of their own, with different seeds for the hashes of strings.
+    """
     words = ["bash", SCRIPTS / "launch.sh", "1", str(ranks), "2", *line]
-    known = environment() | forks.jobs()
+    known = environment() | ({} if real else forks.jobs())
     return subprocess.run(words, env=known, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
-def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> list[str]:
+def command(script: ModuleType, arguments: dict[str, Any]) -> list[str]:
     """The command line of a script with these arguments."""
     flags = []
     for name, value in script.Arguments(**arguments).model_dump(mode="json").items():
@@ -38,7 +43,7 @@ def command(script: ModuleType, arguments: dict[str, Any], *launcher: str) -> li
             f"--{name.replace('_', '-')}",
             json.dumps(value) if value is None or isinstance(value, dict) else str(value),
         ]
-    return [sys.executable, *launcher, str(script.__file__), *flags]
+    return [sys.executable, str(script.__file__), *flags]
 
 
 def kill_at_first_part(arguments: list[str], output: Path) -> int:

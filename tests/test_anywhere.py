@@ -51,7 +51,6 @@ def snakemake(folder: Path, *arguments: Any, before: Sequence[str] = (), **envir
         done = forks.snakemake(arguments, folder, known)
     else:
         line = [*before, sys.executable, "-m", "snakemake", *map(str, arguments)]
-        known |= forks.jobs()
         done = subprocess.run(line, cwd=folder, env=known, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -184,8 +184,9 @@ def test_a_full_disk_is_a_sentence(border_world: BorderWorld, tmp_path: Path, na
     script = SCRIPTS / f"{job.script}.py"
     options = forks.options(job.options)
     said = on_a_full_disk([sys.executable, script, *options], 1500, cwd=tmp_path / "here")
-    # In records, the data still fit; polars does not tell why it could not write the footer.
-    assert ("transport error" if name == "aggregate_preferences" else "File too large") in said
+    # The records' data fit into the limit, their footer does not; polars does not say why it could not write it. In a
+    # process of its own, py3langid fails before that.
+    assert "File too large" in said or (name == "aggregate_preferences" and "transport error" in said)
     assert "check the path, its permissions, and the free disk space" in said
     assert "Traceback" not in said
     assert not (tmp_path / "here" / job.output).exists()

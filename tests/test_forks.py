@@ -1,15 +1,16 @@
-"""A run as a fork is what a process of its own is, to its client and to the script."""
+"""A fork behaves as a process of its own does, for its client and for the script."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import forks
-from tests.running import SCRIPTS, environment
+from tests.running import SCRIPTS, environment, launch
 
 SEEN = """
 import os, sys
@@ -20,6 +21,8 @@ print(os.environ["MINE"], "HOME" in os.environ, sys.path[:3], config.__file__, f
 ENDS = {
     "nothing": "",
     "status": "raise SystemExit(7)",
+    "negative": "raise SystemExit(-1)",
+    "object": "raise SystemExit(ValueError('why'))",
     "text": "import sys; print('out'); sys.exit('why')",
     "error": "def inner():\n    1 / 0\ninner()",
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -28,6 +31,19 @@ ENDS = {
     "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()",
     "threads": "import torch; print(torch.get_num_threads())",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    """The tests' server; one of these tests alone if forks are switched off."""
+    if os.environ.get(forks.FOLDER):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(forks.FOLDER, "")
+        server = forks.open_server()
+        yield
+        server.communicate()
 
 
 def both(line: list[str], **more: object) -> tuple[tuple[int, str, str], tuple[int, str, str]]:
@@ -79,7 +95,7 @@ def test_forks_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jobs_of_snakemake_find_it(tmp_path: Path) -> None:
-    """As a rule calls a script; it ends with its job, and its job with it."""
+    """Called as in a rule. The job ends when its fork is killed, and the fork when its job is."""
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time; print('torch' in sys.modules, os.getpid(), flush=True); time.sleep(60)")
     for path in (script, SCRIPTS / "launch.sh"):
@@ -95,3 +111,13 @@ def test_jobs_of_snakemake_find_it(tmp_path: Path) -> None:
             else:
                 job.kill()
                 assert job.stdout.read() == ""  # which the fork would have open for a minute
+
+
+def test_ranks_are_forks_and_end_with_one_of_them(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text("import os, sys; print(os.environ['RANK'], 'torch' in sys.modules, sys.argv[1:])")
+    done = launch(2, script, "--option", "a b")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{rank} True ['--option', 'a b']" for rank in range(2)]
+    script.write_text("import os, time; os.environ['RANK'] == '1' and os._exit(3); time.sleep(600)")
+    assert launch(2, script).returncode == 1

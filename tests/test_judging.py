@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +23,7 @@ from salmon.principles import JudgedPrinciple
 from salmon.tables import JUDGEMENTS, RESPONSES
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
-from tests.running import TORCHRUN, command, kill_at_first_part
+from tests.running import command, kill_at_first_part, launch
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (
@@ -461,7 +460,8 @@ def test_two_ranks_make_the_same_table(work: Path, settings: config.Model) -> No
     write_responses(work, PAIRS)
     expected = run(work, settings, "one.parquet", batch_size=1)
     two = options(work, settings, "two.parquet", batch_size=1)
-    subprocess.run(command(judge_preferences, two, *TORCHRUN), check=True)
+    done = launch(2, *command(judge_preferences, two)[1:])
+    assert done.returncode == 0, done.stderr
     assert pl.read_parquet(work / "two.parquet").equals(expected)
 
 
@@ -472,7 +472,7 @@ def test_two_ranks_that_hold_one_model_together_judge_alike(work: Path, settings
     settings = settings.model_copy(update={"dtype": dtype})
     expected = run(work, settings, "one.parquet", batch_size=2)
     two = options(work, settings, "two.parquet", batch_size=2) | {"tensor_parallel": True}
-    done = subprocess.run(command(judge_preferences, two, *TORCHRUN), capture_output=True, text=True, check=False)
+    done = launch(2, *command(judge_preferences, two)[1:])
     assert done.returncode == 0, done.stderr
     found = pl.read_parquet(work / "two.parquet")
     assert found.drop("s12", "s21").equals(expected.drop("s12", "s21"))

@@ -92,6 +92,6 @@ def test_killed_at_any_moment_nothing_is_lost(results: Path, tmp_path: Path) -> 
     """A short form of `make soak`."""
     printed, kills = results.parent / "printed", os.environ.get("SOAK_KILLS", "16")
     line = [sys.executable, ROOT / "tests" / "soak.py", printed, tmp_path / "soak", kills, os.environ.get("SEED", "0")]
-    done = forks.run(line, ROOT, environment())
+    done = forks.run(line, ROOT, environment(), patience=max(forks.PATIENCE, 20 * int(kills)))
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -113,7 +113,7 @@ def test_ranks_of_deepspeed_train_the_policy_of_one_process(
     assert "stopped by SIGTERM after step 3; a checkpoint is written" in stopped.stderr
     planted = [] if ranks > 1 else plant(tmp_path / ".work" / "policy", tmp_path / "ran")
     budgets = {"tokens-per-pass": 100, "tokens-per-forward-pass": 150}  # of another size
-    done = launch(ranks, SCRIPTS / "train_policy.py", *world.arguments(output, options | budgets))
+    done = launch(ranks, SCRIPTS / "train_policy.py", *world.arguments(output, options | budgets), real=True)
     assert done.returncode == 0, done.stderr
     assert ("which is damaged" if planted else "resuming after step 3") in done.stderr
     assert not (tmp_path / "ran").exists()

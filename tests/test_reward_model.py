@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +27,7 @@ from salmon.tables import PREFERENCE_RECORDS
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
 from tests import forks, zoo
-from tests.running import PATIENCE, ROOT, environment, failing
+from tests.running import ROOT, environment, failing, launch
 
 TEMPLATE = "# Review\n{Output}\n# For\n{Input}\n# By\n{Dimensions}\nThe quality of the output is"
 END = "The quality of the output is"
@@ -111,12 +110,11 @@ def run_here(arguments: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(arguments["output"]) / "metrics.json").read_text())
 
 
-def command(arguments: dict[str, Any], ranks: int = 0) -> list[str]:
+def command(arguments: dict[str, Any]) -> list[str]:
     options = []
     for name, value in arguments.items():
         options += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else str(value)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, str(ROOT / "workflow_scripts" / "train_reward_model.py"), *options]
+    return [sys.executable, str(ROOT / "workflow_scripts" / "train_reward_model.py"), *options]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -483,7 +481,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     run_here(arguments | {"output": str(tmp_path / "one")})
     if deepspeed:
         arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
-    done = subprocess.run(command(arguments, ranks=2), capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = launch(2, *command(arguments)[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     reference, other, two = (weights(folder) for folder in (trained["folder"], tmp_path / "one", tmp_path / "rm"))
     rounding = max((other[name] - reference[name]).abs().max().item() for name in reference)
@@ -507,8 +505,7 @@ def test_zero3_of_a_four_bit_model_trains_as_two_whole_ones(trained, tmp_path):
     arguments["reward_model"] = arguments["reward_model"] | {"epochs": 0.4}
     logged = []
     for name, deepspeed in (("whole", {}), ("shards", {"deepspeed": str(ROOT / "profiles/deepspeed/zero3.json")})):
-        line = command(arguments | {"output": str(tmp_path / name), **deepspeed}, ranks=2)
-        done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = launch(2, *command(arguments | {"output": str(tmp_path / name), **deepspeed})[1:])
         assert done.returncode == 0, done.stderr[-3000:]
         logged.append(json.loads((tmp_path / name / "metrics.json").read_text())["training"])
     for expected, found in zip(*logged, strict=True):

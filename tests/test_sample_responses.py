@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from salmon.randomness import seed_of
 from salmon.tables import RESPONSES
 from salmon.tokenizers import load_tokenizer
 from salmon.work import WorkFolder
-from tests.running import TORCHRUN, command, kill_at_first_part, on_a_full_disk
+from tests.running import command, kill_at_first_part, launch, on_a_full_disk
 
 PREAMBLE = "A conversation.\n\n### User\n"
 INSTRUCTIONS = [
@@ -296,7 +295,8 @@ def test_other_settings_do_not_resume(work: Path, model: config.Model) -> None:
 def test_two_ranks_make_the_same_table(work: Path, model: config.Model) -> None:
     run(work, model, "one.parquet", batch_size=1)  # three calls of the sampler
     two = options(work, model, "two.parquet", batch_size=1)
-    subprocess.run(command(sample_responses, two, *TORCHRUN), check=True)
+    done = launch(2, *command(sample_responses, two)[1:])
+    assert done.returncode == 0, done.stderr
     assert (work / "two.parquet").read_bytes() == (work / "one.parquet").read_bytes()
     assert counts(work, "two") == counts(work, "one")
 
@@ -306,7 +306,7 @@ def test_two_ranks_that_hold_one_model_together_make_the_same_table(work: Path, 
     """Tensor parallelism changes the order of sums, but changes no token here."""
     expected = run(work, model, "one.parquet", batch_size=3)  # six rows: new ones join others
     together = options(work, model, "two.parquet", batch_size=3) | {"tensor_parallel": True}
-    done = subprocess.run(command(sample_responses, together, *TORCHRUN), capture_output=True, text=True, check=False)
+    done = launch(2, *command(sample_responses, together)[1:])
     assert done.returncode == 0, done.stderr
     assert pl.read_parquet(work / "two.parquet").equals(expected)
 

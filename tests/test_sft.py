@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from salmon.sampling import TransformersSampler
 from salmon.tables import SFT_EXAMPLES
 from salmon.tokenizers import load_tokenizer
 from tests import synthetic
-from tests.running import PATIENCE, ROOT, TORCHRUN, command
+from tests.running import ROOT, command, launch
 from tests.small_models import CHATML, CHATML_TOKENS, byte_tokenizer, save_markov, spaced_tokenizer
 from tests.small_run import DATA, snakemake
 
@@ -419,8 +418,7 @@ def test_two_ranks_give_the_result_of_one(trained, tmp_path, deepspeed):
     run_here(arguments | {"output": str(tmp_path / "one")})  # how far rounding alone moves the result
     if deepspeed:
         arguments["deepspeed"] = str(ROOT / "profiles" / "deepspeed" / deepspeed)
-    line = command(train_sft, arguments, *TORCHRUN)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = launch(2, *command(train_sft, arguments)[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     wanted, other, two = (weights(folder) for folder in (trained["folder"], tmp_path / "one", tmp_path / "sft"))
     rounding = max((other[name] - wanted[name]).abs().max().item() for name in wanted)

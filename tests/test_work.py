@@ -64,7 +64,7 @@ def test_jobs_that_start_and_end_together(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Path.mkdir` finds a folder, but not when it looks whether it is one: one job in some ten thousand."""
+    """`Path.mkdir` finds the folder, which is gone when `mkdir` checks that it is a folder: one job in ten thousand."""
     found = Path.is_dir
     gone = iter([False])
     monkeypatch.setattr(Path, "is_dir", lambda path: found(path) and next(gone, True))

@@ -111,7 +111,7 @@ def run(main: Callable[[A], None], arguments: type[A]) -> None:
         log.error("%s", error)
         _exit(1)
     except (OSError, pl.exceptions.PolarsError) as error:
-        # What polars calls a full disk: the first in a table's data, the second in its footer.
+        # For a full disk, polars says "os error" while it writes data, and "transport error" in the footer.
         if not isinstance(error, OSError) and not any(words in str(error) for words in ("os error", "transport error")):
             log.exception(UNEXPECTED)
             _exit(1)
