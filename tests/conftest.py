@@ -113,8 +113,11 @@ def policy(world: "World") -> Path:
     return output
 
 
+Share = Callable[[str, Callable[[Path], None]], Path]  # name of the folder, and what builds it
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Share:
     """Build a folder that the processes of pytest-xdist share: the first that needs it builds it, the others wait."""
     from filelock import FileLock
 
@@ -135,7 +138,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
 
 
 @pytest.fixture(scope="session")
-def border_world(shared: Callable[[str, Callable[[Path], None]], Path]) -> "BorderWorld":
+def border_world(shared: Share) -> "BorderWorld":
     """Inputs and artifacts of all scripts; tests that change them take a copy."""
     from tests.border_world import BorderWorld
 
@@ -143,7 +146,7 @@ def border_world(shared: Callable[[str, Callable[[Path], None]], Path]) -> "Bord
 
 
 @pytest.fixture(scope="session")
-def small_run(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+def small_run(shared: Share) -> Path:
     """Folder of a small run of the whole DAG: config.yaml and results; tests that change something take a copy."""
     from tests.small_run import build
 

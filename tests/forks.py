@@ -77,7 +77,7 @@ class Fork:
         try:
             self.connection.connect(str(folder / "socket"))
         except OSError:
-            raise RuntimeError(f"the process to fork has ended:\n{(folder / 'log').read_text()[-3000:]}") from None
+            raise _ended(folder) from None
         with tempfile.TemporaryFile() as request:
             asked = {"words": [str(word) for word in words], "cwd": str(cwd), "env": dict(env), "limits": limits}
             request.write(json.dumps(asked).encode())
@@ -86,7 +86,7 @@ class Fork:
             self.replies = self.connection.makefile()
             said = self.replies.readline()
         if not said:
-            raise RuntimeError(f"the process to fork has ended:\n{(folder / 'log').read_text()[-3000:]}")
+            raise _ended(folder)
         self.pid = int(said)
         if not self.pid:
             raise LookupError(f"python {words} has to be a real process")
@@ -101,6 +101,10 @@ class Fork:
         """Send it a signal, if it has not ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+
+def _ended(folder: Path) -> RuntimeError:
+    return RuntimeError(f"the process to fork has ended:\n{(folder / 'log').read_text()[-3000:]}")
 
 
 def run(

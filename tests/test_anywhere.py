@@ -47,11 +47,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def snakemake(folder: Path, *arguments: Any, before: Sequence[str] = (), **environment: str) -> str:
     """What Snakemake says when called in a folder."""
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    if not before:
-        done = forks.snakemake(arguments, folder, known)
-    else:
+    if before:
         line = [*before, sys.executable, "-m", "snakemake", *map(str, arguments)]
         done = subprocess.run(line, cwd=folder, env=known, capture_output=True, text=True, timeout=PATIENCE)
+    else:
+        done = forks.snakemake(arguments, folder, known)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
