@@ -1,4 +1,4 @@
-"""Run scripts, alone or on several ranks, and kill them."""
+"""Run scripts, alone or on several ranks, kill them, and write their inputs."""
 
 import json
 import os
@@ -9,6 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import polars as pl
+
+from salmon.artifacts import write_table
+from salmon.tables import Table
 from salmon.work import WorkFolder
 from tests import forks
 from tests.forks import PATIENCE
@@ -65,6 +69,13 @@ def failing(arguments: list[Any], **more: Any) -> str:
 def on_a_full_disk(arguments: list[Any], size: int, **more: Any) -> str:
     """The same, but it cannot write a file of more than `size` bytes."""
     return failing(arguments, limits={"FSIZE": size}, **more)
+
+
+def write_rows(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str, int]) -> Path:
+    """Write an artifact with these rows, and a manifest with these counts."""
+    manifest = {"settings": {}, "inputs": {}, "counts": counts}
+    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
+    return path
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

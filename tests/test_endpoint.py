@@ -17,12 +17,11 @@ from pydantic import ValidationError
 
 import judge_by_endpoint
 from salmon import endpoint, mt_bench, templates
-from salmon.artifacts import write_table
 from salmon.config import Evaluation, JudgeEndpoint
 from salmon.errors import UserError
 from salmon.tables import ANSWERS, VERDICTS
 from tests import forks
-from tests.running import command, kill_at_first_part
+from tests.running import command, kill_at_first_part, write_rows
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = str(ROOT / "prompts" / "templates" / "endpoint.txt")
@@ -104,9 +103,7 @@ def write_answers(path: Path, texts: list[str]) -> Path:
     prompt = {"source": "s", "instruction": "secret instruction", "input": "", "finish_reason": "eos", "kl": 0.0}
     prompt |= {"prompt_tokens": 1, "response_tokens": 1}
     rows = [{**prompt, "prompt_id": key, "response": text} for key, text in zip(PROMPTS, texts, strict=False)]
-    manifest = {"settings": {}, "inputs": {}, "counts": {"answers": len(rows)}}
-    write_table(pl.DataFrame(rows, schema=ANSWERS.schema), path, ANSWERS, manifest)
-    return path
+    return write_rows(path, ANSWERS, rows, {"answers": len(rows)})
 
 
 def arguments(folder: Path, server: Server, mt_bench: str | None = None, **more: Any) -> dict[str, Any]:

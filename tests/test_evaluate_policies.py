@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,10 +13,9 @@ import yaml
 
 import evaluate_policies
 from salmon import configuration, evaluation, figures, intervals, plan
-from salmon.artifacts import write_table
 from salmon.config import Evaluation
-from salmon.tables import ANSWERS, JUDGEMENTS, SCORES, VERDICTS, Table
-from tests.running import merge
+from salmon.tables import ANSWERS, JUDGEMENTS, SCORES, VERDICTS
+from tests.running import merge, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,13 +156,13 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
     assert evaluation.verdict_wins(table.head(0), 0) == {}
     (folder := tmp_path / "policies").mkdir()
     answers = [{**ANSWER, "prompt_id": prompt} for prompt in both]
-    write(folder / "answers.parquet", ANSWERS, answers, {"answers": len(answers)})
+    write_rows(folder / "answers.parquet", ANSWERS, answers, {"answers": len(answers)})
     scored = {"reward_model": "default", "dimension": "Concise", "score": 1.0}
     scores = [{**scored, "opposite": opposite, "prompt_id": prompt} for prompt in both for opposite in (False, True)]
-    write(folder / "scores.parquet", SCORES, scores, {"scores": len(scores)})
+    write_rows(folder / "scores.parquet", SCORES, scores, {"scores": len(scores)})
     judged = [{"prompt_id": prompt, "dimension": "Concise", "s12": 1.0, "s21": 1.0} for prompt in both]
-    write(folder / "judgements.parquet", JUDGEMENTS, judged, {"judged": 7, "rows": 7})
-    write(folder / "verdicts.parquet", VERDICTS, table.rows(named=True), {"verdicts": len(table)})
+    write_rows(folder / "judgements.parquet", JUDGEMENTS, judged, {"judged": 7, "rows": 7})
+    write_rows(folder / "verdicts.parquet", VERDICTS, table.rows(named=True), {"verdicts": len(table)})
     files = {name: str(folder / f"{name}.parquet") for name in ("answers", "scores")}
     before = {"name": "initial policy", **files, "initial": None, "judgements": None}
     run = {"name": "mine", **files, "initial": "initial policy"}
@@ -196,8 +194,3 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
 
 ANSWER = {"source": "s", "instruction": "i", "input": "", "response": "A few words.", "finish_reason": "eos", "kl": 0.0}
 ANSWER |= {"prompt_tokens": 1, "response_tokens": 3}
-
-
-def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
-    manifest = {"settings": {}, "inputs": {}, "counts": counts}
-    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)

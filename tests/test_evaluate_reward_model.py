@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,9 +18,9 @@ from salmon.config import Evaluation, RewardModel
 from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
-from salmon.tables import EVALUATION_PAIRS, JUDGEMENTS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS, Table
+from salmon.tables import EVALUATION_PAIRS, JUDGEMENTS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
 from tests.ppo_world import World
-from tests.running import merge
+from tests.running import merge, write_rows
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["Concise", "Ethical"]
@@ -49,11 +48,6 @@ def test_agreement_is_measured_by_subset(tmp_path: Path) -> None:
     right = {name: (one["value"], one["number"]) for name, one in found["bench"].items()}
     assert right == {"chat": (0.5, 2), "code": (pytest.approx(1 / 3), 3)}
     assert evaluation.agreement(table, margins, 0)["bench"]["value"] == pytest.approx(2 / 5)
-
-
-def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: dict[str, int]) -> None:
-    manifest = {"settings": {}, "inputs": {}, "counts": counts}
-    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
 
 
 def records() -> pl.DataFrame:
@@ -165,7 +159,7 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
         record("mine", Comparison(f"Question {number}?", *outputs, subset=subset), 0)
         for number, (*outputs, subset) in enumerate(texts)
     ]
-    write(tmp_path / "pairs.parquet", EVALUATION_PAIRS, pairs, {"kept": 6})
+    write_rows(tmp_path / "pairs.parquet", EVALUATION_PAIRS, pairs, {"kept": 6})
     shown = [{"dimension": n, "definition": f"Be {n}.", "negative_definition": f"Be not {n}."} for n in NAMES]
     (tmp_path / "principles.json").write_text(json.dumps(shown))
     lengths = {"max_length": 400, "query_length": 100, "response_length": 100}

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,16 @@ import clean_evaluation_pairs
 import clean_evaluation_prompts
 import clean_pmp_data
 from salmon import configuration, plan, verification
-from salmon.artifacts import manifest_path, write_table
+from salmon.artifacts import manifest_path
 from salmon.config import Evaluation, PmpData, PolicyPrompt, TaskPrompt
 from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
-from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES, Table
-from tests.running import merge
+from salmon.tables import PMP_RECORDS, RL_PROMPTS, SFT_EXAMPLES
+from tests.running import merge, write_rows
 from tests.test_workflow import elsewhere, snakemake
 
 ROOT = Path(__file__).parents[1]
-
-
-def write(path: Path, table: Table, rows: list[dict[str, Any]], counts: Mapping[str, int]) -> Path:
-    manifest = {"settings": {}, "inputs": {}, "counts": dict(counts)}
-    write_table(pl.DataFrame(rows, schema=table.schema), path, table, manifest)
-    return path
 
 
 def trained(folder: Path) -> dict[str, list[Path]]:
@@ -44,9 +37,9 @@ def trained(folder: Path) -> dict[str, list[Path]]:
     queries = ("Why is it warm?", "Human: Who are you?\n\nAssistant: Me.\n\nHuman: Why?")
     pmp = [record("s", Comparison(query, "Yes.", "No."), 0) for query in queries]
     return {
-        "trained": [write(folder / "rl.parquet", RL_PROMPTS, rl, {"s: kept": 1})],
-        "sft_data": [write(folder / "sft.parquet", SFT_EXAMPLES, sft, {"s: kept": 2})],
-        "pmp_data": [write(folder / "pmp.parquet", PMP_RECORDS, pmp, {"s: kept": 2})],
+        "trained": [write_rows(folder / "rl.parquet", RL_PROMPTS, rl, {"s: kept": 1})],
+        "sft_data": [write_rows(folder / "sft.parquet", SFT_EXAMPLES, sft, {"s: kept": 2})],
+        "pmp_data": [write_rows(folder / "pmp.parquet", PMP_RECORDS, pmp, {"s: kept": 2})],
     }
 
 
