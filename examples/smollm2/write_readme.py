@@ -30,8 +30,8 @@ log = logging.getLogger("salmon.write_readme")
 
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
 TIMES = (
-    "Minutes per rule, summed over its jobs. Each job had one core; jobs ran in parallel where possible. Of a killed\n"
-    "job only the last attempt counts; of PPO, the steps of all attempts count."
+    "Minutes per rule, summed over its jobs, which ran in parallel where possible. Of a killed job only the last\n"
+    "attempt counts; of PPO, the steps of all attempts count."
 )
 CLEAR = 1.25  # an answer with this many times the words of the other is clearly longer
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
