@@ -110,6 +110,7 @@ rule evaluate_reward_model:
         reward_model=artifact("reward_model"),
         records=lambda wildcards: measuring(wildcards, "reward_data"),
         preferences=lambda wildcards: measuring(wildcards, "preferences"),
+        pmp_data=lambda wildcards: measuring(wildcards, "pmp_data"),
         pairs=evaluation_pairs,
         principles=lambda wildcards: run_settings(wildcards).judge.principles,
         template=lambda wildcards: run_settings(wildcards).reward_model.template,

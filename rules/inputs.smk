@@ -73,7 +73,7 @@ def evaluation_pairs(wildcards):
 
 
 def measuring(wildcards, name):
-    """Input: the records that the run's reward model was trained on, if known, or their judgements, if needed."""
+    """Input: the records that the run's reward model was trained on, if known, or what else measures it on them."""
     path = PLAN.measuring(run_name(wildcards), name)
     return in_results(path) if path else []
 
@@ -85,7 +85,10 @@ def measuring_judge(wildcards):
 
 def measuring_options(wildcards, input):
     """Parameter: the inputs that a reward model is tested on, if they exist, as options."""
-    return options(**{name: input.get(name) or None for name in ("records", "preferences", "pairs")})
+    given = {name: input.get(name) or None for name in ("records", "preferences", "pairs")}
+    if pmp_data := input.get("pmp_data"):
+        given |= {"pmp-data": pmp_data, "pmp": deciding(run_settings(wildcards).pmp)}
+    return options(**given)
 
 
 def opponents_answers(wildcards):

@@ -1,15 +1,21 @@
 """Measurements of a judge: each number is recomputed by plain loops."""
 
+import json
 import math
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+import evaluate_judge
 from salmon import evaluation, intervals
-from salmon.tables import JUDGEMENTS
+from salmon.config import Evaluation
+from salmon.errors import UserError
+from salmon.tables import JUDGEMENTS, RESPONSES
+from tests.running import write_rows
 
 NAMES = ["Concise", "Ethical"]
 
@@ -78,3 +84,22 @@ def test_a_judge_is_held_against_people() -> None:
         "high": pytest.approx(0.793, abs=1e-3),
         "number": 1,
     }
+
+
+def test_a_source_that_the_judge_could_not_read_is_refused(tmp_path: Path) -> None:
+    """It would be missing from the tables, as if nobody had asked for it."""
+    write_rows(tmp_path / "judged.parquet", JUDGEMENTS, judgements(4).rows(named=True), {"judged": 4, "rows": 8})
+    filled = {"instruction": "i", "input": "", "response": "r", "finish_reason": "imported"}
+    sources = {"p00": "mine", "p03": "mine", "long": "theirs"}
+    chosen = [{**filled, "prompt_id": prompt, "source": source} for prompt, source in sources.items()]
+    write_rows(tmp_path / "preferred.parquet", RESPONSES, chosen, {"rows": 3})
+    given = {"preferences": tmp_path / "judged.parquet", "judged": tmp_path / "judged.parquet"}
+    given |= {"labelled": tmp_path / "preferred.parquet", "output": tmp_path / "measured"}
+    pairs = {name: {"format": "pairs", "path": "pairs.json"} for name in ("mine", "theirs")}
+    with pytest.raises(UserError, match=r"the judge has read no pair of theirs .*judge.max_length"):
+        evaluate_judge.main(evaluate_judge.Arguments(**given, evaluation=Evaluation(judge_pairs=pairs)))
+    assert not (tmp_path / "measured").exists()
+    write_rows(tmp_path / "preferred.parquet", RESPONSES, chosen[:2], {"rows": 2})
+    evaluate_judge.main(evaluate_judge.Arguments(**given, evaluation=Evaluation(judge_pairs=pairs)))
+    found = json.loads((tmp_path / "measured" / "judge.json").read_text())["labelled"]
+    assert {name: one["agree"]["number"] for name, one in found["mine"].items()} == dict.fromkeys(NAMES, 2)

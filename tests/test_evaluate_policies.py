@@ -132,7 +132,7 @@ def test_what_answers_are_like() -> None:
         assert found[f"distinct_{size}"]["number"] == len(shares)
 
 
-def test_verdicts_are_win_rates(tmp_path: Path) -> None:
+def test_verdicts_are_win_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Both orders count: half a win if they disagree or find a tie; in policies.json, policies.md and the report."""
     both = {"a": ("policy", "policy"), "b": ("policy", "initial"), "c": ("initial", "initial"), "d": ("tie", "tie")}
     both |= {"e": ("policy", "tie"), "f": ("policy", None), "g": ("initial", "policy")}
@@ -184,6 +184,11 @@ def test_verdicts_are_win_rates(tmp_path: Path) -> None:
         ["mine", "initial policy", kind] for kind in measured["endpoint"]["mine"]["initial policy"]
     ]
     assert str(folder / "verdicts.parquet") in json.loads((tmp_path / "found" / "manifest.json").read_text())["inputs"]
+    write_rows(folder / "judgements.parquet", JUDGEMENTS, [], {"judged": 0, "rows": 0})
+    with caplog.at_level("WARNING"):
+        evaluate_policies.main(evaluate_policies.Arguments(**given | {"output": tmp_path / "unread"}))
+    for other in ("initial policy", "control"):
+        assert f"the judge has read no answers of mine and {other}" in caplog.text
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     asked = {"evaluation": {"judge_endpoint": {"url": "http://localhost/v1", "model": "judge"}}}
     for changes, has in (({}, False), (asked, True)):

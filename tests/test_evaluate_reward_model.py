@@ -12,13 +12,14 @@ import clean_evaluation_pairs
 import draw_reward_model
 import evaluate_reward_model
 from evaluate_reward_model import clean_records
-from salmon import checked, configuration, evaluation, figures, intervals, plan
+from salmon import checked, configuration, evaluation, figures, intervals, plan, training
+from salmon import reward_model as rewards
 from salmon.artifacts import write_table
-from salmon.config import Evaluation, RewardModel
+from salmon.config import Evaluation, RewardModel, RewardTraining
 from salmon.errors import UserError
 from salmon.formats import Comparison
 from salmon.preference_data import record
-from salmon.tables import EVALUATION_PAIRS, JUDGEMENTS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
+from salmon.tables import EVALUATION_PAIRS, JUDGEMENTS, PMP_RECORDS, PREFERENCE_RECORDS, PRINCIPLE_RECORDS
 from tests.ppo_world import World
 from tests.running import merge, write_rows
 
@@ -190,3 +191,43 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
     assert "Agreement with people, by subset" in (tmp_path / "drawn" / "table.html").read_text()
     with pytest.raises(UserError, match="nothing to measure"):
         evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pairs": None}))
+    # Of the same pairs, PMP held out some: their numbers are those of these pairs alone, with all principles shown.
+    pmp_data, held = tmp_path / "pmp.parquet", tmp_path / "held.parquet"
+    plain = [{name: value for name, value in row.items() if name != "subset"} for row in pairs]
+    of_pmp = RewardTraining(template=settings.template, learning_rate=0.1, **lengths, eval_examples=3, seed=5)
+    write_rows(pmp_data, PMP_RECORDS, plain, {"kept": 6})
+    _, kept = training.split(rewards.read_records(pmp_data)[0], 3, 5, rewards.NAME)
+    write_rows(held, PMP_RECORDS, [row for row in plain if row["record_id"] in [*kept["record_id"]]], {"kept": 3})
+    more = {"pairs": held, "pmp_data": pmp_data, "pmp": of_pmp, "output": tmp_path / "again"}
+    evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | more))
+    again = json.loads((tmp_path / "again" / "reward_model.json").read_text())
+    assert again["held_out_of_pmp"] == again["people"]["all"]
+    assert again["held_out_of_pmp"]["mine"]["number"] == 3
+    manifest = json.loads((tmp_path / "again" / "manifest.json").read_text())
+    assert (manifest["settings"]["pmp_eval_examples"], manifest["settings"]["pmp_seed"]) == (3, 5)
+    assert manifest["counts"]["held_out_of_pmp"] == 3
+    with pytest.raises(UserError, match="--pmp-data needs --pmp"):
+        evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pmp_data": pmp_data}))
+
+
+def test_what_no_training_holds_out_is_not_measured() -> None:
+    """Neither people's pairs nor held-out records: no job is planned, and the script says what is missing."""
+    raw = yaml.safe_load((ROOT / "config.yaml").read_text())
+    none = dict.fromkeys(raw["evaluation"]["pairs"])
+    after_pmp, after = ("pmp_evaluation", "reward_evaluation")
+    for of_pmp, of_records, pairs, found in (
+        (500, 500, {}, {after_pmp, after}),
+        (0, 0, {}, {after_pmp, after}),
+        (0, 0, none, set()),
+        (0, 500, none, {after}),
+        (500, 0, none, {after_pmp, after}),
+    ):
+        change = {"pmp": {"eval_examples": of_pmp}, "reward_model": {"eval_examples": of_records}}
+        known = plan.Plan(configuration.load(merge(raw, change | {"evaluation": {"pairs": pairs}}), ROOT))
+        assert {name for name in (after_pmp, after) if known.has("default", name)} == found
+        measured = known.measuring("default", "pmp_data")
+        assert (measured is not None) == (of_pmp > 0)
+        if after in found:
+            inputs = {source.name for source in known.origin("default", after).inputs}
+            assert (known.path("default", "pmp_data") in inputs) == (of_pmp > 0)
+    assert plan.Plan(configuration.load(raw, ROOT)).measuring("no_pmp", "pmp_data") is None

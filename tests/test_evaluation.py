@@ -46,6 +46,8 @@ def test_the_evaluation_of_the_small_run(small_run: Path) -> None:
         assert found["held_out"]["accuracy"]["value"] == pytest.approx(trained["accuracy"], abs=1e-6)
         assert set(found["people"]["all"]) == {"helpful", "hhh"}
     assert "Concise, negated" in found["people"]
+    held_out = json.loads((results / "models/pmp/metrics.json").read_text())["evaluation"]["number"]
+    assert sum(one["number"] for one in found["held_out_of_pmp"].values()) == held_out > 0
     for name, ways in found["held_out"]["deciding"].items():
         assert ways["plain"]["number"] + ways["negated"]["number"] == trained["by_deciding_dimension"][name]["number"]
 

@@ -189,4 +189,13 @@ def test_the_numbers_of_the_readme(small_run: Path, tmp_path: Path) -> None:
         for one in answers
     ]
     assert lists == [write_readme.shown(intervals.share(having, list(range(len(having))), 0))]
+    chosen, others = (
+        {row["prompt_id"]: len(row["response"].split()) for row in pl.read_parquet(file).iter_rows(named=True)}
+        for file in (results / "evaluation/judge_pairs" / f"{which}.parquet" for which in ("preferred", "other"))
+    )
+    read = {*pl.read_parquet(results / "evaluation/judge_pairs/judgements.parquet")["prompt_id"]}
+    more = [1.0 if chosen[pair] > others[pair] else 0.5 * (chosen[pair] == others[pair]) for pair in read]
+    assert (
+        f"Of these {len(read)} pairs, people prefer the answer with more words in {sum(more) / len(more):.2f}" in text
+    )
     assert "| default |" in text

@@ -103,6 +103,12 @@ def test_answers_are_in_the_format_of_fastchat(tmp_path: Path, model: Path) -> N
     assert [row == other for row, other in zip(rows, others, strict=True)] == [True, False, True]  # the sampled one
 
 
+def test_a_second_turn_may_leave_a_temperature_without_questions(tmp_path: Path, model: Path) -> None:
+    """The only question at temperature 0 has one turn; the one at 0.7 has two."""
+    rows = run(tmp_path, model, questions=QUESTIONS[1:])
+    assert [len(row["choices"][0]["turns"]) for row in rows] == [2, 1]
+
+
 def test_temperatures_are_those_of_fastchat() -> None:
     """The temperatures of its common.py, and 0.7 for an unknown category."""
     known = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}

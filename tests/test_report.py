@@ -169,9 +169,11 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
         for way, sources in found["people"].items():
             expected = [sources[name]["value"] for name in sorted(sources)]
             assert people["all principles" if way == "all" else way][1:] == expected
+        if before := found.get("held_out_of_pmp"):
+            assert cells(page, 2) == [[source, str(one["number"]), cell(one)] for source, one in before.items()]
         trained = read(small_run, f"models/{folder}/metrics.json")
-        assert page.keys[2][1][1] in (trained["evaluation"]["accuracy"], trained["evaluation"]["loss"])
-        assert [row[1:4] for row in page.keys[3][1:]] == [
+        assert page.keys[-2][1][1] in (trained["evaluation"]["accuracy"], trained["evaluation"]["loss"])
+        assert [row[1:4] for row in page.keys[-1][1:]] == [
             [entry[what] for what in ("step", "loss", "grad_norm")]
             for entry in (trained["training"][0], trained["training"][-1])
         ]

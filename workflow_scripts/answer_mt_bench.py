@@ -63,12 +63,9 @@ class Dialogues:
         """Answers to the turns of each question; empty if a dialogue leaves no room for one."""
         answers: list[list[str]] = [[] for _ in questions]
         for turn in range(max(len(question.turns) for question in questions)):
-            for temperature in sorted({question.temperature for question in questions}):
-                rows = [
-                    row
-                    for row, question in enumerate(questions)
-                    if question.temperature == temperature and turn < len(question.turns)
-                ]
+            asked = [row for row, question in enumerate(questions) if turn < len(question.turns)]
+            for temperature in sorted({questions[row].temperature for row in asked}):
+                rows = [row for row in asked if questions[row].temperature == temperature]
                 said = [self._said(questions[row], answers[row]) for row in rows]
                 for row, text in zip(rows, self._sample(said, [questions[row] for row in rows], turn), strict=True):
                     answers[row].append(text)

@@ -43,6 +43,12 @@ def main(arguments: Arguments) -> None:
     if arguments.judged and arguments.labelled:
         judged = checked.read(arguments.judged, JUDGEMENTS).collect()
         sources = checked.read(arguments.labelled, RESPONSES, ("prompt_id", "source", "instruction")).collect()
+        read = sources.join(judged, on="prompt_id", how="semi")
+        if unread := sorted({*sources["source"]} - {*read["source"]}):
+            raise UserError(
+                f"the judge has read no pair of {', '.join(unread)} (evaluation.judge_pairs): none fits; check "
+                "judge.max_length"
+            )
         about = {name: source.principles for name, source in arguments.evaluation.judge_pairs.items()}
         found["labelled"] = evaluation.labelled(judged, sources, about, arguments.evaluation.seed)
         counts |= {"labelled_pairs": len(sources), "labelled_pairs_judged": judged["prompt_id"].n_unique()}

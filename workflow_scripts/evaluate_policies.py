@@ -43,25 +43,35 @@ class Arguments(script.Arguments):
 def main(arguments: Arguments) -> None:
     """Read all tables, compare, write the folder."""
     policies = arguments.policies
+    judged = {
+        (policy.name, policy.initial): checked.read(policy.judgements, JUDGEMENTS).collect()
+        for policy in policies
+        if policy.initial and policy.judgements
+    }
+    versus = {
+        (policy.name, other): checked.read(table, JUDGEMENTS).collect()
+        for policy in policies
+        for other, table in policy.versus.items()
+    }
+    for (name, other), table in (judged | versus).items():
+        if table.is_empty():
+            log.warning(
+                "the judge has read no answers of %s and %s, so tables leave this comparison out: no pair fits; check "
+                "judge.max_length",
+                name,
+                other,
+            )
     found = evaluation.policies(
         {policy.name: checked.read(policy.answers, ANSWERS).collect() for policy in policies},
         {policy.name: checked.read(policy.scores, SCORES).collect() for policy in policies},
-        {
-            (policy.name, policy.initial): checked.read(policy.judgements, JUDGEMENTS).collect()
-            for policy in policies
-            if policy.initial and policy.judgements
-        },
+        judged,
         arguments.evaluation.seed,
         {
             (policy.name, policy.initial): checked.read(policy.verdicts, VERDICTS).collect()
             for policy in policies
             if policy.initial and policy.verdicts
         },
-        {
-            (policy.name, other): checked.read(table, JUDGEMENTS).collect()
-            for policy in policies
-            for other, table in policy.versus.items()
-        },
+        versus,
     )
     for name, measured in found["behaviour"].items():
         log.info("%s: KL %.3f", name, measured["kl"]["value"])

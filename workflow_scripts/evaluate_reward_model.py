@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +47,17 @@ class Arguments(script.Arguments):
         None, description="judgements (parquet), if records were also made from those whose two orders disagree"
     )
     pairs: Path | None = Field(None, description="human preferences (parquet), if any")
+    pmp_data: Path | None = Field(
+        None,
+        description="records of its pre-training (parquet), to measure it on those that were held out; needs --pmp",
+    )
     principles: Path = Field(description="JSON list of dimension, definition, negative_definition")
     output: Path = Field(description="folder to write: reward_model.json, manifest.json")
     model: Model = Field(description="section of the configuration")
     tokenizer: Model | None = Field(None, description="model whose tokenizer is used; by default, that of `model`")
-    pmp: RewardTraining | None = Field(None, description="section of the configuration, for a pre-trained reward model")
+    pmp: RewardTraining | None = Field(
+        None, description="section of the configuration, for a pre-trained reward model, or with --pmp-data"
+    )
     trained: RewardModel | None = Field(None, description="section reward_model of the configuration, for any other")
     dimensions: script.JsonList[str] = Field([], description="names of the principles shown with human pairs")
     scoring: Scoring = Field(Scoring(), description="section of the configuration")
@@ -61,10 +67,18 @@ class Arguments(script.Arguments):
     @property
     def settings(self) -> RewardTraining:
         """The settings of the training."""
-        settings = self.pmp or self.trained
-        if settings is None or (self.pmp and self.trained):
+        if self.pmp_data and not (self.pmp and self.trained):
+            raise UserError("--pmp-data needs --pmp, the settings of the pre-training, and --trained, those after it")
+        if not self.pmp_data and bool(self.pmp) == bool(self.trained):
             raise UserError("set either --pmp or --trained, the settings of the reward model's training")
+        settings = self.trained or self.pmp
+        assert settings is not None
         return settings
+
+    @property
+    def stage(self) -> Literal["pmp", "reward_model"]:
+        """The section of the settings."""
+        return "reward_model" if self.trained else "pmp"
 
 
 class Reader:
@@ -112,16 +126,22 @@ class Reader:
     def _texts(self, records: pl.DataFrame) -> list[list[int]]:
         """Tokens of the texts, two per record; records which were cut."""
         self.cut = {}
-        stage = "pmp" if self.arguments.pmp else "reward_model"
-        settings = self.arguments.settings
-        return rewards.record_tokens(self.tokenizer, self.template, records, settings, stage, self.cut)
+        arguments = self.arguments
+        return rewards.record_tokens(
+            self.tokenizer, self.template, records, arguments.settings, arguments.stage, self.cut
+        )
 
 
 def main(arguments: Arguments) -> None:
     """Read the data, score them, write the folder."""
     settings, seed = arguments.settings, arguments.evaluation.seed
-    if not (arguments.records or arguments.pairs):
-        raise UserError("there is nothing to measure the reward model with: set --records, --pairs or both")
+    of_records = arguments.records and settings.eval_examples
+    of_pmp = arguments.pmp_data and arguments.pmp and arguments.pmp.eval_examples
+    if not (arguments.pairs or of_records or of_pmp):
+        raise UserError(
+            "there is nothing to measure the reward model with: set --pairs, or --records or --pmp-data with an "
+            "eval_examples above 0 in the settings of their training"
+        )
     judged = {one.dimension: one for one in principles.read_judged(arguments.principles)}
     opposite = {name: (one.definition, one.negative_definition) for name, one in judged.items()}
     held = pl.DataFrame(schema=PREFERENCE_RECORDS.schema)
@@ -135,6 +155,7 @@ def main(arguments: Arguments) -> None:
             "that does"
         )
     pairs = read_pairs(arguments.pairs) if arguments.pairs else None
+    before = held_out_of_pmp(arguments.pmp_data, arguments.pmp) if arguments.pmp_data and arguments.pmp else None
     reader = Reader(arguments)
     found: dict[str, Any] = {}
     counts = {"held_out": len(held), "turned": 0, "pairs": 0 if pairs is None else len(pairs)}
@@ -151,6 +172,12 @@ def main(arguments: Arguments) -> None:
         found["people"], by_subset, cut = agreement(reader, pairs, shown, seed)
         found |= {"subsets": by_subset} if by_subset else {}
         counts |= cut
+    if before is not None:
+        counts["held_out_of_pmp"] = len(before)
+        shown_all = {"all": [opposite[name][0] for name in arguments.dimensions]}
+        by_way, cut = reader.margins_under(before, shown_all)
+        found["held_out_of_pmp"] = evaluation.agreement(before, by_way["all"], seed)
+        counts |= {name.replace("pairs", "held_out_of_pmp"): number for name, number in cut.items()}
     if distributed.is_main():
         origin = origin_of(arguments)
         with artifacts.atomic(arguments.output) as folder:
@@ -201,6 +228,14 @@ def read_pairs(path: Path) -> pl.DataFrame:
     return checked.read(path, PMP_RECORDS).collect().with_columns(subset=pl.lit(None, pl.String))
 
 
+def held_out_of_pmp(path: Path, settings: RewardTraining) -> pl.DataFrame:
+    """The pairs of people that the pre-training held out; `rewards.read_records` has no `source`."""
+    records, _ = rewards.read_records(path)
+    _, held = training.split(records, settings.eval_examples, settings.seed, rewards.NAME)
+    sources = checked.read(path, PMP_RECORDS, ("record_id", "source")).collect()
+    return held.join(sources, on="record_id", how="left", maintain_order="left")
+
+
 def agreement(
     reader: Reader, pairs: pl.DataFrame, shown: Mapping[str, tuple[str, str]], seed: int
 ) -> tuple[dict[str, evaluation.BySource], dict[str, evaluation.BySource], dict[str, int]]:
@@ -229,8 +264,10 @@ def origin_of(arguments: Arguments) -> provenance.Origin:
         arguments.pairs,
         arguments.principles,
         arguments.preferences,
-        stage="pmp" if arguments.pmp else "reward_model",
+        arguments.pmp_data,
+        stage=arguments.stage,
         settings=arguments.settings,
+        pmp=arguments.pmp if arguments.pmp_data else None,
         dimensions=arguments.dimensions,
         model=arguments.model,
         tokenizer=arguments.tokenizer or arguments.model,

@@ -31,7 +31,7 @@ log = logging.getLogger("salmon.write_readme")
 BEGIN, END = "<!-- Written by write_readme.py -->", "<!-- End of what write_readme.py writes -->"
 TIMES = (
     "Minutes per rule, summed over its jobs, which ran in parallel where possible. Of a killed job only the last\n"
-    "attempt counts; of PPO, the steps of all attempts count."
+    "attempt counts; of PPO, each step of the policy counts once."
 )
 CLEAR = 1.25  # an answer with this many times the words of the other is clearly longer
 ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.M)
@@ -64,6 +64,7 @@ def numbers(results: Path) -> str:
     parts = [made_by(results), "### Time", TIMES, markdown(times(results))]
     judge = read(results / "evaluation/judge/judge.json")
     parts += ["### The judge", markdown(judge_table(judge, results)), markdown(labelled_table(judge))]
+    parts += [longer_is_better(results)]
     parts += ["### The reward model", markdown(reward_table(results))]
     policies = read(results / "evaluation/policies/policies.json")
     parts += ["### The policies", markdown(behaviour_table(policies, results))]
@@ -129,7 +130,7 @@ def made_by(results: Path) -> str:
 
 
 def times(results: Path) -> Table:
-    """Minutes of each rule, summed over its jobs: each job's last attempt, and the PPO steps of all attempts."""
+    """Minutes of each rule, summed over its jobs: each job's last attempt, and of PPO each step of the policy."""
     spent: dict[str, list[float]] = {}
     for file in sorted((results / "benchmarks").rglob("*.tsv")):
         inner = file.relative_to(results / "benchmarks").parts
@@ -248,6 +249,22 @@ def labelled_table(judge: Mapping[str, Any]) -> Table:
     ], rows
 
 
+def longer_is_better(results: Path) -> str:
+    """How often people prefer the longer output, among their pairs that the judge has read."""
+    folder = results / "evaluation/judge_pairs"
+    read = pl.read_parquet(folder / "judgements.parquet", columns=["prompt_id"])
+    pairs = pl.read_parquet(folder / "preferred.parquet", columns=["prompt_id", "response"])
+    others = pl.read_parquet(folder / "other.parquet", columns=["prompt_id", "response"]).rename({"response": "other"})
+    pairs = pairs.join(others, on="prompt_id").join(read, on="prompt_id", how="semi")
+    more = [words(one) - words(other) for one, other in pairs.select("response", "other").iter_rows()]
+    right = evaluation.correct(more)
+    return textwrap.fill(
+        f"Of these {len(pairs)} pairs, people prefer the answer with more words in {right.mean():.2f} (equal lengths "
+        "count one half).",
+        120,
+    )
+
+
 # ---- Reward models and policies
 
 
@@ -260,6 +277,8 @@ def reward_table(results: Path) -> Table:
             *(counted(found["held_out"]["accuracy"]) for found in stages.values()),
         ]
     ]
+    after = stages["reward_model"].get("held_out_of_pmp", {})
+    rows += [[f"people, {source}, held out of PMP", "", counted(one)] for source, one in after.items()]
     people = {stage: found["people"]["all"] for stage, found in stages.items()}
     rows += [[f"people, {source}", *(counted(found[source]) for found in people.values())] for source in people["pmp"]]
     held = stages["reward_model"]["held_out"]

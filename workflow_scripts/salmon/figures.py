@@ -341,6 +341,13 @@ def reward_model(title: str, found: Mapping[str, Any]) -> Part:
         rows = [[_shown(way), *(people[way].get(source) for source in sources)] for way in ways]
         note = f"How often the output that people preferred has the higher reward. {INTERVALS}"
         tables.append(Table("Agreement with people", ["principles shown", *sources], rows, note))
+    if before := found.get("held_out_of_pmp"):
+        note = (
+            "How often the output that people preferred has the higher reward, on the pairs that PMP held out, with "
+            f"all principles shown. {INTERVALS}"
+        )
+        rows = [[source, one["number"], one] for source, one in before.items()]
+        tables.append(Table("Agreement with people, held out of PMP", ["source", "pairs", "right"], rows, note))
     if subsets := found.get("subsets"):
         rows = [
             [source, subset, one["number"], one] for source, here in subsets.items() for subset, one in here.items()

@@ -1,9 +1,9 @@
 """Means and shares with confidence intervals.
 
 An interval says how much a number depends on the random choice of prompts. The interval of a mean is a bootstrap's: it
-draws prompts with all their rows, because rows of one prompt are not independent. With few prompts, or rows that are
-all alike, such draws say nothing: a mean over fewer than `FEW` prompts has no interval, and shares have Wilson's where
-`share` says so.
+draws prompts with all their rows, because rows of one prompt are not independent. With few prompts, or few that differ
+from the rest, such draws say nothing: a mean over fewer than `FEW` prompts has no interval, and shares have Wilson's
+where `share` says so.
 """
 
 import math
@@ -23,8 +23,9 @@ LEVEL = 0.95
 FEW = 10  # prompts; with fewer, a bootstrap's interval is too narrow, and with one it has no width
 INTERVALS = (
     f"Means have bootstrap intervals, from draws of whole prompts; a mean of fewer than {FEW} prompts has none. A "
-    "share has Wilson's interval if no prompt counts as a half. It also has Wilson's interval if it is 0 or 1, or if "
-    f"fewer than {FEW} prompts are decided; that interval is wider than necessary."
+    "share has Wilson's interval if each prompt gives one row that is yes or no. It also has Wilson's interval, with "
+    f"prompts as rows, if fewer than {FEW} prompts have a row that differs from the most common result; that interval "
+    "is wider than necessary."
 )
 """Explanation of the intervals, for reports."""
 Estimate = dict[str, float | int | None]
@@ -59,8 +60,8 @@ def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
     """Share of rows for which something holds.
 
     The interval is Wilson's if each group is one row with 1 or 0. It is also Wilson's, with the number of groups in
-    place of the number of rows, if fewer than `FEW` groups have a decided row (not a half), or if all rows are alike:
-    too wide rather than too narrow. Otherwise it is the bootstrap's (`estimate`).
+    place of the number of rows, if fewer than `FEW` groups have a row that differs from the most common value: too wide
+    rather than too narrow. Otherwise it is the bootstrap's (`estimate`).
 
     Args:
         values: values of the rows, [N]: 1, 0, or in between if undecided; NaN for a row without one.
@@ -71,9 +72,12 @@ def share(values: Values, groups: Sequence[str], seed: int) -> Estimate:
     known = ~np.isnan(column)
     rows, number = column[known], len({group for group, is_known in zip(groups, known, strict=True) if is_known})
     plain = number == len(rows) and np.isin(rows, (0, 1)).all()
-    # With four wins and otherwise only halves, a bootstrap would be certain.
-    decided = len({group for group, is_one in zip(groups, known & (column != 0.5), strict=True) if is_one})
-    if number and (plain or decided < FEW or (rows == rows[0]).all()):
+    if not number:
+        return estimate(values, groups, seed)
+    # With four wins and otherwise only halves, or one loss and otherwise only wins, a bootstrap would be too certain.
+    found, counts = np.unique(rows, return_counts=True)
+    differs = known & (column != found[counts.argmax()])
+    if plain or len({group for group, is_one in zip(groups, differs, strict=True) if is_one}) < FEW:
         low, high = wilson(float(rows.mean()), number)
         return {"value": float(rows.mean()), "low": low, "high": high, "number": len(rows)}
     return estimate(values, groups, seed)

@@ -176,7 +176,7 @@ class Plan:
         """Whether a run has an artifact."""
         config = self.runs[run]
         if name in DRAWN:
-            needed = {"samples": bool(self.shown_sources()), "pmp_figures": self.has(run, "pmp_evaluation")}
+            needed = {"samples": bool(self.shown_sources()), "pmp_figures": self.pre_trains(run)}
             return needed.get(name, True) and bool(self.drawn(run, name))
         evaluation = config.evaluation
         if name in OF_JUDGED_PAIRS:
@@ -195,9 +195,16 @@ class Plan:
         ready = config.reward_model.path is not None
         if name == "judge_evaluation":
             return not ready and config.aggregation.path is None
+        # A reward model is measured on what its trainings held out, and on people's pairs.
+        after_pmp = self.measuring(run, "pmp_data") is not None or bool(evaluation.pairs)
         if name == "pmp_evaluation":
-            return not ready and config.reward_model.init == "pmp"
-        return name != "reward_evaluation" or not ready or bool(evaluation.pairs)
+            return self.pre_trains(run) and after_pmp
+        return name != "reward_evaluation" or after_pmp or (not ready and config.reward_model.eval_examples > 0)
+
+    def pre_trains(self, run: str) -> bool:
+        """Whether a run's reward model is pre-trained on people's preferences (PMP)."""
+        reward_model = self.runs[run].reward_model
+        return reward_model.path is None and reward_model.init == "pmp"
 
     def target_paths(self, target: str) -> list[str]:
         """The artifacts of a target (`configuration.TARGETS`), over all runs."""
@@ -420,8 +427,10 @@ class Plan:
                     self.path(run, "evaluation_pairs") if config.evaluation.pairs else None,
                     config.judge.principles,
                     None if pre_trained else self.measuring(run, "preferences"),
+                    None if pre_trained else self.measuring(run, "pmp_data"),
                     stage="pmp" if pre_trained else "reward_model",
                     settings=config.pmp if pre_trained else config.reward_model,
+                    pmp=config.pmp if not pre_trained and self.measuring(run, "pmp_data") else None,
                     dimensions=[] if pre_trained else config.aggregation.dimensions,
                     model=model.without_adapter(),
                     tokenizer=self.tokenizer(run),
@@ -616,16 +625,20 @@ class Plan:
         names: tuple[Name, ...] = ("answers", "initial_answers", "mt_bench", "initial_mt_bench")
         return {name: self.path(run, name) for name in names if self.has(run, name)}
 
-    def measuring(self, run: str, name: Literal["reward_data", "preferences"]) -> str | None:
+    def measuring(self, run: str, name: Literal["reward_data", "preferences", "pmp_data"]) -> str | None:
         """The data of a run's reward model that are used to measure it, if they are known.
 
-        Judgements are needed only if records are also made from pairs whose two orders disagree.
+        Judgements are needed only if records are also made from pairs whose two orders disagree; the pairs of its
+        pre-training, only if some were held out.
         """
         config = self.runs[run]
         if config.reward_model.path:
             return None
-        unneeded = config.aggregation.path is not None or config.aggregation.agreement == "both_orders"
-        return None if name == "preferences" and unneeded else self.path(run, name)
+        needed = {
+            "preferences": config.aggregation.path is None and config.aggregation.agreement != "both_orders",
+            "pmp_data": self.pre_trains(run) and config.pmp.eval_examples > 0,
+        }
+        return self.path(run, name) if needed.get(name, True) else None
 
     def shard(self, run: str, table: Name, shard: int) -> Origin:
         """What decides one shard of a run's table, one of `SCATTERED`."""

@@ -384,9 +384,11 @@ def evaluate_reward_model(
     pairs: Path | str | None,
     principles: Path | str,
     preferences: Path | str | None = None,
+    pmp_data: Path | str | None = None,
     *,
     stage: Literal["pmp", "reward_model"],
     settings: RewardTraining,
+    pmp: RewardTraining | None = None,
     dimensions: Sequence[str],
     model: Model,
     tokenizer: Model,
@@ -394,9 +396,10 @@ def evaluate_reward_model(
     evaluation: Evaluation,
 ) -> Origin:
     """Measurements of a reward model, with the training settings that decide the held-out records and their texts."""
-    read = ["template", "max_length", "query_length", "response_length"]
-    read += ["eval_examples", "seed"] if records else []
+    read, split = ["template", "max_length", "query_length", "response_length"], ["eval_examples", "seed"]
+    read += split if records else []
     alone = {f"{stage}_{name}": getattr(settings, name) for name in read}
+    of_pmp = {f"pmp_{name}": getattr(pmp, name) for name in split} if pmp else {}
     return Origin(
         {
             "model": model,
@@ -404,14 +407,16 @@ def evaluate_reward_model(
             "dimensions": list(dimensions),
             "seed": evaluation.seed,
             **alone,
+            **of_pmp,
         },
-        _files(reward_model, records, preferences, pairs, principles, settings.template)
+        _files(reward_model, records, preferences, pmp_data, pairs, principles, settings.template)
         + _model(tokenizer, "tokenizer")
         + _model(model),
         keys={
             "dimensions": "aggregation.dimensions",
             "seed": "evaluation.seed",
             **{name: f"{stage}.{name.removeprefix(f'{stage}_')}" for name in alone},
+            **{name: name.replace("_", ".", 1) for name in of_pmp},
         },
     )
 
