@@ -139,8 +139,8 @@ def main(arguments: Arguments) -> None:
     of_pmp = arguments.pmp_data and arguments.pmp and arguments.pmp.eval_examples
     if not (arguments.pairs or of_records or of_pmp):
         raise UserError(
-            "there is nothing to measure the reward model with: set --pairs, or --records or --pmp-data with an "
-            "eval_examples above 0 in the settings of their training"
+            "there is nothing to measure the reward model with: set --pairs, or --records or --pmp-data of a training "
+            "that held some out (pmp.eval_examples, reward_model.eval_examples)"
         )
     judged = {one.dimension: one for one in principles.read_judged(arguments.principles)}
     opposite = {name: (one.definition, one.negative_definition) for name, one in judged.items()}
