@@ -206,12 +206,19 @@ def test_a_reward_model_of_others_is_measured_by_people(world: World, tmp_path: 
     manifest = json.loads((tmp_path / "again" / "manifest.json").read_text())
     assert (manifest["settings"]["pmp_eval_examples"], manifest["settings"]["pmp_seed"]) == (3, 5)
     assert manifest["counts"]["held_out_of_pmp"] == 3
+    of_none = {"eval_examples": 0}
+    for nothing in (
+        {"records": pmp_data, "trained": settings.model_copy(update=of_none)},
+        {"pmp_data": pmp_data, "pmp": of_pmp.model_copy(update=of_none)},
+    ):
+        with pytest.raises(UserError, match="nothing to measure"):
+            evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pairs": None} | nothing))
     with pytest.raises(UserError, match="--pmp-data needs --pmp"):
         evaluate_reward_model.main(evaluate_reward_model.Arguments(**given | {"pmp_data": pmp_data}))
 
 
 def test_what_no_training_holds_out_is_not_measured() -> None:
-    """Neither people's pairs nor held-out records: no job is planned, and the script says what is missing."""
+    """Neither people's pairs nor held-out records: no job is planned."""
     raw = yaml.safe_load((ROOT / "config.yaml").read_text())
     none = dict.fromkeys(raw["evaluation"]["pairs"])
     after_pmp, after = ("pmp_evaluation", "reward_evaluation")

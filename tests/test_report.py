@@ -169,6 +169,7 @@ def test_the_tables_show_what_was_measured(small_run: Path) -> None:
         for way, sources in found["people"].items():
             expected = [sources[name]["value"] for name in sorted(sources)]
             assert people["all principles" if way == "all" else way][1:] == expected
+        assert ("held_out_of_pmp" in found) == (folder == "reward_model")
         if before := found.get("held_out_of_pmp"):
             assert cells(page, 2) == [[source, str(one["number"]), cell(one)] for source, one in before.items()]
         trained = read(small_run, f"models/{folder}/metrics.json")
